@@ -1,0 +1,56 @@
+"""Attention in linear time: Flow-Attention, the mechanisms it is compared with, and their published experiments."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Where each public name lives; imported on first use, so that `import flowformer` costs what `import torch` costs.
+_HOME = {
+    "FlowAttention": "attention",
+    "LinearAttention": "attention",
+    "SoftmaxAttention": "attention",
+    "create_attention": "attention",
+    "list_attentions": "attention",
+    "create_model": "models",
+    "list_models": "models",
+    "FlowformerClassifier": "interop.estimator",
+}
+
+__all__ = [
+    "FlowAttention",
+    "FlowformerClassifier",
+    "LinearAttention",
+    "SoftmaxAttention",
+    "create_attention",
+    "create_model",
+    "list_attentions",
+    "list_models",
+    "ops",
+]
+
+if TYPE_CHECKING:
+    from flowformer import ops
+    from flowformer.attention import (
+        FlowAttention,
+        LinearAttention,
+        SoftmaxAttention,
+        create_attention,
+        list_attentions,
+    )
+    from flowformer.interop.estimator import FlowformerClassifier
+    from flowformer.models import create_model, list_models
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("flowformer.ops")
+    if name not in _HOME:
+        raise AttributeError(f"module 'flowformer' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"flowformer.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

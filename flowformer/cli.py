@@ -1,0 +1,324 @@
+"""The command ``flowformer``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import flowformer
+
+EXTRAS = {
+    "timeseries": ("lightning", "aeon", "pandas", "rich", "sklearn", "safetensors"),
+    "text": ("lightning", "rich", "transformers", "safetensors"),
+    "vision": ("lightning", "rich", "timm", "torchvision"),
+    "rl": ("lightning", "rich", "gymnasium", "minari"),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
+}
+
+
+class UsageError(Exception):
+    """A command line that cannot be carried out; the message says why."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse that takes no abbreviations and suggests the nearest option for an unknown one."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_Formatter, **arguments)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}\n`{self.prog} --help` shows what there is.")
+
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        """Parse all words; an unknown option is an error that names the nearest."""
+        values, unknown = self.parse_known_args(words)
+        if not unknown:
+            return values
+        options = [option for action in self._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], options, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return self.error(f"unknown argument {unknown[0]}{hint}")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, "") or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=110)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    words = sys.argv[1:] if words is None else list(words)
+    listed = "\n".join(f"  {name:10} {inspect.getdoc(function)}" for name, function in COMMANDS.items())
+    parser = _Parser(
+        prog="flowformer",
+        description=f"Attention in linear time: train, evaluate and inspect.\n\ncommands:\n{listed}",
+        epilog="`flowformer COMMAND --help` tells more of each.",
+    )
+    parser.add_argument("--version", action="version", version=f"flowformer {flowformer.__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of those above")
+    try:
+        if not words or words[0] not in COMMANDS:
+            if words and not words[0].startswith("-"):
+                near = difflib.get_close_matches(words[0], COMMANDS, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                parser.error(f"no command {words[0]!r}{hint} There is {', '.join(COMMANDS)}.")
+            parser.parse(words or ["--help"])
+        return COMMANDS[words[0]](words[1:])
+    except UsageError as error:
+        print(f"flowformer: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        needed = [extra for extra, modules in EXTRAS.items() if (error.name or "").split(".")[0] in modules]
+        if not needed:
+            raise
+        print(f"flowformer: {error.name} is not installed: pip install 'flowformer[{needed[0]}]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("flowformer: interrupted", file=sys.stderr)
+        return 130
+
+
+def _train(words: Sequence[str]) -> int:
+    """Run a recipe and write its folder."""
+    from flowformer.recipes import find_recipe
+
+    parser = _Parser(
+        prog="flowformer train",
+        description="Run a recipe. `flowformer list` shows them all; `flowformer train RECIPE --help` one's options.",
+    )
+    parser.add_argument("recipe", help="name of the recipe, for example uea/JapaneseVowels")
+    if words and not words[0].startswith("-"):
+        parser = _recipe_parser(words[0], _usable(find_recipe, words[0]))
+    values = vars(parser.parse(words))
+    name, out, resume = values.pop("recipe"), values.pop("out"), values.pop("resume")
+    recipe = _usable(find_recipe(name), **values)
+    folder = Path(out) if out else Path("runs") / recipe.name / recipe.label
+
+    from rich.console import Console
+
+    from flowformer.report.tables import protocol_table
+    from flowformer.training.fit import train
+
+    console = Console()
+    command = shlex.join(["flowformer", "train", *words])
+    try:
+        result = _usable(train, recipe, folder, resume=resume, command=command, console=console)
+    except KeyboardInterrupt:
+        again = command if resume else f"{command} --resume"
+        print(f"\nInterrupted. To go on from the last complete epoch: {again}", file=sys.stderr)
+        return 130
+    console.print(protocol_table(result))
+    console.print(f"The run is in {folder}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _recipe_parser(name: str, recipe: Any) -> _Parser:
+    described = inspect.getdoc(getattr(recipe, "func", recipe))  # the function that a partial stands for
+    parser = _Parser(prog=f"flowformer train {name}", description=described)
+    parser.add_argument("recipe", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder of the run; runs/RECIPE/ATTENTION-seedN if absent", default=""
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
+    defaults = recipe()
+    for field in dataclasses.fields(defaults):
+        if field.name == "name":
+            continue
+        default = getattr(defaults, field.name)
+        flag = "--" + field.name.replace("_", "-")
+        shown = field.metadata["help"]
+        if isinstance(default, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=shown)
+        else:
+            kind = type(default)
+            parser.add_argument(flag, type=kind, default=default, metavar=kind.__name__.upper(), help=shown)
+    return parser
+
+
+def _usable(function: Any, *words: Any, **values: Any) -> Any:
+    """Call a function whose ValueError or RunError is the user's to mend."""
+    from flowformer.training.files import RunError
+
+    try:
+        return function(*words, **values)
+    except (ValueError, RunError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _run_arguments(parser: _Parser) -> None:
+    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("--checkpoint", default="last", help="last, best-test or best-validation")
+
+
+def _open_run(folder: Path, checkpoint: str, **fields: Any) -> tuple[Any, Any, Any]:
+    """Recipe, model and data format of a run."""
+    from flowformer.recipes import read_recipe
+    from flowformer.training.files import read_json
+    from flowformer.training.fit import load
+
+    if not (folder / "recipe.json").exists():
+        raise UsageError(f"{folder} is no run's folder: it has no recipe.json")
+    recipe = _usable(read_recipe, {**read_json(folder / "recipe.json"), **fields})
+    return recipe, *_usable(load, recipe, folder, checkpoint)
+
+
+def _evaluate(words: Sequence[str]) -> int:
+    """Measure a run's model on its test set again."""
+    parser = _Parser(prog="flowformer evaluate", description=_evaluate.__doc__)
+    _run_arguments(parser)
+    parser.add_argument("--data-dir", help="folder of the data, if it has moved", default="")
+    values = parser.parse(words)
+    fields = {"data_dir": values.data_dir} if values.data_dir else {}
+    recipe, model, _ = _open_run(values.run, values.checkpoint, **fields)
+
+    from flowformer.training.fit import evaluate
+
+    task = _usable(recipe.build_task)
+    if recipe.validation_fraction:
+        task, _ = task.split_validation(recipe.validation_fraction, recipe.seed)
+    for name, value in _usable(evaluate, recipe, task, model).items():
+        print(f"{name}: {value:.4f}")
+    return 0
+
+
+def _predict(words: Sequence[str]) -> int:
+    """Classify a file of series with a run's model; CSV to standard output or a file."""
+    parser = _Parser(prog="flowformer predict", description=_predict.__doc__)
+    _run_arguments(parser)
+    parser.add_argument("file", type=Path, help="series as .ts or as .csv in long form; labels are not needed")
+    parser.add_argument("--out", type=Path, help="file to write", default=None)
+    values = parser.parse(words)
+    _, model, form = _open_run(values.run, values.checkpoint)
+
+    import csv
+    import io
+
+    from flowformer.tasks.series import classify, match_format
+    from flowformer.tasks.series_files import read_table
+    from flowformer.training.files import write_whole
+
+    table = _usable(read_table, values.file, labelled=False)
+    probabilities = classify(model, form, _usable(match_format, table, form))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["series", "label", *(f"p_{name}" for name in form.classes)])
+    for name, row in zip(table.names, probabilities, strict=True):
+        writer.writerow([name, form.classes[int(row.argmax())], *(f"{value:.6f}" for value in row)])
+    if values.out is None:
+        print(text.getvalue(), end="")
+    else:
+        write_whole(values.out, text.getvalue())
+        print(f"{len(table.series)} predictions in {values.out}")
+    return 0
+
+
+def _list(words: Sequence[str]) -> int:
+    """Show recipes, models and attention mechanisms."""
+    from flowformer.recipes import list_recipes
+
+    parser = _Parser(prog="flowformer list", description=_list.__doc__)
+    parser.parse(words)
+    for title, names in (
+        ("Recipes (flowformer train NAME)", list_recipes()),
+        ("Models (flowformer.create_model(NAME, ...))", flowformer.list_models()),
+        ("Attention (flowformer.create_attention(NAME, ...), --attention NAME)", flowformer.list_attentions()),
+    ):
+        print(title)
+        for name in names:
+            print(f"  {name}")
+    return 0
+
+
+def _info(words: Sequence[str]) -> int:
+    """Describe a recipe, a model or an attention mechanism."""
+    from flowformer.models.registry import find_model
+    from flowformer.recipes import find_recipe, list_recipes
+
+    parser = _Parser(prog="flowformer info", description=_info.__doc__)
+    parser.add_argument("name", help="a name that `flowformer list` shows")
+    name = parser.parse(words).name
+    if name in flowformer.list_attentions():
+        _info_attention(name)
+    elif name in flowformer.list_models():
+        print(f"{name}\n\n{inspect.getdoc(find_model(name))}")
+    elif name in list_recipes():
+        _info_recipe(name, find_recipe(name))
+    else:
+        known = [*flowformer.list_attentions(), *flowformer.list_models(), *list_recipes()]
+        near = difflib.get_close_matches(name, known, 1)
+        parser.error(f"nothing is called {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return 0
+
+
+def _info_attention(name: str) -> None:
+    from flowformer.attention import find_attention
+
+    row = find_attention(name)
+    print(f"{name}: {row.module.__name__}\n\n{inspect.getdoc(row.module)}\n")
+    print(f"Time: {row.complexity}; memory {'linear' if row.linear else 'not linear'} in length\nSource: {row.source}")
+
+
+def _info_recipe(name: str, function: Any) -> None:
+    from flowformer.tasks import uea
+
+    print(f"{name}: {inspect.getdoc(getattr(function, 'func', function))}\n")
+    recipe = function()
+    for field in dataclasses.fields(recipe):
+        print(f"  {field.name:20} {getattr(recipe, field.name)!r:14} {field.metadata['help']}")
+    if name.startswith("uea/"):
+        print("\nPublished accuracy, percent (Wu et al., ICML 2022):")
+        for method, value in uea.get_published(recipe.subset).items():
+            print(f"  {method:12} {value:5.1f}")
+
+
+def _doctor(words: Sequence[str]) -> int:
+    """Show what is installed here, and what would run."""
+    import torch
+
+    from flowformer.ops import backend
+
+    _Parser(prog="flowformer doctor", description=_doctor.__doc__).parse(words)
+    chosen, why = _usable(backend.choose, "doctor")
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    rows = {
+        "flowformer": f"{flowformer.__version__} in {Path(flowformer.__file__).parent}",
+        "python": f"{platform.python_version()} in {sys.prefix}",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} CPUs",
+        "GPUs": ", ".join(gpus) or "none",
+        "backend": f"{chosen}: {why}",
+    }
+    for extra, modules in EXTRAS.items():
+        missing = [module for module in modules if importlib.util.find_spec(module) is None]
+        install = f"missing {', '.join(missing)}: pip install 'flowformer[{extra}]'"
+        rows[f"extra {extra}"] = install if missing else "installed"
+    for name, value in rows.items():
+        print(f"{name:18} {value}")
+    return 0
+
+
+COMMANDS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "list": _list,
+    "info": _info,
+    "doctor": _doctor,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

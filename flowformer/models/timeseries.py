@@ -1,0 +1,122 @@
+"""Models of multivariate time series.
+
+Source: thuml/Flowformer, Flowformer_TimeSeries (the UEA experiments of Wu et al., ICML 2022).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowformer.models.encoder import Encoder, EncoderBlock
+from flowformer.models.registry import register_model
+from flowformer.ops.masking import describe
+
+
+class SeriesClassifier(nn.Module):
+    """The published classifier: embed each time step, encode, and classify the flattened sequence.
+
+    Args:
+        channels: Channels of a series.
+        classes: Number of classes.
+        max_length: Longest series; sets the position table and the classifier's width.
+        dim: Channels of the encoder.
+        num_heads: Heads of each attention.
+        num_layers: Blocks.
+        ffn_dim: Channels inside the feed-forward networks.
+        dropout: Probability, throughout.
+        attention: Name of the mechanism: :func:`flowformer.list_attentions`.
+        attention_options: Options of the mechanism; for ``"flow"`` the preset ``"timeseries"`` unless one is given.
+        mask_padding: Whether padding is invisible. ``False`` is the published behaviour: padding takes part in
+            attention, so that an answer depends on how far its batch is padded, and only the features are zeroed.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        classes: int,
+        max_length: int,
+        *,
+        dim: int = 512,
+        num_heads: int = 8,
+        num_layers: int = 2,
+        ffn_dim: int = 2048,
+        dropout: float = 0.1,
+        attention: str = "flow",
+        attention_options: Mapping[str, Any] | None = None,
+        mask_padding: bool = True,
+    ) -> None:
+        super().__init__()
+        if min(channels, classes, max_length) < 1:
+            raise ValueError(f"channels, classes and max_length must be positive, got {channels, classes, max_length}")
+        options = dict(attention_options or {})
+        if attention == "flow":
+            options.setdefault("preset", "timeseries")
+        self.channels, self.max_length, self.mask_padding = channels, max_length, mask_padding
+        self.scale = math.sqrt(dim)
+        self.embed = nn.Linear(channels, dim)
+        self.position = nn.Parameter(torch.empty(max_length, dim).uniform_(-0.02, 0.02))
+        self.encoder = Encoder(
+            [
+                EncoderBlock(
+                    dim, num_heads, ffn_dim, dropout=dropout, attention=attention, attention_options=options,
+                    max_length=max_length,
+                )
+                for _ in range(num_layers)
+            ],
+            dim,
+        )  # fmt: skip
+        self.dropout = nn.Dropout(dropout)
+        self.activation = nn.GELU()
+        self.head = nn.Linear(max_length * dim, classes)
+
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Class scores of a batch of series.
+
+        Args:
+            x: (batch, length, channels) with length at most ``max_length``; padding on the right.
+            key_padding_mask: (batch, length) boolean, True = real time step.
+
+        Returns:
+            Logits (batch, classes).
+
+        Raises:
+            ValueError: for another shape, or a series longer than the position table.
+        """
+        self._check(x, key_padding_mask)
+        if key_padding_mask is not None and self.mask_padding:
+            x = x.masked_fill(~key_padding_mask.unsqueeze(-1), 0)
+        length = x.shape[1]
+        h = self.dropout(self.embed(x) * self.scale + self.position[:length])
+        h = self.encoder(h, key_padding_mask if self.mask_padding else None)
+        h = self.dropout(self.activation(h))
+        if key_padding_mask is not None:
+            h = h.masked_fill(~key_padding_mask.unsqueeze(-1), 0)
+        # Steps that are not there are zeros: leave out their part of the product.
+        h = h.flatten(1)
+        return nn.functional.linear(h, self.head.weight[:, : h.shape[1]], self.head.bias)
+
+    def _check(self, x: Tensor, key_padding_mask: Tensor | None) -> None:
+        if x.ndim != 3 or x.shape[-1] != self.channels:
+            raise ValueError(f"x must be (batch, length, {self.channels}), got {describe(x)}")
+        if x.shape[1] > self.max_length:
+            raise ValueError(f"x is {x.shape[1]} steps long; this model takes at most max_length = {self.max_length}")
+        if key_padding_mask is not None and key_padding_mask.shape != x.shape[:2]:
+            raise ValueError(f"key_padding_mask must be {tuple(x.shape[:2])}, got {describe(key_padding_mask)}")
+
+
+@register_model
+def flowformer_timeseries(channels: int, classes: int, max_length: int, **options: Any) -> SeriesClassifier:
+    """The classifier of the published UEA experiments: 2 layers, 512 channels, 8 heads, 2,048 inside.
+
+    Args:
+        channels: Channels of a series.
+        classes: Number of classes.
+        max_length: Longest series.
+        **options: As in :class:`SeriesClassifier`.
+    """
+    return SeriesClassifier(channels, classes, max_length, **options)

@@ -1,0 +1,1 @@
+"""Results as tables, the published numbers beside ours."""

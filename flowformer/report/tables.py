@@ -1,0 +1,29 @@
+"""Results as tables for a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+
+def protocol_table(result: dict[str, Any]) -> Table:
+    """One run under each protocol, with the published value.
+
+    Args:
+        result: What a run's ``result.json`` holds.
+    """
+    recipe = result["recipe"]
+    title = (
+        f"{recipe['name']}, attention {recipe.get('attention', '?')}, seed {result['seed']}, {recipe['epochs']} epochs"
+    )
+    table = Table(title=title, title_justify="left")
+    for name in ("protocol", "metric"):
+        table.add_column(name)
+    for name in ("ours", "published"):
+        table.add_column(name, justify="right")
+    table.add_column("how the model was chosen", overflow="fold")
+    for name, entry in result["protocols"].items():
+        published = "-" if entry["published"] is None else f"{entry['published']:.1f}"
+        table.add_row(name, entry["metric"], f"{entry['value']:.2f}", published, entry["selection"])
+    return table

@@ -1,0 +1,1 @@
+"""Training by Lightning: fit, evaluate, predict, resume."""

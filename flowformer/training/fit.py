@@ -1,0 +1,258 @@
+"""Train, resume and evaluate; every run writes one folder.
+
+A run's folder holds ``recipe.json`` (the resolved recipe), ``format.json`` (how data is prepared for the model),
+``metrics.jsonl`` (one record per epoch), ``checkpoints/`` (``last.ckpt`` with everything needed to go on,
+``best-test.ckpt`` and, where a validation part is held out, ``best-validation.ckpt``) and, when it is complete,
+``result.json``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from rich.console import Console
+from torch import nn
+
+from flowformer.training.callbacks import History, RunProgress
+from flowformer.training.files import RunError, environment, read_json, write_json
+from flowformer.training.module import TaskModule
+from flowformer.training.recipe import Recipe, Task
+
+CHECKPOINTS = ("last", "best-test", "best-validation")
+
+
+def train(recipe: Recipe, folder: Path, *, resume: bool = False, command: str = "", console: Console) -> dict[str, Any]:
+    """Run a recipe, or go on with it, and write its folder.
+
+    Args:
+        recipe: What to run.
+        folder: Where to write. Must not hold a run unless ``resume``.
+        resume: Go on with the run in ``folder``, if there is one. A complete run is not run again.
+        command: The command that started it, for the record.
+        console: Where to show progress.
+
+    Returns:
+        What ``result.json`` holds.
+
+    Raises:
+        RunError: if the folder holds a run and ``resume`` is not given, or the run of another recipe.
+        KeyboardInterrupt: when interrupted; the run can be resumed from its last complete epoch.
+    """
+    _check_folder(recipe, folder, resume)
+    if (folder / "result.json").exists():
+        return read_json(folder / "result.json")
+    task, held_out = recipe.build_task(), None
+    if recipe.validation_fraction:
+        task, held_out = task.split_validation(recipe.validation_fraction, recipe.seed)
+    torch.manual_seed(recipe.seed)
+    model = recipe.build_model(task.format)
+    write_json(folder / "recipe.json", asdict(recipe))
+    write_json(folder / "format.json", task.format.to_json())
+    records = fit(recipe, task, model, held_out=held_out, folder=folder, console=console)
+    result = {
+        "recipe": asdict(recipe),
+        "seed": recipe.seed,
+        "command": command,
+        "environment": environment(),
+        "data": {"source": task.source, "licence": task.licence},
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "seconds": sum(record["seconds"] for record in records),
+        "protocols": protocols(recipe, task, records),
+    }
+    write_json(folder / "result.json", result)
+    return result
+
+
+def _check_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
+    path = folder / "recipe.json"
+    if not path.exists():
+        return
+    if not resume:
+        raise RunError(f"{folder} holds a run already: go on with it by --resume, or give another folder by --out")
+    before, now = read_json(path), asdict(recipe)
+    binding = [field.name for field in fields(recipe) if not field.metadata.get("neutral")]
+    differ = [
+        f"{name} was {before.get(name)!r}, now {now[name]!r}" for name in binding if before.get(name) != now[name]
+    ]
+    if differ:
+        raise RunError(f"{folder} holds the run of another recipe: {'; '.join(differ)}. Give another folder by --out")
+
+
+def fit(
+    recipe: Recipe,
+    task: Task,
+    model: nn.Module,
+    *,
+    held_out: Any = None,
+    folder: Path | None = None,
+    console: Console | None = None,
+) -> list[dict[str, Any]]:
+    """Train a model in place.
+
+    Args:
+        recipe: How.
+        task: On what.
+        model: The model; left with the weights of the last epoch.
+        held_out: A part of the training set to evaluate besides the test set.
+        folder: Where checkpoints and metrics go; training goes on from the last checkpoint there. ``None`` writes none.
+        console: Where to show progress; ``None`` for nowhere.
+
+    Returns:
+        One record of metrics per epoch; the first is before training, where there is something to evaluate on.
+    """
+    history = History(None if folder is None else folder / "metrics.jsonl")
+    callbacks: list[Callback] = [history]
+    if console is not None:
+        callbacks.append(RunProgress(console, task.metric))
+    last = None
+    if folder is not None:
+        callbacks += _checkpoints(folder, task, held_out is not None)
+        last = folder / "checkpoints" / "last.ckpt"
+    module = TaskModule(recipe, task, model, held_out)
+    with _quiet():
+        trainer = _trainer(recipe, callbacks, folder, evaluating=bool(module.evaluated))
+        if last is not None and last.exists():
+            history.load()
+        elif module.evaluated:
+            trainer.validate(module, verbose=False)
+            start = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            history.add(trainer, {"epoch": 0, "seconds": 0.0, **start})
+        try:
+            trainer.fit(module, ckpt_path=last if last is not None and last.exists() else None, weights_only=False)
+        except SystemExit as error:  # what Lightning makes of Ctrl-C
+            raise KeyboardInterrupt from error
+    return history.records
+
+
+def _trainer(
+    recipe: Recipe, callbacks: list[Callback], folder: Path | None, *, evaluating: bool = True
+) -> lightning.Trainer:
+    try:
+        return lightning.Trainer(**_arguments(recipe, callbacks, folder, evaluating))
+    except MisconfigurationException as error:  # an accelerator that is not there, say
+        raise RunError(str(error)) from error
+
+
+def _arguments(recipe: Recipe, callbacks: list[Callback], folder: Path | None, evaluating: bool) -> dict[str, Any]:
+    return {
+        "accelerator": recipe.accelerator,
+        "devices": recipe.devices,
+        "precision": recipe.precision,
+        "max_epochs": recipe.epochs,
+        "limit_val_batches": 1.0 if evaluating else 0,
+        "gradient_clip_val": recipe.clip_grad_norm or None,
+        "callbacks": callbacks,
+        "logger": False,
+        "default_root_dir": folder,
+        "enable_checkpointing": folder is not None,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,  # the module's own samplers know about devices
+    }
+
+
+def _checkpoints(folder: Path, task: Task, validated: bool) -> list[Callback]:
+    """The last epoch with everything needed to go on; and the weights of the best evaluations."""
+    where: dict[str, Any] = {
+        "dirpath": folder / "checkpoints",
+        "save_on_train_epoch_end": True,
+        "enable_version_counter": False,
+    }
+    best = {"save_weights_only": True, "mode": "max", "save_top_k": 1, **where}
+    callbacks: list[Callback] = [ModelCheckpoint(filename="best-test", monitor=f"test/{task.metric}", **best)]
+    if validated:
+        callbacks.append(ModelCheckpoint(filename="best-validation", monitor=f"validation/{task.metric}", **best))
+    return [*callbacks, ModelCheckpoint(filename="last", save_top_k=1, every_n_epochs=1, **where)]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning's advice to itself: the recipe decided what it advises about."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            warnings.filterwarnings("ignore", ".*number of training batches .* is smaller than the logging interval.*")
+            warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+            warnings.filterwarnings("ignore", ".*GPU available but not used.*")
+            # A run resumed before an epoch without evaluation.
+            warnings.filterwarnings("ignore", ".*could not find the monitored key.*")
+            # Lightning 2.6 (pytorch/utilities/_pytree.py) builds a class that newer torch deprecates.
+            warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def protocols(recipe: Recipe, task: Task, records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The result under the paper's protocol and under an honest one, from one run's records."""
+    metric = f"test/{task.metric}"
+    evaluated = [record for record in records if metric in record]
+    best = max(evaluated, key=lambda record: record[metric])
+    chosen, how = evaluated[-1], f"last epoch ({evaluated[-1]['epoch']})"
+    if recipe.validation_fraction:
+        held_out = f"validation/{task.metric}"
+        chosen = max(evaluated, key=lambda record: record[held_out])
+        how = (
+            f"epoch {chosen['epoch']}, best of {len(evaluated)} on {recipe.validation_fraction:.0%} of the training set"
+        )
+
+    def entry(record: dict[str, Any], selection: str) -> dict[str, Any]:
+        return {
+            "metric": f"test {task.metric}, percent",
+            "value": 100 * record[metric],
+            "published": recipe.published(task),
+            "epoch": record["epoch"],
+            "selection": selection,
+        }
+
+    return {
+        "paper": entry(best, f"best of {len(evaluated)} evaluations on the test set (epoch {best['epoch']})"),
+        "honest": entry(chosen, how),
+    }
+
+
+def load(recipe: Recipe, folder: Path, checkpoint: str = "last") -> tuple[nn.Module, Any]:
+    """The model of a run and the format of its data.
+
+    Args:
+        recipe: The run's recipe.
+        folder: The run's folder.
+        checkpoint: ``"last"``, ``"best-test"`` or ``"best-validation"``.
+
+    Raises:
+        RunError: if the folder has no such checkpoint.
+    """
+    path = folder / "checkpoints" / f"{checkpoint}.ckpt"
+    if not path.exists():
+        there = sorted(found.stem for found in path.parent.glob("*.ckpt"))
+        raise RunError(f"no checkpoint {checkpoint!r} in {path.parent}; there is {', '.join(there) or 'none'}")
+    form = recipe.read_format(read_json(folder / "format.json"))
+    model = recipe.build_model(form)
+    state = torch.load(path, map_location="cpu", weights_only=False)["state_dict"]
+    model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
+    return model.eval(), form
+
+
+def evaluate(recipe: Recipe, task: Task, model: nn.Module) -> dict[str, float]:
+    """Loss and metric of a model on the test set of a task."""
+    module = TaskModule(recipe, task, model)
+    with _quiet():
+        trainer = _trainer(recipe, [], None)
+        trainer.validate(module, verbose=False)
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}

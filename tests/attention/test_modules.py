@@ -1,0 +1,309 @@
+"""Attention as modules: every one of the registry."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flowformer.attention import Attention, FlowAttention, create_attention, find_attention, list_attentions
+
+DIM, NUM_HEADS = 12, 3
+
+each = pytest.mark.parametrize("name", list_attentions())
+
+
+def build(name: str, *, causal: bool = False, dtype: torch.dtype = torch.float64, **options: Any) -> Attention:
+    torch.manual_seed(0)
+    return create_attention(name, DIM, NUM_HEADS, causal=causal, **options).to(dtype).eval()
+
+
+def tokens(length: int, *, batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    random = torch.Generator().manual_seed(seed + length)
+    return torch.randn(batch, length, DIM, generator=random, dtype=torch.float64).to(dtype)
+
+
+def close(got: Tensor, want: Tensor, tolerance: float = 1e-10) -> None:
+    assert got.shape == want.shape
+    assert (got.double() - want.double()).abs().max() <= tolerance * want.double().abs().max()
+
+
+# --------------------------------------------------------------------------------------------------------- forward
+
+
+@each
+@pytest.mark.parametrize("causal", [False, True])
+def test_is_the_operation_between_projections(name: str, causal: bool) -> None:
+    module, x, row = build(name, causal=causal), tokens(20), find_attention(name)
+    assert isinstance(module, row.module)
+    q, k, v = (
+        nn.functional.linear(x, p.weight, p.bias).unflatten(-1, (NUM_HEADS, DIM // NUM_HEADS))
+        for p in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    out = row.op(q, k, v, causal=causal).flatten(2)
+    close(module(x), nn.functional.linear(out, module.out_proj.weight, module.out_proj.bias))
+
+
+@each
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"head_dim": 5}, {"head_dim": 5, "bias": False}])
+def test_shapes(name: str, options: dict[str, Any]) -> None:
+    module = build(name, **options)
+    assert module(tokens(20)).shape == (2, 20, DIM)
+    assert module(tokens(20), tokens(7)).shape == (2, 20, DIM)
+    inner = NUM_HEADS * options.get("head_dim", DIM // NUM_HEADS)
+    assert module.q_proj.weight.shape == module.k_proj.weight.shape == module.v_proj.weight.shape == (inner, DIM)
+    assert module.out_proj.weight.shape == (DIM, inner)
+    biases = [p for parameter, p in module.named_parameters() if parameter.endswith("bias")]
+    assert len(biases) == (4 if options.get("bias", True) else 0)
+    causal = build(name, causal=True, **options)
+    out, _ = causal.step(tokens(1)[:, 0], causal.init_state(2))
+    assert out.shape == (2, DIM)
+
+
+@each
+def test_dropout_comes_after_the_output_projection(name: str) -> None:
+    module, x = build(name, dropout=0.5), tokens(20)
+    want = module(x)
+    close(module(x), want, 0)  # none in evaluation
+    module.train()
+    out = module(x)
+    dropped = out == 0
+    assert 0.3 < dropped.double().mean() < 0.7
+    close(out[~dropped], 2 * want[~dropped])
+
+
+# --------------------------------------------------------------------------------------------------------- padding
+
+
+@each
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_is_invisible_and_zero(name: str, causal: bool) -> None:
+    module, x = build(name, causal=causal), tokens(20)
+    padded = torch.cat([x, torch.full((2, 9, DIM), torch.nan, dtype=x.dtype)], 1)
+    mask = torch.arange(29).expand(2, -1) < 20
+    out = module(padded, key_padding_mask=mask)
+    close(out[:, :20], module(x))
+    assert not out[:, 20:].any()  # where the bias of the output projection alone would stand
+
+
+@each
+@pytest.mark.parametrize("length", [20, 11])
+def test_a_key_mask_of_a_context_leaves_the_queries_real(name: str, length: int) -> None:
+    module, x, context = build(name), tokens(length), tokens(20, seed=1)
+    mask = torch.arange(20).expand(2, -1) < 15  # of the shape of x where lengths are equal, yet none of its business
+    out = module(x, context, key_padding_mask=mask)
+    close(out, module(x, context[:, :15]))
+    assert out.abs().sum(-1).all()
+    queries = torch.arange(length).expand(2, -1) < 9
+    out = module(x, context, key_padding_mask=mask, query_padding_mask=queries)
+    close(out[:, :9], module(x[:, :9], context[:, :15]))
+    assert not out[:, 9:].any()
+
+
+@each
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_equals_one_by_one(name: str, causal: bool) -> None:
+    module, x = build(name, causal=causal), tokens(20, batch=1)
+    out = module(x, cu_seqlens=torch.tensor([0, 6, 6, 20], dtype=torch.int32))
+    close(out, torch.cat([module(x[:, :6]), module(x[:, 6:])], 1))
+
+
+# ---------------------------------------------------------------------------------------------------------- states
+
+
+@each
+@pytest.mark.parametrize("prompt", [0, 1, 13])
+def test_prefill_and_steps_equal_forward(name: str, prompt: int) -> None:
+    module, x = build(name, causal=True), tokens(20)
+    want, state, outs = module(x), module.init_state(2), []
+    if prompt:
+        out, state = module(x[:, :prompt], return_state=True)
+        outs.append(out)
+    for t in range(prompt, 20):
+        out, state = module.step(x[:, t], state)
+        outs.append(out.unsqueeze(1))
+    close(torch.cat(outs, 1), want)
+
+
+@each
+def test_forward_continues_from_a_state(name: str) -> None:
+    module, x = build(name, causal=True), tokens(20)
+    first, state = module(x[:, :7], return_state=True, initial_state=module.init_state(2))
+    second = module(x[:, 7:], initial_state=state)
+    close(torch.cat([first, second], 1), module(x))
+
+
+@each
+def test_only_causal_modules_have_states(name: str) -> None:
+    module, x = build(name), tokens(5)
+    for refuse in (lambda: module.init_state(2), lambda: module.step(x[:, 0], None)):
+        with pytest.raises(ValueError, match="only a causal module has a state; build it with causal=True"):
+            refuse()
+    with pytest.raises(ValueError, match="initial_state and return_state want causal=True"):
+        module(x, return_state=True)
+    with pytest.raises(TypeError, match=r"must be a \w*State, got tuple"):
+        build(name, causal=True)(x, initial_state=(1, 2))
+
+
+# ------------------------------------------------------------------------------------------------------- precision
+
+
+@each
+@pytest.mark.parametrize("causal", [False, True])
+def test_autocast_sums_in_float32(name: str, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Long, of large mean: sums in bfloat16 would be wrong by far more than the rounding of the projections.
+    module, x = build(name, causal=causal, dtype=torch.float32), tokens(600, dtype=torch.float32)
+    want = module(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = module(x)
+    assert out.dtype == torch.bfloat16
+    close(out, want, 2e-2)
+
+    # The operation itself, given float32, is not touched by autocast.
+    row, seen = find_attention(name), []
+    q, k, v = (t.unflatten(-1, (NUM_HEADS, -1)) for t in (x, x + 1, x - 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        seen.append(row.op(q, k, v, causal=causal))
+    assert seen[0].dtype == torch.float32
+    close(seen[0], row.op(q, k, v, causal=causal), 1e-5)
+
+
+@each
+@pytest.mark.parametrize("causal", [False, True])
+def test_half_precision_modules(name: str, causal: bool) -> None:
+    module, x = build(name, causal=causal, dtype=torch.float32), tokens(600, dtype=torch.float32)
+    half = copy.deepcopy(module).bfloat16()
+    out = half(x.bfloat16())
+    assert out.dtype == torch.bfloat16
+    close(out, module(x), 2e-2)
+    if causal:
+        state, outs = half.init_state(2), []
+        for t in range(50):
+            out, state = half.step(x[:, t].bfloat16(), state)
+            outs.append(out)
+        assert out.dtype == torch.bfloat16
+        close(torch.stack(outs, 1), module(x)[:, :50], 2e-2)
+
+
+@each
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_reach_every_parameter(name: str, causal: bool) -> None:
+    module, x = build(name, causal=causal), tokens(20).requires_grad_()
+    module(x).square().sum().backward()
+    for tensor in (x, *module.parameters()):
+        assert tensor.grad is not None
+        assert tensor.grad.isfinite().all()
+    for parameter in (module.q_proj.weight, module.k_proj.weight, module.v_proj.weight, module.out_proj.weight):
+        assert parameter.grad.any()
+
+
+# ----------------------------------------------------------------------------------------- what modules are besides
+
+
+@each
+@pytest.mark.parametrize("causal", [False, True])
+def test_copies_give_the_same(name: str, causal: bool) -> None:
+    module, x = build(name, causal=causal), tokens(20)
+    want = module(x)
+    close(copy.deepcopy(module)(x), want, 0)
+    close(pickle.loads(pickle.dumps(module))(x), want, 0)
+    torch.manual_seed(1)
+    other = create_attention(name, DIM, NUM_HEADS, causal=causal).double()
+    assert not torch.equal(other(x), want)
+    other.load_state_dict(module.state_dict())
+    close(other(x), want, 0)
+    assert {key.split(".")[0] for key in module.state_dict()} == {"q_proj", "k_proj", "v_proj", "out_proj"}
+
+
+@each
+def test_says_what_it_is(name: str) -> None:
+    text = repr(build(name, causal=True, head_dim=5))
+    assert text.startswith(find_attention(name).module.__name__)
+    assert "dim=12, num_heads=3, head_dim=5, causal=True" in text
+
+
+def test_flow_says_its_options() -> None:
+    text = repr(FlowAttention(DIM, NUM_HEADS, preset="wikitext", allocation=False))
+    assert "preset='wikitext', feature_map='sigmoid', clamp=5.0, eps=1e-06" in text
+    assert "competition='sequence', allocation=False" in text
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_flow_hands_its_preset_and_overrides_on(causal: bool) -> None:
+    x = tokens(20)
+    core = build("flow", causal=causal)
+    for options in ({"preset": "lra"}, {"preset": "timeseries"}, {"clamp": 0.5}, {"feature_map": "relu"}):
+        other = build("flow", causal=causal, **options)
+        assert not torch.allclose(other(x), core(x))
+        if causal:
+            (out, _), want = other.step(x[:, 0], other.init_state(2)), other(x)[:, 0]
+            close(out, want)
+    with pytest.raises(ValueError, match=r"no preset 'corr'.*did you mean 'core'"):
+        FlowAttention(DIM, NUM_HEADS, preset="corr")
+    with pytest.raises(TypeError, match=r"no option 'epz'.*did you mean 'eps'"):
+        FlowAttention(DIM, NUM_HEADS, epz=1.0)
+
+
+def test_linear_hands_its_eps_on() -> None:
+    x = tokens(20)
+    module, plain = build("linear", causal=True, eps=10.0), build("linear", causal=True)
+    assert not torch.allclose(module(x), plain(x))
+    out, _ = module.step(x[:, 0], module.init_state(2))
+    close(out, module(x)[:, 0])
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+@each
+def test_sizes_that_do_not_fit_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="num_heads must divide dim, got dim 12 and num_heads 5; or give head_dim"):
+        create_attention(name, 12, 5)
+    for sizes in ((0, 1), (12, 0), (-12, 3)):
+        with pytest.raises(ValueError, match="must be positive, got"):
+            create_attention(name, *sizes)
+    with pytest.raises(ValueError, match="must be positive, got 12, 3, 0"):
+        create_attention(name, 12, 3, head_dim=0)
+    with pytest.raises(TypeError, match="no_such_option"):
+        create_attention(name, 12, 3, no_such_option=1)
+    with pytest.raises(ValueError, match="max_length must be positive, got 0"):
+        create_attention(name, 12, 3, max_length=0)
+    assert isinstance(create_attention(name, 12, 3, max_length=9), Attention)
+
+
+@each
+def test_bad_input_is_refused(name: str) -> None:
+    module, causal, x = build(name), build(name, causal=True), tokens(6)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    for bad in (x[0], x[..., :5], x.unsqueeze(0)):
+        with pytest.raises(ValueError, match=r"x must be \(batch, length, 12\), got \("):
+            module(bad)
+        with pytest.raises(ValueError, match=r"context must be \(batch, length, 12\), got \("):
+            module(x, bad)
+        with pytest.raises(ValueError, match=r"step: x must be \(batch, 12\), got \("):
+            causal.step(bad if bad.ndim != 2 else x, causal.init_state(2))
+    with pytest.raises(ValueError, match="a causal module attends to itself; build it with causal=False"):
+        causal(x, x)
+    with pytest.raises(ValueError, match="query_padding_mask goes with a context"):
+        module(x, query_padding_mask=mask)
+    with pytest.raises(TypeError, match="key_padding_mask must be a boolean tensor"):
+        module(x, key_padding_mask=mask.float())
+    with pytest.raises(ValueError, match=r"key_padding_mask must have shape \(2, 6\), got \(2, 5\)"):
+        module(x, key_padding_mask=mask[:, :5])
+    with pytest.raises(ValueError, match="batch"):
+        module(x, x[:1])
+    with pytest.raises(ValueError, match="give cu_seqlens or padding masks, not both"):
+        module(x[:1], key_padding_mask=mask[:1], cu_seqlens=torch.tensor([0, 6], dtype=torch.int32))
+
+
+def test_unknown_names_suggest_the_nearest() -> None:
+    for function in (find_attention, lambda name: create_attention(name, 12, 3)):
+        with pytest.raises(ValueError, match=r"no attention 'flwo'; there is flow, .*\(did you mean 'flow'\?\)"):
+            function("flwo")
+        with pytest.raises(ValueError, match=r"no attention 'zzz'; there is .*softmax$"):
+            function("zzz")
+    assert list_attentions() == sorted(list_attentions())

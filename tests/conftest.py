@@ -1,0 +1,59 @@
+"""Fixtures of every test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of facts, data and golden vectors beside the repository."""
+    folder = TESTS.parent.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}: it is not part of the repository")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory holds NaN in tests of the mathematics, so that reading it before writing cannot pass."""
+    if TESTS / "ops" not in request.path.parents and request.path != TESTS / "laws.py":
+        return
+
+    def poison(make):
+        def made(*arguments, **options):
+            tensor = make(*arguments, **options)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+        return made
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+def _write_waves(path: Path, count: int, seed: int) -> str:
+    generator = np.random.default_rng(seed)
+    rows = ["series,time,label,a,b"]
+    for number in range(count):
+        phase = generator.uniform(0, 6)
+        for time in range(generator.integers(6, 12)):
+            a, b = np.sin((1 + number % 3) * time / 2 + phase) + generator.normal(0, 0.1, 2)
+            rows.append(f"{number},{time},{'xyz'[number % 3]},{a:.4f},{b:.4f}")
+    path.write_text("\n".join(rows) + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def waves(tmp_path_factory) -> dict[str, str]:
+    """Fields of a recipe: noisy waves of three frequencies and unequal lengths, as CSV files in long form."""
+    folder = tmp_path_factory.mktemp("waves")
+    return {
+        "train_file": _write_waves(folder / "train.csv", 45, seed=0),
+        "test_file": _write_waves(folder / "test.csv", 18, seed=1),
+    }

@@ -1,0 +1,865 @@
+"""The laws of attention, once, for every mechanism of the registry, its variants, and both forms.
+
+A mechanism added to the registry is held to them without a change here.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flowformer.attention import Mechanism, find_attention, list_attentions
+from flowformer.ops import linear
+
+HEADS, KEY, VALUE = 2, 4, 5
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+Tensors = Sequence[Tensor]
+
+
+# --------------------------------------------------------------------------------------------------------------- cases
+
+
+class Case(NamedTuple):
+    """One form of one variant of one mechanism."""
+
+    row: Mechanism
+    options: Mapping[str, Any]
+    causal: bool
+
+    def op(self, *tensors: Tensor, **arguments: Any) -> Any:
+        return self.row.op(*tensors, causal=self.causal, **self.options, **arguments)
+
+    def truth(self, *tensors: Tensor, **arguments: Any) -> Tensor:
+        return self.row.reference(*tensors, causal=self.causal, **self.options, **arguments)
+
+    def steps(self, tensors: Tensors, state: Any) -> tuple[Tensor, Any]:
+        """Token by token: outputs side by side, and the last state."""
+        outs = []
+        for token in zip(*(t.unbind(1) for t in tensors), strict=True):
+            out, state = self.row.step(*token, state, **self.options)
+            outs.append(out)
+        return torch.stack(outs, 1), state
+
+    def fresh(self, batch: int, dtype: torch.dtype = torch.float64) -> Any:
+        return self.row.init_state(batch, HEADS, KEY, VALUE, dtype=dtype)
+
+
+def _every_case() -> dict[str, Case]:
+    cases = {}
+    for name in list_attentions():
+        row = find_attention(name)
+        for variant, options in row.variants.items():
+            for form, causal in (("bidirectional", False), ("causal", True)):
+                cases[f"{name}-{variant}-{form}"] = Case(row, options, causal)
+    return cases
+
+
+CASES = _every_case()
+
+
+def each(wanted: Callable[[Case], bool] = lambda case: True) -> pytest.MarkDecorator:
+    chosen = {name: case for name, case in CASES.items() if wanted(case)}
+    return pytest.mark.parametrize("case", chosen.values(), ids=chosen.keys())
+
+
+def is_causal(case: Case) -> bool:
+    return case.causal
+
+
+def is_bidirectional(case: Case) -> bool:
+    return not case.causal
+
+
+def is_linear(case: Case) -> bool:
+    return case.row.linear
+
+
+def has_fixed_state(case: Case) -> bool:
+    return case.causal and case.row.linear
+
+
+def inputs(
+    length: int, sources: int | None = None, *, batch: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> list[Tensor]:
+    sources = length if sources is None else sources
+    random = torch.Generator().manual_seed(1000 * length + 10 * sources + seed)
+    sizes = ((length, KEY), (sources, KEY), (sources, VALUE))
+    return [
+        torch.randn(batch, n, HEADS, channels, generator=random, dtype=torch.float64).to(dtype) for n, channels in sizes
+    ]
+
+
+def weights_like(out: Tensor) -> Tensor:
+    random = torch.Generator().manual_seed(out.numel())
+    return torch.randn(out.shape, generator=random, dtype=torch.float64).to(out.dtype)
+
+
+def with_gradients(function: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
+    """The output, and the gradients of a fixed random combination of it."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, weights_like(out))]
+
+
+def close(got: Tensor, want: Tensor, tolerance: float | None = None) -> None:
+    """Differ by no more than ``tolerance`` of the largest element; NaN is never close."""
+    assert got.shape == want.shape
+    if not want.is_floating_point() or not want.numel():
+        assert torch.equal(got, want)
+        return
+    tolerance = TOLERANCE[got.dtype] if tolerance is None else tolerance
+    error, size = (got.double() - want.double()).abs().max(), want.double().abs().max()
+    assert error <= tolerance * size, f"off by {error:.3g}, {error / size:.3g} of the largest"
+
+
+def all_close(got: Tensors, want: Tensors, tolerance: float | None = None) -> None:
+    for one, other in zip(got, want, strict=True):
+        close(one, other, tolerance)
+
+
+# ------------------------------------------------------------------------------------------ 1: equals the reference
+
+SHAPES = [(1, 1), (2, 2), (64, 64), (65, 65), (37, 90), (90, 37), (1, 50), (50, 1)]
+LENGTHS = [1, 2, 63, 64, 65, 130, 600]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@each()
+def test_1_equals_reference(case: Case, dtype: torch.dtype) -> None:
+    for length, sources in [(n, n) for n in LENGTHS] if case.causal else SHAPES:
+        tensors = inputs(length, sources, dtype=dtype)
+        out = case.op(*tensors)
+        assert out.dtype == dtype
+        close(out, case.truth(*tensors))
+
+
+def half_is_faithful(got: Tensor, want: Tensor, rounded: Tensor) -> None:
+    """No worse than twice what rounding the inputs costs, and one rounding of the result."""
+    unavoidable = (rounded - want).abs().max()
+    one_rounding = torch.finfo(got.dtype).eps / 2 * want.abs().max()
+    assert (got.double() - want).abs().max() <= 2 * unavoidable + one_rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@each()
+def test_1_half_precision_is_worth_its_inputs(case: Case, dtype: torch.dtype) -> None:
+    for length in (5, 64, 600):
+        exact = inputs(length)
+        rounded = [t.to(dtype) for t in exact]
+        got, want, unavoidable = case.op(*rounded), case.truth(*exact), case.truth(*rounded)
+        assert got.dtype == dtype
+        half_is_faithful(got, want, unavoidable)
+
+
+def float32_is_float64(case: Case, run: Callable[..., Any]) -> None:
+    tensors = inputs(65_536, batch=1, dtype=torch.float32)
+    all_close(run(case.op, *tensors), run(case.op, *(t.double() for t in tensors)), TOLERANCE[torch.float32])
+
+
+# Against float64, which is held to the reference below, slowly; gradients of the causal form slowly too.
+@each(is_linear)
+def test_1_float32_at_length_65536(case: Case) -> None:
+    float32_is_float64(case, (lambda op, *tensors: [op(*tensors)]) if case.causal else with_gradients)
+
+
+@pytest.mark.slow
+@each(has_fixed_state)
+def test_2_float32_gradients_at_length_65536(case: Case) -> None:
+    float32_is_float64(case, with_gradients)
+
+
+@pytest.mark.slow
+@each(lambda case: is_linear(case) and case.options == next(iter(case.row.variants.values())))
+def test_1_float32_and_float64_at_length_65536_equal_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A minute or two of the reference for one variant: the others differ from it in nothing that grows with length.
+    monkeypatch.setattr(sys.modules[case.row.reference.__module__], "ROWS", 128)
+    tensors = [t[:, :, :1, :2] for t in inputs(65_536, batch=1, dtype=torch.float32)]
+    truth = case.truth(*tensors)
+    close(case.op(*tensors), truth)
+    close(case.op(*(t.double() for t in tensors)), truth)
+
+
+def check_drift(case: Case, length: int, gradients: bool = True) -> None:
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        # Of v alone, since equal tokens compete in vain: the gradients of q and k are nothing but rounding.
+        q, k, v = (t.to(dtype).expand(-1, length, -1, -1) for t in inputs(1, batch=1, dtype=torch.float32))
+        out = case.op(q, k, v.requires_grad_(gradients))
+        return [out.detach(), *(torch.autograd.grad(out.sum(), v) if gradients else ())]
+
+    all_close(run(torch.float32), run(torch.float64), TOLERANCE[torch.float32])
+
+
+@each(is_linear)
+def test_1_sums_of_constant_input_do_not_drift(case: Case) -> None:
+    check_drift(case, 65_536, gradients=not case.causal)
+    if not case.causal:
+        check_drift(case, 300_000)
+
+
+@pytest.mark.slow
+@each(has_fixed_state)
+def test_1_causal_sums_of_constant_input_do_not_drift(case: Case) -> None:
+    check_drift(case, 300_000)
+
+
+# ---------------------------------------------------------------------------------------------------- 2: gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@each()
+def test_2_gradients_equal_reference(case: Case, dtype: torch.dtype) -> None:
+    for length, sources in [(5, 5), (130, 130), (600, 600)] if case.causal else [(65, 65), (37, 90), (90, 37)]:
+        tensors = inputs(length, sources, dtype=dtype)
+        got = with_gradients(case.op, *tensors)
+        assert all(grad.dtype == dtype for grad in got)
+        truth = with_gradients(lambda *t: case.truth(*t).to(dtype), *(t.double() for t in tensors))
+        all_close(got, truth, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@each()
+def test_2_gradients_in_half_precision_are_worth_their_inputs(case: Case, dtype: torch.dtype) -> None:
+    exact = inputs(100)
+    rounded = [t.to(dtype) for t in exact]
+    weights = weights_like(case.truth(*exact)).to(dtype)
+
+    def gradients(function: Callable[..., Tensor], tensors: Tensors) -> tuple[Tensor, ...]:
+        leaves = [t.detach().clone().requires_grad_() for t in tensors]
+        out = function(*leaves)
+        return torch.autograd.grad(out, leaves, weights.to(out.dtype))
+
+    of_rounded = gradients(case.truth, [t.double() for t in rounded])
+    for got, want, unavoidable in zip(
+        gradients(case.op, rounded), gradients(case.truth, exact), of_rounded, strict=True
+    ):
+        half_is_faithful(got, want, unavoidable)
+
+
+def narrow(tensors: Tensors) -> list[Tensor]:
+    """Few channels, for finite differences take as many runs as there are numbers.
+
+    One of them is positive, lest a flow under relu be as small as the differences.
+    """
+    return [torch.stack([t[..., 0].abs() + 0.1, t[..., 1]], -1).requires_grad_() for t in tensors]
+
+
+@each()
+def test_2_gradcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    rechunk(monkeypatch, case, 2, 4)
+    for length, sources in [(6, 6)] if case.causal else [(4, 4), (2, 3)]:
+        assert torch.autograd.gradcheck(case.op, narrow(inputs(length, sources, batch=1)))
+
+
+@each()
+def test_2_gradcheck_with_padding_and_packing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    rechunk(monkeypatch, case, 2, 6)
+    mask = torch.tensor([[False, True, True, True, False]])
+    assert torch.autograd.gradcheck(functools.partial(case.op, key_padding_mask=mask), narrow(inputs(5, batch=1)))
+    bounds = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
+    assert torch.autograd.gradcheck(functools.partial(case.op, cu_seqlens=bounds), narrow(inputs(5, batch=1)))
+
+
+@each(is_causal)
+def test_2_gradcheck_through_states(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    rechunk(monkeypatch, case, 2, 2)
+    _, state = case.op(*narrow(inputs(2, batch=1)), return_state=True)
+    # The logarithm of an empty sum is next to -infinity: no finite difference tells of it.
+    floating = [i for i, part in enumerate(state) if part.is_floating_point() and part.abs().max() < 1e6]
+
+    def resume(q: Tensor, k: Tensor, v: Tensor, *parts: Tensor) -> list[Tensor]:
+        before = list(state)
+        for index, part in zip(floating, parts, strict=True):
+            before[index] = part
+        out, after = case.op(q, k, v, initial_state=type(state)(*before), return_state=True)
+        return [out, *(after[index] for index in floating)]
+
+    parts = [state[index].detach().clone().requires_grad_() for index in floating]
+    assert torch.autograd.gradcheck(resume, [*narrow(inputs(3, batch=1)), *parts])
+
+
+# -------------------------------------------------------------------------------------------------------- 3: causal
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@each(is_causal)
+def test_3_outputs_do_not_know_the_future(case: Case, dtype: torch.dtype) -> None:
+    length = 700  # crosses chunks of 64 and the block of 512
+    tensors = inputs(length, dtype=dtype)
+    before = case.op(*tensors)
+    for t in (0, 1, 62, 63, 64, 300, 511, 512, 600):
+        for scale in (1.0, 1e4):
+            future = inputs(length, seed=1, dtype=dtype)
+            changed = [
+                torch.cat([a[:, : t + 1], scale * b[:, t + 1 :]], 1) for a, b in zip(tensors, future, strict=True)
+            ]
+            after = case.op(*changed)
+            assert torch.equal(before[:, : t + 1], after[:, : t + 1]), f"t = {t}, later inputs of size {scale}"
+            assert not torch.equal(before[:, t + 1 :], after[:, t + 1 :])
+
+
+@each(is_causal)
+def test_3_gradients_do_not_reach_the_future(case: Case) -> None:
+    leaves = [t.requires_grad_() for t in inputs(600)]
+    for t in (10, 64, 520):
+        for grad in torch.autograd.grad(case.op(*leaves)[:, : t + 1].sum(), leaves):
+            assert not grad[:, t + 1 :].any()
+            assert grad[:, : t + 1].any()
+
+
+# --------------------------------------------------------------- 4: parallel = chunked = token by token = resumed
+
+
+def rechunk(monkeypatch: pytest.MonkeyPatch, case: Case, chunk: int, block: int) -> list[int]:
+    """Other sizes for the scan of a linear mechanism; returns the list of blocks that will have run."""
+    scan, ran = linear.scan, []
+
+    def rescan(*arguments: Any) -> Any:
+        ran.append(block)
+        return scan(*arguments, block=block)
+
+    if case.row.linear:
+        monkeypatch.setattr(sys.modules[case.row.op.__module__], "CHUNK", chunk)
+        monkeypatch.setattr(linear, "scan", rescan)
+    return ran
+
+
+def run_with_state(case: Case, tensors: Tensors, state: Any = None, **arguments: Any) -> tuple[list[Tensor], Any]:
+    """Output, and gradients of inputs and initial state; the final state takes part in what is differentiated."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    state = case.fresh(len(tensors[0]), tensors[0].dtype) if state is None else state
+    state = type(state)(*(p.detach().clone().requires_grad_(p.is_floating_point()) for p in state))
+    run = arguments.pop("run", None)
+    out, after = case.op(*leaves, initial_state=state, return_state=True) if run is None else run(leaves, state)
+    wanted = [*leaves, *(part for part in state if part.is_floating_point())]
+    return [out.detach(), *torch.autograd.grad(objective(out, after), wanted, materialize_grads=True)], after
+
+
+def objective(out: Tensor, state: Any) -> Tensor:
+    total = (out * weights_like(out)).sum()
+    for part in state:
+        # tanh, since the logarithm of an empty sum is next to -infinity and would drown the rest.
+        if part.is_floating_point() and part.numel():
+            total = total + (part.tanh() * weights_like(part)).sum()
+    return total
+
+
+@pytest.mark.parametrize(("chunk", "block"), [(1, 1), (7, 20), (16, 64), (64, 64), (1000, 1000)])
+@each(has_fixed_state)
+def test_4_chunk_and_block_do_not_matter(case: Case, chunk: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = inputs(150)
+    want, last = run_with_state(case, tensors)
+    ran = rechunk(monkeypatch, case, chunk, block)
+    got, state = run_with_state(case, tensors)
+    assert ran == [block]  # else nothing was tested
+    all_close(got, want)
+    all_close(state, last)
+
+
+@each(is_causal)
+def test_4_token_by_token(case: Case) -> None:
+    _, start = case.op(*inputs(9), return_state=True)
+    for state in (None, start):
+        tensors = inputs(70, seed=1)
+        want, last = run_with_state(case, tensors, state)
+        got, after = run_with_state(case, tensors, state, run=case.steps)
+        all_close(got, want)
+        all_close(after, last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@each(is_causal)
+def test_4_token_by_token_in_other_dtypes(case: Case, dtype: torch.dtype) -> None:
+    tensors = inputs(100, dtype=dtype)
+    got, _ = case.steps(tensors, case.fresh(2, dtype))
+    want = case.truth(*tensors)
+    assert got.dtype == dtype
+    # What the whole sequence at once is held to; in half precision, one rounding of the result.
+    close(got, want, TOLERANCE.get(dtype, torch.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("cut", [1, 5, 63, 64, 65, 129])
+@each(is_causal)
+def test_4_split_anywhere_and_resumed(case: Case, cut: int) -> None:
+    tensors = inputs(130)
+
+    def in_two(leaves: Tensors, state: Any) -> tuple[Tensor, Any]:
+        first, state = case.op(*(t[:, :cut] for t in leaves), initial_state=state, return_state=True)
+        second, state = case.op(*(t[:, cut:] for t in leaves), initial_state=state, return_state=True)
+        return torch.cat([first, second], 1), state
+
+    want, last = run_with_state(case, tensors)
+    got, state = run_with_state(case, tensors, run=in_two)
+    all_close(got, want)
+    all_close(state, last)
+
+
+@each(is_causal)
+def test_4_splitting_costs_no_precision_in_float32(case: Case) -> None:
+    tensors = inputs(1200, dtype=torch.float32)
+    state, outs = case.fresh(2, torch.float32), []
+    for start in range(0, 1200, 100):
+        out, state = case.op(*(t[:, start : start + 100] for t in tensors), initial_state=state, return_state=True)
+        outs.append(out)
+    close(torch.cat(outs, 1), case.truth(*tensors))
+
+
+@each(is_causal)
+def test_4_states_are_never_mutated(case: Case) -> None:
+    tensors = inputs(70)
+    _, state = case.op(*tensors, return_state=True)
+    kept = [part.clone() for part in state]
+    case.op(*tensors, initial_state=state, return_state=True)
+    case.steps([t[:, :3] for t in tensors], state)
+    run_with_state(case, tensors, state)
+    assert all(torch.equal(part, copy) for part, copy in zip(state, kept, strict=True))
+
+
+# ------------------------------------------------------------------------------------------ 5: padding is invisible
+
+
+def pad(tensor: Tensor, count: int, side: str, filler: float) -> Tensor:
+    padding = tensor.new_full((len(tensor), count, *tensor.shape[2:]), filler)
+    return torch.cat([padding, tensor] if side == "left" else [tensor, padding], 1)
+
+
+def unpad(tensor: Tensor, count: int, side: str) -> tuple[Tensor, Tensor]:
+    """The real tokens, and the padding."""
+    length = tensor.shape[1] - count
+    return (tensor[:, count:], tensor[:, :count]) if side == "left" else (tensor[:, :length], tensor[:, length:])
+
+
+def real(batch: int, length: int, count: int, side: str) -> Tensor:
+    ones = torch.ones(batch, length, dtype=torch.bool)
+    padding = torch.zeros(batch, count, dtype=torch.bool)
+    return torch.cat([padding, ones] if side == "left" else [ones, padding], 1)
+
+
+@pytest.mark.parametrize("filler", [1e4, torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("side", ["left", "right"])
+@each()
+def test_5_padding_is_invisible(case: Case, side: str, filler: float) -> None:
+    tensors = inputs(20)
+    want = with_gradients(case.op, *tensors)
+    for count in (0, 7, 1000):
+        mask = real(2, 20, count, side)
+        leaves = [pad(t, count, side, filler).requires_grad_() for t in tensors]
+        out = case.op(*leaves, key_padding_mask=mask)
+        upstream = pad(weights_like(want[0]), count, side, 1.0)
+        for got, one in zip([out, *torch.autograd.grad(out, leaves, upstream)], want, strict=True):
+            tokens, padding = unpad(got, count, side)
+            close(tokens, one)
+            assert not padding.any()  # zeros; NaN would be True
+
+
+@pytest.mark.parametrize(("sinks", "sources"), [(0, 9), (9, 0), (3, 9), (14, 9)])
+@each(is_bidirectional)
+def test_5_padding_is_invisible_in_cross_attention(case: Case, sinks: int, sources: int) -> None:
+    tensors = inputs(20, 25)  # 14 and 9 make the lengths equal
+    want = with_gradients(case.op, *tensors)
+    counts = (sinks, sources, sources)
+    leaves = [pad(t, n, "right", torch.nan).requires_grad_() for t, n in zip(tensors, counts, strict=True)]
+    masks = {"query_padding_mask": real(2, 20, sinks, "right"), "key_padding_mask": real(2, 25, sources, "right")}
+    out = case.op(*leaves, **masks)
+    got = [out, *torch.autograd.grad(out, leaves, pad(weights_like(want[0]), sinks, "right", 1.0))]
+    for each_got, each_want, count in zip(got, want, (sinks, *counts), strict=True):
+        tokens, padding = unpad(each_got, count, "right")
+        close(tokens, each_want)
+        assert not padding.any()
+
+
+@each()
+def test_5_padding_anywhere_equals_reference(case: Case) -> None:
+    tensors = inputs(140, batch=3)
+    mask = torch.rand(3, 140, generator=torch.Generator().manual_seed(0)) < torch.tensor([[0.9], [0.5], [0.02]])
+    poisoned = [t.masked_fill(~mask[..., None, None], torch.nan) for t in tensors]
+    close(case.op(*poisoned, key_padding_mask=mask), case.truth(*tensors, key_padding_mask=mask))
+
+
+@each(is_causal)
+def test_5_a_state_does_not_know_of_padding(case: Case) -> None:
+    start, rest = inputs(20), inputs(30, seed=1)
+    _, state = case.op(*start, return_state=True)
+    want, _ = case.op(*rest, initial_state=state, return_state=True)
+    for side in ("left", "right"):
+        mask = real(2, 20, 50, side)
+        _, state = case.op(*(pad(t, 50, side, torch.nan) for t in start), key_padding_mask=mask, return_state=True)
+        got, _ = case.op(*rest, initial_state=state, return_state=True)
+        close(got, want)
+
+
+def packed(case: Case, lengths: Sequence[int]) -> tuple[list[Tensor], Tensor, list[list[Tensor]]]:
+    """A packed batch, its boundaries, and its sequences."""
+    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    tensors = inputs(sum(lengths), batch=1)
+    return tensors, bounds, [list(piece) for piece in zip(*(t.split(list(lengths), 1) for t in tensors), strict=True)]
+
+
+def one_by_one(case: Case, sequences: Sequence[Tensors]) -> list[Tensor]:
+    results = [with_gradients_of_part(case, s) for s in sequences if s[0].shape[1]]
+    return [torch.cat(parts, 1) for parts in zip(*results, strict=True)]
+
+
+def with_gradients_of_part(case: Case, tensors: Tensors) -> list[Tensor]:
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    out = case.op(*leaves)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+
+
+def check_packed(case: Case, lengths: Sequence[int]) -> None:
+    tensors, bounds, sequences = packed(case, lengths)
+    leaves = [t.requires_grad_() for t in tensors]
+    out = case.op(*leaves, cu_seqlens=bounds)
+    all_close([out, *torch.autograd.grad(out.square().sum(), leaves)], one_by_one(case, sequences))
+
+
+@each()
+def test_5_packed_equals_one_by_one(case: Case) -> None:
+    check_packed(case, [5, 1, 0, 130, 64, 3, 0])
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(lengths=st.lists(st.integers(0, 70), min_size=1, max_size=6).filter(any))
+@each()
+def test_5_packed_equals_one_by_one_for_any_lengths(case: Case, lengths: list[int]) -> None:
+    check_packed(case, lengths)
+
+
+@each(has_fixed_state)
+def test_5_packed_with_states_equals_one_by_one(case: Case) -> None:
+    lengths = [5, 1, 0, 130, 64, 3]
+    tensors, bounds, sequences = packed(case, lengths)
+    _, state = case.op(*inputs(11, batch=len(lengths)), return_state=True)
+    out, after = case.op(*tensors, cu_seqlens=bounds, initial_state=state, return_state=True)
+    outs = []
+    for index, sequence in enumerate(sequences):
+        own = type(state)(*(part[index : index + 1] for part in state))
+        last = own
+        if lengths[index]:
+            piece, last = case.op(*sequence, initial_state=own, return_state=True)
+            outs.append(piece)
+        all_close([part[index : index + 1] for part in after], last)
+    close(out, torch.cat(outs, 1))
+
+
+@each()
+def test_5_a_row_without_a_token_gives_zeros(case: Case) -> None:
+    mask = torch.tensor([[True] * 70, [False] * 70])
+    want = with_gradients(case.op, *(t[:1] for t in inputs(70)))
+    leaves = [t.requires_grad_() for t in inputs(70)]
+    out = case.op(*leaves, key_padding_mask=mask)
+    upstream = torch.cat([weights_like(want[0])] * 2)
+    for got, first in zip([out, *torch.autograd.grad(out, leaves, upstream)], want, strict=True):
+        close(got[:1], first)
+        assert not got[1].any()
+
+
+@each(is_bidirectional)
+def test_5_cross_attention_with_a_side_without_a_token_gives_zeros(case: Case) -> None:
+    some, none = torch.ones(2, 6, dtype=torch.bool), torch.zeros(2, 6, dtype=torch.bool)
+    for masks in ((some, none), (none, some), (none, none)):
+        leaves = [t.requires_grad_() for t in inputs(6)]
+        out = case.op(*leaves, query_padding_mask=masks[0], key_padding_mask=masks[1])
+        assert not out.any()
+        for grad in torch.autograd.grad(out.sum(), leaves):
+            assert not grad.any()
+
+
+# --------------------------------------------------------------------------------------------------- 6: symmetries
+
+
+@each()
+def test_6_rows_of_a_batch_are_independent(case: Case) -> None:
+    tensors = inputs(70, batch=3)
+    leaves = [t.requires_grad_() for t in tensors]
+    out = case.op(*leaves)
+    for row in range(3):
+        close(out[row : row + 1], case.op(*(t[row : row + 1] for t in tensors)))
+        for grad in torch.autograd.grad(out[row].sum(), leaves, retain_graph=True):
+            others = [other for other in range(3) if other != row]
+            assert grad[row].any()
+            assert not grad[others].any()
+
+
+@each(is_bidirectional)
+def test_6_tokens_have_no_order(case: Case) -> None:
+    q, k, v = inputs(30, 50)
+    out = case.op(q, k, v)
+    random = torch.Generator().manual_seed(0)
+    sinks, sources = torch.randperm(30, generator=random), torch.randperm(50, generator=random)
+    close(case.op(q[:, sinks], k[:, sources], v[:, sources]), out[:, sinks])
+
+
+@each(is_causal)
+def test_6_causal_tokens_have_an_order(case: Case) -> None:
+    q, k, v = inputs(30)
+    assert not torch.allclose(case.op(q, k.flip(1), v.flip(1)), case.op(q, k, v))
+
+
+# ------------------------------------------------------------------------------------------------------- 7: finite
+
+
+def extremes(length: int, size: float, dtype: torch.dtype, values: float) -> list[list[Tensor]]:
+    """Inputs as large as can be: of either sign, of one sign, and next to nothing beside the largest."""
+    random = torch.Generator().manual_seed(length)
+
+    def signs(channels: int) -> Tensor:
+        return torch.randint(-1, 2, (2, length, HEADS, channels), generator=random).double()
+
+    def ones(channels: int) -> Tensor:
+        return torch.ones(2, length, HEADS, channels, dtype=torch.float64)
+
+    rising = torch.linspace(0, 1, length).double().view(1, -1, 1, 1) ** 8
+    kinds = [
+        (signs(KEY), signs(KEY)),
+        (ones(KEY), ones(KEY)),
+        (-ones(KEY), -ones(KEY)),
+        (ones(KEY), -ones(KEY)),
+        (-ones(KEY), ones(KEY)),
+        (rising * ones(KEY), rising.flip(1) * ones(KEY)),
+        (0 * ones(KEY), rising * signs(KEY)),
+    ]
+    return [[(size * q).to(dtype), (size * k).to(dtype), (values * signs(VALUE)).to(dtype)] for q, k in kinds]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "values", "upstream"),
+    [
+        (torch.float32, 1e4, 1e4, 1.0),
+        (torch.bfloat16, 1e4, 1e4, 1.0),
+        # With 1 above them some gradients are 2e7, by the mathematics: more than float16 can say.
+        (torch.float16, 6e4, 1.0, 1e-3),
+    ],
+    ids=["float32", "bfloat16", "float16"],
+)
+@each()
+def test_7_large_inputs_stay_finite(
+    case: Case, dtype: torch.dtype, size: float, values: float, upstream: float
+) -> None:
+    for length in (1, 2, 63, 64, 65, 513):
+        for kind, tensors in enumerate(extremes(length, size, dtype, values)):
+            leaves = [t.requires_grad_() for t in tensors]
+            out = case.op(*leaves)
+            grads = torch.autograd.grad(out, leaves, torch.full_like(out, upstream))
+            for name, tensor in zip("oqkv", [out, *grads], strict=True):
+                assert tensor.isfinite().all(), f"{name} of kind {kind} at length {length}"
+
+
+@each(is_causal)
+def test_7_large_inputs_stay_finite_token_by_token(case: Case) -> None:
+    for kind, tensors in enumerate(extremes(30, 1e4, torch.float32, 1e4)):
+        out, state = case.steps(tensors, case.fresh(2, torch.float32))
+        assert out.isfinite().all(), f"kind {kind}"
+        assert all(part.isfinite().all() for part in state)
+
+
+def million(case: Case) -> Tensor:
+    tensors = [t.repeat(1, 1_000, 1, 1) for t in inputs(1_000, batch=1, dtype=torch.float32)]
+    return case.op(*(t[..., :2] for t in tensors))
+
+
+@each(lambda case: is_linear(case) and not case.causal)
+def test_7_a_million_tokens(case: Case) -> None:
+    assert million(case).isfinite().all()
+
+
+@pytest.mark.slow
+@each(has_fixed_state)
+def test_7_a_million_causal_tokens(case: Case) -> None:
+    assert million(case).isfinite().all()
+
+
+# --------------------------------------------------------------------------------------------------- 8: bad input
+
+
+def bools(*shape: int) -> Tensor:
+    return torch.ones(*shape, dtype=torch.bool)
+
+
+def zeros(*shape: int, **options: Any) -> Tensor:
+    return torch.zeros(*shape, **options)
+
+
+# Against q (2, 6, HEADS, KEY), k alike, v (2, 6, HEADS, VALUE), float32: what changes, what is raised, what it says.
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "a list": ({"q": [1.0]}, TypeError, "q must be a tensor, got list"),
+    "no value": ({"v": None}, TypeError, "v must be a tensor, got NoneType"),
+    "integers": ({"k": zeros(2, 6, 2, 4, dtype=torch.int64)}, TypeError, "k must be float16.* got torch.int64"),
+    "mixed dtypes": ({"v": zeros(2, 6, 2, 5).double()}, TypeError, "share one dtype, got .*float32.*float64"),
+    "rank": ({"q": zeros(2, 6, 8)}, ValueError, r"q must be \(batch, length, heads, channels\), got \(2, 6, 8\)"),
+    "no token": ({"q": zeros(2, 0, 2, 4)}, ValueError, r"at least one token, .* got \(2, 0, 2, 4\)"),
+    "no channel": ({"v": zeros(2, 6, 2, 0)}, ValueError, r"at least one token, .* got \(2, 6, 2, 0\)"),
+    "batch": ({"q": zeros(3, 6, 2, 4)}, ValueError, r"q and k must agree .* got q \(3, 6, 2, 4\).*k \(2, 6, 2, 4\)"),
+    "heads": ({"q": zeros(2, 6, 3, 4)}, ValueError, r"q and k must agree .* got q \(2, 6, 3, 4\)"),
+    "channels": ({"k": zeros(2, 6, 2, 3)}, ValueError, r"q and k must agree .* k \(2, 6, 2, 3\)"),
+    "values' length": ({"v": zeros(2, 5, 2, 5)}, ValueError, r"k and v must agree .* v \(2, 5, 2, 5\)"),
+    "values' heads": ({"v": zeros(2, 6, 1, 5)}, ValueError, r"k and v must agree .* v \(2, 6, 1, 5\)"),
+    "device": ({"v": zeros(2, 6, 2, 5, device="meta")}, ValueError, "on one device, got .*cpu.*meta"),
+    "mask of integers": (
+        {"key_padding_mask": zeros(2, 6, dtype=torch.int64)},
+        TypeError,
+        r"key_padding_mask must be a boolean tensor .* got \(2, 6\) int64",
+    ),
+    "mask of floats": ({"key_padding_mask": zeros(2, 6)}, TypeError, "key_padding_mask must be a boolean tensor"),
+    "mask as a list": ({"key_padding_mask": [True] * 6}, TypeError, "boolean tensor .* got list"),
+    "mask's shape": ({"key_padding_mask": bools(2, 5)}, ValueError, r"must have shape \(2, 6\), got \(2, 5\)"),
+    "mask's rank": ({"key_padding_mask": bools(6)}, ValueError, r"must have shape \(2, 6\), got \(6,\)"),
+    "mask's device": ({"key_padding_mask": bools(2, 6).to("meta")}, ValueError, "key_padding_mask must be on cpu"),
+    "backend": ({"backend": "abacus"}, ValueError, "no backend 'abacus' .*there is auto, torch"),
+    "option": ({"no_such_option": 1}, TypeError, "no_such_option"),
+    "packing of floats": ({"cu_seqlens": zeros(2)}, TypeError, "cu_seqlens must be an int32 tensor, got .*float32"),
+    "packing as a list": ({"cu_seqlens": [0, 6]}, TypeError, "cu_seqlens must be an int32 tensor, got list"),
+    "packing of a batch": (
+        {"cu_seqlens": torch.tensor([0, 6], dtype=torch.int32)},
+        ValueError,
+        r"a packed batch is \(1, total length, heads, channels\)",
+    ),
+    "packing and mask": (
+        {"cu_seqlens": torch.tensor([0, 6], dtype=torch.int32), "key_padding_mask": bools(2, 6)},
+        ValueError,
+        "cu_seqlens or padding masks, not both",
+    ),
+}
+BAD_BIDIRECTIONAL: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "query mask's shape": (
+        {"query_padding_mask": bools(2, 7)},
+        ValueError,
+        r"query_padding_mask must have shape \(2, 6\)",
+    ),
+    "query mask's type": (
+        {"query_padding_mask": zeros(2, 6)},
+        TypeError,
+        "query_padding_mask must be a boolean tensor",
+    ),
+    "return_state": ({"return_state": True}, ValueError, "initial_state and return_state want causal=True"),
+    "initial_state": ({"initial_state": ()}, ValueError, "initial_state and return_state want causal=True"),
+}
+BAD_CAUSAL: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "lengths": ({"q": zeros(2, 7, 2, 4)}, ValueError, "wants as many queries as keys, got 7 and 6"),
+    "query mask": ({"query_padding_mask": bools(2, 6)}, ValueError, "drop query_padding_mask"),
+    "state's type": ({"initial_state": (1, 2)}, TypeError, "state must be a .*State, got tuple"),
+}
+
+
+def refuses(function: Callable[..., Any], arguments: Mapping[str, Any], kind: type[Exception], says: str) -> None:
+    with pytest.raises(kind, match=f"(?s){says}"):
+        function(**arguments)
+
+
+def good() -> dict[str, Any]:
+    return dict(zip("qkv", inputs(6, dtype=torch.float32), strict=True))
+
+
+@each()
+def test_8_bad_input_is_refused_in_words(case: Case) -> None:
+    case.row.op(**good(), causal=case.causal, **case.options)  # what is spoilt below is accepted as it is
+    for bad, kind, says in [*BAD.values(), *(BAD_CAUSAL if case.causal else BAD_BIDIRECTIONAL).values()]:
+        refuses(case.row.op, {**good(), "causal": case.causal, **case.options, **bad}, kind, says)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "says"),
+    [
+        ([0, 5], r"rise from 0 to the total length 6, got \[0, 5\]"),
+        ([1, 6], "rise from 0"),
+        ([0, 4, 3, 6], "rise from 0"),
+        ([6], "boundaries of N sequences"),
+        ([[0, 6]], "boundaries of N sequences"),
+    ],
+)
+@each()
+def test_8_bad_packing_is_refused_in_words(case: Case, bounds: list[Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        case.op(*inputs(6, batch=1), cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+
+
+@each(is_causal)
+def test_8_bad_states_are_refused_in_words(case: Case) -> None:
+    tensors = inputs(6)
+    token = [t[:, 0] for t in tensors]
+    _, state = case.op(*tensors, return_state=True)
+    for index, (name, part) in enumerate(zip(state._fields, state, strict=True)):
+        for bad in (part[:1], part.to(torch.float16), part.to("meta"), [1.0], None):
+            spoilt = type(state)(*(bad if at == index else other for at, other in enumerate(state)))
+            with pytest.raises((TypeError, ValueError), match=rf"state\.{name} must be .* got"):
+                case.op(*tensors, initial_state=spoilt)
+            with pytest.raises((TypeError, ValueError), match=rf"state\.{name} must be .* got"):
+                case.row.step(*token, spoilt, **case.options)
+
+
+@each(is_causal)
+def test_8_bad_steps_are_refused_in_words(case: Case) -> None:
+    q, k, v = (t[:, 0] for t in inputs(6))
+    state = case.fresh(2)
+    for tensors, kind, says in (
+        ((q.unsqueeze(1), k, v), ValueError, r"q of one step must be \(batch, heads, channels\), got \(2, 1, 2, 4\)"),
+        ((q, k, v[0]), ValueError, "v of one step must be"),
+        ((q, k, v.float()), TypeError, "share one dtype"),
+        ((q.long(), k, v), TypeError, "q must be float16.* got torch.int64"),
+        ((q, k, [1.0]), TypeError, "v must be a tensor, got list"),
+        ((q[:1], k, v), ValueError, "q and k must agree"),
+        ((q[:1], k[:1], v[:1]), ValueError, r"state\.\w+ must be"),
+    ):
+        with pytest.raises(kind, match=says):
+            case.row.step(*tensors, state, **case.options)
+    with pytest.raises(TypeError, match=r"state must be a \w+State, got NoneType"):
+        case.row.step(q, k, v, None, **case.options)
+
+
+# ------------------------------------------------------------------------------------------------------ 9: memory
+
+
+class Recorder(TorchDispatchMode):
+    """Bytes of the largest tensor that exists at any time."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return out
+
+
+def memory(case: Case, length: int, channels: int, arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """Bytes of the largest tensor, and of all that is kept for the backward pass."""
+    leaves = [torch.randn(1, length, 1, channels, requires_grad=True) for _ in "qkv"]
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with Recorder() as recorder, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        case.op(*leaves, **arguments).sum().backward()
+    return recorder.largest, sum(kept.values())
+
+
+@each(is_linear)
+def test_9_memory_is_linear_in_length(case: Case) -> None:
+    length, channels = 2048, 32
+    for given_lengths in (None, [length], [length // 2] * 2):
+        for masked in (False, True) if given_lengths is None else (False,):
+            arguments: dict[str, Any] = {"key_padding_mask": torch.ones(1, length, dtype=torch.bool)} if masked else {}
+            if given_lengths is not None:
+                arguments["cu_seqlens"] = torch.tensor([0, *given_lengths]).cumsum(0, dtype=torch.int32)
+            size = 4 * length * channels
+            largest, kept = memory(case, length, channels, arguments)
+            # L x K x V would be 32 times the size of q, L x L 64 times.
+            assert size <= largest <= 3 * size
+            assert kept <= 20 * size
+    twice, kept_twice = memory(case, 2 * length, channels, {})
+    once, kept_once = memory(case, length, channels, {})
+    assert twice <= 2 * once
+    assert kept_twice <= 2.1 * kept_once

@@ -1,0 +1,183 @@
+"""The command line, as a user meets it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import flowformer
+from flowformer import cli
+
+SIZES = ["--dim", "16", "--num-heads", "2", "--ffn-dim", "16", "--batch-size", "4", "--accelerator", "cpu"]
+
+
+@pytest.fixture
+def arguments(waves):
+    return ["timeseries/own", "--train-file", waves["train_file"], "--test-file", waves["test_file"], *SIZES]
+
+
+def run(capsys, *words):
+    status = cli.main(list(words))
+    return status, *capsys.readouterr()
+
+
+def test_train_evaluate_predict(arguments, waves, tmp_path, capsys):
+    folder = tmp_path / "run"
+    status, out, _ = run(capsys, "train", *arguments, "--epochs", "2", "--out", str(folder))
+    assert status == 0
+    assert "paper" in out
+    assert "honest" in out
+    assert "last epoch (2)" in out
+    result = json.loads((folder / "result.json").read_text())
+    assert result["command"].startswith("flowformer train timeseries/own")
+    assert result["recipe"]["dim"] == 16
+
+    status, out, _ = run(capsys, "evaluate", str(folder))
+    assert status == 0
+    assert f"test/accuracy: {result['protocols']['honest']['value'] / 100:.4f}" in out
+
+    status, out, _ = run(capsys, "predict", str(folder), waves["test_file"], "--out", str(tmp_path / "p.csv"))
+    assert status == 0
+    assert "18 predictions" in out
+    header, *rows = (tmp_path / "p.csv").read_text().splitlines()
+    assert header == "series,label,p_x,p_y,p_z"
+    assert len(rows) == 18
+
+
+def test_default_folder_names_the_run(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "train", *arguments, "--epochs", "1", "--attention", "linear", "--seed", "3")[0] == 0
+    assert (tmp_path / "runs" / "timeseries" / "own" / "linear-seed3" / "result.json").exists()
+    status, _, err = run(capsys, "train", *arguments, "--epochs", "1", "--attention", "linear", "--seed", "3")
+    assert status == 2
+    assert "--resume" in err
+
+
+def test_killed_process_resumes_to_the_same_result(arguments, tmp_path):
+    """The real thing: SIGKILL in the middle of a run, then --resume."""
+
+    def start(folder, *more):
+        words = [sys.executable, "-m", "flowformer.cli", "train", *arguments, "--epochs", "25", "--out", str(folder)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([*words, *more], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    def untimed(folder):
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = start(killed)
+    deadline = time.monotonic() + 300
+    while not ((killed / "metrics.jsonl").exists() and len(untimed(killed)) > 3):
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (killed / "result.json").exists(), "the run was over before it was killed"
+    for folder, more in ((killed, ["--resume"]), (whole, [])):
+        process = start(folder, *more)
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors.decode()
+        assert errors.decode() == ""  # nothing but the result is shown
+    assert untimed(killed) == untimed(whole)
+
+
+def test_interrupt_tells_how_to_go_on(arguments, tmp_path, capsys, monkeypatch):
+    from flowformer.training import fit
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit, "fit", interrupted)
+    status, _, err = run(capsys, "train", *arguments, "--out", str(tmp_path / "run"))
+    assert status == 130
+    assert "--resume" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "uea/JapaneseVowel"], "did you mean 'uea/JapaneseVowels'?"),
+        (["train", "japanesevowels"], "did you mean 'uea/JapaneseVowels'?"),
+        (["train", "uea/JapaneseVowels", "--epoch", "3"], "did you mean --epochs?"),
+        (["train", "uea/JapaneseVowels", "--epochs", "many"], "invalid int value: 'many'"),
+        (["train", "uea/JapaneseVowels", "--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["train", "uea/JapaneseVowels", "--attention", "flw", "--epochs", "1"], "did you mean 'flow'?"),
+        (["train", "uea/JapaneseVowels", "--preset", "cor", "--epochs", "1"], "did you mean 'core'?"),
+        (["train", "uea/JapaneseVowels", "--precision", "8-bit"], "precision must be one of 32-true"),
+        (["train", "uea/JapaneseVowels", "--accelerator", "abacus"], "abacus"),
+        (["train", "timeseries/own"], "wants --train-file FILE"),
+        (["train", "timeseries/own", "--train-file", "no.csv", "--test-file", "no.csv"], "no.csv: no such file"),
+        (["trian"], "did you mean 'train'?"),
+        (["info", "flwo"], "did you mean 'flow'?"),
+        (["evaluate", "nowhere"], "nowhere is no run's folder"),
+    ],
+)
+def test_mistakes_are_explained(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(capsys, *words)
+    assert status == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_help_shows_every_field(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "uea/JapaneseVowels", "--help"])
+    out = capsys.readouterr().out
+    for option in ("--learning-rate", "--attention", "--no-mask-padding", "--resume", "--data-dir", "--precision"):
+        assert option in out
+    assert "default: 0.001" in out
+
+
+def test_list_and_info_and_doctor(capsys):
+    status, out, _ = run(capsys, "list")
+    assert status == 0
+    for name in ("uea/PEMS-SF", "timeseries/own", "flowformer_timeseries", *flowformer.list_attentions()):
+        assert name in out
+        assert run(capsys, "info", name)[0] == 0
+    out = run(capsys, "info", "uea/JapaneseVowels")[1]
+    assert "98.9" in out
+    status, out, _ = run(capsys, "doctor")
+    assert status == 0
+    assert "backend" in out
+
+
+def test_doctor_obeys_the_environment(capsys, monkeypatch):
+    monkeypatch.setenv("FLOWFORMER_BACKEND", "torch")
+    assert "asked for by FLOWFORMER_BACKEND" in run(capsys, "doctor")[1]
+    monkeypatch.setenv("FLOWFORMER_BACKEND", "abacus")
+    assert "no backend 'abacus'" in run(capsys, "doctor")[2]
+
+
+def test_missing_extra_names_the_remedy(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    status, _, err = run(capsys, "train", "uea/JapaneseVowels")
+    assert status == 2
+    assert "pip install 'flowformer[timeseries]'" in err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert flowformer.__version__ in capsys.readouterr().out
+
+
+def test_import_is_as_cheap_as_torch():
+    code = (
+        "import sys, torch; before = set(sys.modules); import flowformer; "
+        "print(sorted(name for name in set(sys.modules) - before if not name.startswith('flowformer')))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+
+
+def test_command_is_installed():
+    command = Path(sys.executable).with_name("flowformer")
+    assert subprocess.run([command, "--version"], capture_output=True, check=True).stdout.startswith(b"flowformer")

@@ -1,0 +1,94 @@
+"""README, docs and examples do what they say."""
+
+import doctest
+import importlib
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+
+from flowformer import cli
+from flowformer.recipes import find_recipe
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_python_of_a_page_runs(page):
+    names: dict = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), names)
+
+
+def commands() -> list[str]:
+    lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
+    return sorted({line.split("#")[0].strip() for line in lines})
+
+
+@pytest.mark.parametrize("command", [line for line in commands() if line.startswith("flowformer train")])
+def test_training_command_is_understood(command, capsys):
+    _, _, name, *options = shlex.split(command)
+    if "--help" in options:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["train", name, "--help"])
+        assert stop.value.code == 0
+        assert "--learning-rate" in capsys.readouterr().out
+    else:
+        values = vars(cli._recipe_parser(name, find_recipe(name)).parse([name, *options]))
+        assert values["recipe"] == name
+
+
+def test_other_commands_exist():
+    words = [shlex.split(line) for line in commands() if line.startswith("flowformer")]
+    assert {line[1] for line in words} <= set(cli.COMMANDS)
+
+
+def test_make_targets_exist():
+    targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    wanted = {line.split()[1] for line in commands() if line.startswith("make ")}
+    assert wanted == {"demo", "test"}
+    assert wanted <= set(targets)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, link
+
+
+def test_architecture_names_what_is_there():
+    package = ROOT / "flowformer"
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    files = {path.name for path in package.rglob("*.py")} - {"__init__.py"}
+    named = set(re.findall(r"\b(\w+\.py)\b", page)) - {"laws.py"}
+    assert named <= files, named - files
+    for folder in package.iterdir():
+        if folder.is_dir() and any(folder.glob("*.py")):
+            assert f"{folder.name}/" in page, folder.name
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_example_runs(script, capsys):
+    runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("module", ["attention.flow", "interop.estimator"])
+def test_examples_in_docstrings_run(module):
+    outcome = doctest.testmod(importlib.import_module(f"flowformer.{module}"))
+    assert outcome.attempted
+    assert not outcome.failed
