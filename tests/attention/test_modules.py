@@ -307,3 +307,18 @@ def test_unknown_names_suggest_the_nearest() -> None:
         with pytest.raises(ValueError, match=r"no attention 'zzz'; there is .*softmax$"):
             function("zzz")
     assert list_attentions() == sorted(list_attentions())
+
+
+@pytest.mark.parametrize("name", list_attentions())
+def test_steps_under_autocast_continue_a_state_made_outside(name: str) -> None:
+    torch.manual_seed(0)
+    module = create_attention(name, 16, 2, causal=True).eval()
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        whole = module(x)
+        state = module.init_state(2)
+        with torch.autocast("cpu", torch.bfloat16):
+            _, state = module(x[:, :3], initial_state=state, return_state=True)
+            for t in (3, 4):
+                out, state = module.step(x[:, t], state)
+    torch.testing.assert_close(out.float(), whole[:, -1], rtol=0.05, atol=0.02)
