@@ -67,8 +67,7 @@ class FlowformerClassifier(BaseClassifier):
         history_: One dictionary an epoch: ``"epoch"`` (from 1), ``"seconds"``, ``"train/loss"``, ``"train/accuracy"``.
 
     Raises:
-        ValueError: In ``fit``, for a parameter out of range or an unknown name; for series or labels that aeon refuses,
-            such as labels of a single class.
+        ValueError: In ``fit``, for a parameter out of range or an unknown name; for series or labels that aeon refuses.
         TypeError: In ``fit``, for a parameter of the wrong type.
         RuntimeError: In ``fit``, if training diverges.
 
