@@ -83,8 +83,9 @@ class Encoder(nn.Module):
             return self._run(x)
         lengths = key_padding_mask.sum(-1)
         cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        packed = self._run(x[key_padding_mask].unsqueeze(0), cu_seqlens=cu_seqlens).squeeze(0)
-        return packed.new_zeros(x.shape).index_put((key_padding_mask,), packed)
+        real = key_padding_mask.flatten().nonzero().squeeze(-1)
+        packed = self._run(x.flatten(0, 1).index_select(0, real).unsqueeze(0), cu_seqlens=cu_seqlens).squeeze(0)
+        return packed.new_zeros(x.shape).flatten(0, 1).index_copy(0, real, packed).view(x.shape)
 
     def _run(self, x: Tensor, **where: Tensor) -> Tensor:
         for block in self.blocks:

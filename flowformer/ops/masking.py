@@ -216,14 +216,17 @@ class _Bucket(NamedTuple):
 
 
 def _buckets(cu_seqlens: Tensor) -> list[_Bucket]:
-    """Group sequences so that none is shorter than half of the longest in its group: padding stays below one half."""
+    """Group sequences, longest first, for as long as the group's padding stays below one half."""
     bounds = cu_seqlens.tolist()
     lengths = [b - a for a, b in pairwise(bounds)]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     groups: list[list[int]] = []
+    tokens = 0
     for row in order:
-        if not groups or 2 * lengths[row] < lengths[groups[-1][0]]:
+        tokens += lengths[row]
+        if not groups or 2 * tokens < lengths[groups[-1][0]] * (len(groups[-1]) + 1):
             groups.append([])
+            tokens = lengths[row]
         groups[-1].append(row)
     buckets = []
     for rows in groups:
@@ -256,12 +259,16 @@ def run_packed(
         if initial_state is not None:
             index = torch.tensor(bucket.rows, device=cu_seqlens.device)
             state = type(initial_state)(*(part[index] for part in initial_state))
-        out, state = dense(*(tensor[0, bucket.positions] for tensor in tensors), bucket.mask, state)
-        outs.append(out[bucket.mask])
-        places.append(bucket.positions[bucket.mask])
+        shape, positions = bucket.positions.shape, bucket.positions.flatten()
+        # index_select, not indexing: its gradient is added in one pass.
+        padded = (tensor[0].index_select(0, positions).unflatten(0, shape) for tensor in tensors)
+        out, state = dense(*padded, bucket.mask, state)
+        real = bucket.mask.flatten().nonzero().squeeze(-1)
+        outs.append(out.flatten(0, 1).index_select(0, real))
+        places.append(positions[real])
         states.append(state)
         rows += bucket.rows
-    out = torch.cat(outs)[torch.cat(places).argsort()].unsqueeze(0)
+    out = torch.cat(outs).index_select(0, torch.cat(places).argsort()).unsqueeze(0)
     if states[0] is None:
         return out, None
     order = torch.tensor(rows, device=cu_seqlens.device).argsort()
