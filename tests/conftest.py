@@ -18,7 +18,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 @pytest.fixture
 def shared() -> Path:
-    """The folder of facts, data and golden vectors beside the repository."""
+    """Real data that is not part of the repository: the folder `shared` beside it."""
     folder = TESTS.parent.parent / "shared"
     if not folder.is_dir():
         pytest.skip(f"no {folder}: it is not part of the repository")

@@ -238,16 +238,16 @@ def attend(
 
     Args:
         op: Name of the operation, for messages.
-        q: As the operation takes it; so all that follow, up to ``backend``.
-        k: See q.
-        v: See q.
-        causal: See q.
-        key_padding_mask: See q.
-        query_padding_mask: See q.
-        cu_seqlens: See q.
-        initial_state: See q.
-        return_state: See q.
-        backend: See q.
+        q: Like all that follow up to ``backend``, as the operation takes it.
+        k: Keys.
+        v: Values.
+        causal: Which form.
+        key_padding_mask: Padding of keys.
+        query_padding_mask: Padding of queries.
+        cu_seqlens: Packing.
+        initial_state: State before the first token.
+        return_state: Whether to return the last.
+        backend: Implementation.
         init_state: The state before the first token, for (batch, heads, K, V).
         block: The causal form on a block of tokens (q, k, v, mask): see :func:`scan`.
         whole: The bidirectional form on q, k, v, mask of keys, mask of queries.
