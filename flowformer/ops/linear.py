@@ -69,21 +69,23 @@ def scan(step: Step, tokens: Sequence[Tensor | None], state: Any, *, block: int 
         layout = _Layout(step, block, [t is not None for t in tokens], type(state))
         out, *parts = _Scan.apply(layout, *tensors)
         return out, type(state)(*parts)
-    out, states = _run(step, tokens, state, block)
-    return out, states[-1]
+    return _run(step, tokens, state, block)
 
 
-def _run(step: Step, tokens: Sequence[Tensor | None], state: Any, block: int) -> tuple[Tensor, list[Any]]:
-    """The output, and the states before each block and after the last."""
-    length, out, states = _length(tokens), None, [state]
+def _run(
+    step: Step, tokens: Sequence[Tensor | None], state: Any, block: int, starts: list[Any] | None = None
+) -> tuple[Tensor, Any]:
+    """The output, and the state after the last token; the states before each block are added to ``starts``."""
+    length, out = _length(tokens), None
     for start in range(0, length, block):
-        piece, state = step(_cut(tokens, start, block), states[-1])
+        if starts is not None:
+            starts.append(state)
+        piece, state = step(_cut(tokens, start, block), state)
         if out is None:
             out = piece.new_empty(piece.shape[0], length, *piece.shape[2:])
         out[:, start : start + block] = piece
-        states.append(state)
     assert out is not None  # there is at least one token
-    return out, states
+    return out, state
 
 
 class _Layout(NamedTuple):
@@ -114,11 +116,12 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layout: _Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
         tokens, first = layout.split(tensors)
-        out, states = _run(layout.step, tokens, first, layout.block)
-        ctx.layout, ctx.blocks = layout, len(states) - 1
-        ctx.save_for_backward(*tensors, *(part for state in states[1:-1] for part in state))
-        ctx.mark_non_differentiable(*(part for part in states[-1] if not part.is_floating_point()))
-        return out, *states[-1]
+        starts: list[Any] = []
+        out, last = _run(layout.step, tokens, first, layout.block, starts)
+        ctx.layout, ctx.blocks = layout, len(starts)
+        ctx.save_for_backward(*tensors, *(part for state in starts[1:] for part in state))
+        ctx.mark_non_differentiable(*(part for part in last if not part.is_floating_point()))
+        return out, *last
 
     @staticmethod
     def backward(ctx: Any, *grads_out: Tensor) -> tuple[Tensor | None, ...]:
