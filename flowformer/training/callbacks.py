@@ -105,9 +105,12 @@ class RunProgress(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Advance."""
-        values = self._values(trainer) or f"loss {float(outputs['loss']):.3f}"
-        self.progress.update(self._bar, advance=1, values=values)
+        """Advance; now and then, for it makes a GPU wait, show the batch's loss before the last epoch's figures."""
+        self.progress.update(self._bar, advance=1)
+        if self.console.is_terminal and time.perf_counter() - self._shown > 0.5:
+            self._shown = time.perf_counter()
+            values = f"batch loss {float(outputs['loss']):.3f}  {self._values(trainer)}"
+            self.progress.update(self._bar, values=values)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Show the epoch's figures; without a terminal print them, every few seconds at most."""
