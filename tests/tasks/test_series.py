@@ -4,12 +4,12 @@ import json
 import pickle
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from series_writers import HEADER, ROWS, write_csv, write_ts
 
 from flowformer.models import create_model
 from flowformer.tasks.series import (
@@ -25,19 +25,6 @@ from flowformer.tasks.series import (
 )
 from flowformer.tasks.series_files import DataError, SeriesTable, read_table
 from flowformer.training.recipe import Format, Task
-
-HEADER = ["@problemName own", "@timeStamps false", "@univariate false", "@equalLength false", "@classLabel true a b"]
-ROWS = ["1,2,3:4,5,6:a", "1,2:3,4:b", "0,1:1,0:a", "5,6:7,9:b"]
-
-
-def write_ts(path: Path, rows: list[str] = ROWS, header: list[str] = HEADER) -> Path:
-    path.write_text("\n".join([*header, "@data", *rows]) + "\n", encoding="utf-8")
-    return path
-
-
-def write_csv(path: Path, rows: list[str], header: str = "series,time,label,x,y") -> Path:
-    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
-    return path
 
 
 def draw_series(count: int, channels: int = 3, seed: int = 0, offset: float = 5.0) -> list[np.ndarray]:

@@ -6,22 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from series_writers import HEADER, ROWS, write_csv, write_ts
 
 from flowformer.tasks.series_files import DataError, read_csv, read_table, read_ts
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "uea"
-HEADER = ["@problemName own", "@timeStamps false", "@univariate false", "@equalLength false", "@classLabel true a b"]
-ROWS = ["1,2,3:4,5,6:a", "1,2:3,4:b", "0,1:1,0:a", "5,6:7,9:b"]
-
-
-def write_ts(path: Path, rows: list[str] = ROWS, header: list[str] = HEADER) -> Path:
-    path.write_text("\n".join([*header, "@data", *rows]) + "\n", encoding="utf-8")
-    return path
-
-
-def write_csv(path: Path, rows: list[str], header: str = "series,time,label,x,y") -> Path:
-    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
-    return path
 
 
 def refuse(call, *parts: str) -> None:
