@@ -185,7 +185,7 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def state_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of running sums: float64, because a float32 sum of a million like terms drifts by percents.
+    """The dtype of running sums: float64, because a float32 sum of a million like terms is off by one percent.
 
     Adding 0.35 to a float32 sum of 300,000 rounds every addend to a multiple of 1/32. Devices without float64
     (Apple's GPUs) keep float32.
