@@ -23,6 +23,7 @@ EXTRAS = {
     "vision": ("lightning", "rich", "timm", "torchvision"),
     "rl": ("lightning", "rich", "gymnasium", "minari"),
     "export": ("onnx", "onnxruntime", "onnxscript"),
+    "bench": ("matplotlib", "rich"),
 }
 
 
@@ -227,6 +228,15 @@ def _predict(words: Sequence[str]) -> int:
     return 0
 
 
+def _bench(words: Sequence[str]) -> int:
+    """Measure speed and memory against peers, or against another commit."""
+    from flowformer.bench import command
+
+    parser = _Parser(prog="flowformer bench", description=_bench.__doc__, epilog=command.describe())
+    command.add_arguments(parser)
+    return _usable(command.main, parser.parse(words))
+
+
 def _list(words: Sequence[str]) -> int:
     """Show recipes, models and attention mechanisms."""
     from flowformer.recipes import list_recipes
@@ -293,7 +303,7 @@ def _doctor(words: Sequence[str]) -> int:
     from flowformer.ops import backend
 
     _Parser(prog="flowformer doctor", description=_doctor.__doc__).parse(words)
-    chosen, why = _usable(backend.choose, "doctor")
+    chosen, why = _usable(backend.choose_and_say_why, "flow_attention")
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     rows = {
         "flowformer": f"{flowformer.__version__} in {Path(flowformer.__file__).parent}",
@@ -315,6 +325,7 @@ COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
     "predict": _predict,
+    "bench": _bench,
     "list": _list,
     "info": _info,
     "doctor": _doctor,

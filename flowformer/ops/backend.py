@@ -7,12 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flowformer.ops.masking import check, sum_dtype
+from flowformer.ops.native import build
+from flowformer.ops.native import flow as native_flow
 
 ENVIRONMENT_VARIABLE = "FLOWFORMER_BACKEND"
-BACKENDS = ("torch",)
+BACKENDS = ("native", "torch")
+NATIVE_OPS = ("flow_attention", "flow_attention_step")
 
 
 @dataclass(frozen=True)
@@ -35,29 +40,83 @@ class Explanation:
         return f"{self.op}: {self.backend}, sums in {self.sums}: {self.why}"
 
 
-def choose(op: str, backend: str = "auto") -> tuple[str, str]:
+def choose(op: str, backend: str = "auto", like: Tensor | None = None) -> str:
+    """The name of the implementation that is to run; arguments and errors as :func:`choose_and_say_why`."""
+    return _decide(op, backend, like)[0]
+
+
+def choose_and_say_why(op: str, backend: str = "auto", like: Tensor | None = None) -> tuple[str, str]:
     """Pick the implementation of an operation.
 
     Args:
-        op: Name of the operation, for messages.
+        op: Name of the operation.
         backend: ``"auto"`` or one of :data:`BACKENDS`. With ``"auto"`` the environment variable
             ``FLOWFORMER_BACKEND`` decides where it is set.
+        like: One of the inputs: its device and dtype count. A float32 tensor on the CPU if absent.
 
     Returns:
         The backend's name and the reason in words.
 
     Raises:
-        ValueError: for a backend that does not exist.
+        ValueError: for a backend that does not exist, or cannot run what is asked for.
     """
+    chosen, why = _decide(op, backend, like)
+    return chosen, why or _describe_native()
+
+
+def _decide(op: str, backend: str, like: Tensor | None) -> tuple[str, str]:
+    device, dtype = ("cpu", torch.float32) if like is None else (like.device.type, like.dtype)
+    return _choose(op, backend, device, dtype, torch.compiler.is_exporting(), _transformed())
+
+
+def _transformed() -> bool:
+    """Whether torch.func, or forward-mode differentiation, is at work, of which the kernels know nothing."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+@torch.compiler.assume_constant_result
+def _choose(
+    op: str, backend: str, device: str, dtype: torch.dtype, exporting: bool, transformed: bool
+) -> tuple[str, str]:
     source = "asked for by the backend argument"
     if backend == "auto":
         backend = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
         source = f"asked for by {ENVIRONMENT_VARIABLE}"
-    if backend == "auto":
-        return "torch", "plain PyTorch runs on every device and is the only implementation there is"
-    if backend not in BACKENDS:
+    if backend not in ("auto", *BACKENDS):
         raise ValueError(f"{op}: no backend {backend!r} ({source}); there is {', '.join(('auto', *BACKENDS))}")
-    return backend, source
+    if backend == "torch":
+        return backend, source
+    reason = _not_native(op, device, dtype, exporting, transformed)
+    if not reason:
+        return "native", ""  # described where somebody asks
+    if backend == "native":
+        raise ValueError(f"{op}: backend 'native' ({source}) cannot run here: {reason}")
+    return "torch", f"plain PyTorch, since {reason}"
+
+
+def _not_native(op: str, device: str, dtype: torch.dtype, exporting: bool, transformed: bool) -> str:
+    """Why the native kernels cannot compute an operation; empty where they can."""
+    if op not in NATIVE_OPS:
+        return f"{op} has no native kernels"
+    if device != "cpu":
+        return f"the native kernels run on the CPU, and this is on {device}"
+    if dtype not in native_flow.DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        return f"the native kernels compute float32 and bfloat16, and this is {name}"
+    if exporting:
+        return "what is exported has to run where this package is not"
+    if transformed:
+        return "the native kernels know no torch.func transforms and no forward-mode differentiation"
+    return "" if native_flow.kernels() else f"the native kernels do not run: {build.why_not()}"
+
+
+def _describe_native() -> str:
+    library, kernels = build.load(), native_flow.kernels()
+    assert library is not None  # asked before
+    assert kernels is not None
+    return f"C++ kernels for {kernels.level}, {library.how}, threads by {library.threads}"
 
 
 def explain(
@@ -86,5 +145,5 @@ def explain(
     """
     name = op if isinstance(op, str) else op.__name__
     check(name, q, k, v, causal=causal, **arguments)
-    chosen, why = choose(name, backend)
+    chosen, why = choose_and_say_why(name, backend, q)
     return Explanation(name, chosen, str(sum_dtype(q.dtype)).removeprefix("torch."), why)

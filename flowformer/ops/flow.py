@@ -41,6 +41,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flowformer.ops.backend import choose
 from flowformer.ops.linear import (
     CHUNK,
     attend,
@@ -54,6 +55,7 @@ from flowformer.ops.linear import (
 )
 from flowformer.ops.masking import (
     LOG_ZERO,
+    Masks,
     check_dtype,
     check_state,
     check_step,
@@ -62,6 +64,7 @@ from flowformer.ops.masking import (
     state_dtype,
     sum_dtype,
 )
+from flowformer.ops.native import flow as native_flow
 
 # ------------------------------------------------------------------------------------------------- options and presets
 
@@ -108,6 +111,13 @@ class FlowOptions:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
+    def values(self) -> tuple[Any, ...]:
+        """The options in the order of their declaration, as the native operators take them."""
+        return (
+            *(self.feature_map, self.clamp, self.eps, self.flow_eps),
+            *(self.competition, self.allocation, self.rescale),
+        )
+
 
 OPTIONS = tuple(field.name for field in fields(FlowOptions))
 
@@ -153,19 +163,13 @@ class FlowState(NamedTuple):
 
     Attributes:
         length: Tokens so far, (batch,), int64.
-        key_sum: sum K, (batch, heads, K).
-        query_sum: sum Q, (batch, heads, K).
-        scaled_key_sum: sum K n / O, (batch, heads, K).
-        scaled_query_sum: sum Q n / I, (batch, heads, K).
+        sums: sum K, sum Q, sum K n / O and sum Q n / I, (batch, heads, 4, K).
         log_normaliser: log sum exp(O^), (batch, heads).
         memory: sum K^T C v, (batch, heads, K, V).
     """
 
     length: Tensor
-    key_sum: Tensor
-    query_sum: Tensor
-    scaled_key_sum: Tensor
-    scaled_query_sum: Tensor
+    sums: Tensor
     log_normaliser: Tensor
     memory: Tensor
 
@@ -183,13 +187,9 @@ def init_flow_state(
     check_dtype("init_flow_state", dtype)
     device = torch.device("cpu") if device is None else torch.device(device)
     like = torch.zeros(batch, heads, dtype=state_dtype(device), device=device)
-    vector = like.new_zeros(batch, heads, key_channels)
     return FlowState(
         torch.zeros(batch, dtype=torch.int64, device=device),
-        vector,
-        vector.clone(),
-        vector.clone(),
-        vector.clone(),
+        like.new_zeros(batch, heads, 4, key_channels),
         torch.full_like(like, LOG_ZERO),
         like.new_zeros(batch, heads, key_channels, value_channels),
     )
@@ -231,7 +231,8 @@ def flow_attention(
         cu_seqlens: (N + 1,) int32 boundaries of N sequences packed into a batch of size 1.
         initial_state: State to continue from (causal only); batch N for a packed batch.
         return_state: Return the state after the last token as well (causal only).
-        backend: ``"auto"`` or ``"torch"``.
+        backend: ``"auto"``, ``"native"`` (C++ kernels: float32 and bfloat16 on the CPU) or ``"torch"``. See
+            :func:`flowformer.ops.explain`.
         **overrides: Options of :class:`FlowOptions` that depart from the preset.
 
     Returns:
@@ -248,7 +249,26 @@ def flow_attention(
         return_state=return_state, backend=backend, init_state=init_flow_state,
         block=lambda tokens, state: _causal_block(tokens, state, options, CHUNK),
         whole=lambda q, k, v, key_mask, query_mask: _bidirectional(q, k, v, key_mask, query_mask, options),
+        native=lambda masks, state: _native(q, k, v, causal, masks, cu_seqlens, state, options),
     )  # fmt: skip
+
+
+def _native(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    masks: Masks,
+    cu_seqlens: Tensor | None,
+    state: FlowState | None,
+    options: FlowOptions,
+) -> tuple[Tensor, FlowState | None]:
+    """Either form by the C++ kernels."""
+    if not causal:
+        return torch.ops.flowformer.flow_bidirectional(q, k, v, *masks, cu_seqlens, *options.values()), None
+    before = (None, None, None, None) if state is None else state
+    out, *after = torch.ops.flowformer.flow_causal(q, k, v, masks.key, cu_seqlens, *before, *options.values())
+    return out, FlowState(*after)
 
 
 def _features(x: Tensor, mask: Tensor | None, options: FlowOptions) -> Tensor:
@@ -337,14 +357,15 @@ def _causal_block(
         capacity = Q @ K.transpose(-1, -2)
         lower, upper = capacity.tril(), capacity.triu()  # a sink sees earlier sources, a source earlier sinks
 
-        incoming, key_sum = _running_flow(Q, K, lower.sum(-1), state.key_sum, options)
-        outgoing, query_sum = _running_flow(K, Q, upper.sum(-2), state.query_sum, options)
+        sums = state.sums.unbind(2)
+        incoming, key_sum = _running_flow(Q, K, lower.sum(-1), sums[0], options)
+        outgoing, query_sum = _running_flow(K, Q, upper.sum(-2), sums[1], options)
         incoming, outgoing = _open(incoming, chunked), _open(outgoing, chunked)
         out_weight, in_weight = n / outgoing, n / incoming
         within = (lower @ out_weight.unsqueeze(-1)).squeeze(-1)
-        conserved_in, scaled_key_sum = _running_flow(Q, K, within, state.scaled_key_sum, options, out_weight, n)
+        conserved_in, scaled_key_sum = _running_flow(Q, K, within, sums[2], options, out_weight, n)
         within = (in_weight.unsqueeze(-2) @ upper).squeeze(-2)
-        conserved_out, scaled_query_sum = _running_flow(K, Q, within, state.scaled_query_sum, options, in_weight, n)
+        conserved_out, scaled_query_sum = _running_flow(K, Q, within, sums[3], options, in_weight, n)
 
         weight, log_normaliser = _causal_competition(conserved_out, n, chunked, state.log_normaliser, options)
         if weight is not None:
@@ -352,7 +373,8 @@ def _causal_block(
         out, memory = causal_product(lower, Q, K, V, state.memory)
         gate = conserved_in.sigmoid() / incoming if options.allocation else 1 / incoming
         out = join_chunks(out * gate.unsqueeze(-1), length).to(v.dtype)
-    return out, FlowState(count, key_sum, query_sum, scaled_key_sum, scaled_query_sum, log_normaliser, memory)
+        after = torch.stack([key_sum, query_sum, scaled_key_sum, scaled_query_sum], 2)
+    return out, FlowState(count, after, log_normaliser, memory)
 
 
 def _positions(count: Tensor, mask: Tensor | None, Q: Tensor) -> tuple[Tensor, Tensor]:
@@ -419,7 +441,14 @@ def _causal_competition(
 
 
 def flow_attention_step(
-    q: Tensor, k: Tensor, v: Tensor, state: FlowState, *, preset: str = "core", **overrides: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: FlowState,
+    *,
+    preset: str = "core",
+    backend: str = "auto",
+    **overrides: Any,
 ) -> tuple[Tensor, FlowState]:
     """One token of causal Flow-Attention, in time and memory that do not depend on how many came before.
 
@@ -430,6 +459,7 @@ def flow_attention_step(
         state: State before the token, from :func:`init_flow_state`, a step, or ``flow_attention(..., causal=True,
             return_state=True)``; not changed.
         preset: As in :func:`flow_attention`.
+        backend: As in :func:`flow_attention`.
         **overrides: As in :func:`flow_attention`.
 
     Returns:
@@ -440,9 +470,51 @@ def flow_attention_step(
     """
     op = "flow_attention_step"
     options = flow_options(preset, **overrides)
+    if not torch.compiler.is_compiling() and _is_plain_step(q, k, v, state) and choose(op, backend, q) == "native":
+        out, *after = native_flow.run_step(q, k, v, state, options.values())
+        return out, FlowState(*after)
     check_step(op, q, k, v, state, FlowState)
     batch, heads, channels = q.shape
     check_state(op, state, init_flow_state(batch, heads, channels, v.shape[-1], device=q.device))
+    if choose(op, backend, q) == "torch":
+        return _step(q, k, v, state, options)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *state)):
+        tokens = (t.unsqueeze(1) for t in (q, k, v))  # a sequence of one token: that has a backward pass
+        out, *after = torch.ops.flowformer.flow_causal(*tokens, None, None, *state, *options.values())
+        return out.squeeze(1), FlowState(*after)
+    out, *after = torch.ops.flowformer.flow_step(q, k, v, *state, *options.values())
+    return out, FlowState(*after)
+
+
+def _is_plain_step(q: Any, k: Any, v: Any, state: Any) -> bool:
+    """Whether the kernels can take a step as it is, without a look at what may be wrong with it.
+
+    A step takes them some ten microseconds: what is checked in words would take ten times as long.
+    """
+    if type(state) is not FlowState or not all(type(t) is Tensor and t.is_contiguous() for t in (q, k, v, *state)):
+        return False
+    length, sums, log_normaliser, memory = state
+    shape, dtype = q.shape, q.dtype
+    if len(shape) != 3 or k.shape != shape or v.ndim != 3 or v.shape[:2] != shape[:2] or 0 in shape or 0 in v.shape:
+        return False
+    if dtype not in native_flow.DTYPES or k.dtype != dtype or v.dtype != dtype:
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, sums, log_normaliser, memory)):
+        return False
+    rows = shape[:2]
+    return (
+        length.shape == shape[:1]
+        and sums.shape == (*rows, 4, shape[2])
+        and log_normaliser.shape == rows
+        and memory.shape == (*rows, shape[2], v.shape[2])
+        and length.dtype == torch.int64
+        and sums.dtype == log_normaliser.dtype == memory.dtype == torch.float64
+        and all(t.is_cpu for t in (q, k, v, *state))
+    )
+
+
+def _step(q: Tensor, k: Tensor, v: Tensor, state: FlowState, options: FlowOptions) -> tuple[Tensor, FlowState]:
+    """The step in plain PyTorch."""
     eps, flow_eps = options.eps, options.flow_eps
     with no_autocast(q.device):
         # One token is little work: do it in the dtype of the state.
@@ -454,11 +526,12 @@ def flow_attention_step(
 
         count = state.length + 1
         n = count.to(Q.dtype).unsqueeze(-1)
-        key_sum, query_sum = state.key_sum + K, state.query_sum + Q
+        key_sum, query_sum, scaled_key_sum, scaled_query_sum = state.sums.unbind(2)
+        key_sum, query_sum = key_sum + K, query_sum + Q
         incoming = flow(Q, key_sum) + flow_eps
         outgoing = flow(K, query_sum) + flow_eps
-        scaled_key_sum = state.scaled_key_sum + K * (n / outgoing).unsqueeze(-1)
-        scaled_query_sum = state.scaled_query_sum + Q * (n / incoming).unsqueeze(-1)
+        scaled_key_sum = scaled_key_sum + K * (n / outgoing).unsqueeze(-1)
+        scaled_query_sum = scaled_query_sum + Q * (n / incoming).unsqueeze(-1)
         conserved_in = flow(Q, scaled_key_sum) / n + flow_eps
         conserved_out = flow(K, scaled_query_sum) / n + flow_eps
         weight, log_normaliser = _causal_competition(
@@ -468,5 +541,5 @@ def flow_attention_step(
         memory = state.memory + K.unsqueeze(-1) * V.unsqueeze(-2)
         gate = conserved_in.sigmoid() / incoming if options.allocation else 1 / incoming
         out = (Q.unsqueeze(-2) @ memory).squeeze(-2) * gate.unsqueeze(-1)
-    state = FlowState(count, key_sum, query_sum, scaled_key_sum, scaled_query_sum, log_normaliser, memory)
-    return out.to(v.dtype), state
+    sums = torch.stack([key_sum, query_sum, scaled_key_sum, scaled_query_sum], 2)
+    return out.to(v.dtype), FlowState(count, sums, log_normaliser, memory)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flowformer.ops import backend as _backend
 from flowformer.ops.masking import (
+    Masks,
     check,
     check_dtype,
     check_state,
@@ -236,6 +237,7 @@ def attend(
     init_state: Callable[..., Any],
     block: Step,
     whole: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor],
+    native: Callable[[Masks, Any], tuple[Tensor, Any]] | None = None,
 ) -> Any:
     """Check once, choose once, and run an operation of linear cost: by the scan if causal, else whole.
 
@@ -254,6 +256,7 @@ def attend(
         init_state: The state before the first token, for (batch, heads, K, V).
         block: The causal form on a block of tokens (q, k, v, mask): see :func:`scan`.
         whole: The bidirectional form on q, k, v, mask of keys, mask of queries.
+        native: Either form by native kernels, for masks and the state before the first token (``None``: a fresh one).
 
     Returns:
         The output, or the output and the state.
@@ -262,21 +265,27 @@ def attend(
         op, q, k, v, causal=causal, key_padding_mask=key_padding_mask, query_padding_mask=query_padding_mask,
         cu_seqlens=cu_seqlens,
     )  # fmt: skip
-    _backend.choose(op, backend)
+    chosen = _backend.choose(op, backend, q)
     check_state_use(op, causal, initial_state, return_state)
     state = None
     if causal:
         sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        fresh = init_state(sequences, q.shape[2], q.shape[3], v.shape[3], device=q.device)
-        state = fresh if initial_state is None else initial_state
-        check_state(op, state, fresh)
+        sizes = (sequences, q.shape[2], q.shape[3], v.shape[3])
+        if initial_state is not None:
+            check_state(op, initial_state, init_state(*sizes, device=q.device))
+            state = initial_state
+        elif chosen == "torch":
+            state = init_state(*sizes, device=q.device)
 
     def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: Any) -> tuple[Tensor, Any]:
         if causal:
             return scan(block, (q, k, v, mask), state)
         return whole(q, k, v, mask, mask if cu_seqlens is not None else masks.query), None
 
-    if cu_seqlens is None:
+    if chosen == "native":
+        assert native is not None  # else it would not have been chosen
+        out, state = native(masks, state)
+    elif cu_seqlens is None:
         out, state = dense(q, k, v, masks.key, state)
     else:
         out, state = run_packed(dense, (q, k, v), cu_seqlens, state)

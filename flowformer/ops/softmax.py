@@ -93,7 +93,7 @@ def softmax_attention(
         op, q, k, v, causal=causal, key_padding_mask=key_padding_mask, query_padding_mask=query_padding_mask,
         cu_seqlens=cu_seqlens,
     )  # fmt: skip
-    _backend.choose(op, backend)
+    _backend.choose(op, backend, q)
     check_state_use(op, causal, initial_state, return_state)
     if initial_state is not None:
         _check_state(op, initial_state, q, v, q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1)

@@ -1,0 +1,10 @@
+"""Speed and memory against peers, in one run; what is wrong is not timed.
+
+:mod:`registry` says what an operation and a contender are, :mod:`operations` and :mod:`contenders` hold the rows,
+:mod:`runner` checks, times and measures, :mod:`compare` does so on two commits.
+"""
+
+from flowformer.bench.registry import Contender, Operation, Shape, add_contender, add_operation
+from flowformer.bench.runner import Plan, run
+
+__all__ = ["Contender", "Operation", "Plan", "Shape", "add_contender", "add_operation", "run"]

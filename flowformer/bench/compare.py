@@ -1,0 +1,177 @@
+"""Did a change make it slower? The same run on this tree and on another commit, by turns.
+
+The other commit is checked out as a temporary git worktree, and this tree's ``flowformer/bench`` is put into it: both
+libraries are measured by the same code, even a commit from before there was any. Each turn is a process of its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowformer.bench.runner import Plan
+from flowformer.bench.worker import ROOT, ask
+from flowformer.training.files import RunError
+
+Record = dict[str, Any]
+PAIRS = 2  # times that each side runs
+BEST = "flow (best)"
+
+
+def compare(
+    revision: str,
+    plan: Plan,
+    keep: Callable[[Record], None],
+    tell: Callable[[str], None] = lambda text: None,
+    *,
+    root: Path = ROOT,
+    pairs: int = PAIRS,
+) -> None:
+    """Run a plan here and at another commit, in the order here, there, there, here, and keep all records and ratios.
+
+    Without names of contenders, this library's own take part. Memory is measured once on each side.
+
+    Args:
+        revision: Whatever git takes for a commit.
+        plan: What to measure.
+        keep: Called with each record: those of the runs, with ``"side"`` and ``"pair"``, then the ``"ratio"`` records.
+        tell: Called with a line of progress.
+        root: Folder of this checkout.
+        pairs: Times that each side runs.
+
+    Raises:
+        RunError: outside a git checkout, for an unknown commit, and if a side cannot be run.
+        ValueError: for an unknown name in the plan.
+    """
+    commit = find_commit(root, revision)
+    plan = replace(plan, ours_only=True, threads=plan.threads or torch.get_num_threads())
+    plan.rows()  # unknown names are said before anything is checked out
+    records: list[Record] = []
+    with worktree(root, commit) as there:
+        for pair in range(pairs):
+            sides = (("here", root), ("there", there))
+            for side, folder in sides if pair % 2 == 0 else reversed(sides):
+                name = "this tree" if side == "here" else revision
+                tell(f"{name}, run {pair + 1} of {pairs}")
+                found = _run(replace(plan, memory=plan.memory and pair == 0), folder, name)
+                for record in found:
+                    if record["record"] == "run" and side == "there":
+                        record["environment"]["commit"] = commit  # it counts as changed, by our own bench in it
+                    records.append({**record, "side": side, "pair": pair})
+                    keep(records[-1])
+    for record in ratios(records):
+        keep(record)
+
+
+def _run(plan: Plan, folder: Path, name: str) -> list[Record]:
+    try:
+        return ask("run", plan.threads, folder, plan=plan.as_record(), imports=plan.imports)
+    except RunError as error:
+        raise RunError(f"{name} cannot be measured: {error}") from error
+
+
+def find_commit(root: Path, revision: str) -> str:
+    """The commit's full name.
+
+    Raises:
+        RunError: outside a git checkout, or for an unknown commit; the message suggests the nearest branch or tag.
+    """
+    if not (root / ".git").exists():
+        raise RunError(f"--compare wants flowformer to come from a git checkout; {root} is none")
+    try:
+        return _git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}").strip()
+    except subprocess.CalledProcessError as error:
+        known = _git(root, "for-each-ref", "--format=%(refname:short)").split()
+        near = difflib.get_close_matches(revision, known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise RunError(f"git knows no commit {revision!r}{hint}") from error
+
+
+@contextmanager
+def worktree(root: Path, commit: str) -> Iterator[Path]:
+    """A temporary checkout of a commit, with this tree's bench package in it; removed whatever happens.
+
+    Raises:
+        RunError: for a commit without the package ``flowformer``.
+    """
+    with tempfile.TemporaryDirectory(prefix="flowformer-bench-") as temporary:
+        folder = Path(temporary) / "tree"
+        try:
+            _git(root, "worktree", "add", "--detach", str(folder), commit)
+            if not (folder / "flowformer").is_dir():
+                raise RunError(f"commit {commit[:12]} has no package flowformer: there is nothing to compare with")
+            package = folder / "flowformer" / "bench"
+            shutil.rmtree(package, ignore_errors=True)
+            shutil.copytree(Path(__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            _git(root, "worktree", "prune")
+
+
+def _git(root: Path, *words: str) -> str:
+    return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout
+
+
+# -------------------------------------------------------------------------------------------------------------- ratios
+
+
+def ratios(records: list[Record]) -> list[Record]:
+    """For each operation, length and contender, the time here over the time there: of the least, and pair by pair.
+
+    Further rows are ``flow (best)``, the fastest of our own float32 contenders on each side, whatever it is called
+    there, and the limits (milliseconds per 1e9 of their work), which say how alike the machine was.
+    """
+    times = _least_times(records)
+    pairs = sorted({pair for by_side in times.values() for _, pair in by_side})
+    found = []
+    for (operation, length, contender), by_side in times.items():
+        here, there = ([by_side[side, pair] for pair in pairs if (side, pair) in by_side] for side in ("here", "there"))
+        both = [pair for pair in pairs if {("here", pair), ("there", pair)} <= set(by_side)]
+        found.append(
+            {
+                "record": "ratio", "operation": operation, "length": length, "contender": contender,
+                "here_ms": min(here, default=None), "there_ms": min(there, default=None),
+                "ratio": min(here) / min(there) if here and there else None,
+                "pair_ratios": [by_side["here", pair] / by_side["there", pair] for pair in both],
+                "memory_ratio": _memory_ratio(records, operation, length, contender),
+            }
+        )  # fmt: skip
+    return found
+
+
+def _least_times(records: list[Record]) -> dict[tuple[str, int, str], dict[tuple[str, int], float]]:
+    """Milliseconds by what was measured, then by side and pair."""
+    times: dict[tuple[str, int, str], dict[tuple[str, int], float]] = {}
+    for record in records:
+        turn = (record["side"], record["pair"])
+        place = (record.get("operation", ""), record.get("length", 0))
+        if record["record"] == "limit":
+            # Sizes are chosen in each run: what compares is the time of as much work.
+            times.setdefault((*place, f"limit {record['name']}, per 1e9"), {})[turn] = 1e3 / record["value"]
+        elif record["record"] == "point" and record["status"] == "timed":
+            times.setdefault((*place, record["contender"]), {})[turn] = record["min_ms"]
+            if record["ours"] and record["dtype"] == "float32" and record["layout"] == "length-first":
+                best = times.setdefault((*place, BEST), {})
+                best[turn] = min(best.get(turn, record["min_ms"]), record["min_ms"])
+    return dict(sorted(times.items(), key=lambda item: item[0][:2]))
+
+
+def _memory_ratio(records: list[Record], operation: str, length: int, contender: str) -> float | None:
+    bytes_of = {
+        record["side"]: record["memory"].get("peak_bytes")
+        for record in records
+        if record["record"] == "point" and "memory" in record
+        and (record["operation"], record["length"], record["contender"]) == (operation, length, contender)
+    }  # fmt: skip
+    here, there = bytes_of.get("here"), bytes_of.get("there")
+    return here / there if here and there else None

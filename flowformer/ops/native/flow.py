@@ -1,0 +1,402 @@
+"""Flow-Attention by the C++ kernels, as operators that PyTorch can differentiate, compile and trace."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowformer.ops.native import build
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+# ---------------------------------------------------------------------------- the C interface, as source/call.h has it
+
+
+class _View(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+    )
+
+
+class _Side(ctypes.Structure):
+    _fields_ = (("rows", ctypes.c_void_p), ("places", ctypes.c_void_p))
+
+
+class _State(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("length", "sums", "log_normaliser", "memory"))
+
+
+_NUMBERS = (
+    *((name, ctypes.c_int64) for name in ("half", "feature_map", "competition", "allocation")),
+    *((name, ctypes.c_double) for name in ("clamp", "eps", "flow_eps")),
+)
+
+
+class _FlowCall(ctypes.Structure):
+    _fields_ = (
+        *((name, _View) for name in ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")),
+        *((name, _Side) for name in ("sinks", "sources")),
+        *((name, _State) for name in ("before", "after", "grad_before", "grad_after")),
+        *((name, ctypes.c_int64) for name in ("sequences", "heads", "key_channels", "value_channels", "threads")),
+        ("rescale", ctypes.c_int64),
+        *_NUMBERS,
+    )
+
+
+class _StepCall(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "key_channels", "value_channels", "threads")),
+        *_NUMBERS,
+    )
+
+
+class Kernels(NamedTuple):
+    """The functions of one level of instructions."""
+
+    level: str
+    causal_forward: Any
+    causal_backward: Any
+    bidirectional_forward: Any
+    bidirectional_backward: Any
+    step: Any
+
+
+def kernels() -> Kernels | None:
+    """The kernels of this process, or ``None``: :func:`flowformer.ops.native.build.why_not` says why.
+
+    Raises:
+        ValueError: if the level that the environment asks for is not there.
+    """
+    library = build.load()
+    return None if library is None else _kernels(library, build.level(library))
+
+
+@functools.cache
+def _kernels(library: build.Library, level: str) -> Kernels:
+    functions = []
+    for name in Kernels._fields[1:]:
+        function = getattr(library.handle, f"flowformer_{name}_{level}")
+        function.restype = ctypes.c_int
+        function.argtypes = [ctypes.c_void_p] * (13 if name == "step" else 1)
+        functions.append(function)
+    return Kernels(level, *functions)
+
+
+def _run(name: str, call: ctypes.Structure) -> None:
+    found = kernels()
+    if found is None:
+        raise RuntimeError(_GONE.format(build.why_not()))
+    if getattr(found, name)(ctypes.addressof(call)):
+        raise MemoryError(_NO_MEMORY.format(name))
+
+
+_GONE = "the native kernels no longer run: {}"  # the environment has changed since the backend was chosen
+_NO_MEMORY = "the native kernel {} found no memory for its working space"
+
+
+# ------------------------------------------------------------------------------------------- from tensors to the calls
+
+
+def _adjacent(x: Tensor) -> Tensor:
+    """The tensor with its channels side by side: itself, if it is not laid out otherwise."""
+    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+_LARGE_BYTES = 1 << 24  # memory of this size comes fresh from the system, which fills it in page by page
+
+
+def _empty_like(x: Tensor, zero: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for something shaped like x, in the layout of x where its channels lie side by side."""
+    made = torch.empty_like(x, dtype=dtype)
+    if made.shape[-1] > 1 and made.stride(-1) != 1:
+        made = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    if made.nbytes >= _LARGE_BYTES and type(made) is Tensor and (library := build.load()):
+        library.handle.flowformer_want_large_pages(ctypes.c_void_p(made.data_ptr()), ctypes.c_int64(made.nbytes))
+    return made.zero_() if zero else made
+
+
+def _view(x: Tensor) -> _View:
+    return _View(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
+
+
+def _state(parts: Sequence[Tensor | None]) -> _State:
+    return _State(*(None if part is None else part.data_ptr() for part in parts))
+
+
+class _Tokens(NamedTuple):
+    """Which tokens the sequences have, see Side in call.h."""
+
+    rows: Tensor
+    places: Tensor | None
+
+    def side(self) -> _Side:
+        return _Side(self.rows.data_ptr(), None if self.places is None else self.places.data_ptr())
+
+
+def _tokens(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> _Tokens:
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.long()
+        return _Tokens(torch.stack([torch.zeros_like(bounds[1:]), bounds[:-1], bounds.diff()], 1), None)
+    batch = torch.arange(x.shape[0])
+    if mask is None:
+        return _Tokens(torch.stack([batch, torch.zeros_like(batch), torch.full_like(batch, x.shape[1])], 1), None)
+    counts = mask.sum(1)
+    rows = torch.stack([batch, counts.cumsum(0) - counts, counts], 1)
+    return _Tokens(rows, mask.nonzero()[:, 1].to(torch.int32))
+
+
+_FEATURE_MAPS = {"sigmoid": 0, "relu": 1}
+_COMPETITIONS = {None: 0, "sequence": 1, "heads": 2}
+_OPTIONS = "str feature_map, float? clamp, float eps, float flow_eps, str? competition, bool allocation, bool rescale"
+
+
+def _numbers(
+    shape: Sequence[int], value_channels: int, dtype: torch.dtype, options: Sequence[Any], threads: int
+) -> dict[str, Any]:
+    feature_map, clamp, eps, flow_eps, competition, allocation, _ = options
+    return {
+        "heads": shape[-2],
+        "key_channels": shape[-1],
+        "value_channels": value_channels,
+        "half": dtype == torch.bfloat16,
+        "feature_map": _FEATURE_MAPS[feature_map],
+        "competition": _COMPETITIONS[competition],
+        "allocation": allocation,
+        "clamp": -1.0 if clamp is None else clamp,
+        "eps": eps,
+        "flow_eps": flow_eps,
+        "threads": threads,
+    }
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, sinks: _Tokens, sources: _Tokens, options: Sequence[Any]) -> _FlowCall:
+    """The call without its outputs. It holds addresses: what it is made of must live until it has run."""
+    return _FlowCall(
+        q=_view(q), k=_view(k), v=_view(v), sinks=sinks.side(), sources=sources.side(), sequences=len(sinks.rows),
+        rescale=options[-1], **_numbers(q.shape, v.shape[-1], q.dtype, options, torch.get_num_threads()),
+    )  # fmt: skip
+
+
+def _gradients(q: Tensor, k: Tensor, v: Tensor, zero: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for the gradients. Those of q and k grow in several passes: they are float32 until they are done."""
+    return (
+        _empty_like(q, zero, torch.float32),
+        _empty_like(k, zero, torch.float32),
+        _empty_like(v, zero),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- the operators
+
+
+def _operator(name: str, arguments: str, returns: str) -> Callable[[Any], Any]:
+    """Define an operator of PyTorch; the decorated function computes it on the CPU."""
+    torch.library.define(f"flowformer::{name}", f"({arguments}, {_OPTIONS}) -> {returns}")
+
+    def register(function: Any) -> Any:
+        torch.library.impl(f"flowformer::{name}", "cpu", function)
+        return function
+
+    return register
+
+
+_TENSORS = "Tensor q, Tensor k, Tensor v"
+_CAUSAL = (
+    f"{_TENSORS}, Tensor? key_padding_mask, Tensor? cu_seqlens, "
+    "Tensor? length, Tensor? sums, Tensor? log_normaliser, Tensor? memory"
+)
+_BIDIRECTIONAL = f"{_TENSORS}, Tensor? key_padding_mask, Tensor? query_padding_mask, Tensor? cu_seqlens"
+
+
+def _contiguous(parts: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if part is None else part.contiguous() for part in parts]
+
+
+def _new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+    """Memory for a state."""
+    batch = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    heads, channels = q.shape[2:]
+    return (
+        q.new_empty(batch, dtype=torch.int64),
+        q.new_empty(batch, heads, 4, channels, dtype=torch.float64),
+        q.new_empty(batch, heads, dtype=torch.float64),
+        q.new_empty(batch, heads, channels, v.shape[3], dtype=torch.float64),
+    )
+
+
+@_operator("flow_causal", _CAUSAL, "(Tensor, Tensor, Tensor, Tensor, Tensor)")
+def _causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any) -> Any:
+    before, options = _contiguous(rest[:4]), rest[4:]
+    out, after = _empty_like(v, mask is not None), _new_state(q, v, cu_seqlens)
+    q, k, v = _adjacent(q), _adjacent(k), _adjacent(v)
+    tokens = _tokens(q, mask, cu_seqlens)
+    call = _call(q, k, v, tokens, tokens, options)
+    call.out, call.before, call.after = _view(out), _state(before), _state(after)
+    _run("causal_forward", call)
+    return out, *after
+
+
+@torch.library.register_fake("flowformer::flow_causal")
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any) -> Any:
+    return _empty_like(v, False), *_new_state(q, v, cu_seqlens)
+
+
+_CAUSAL_GRADIENTS = "Tensor grad_out, Tensor? grad_sums, Tensor? grad_log_normaliser, Tensor? grad_memory"
+
+
+@_operator("flow_causal_backward", f"{_CAUSAL}, {_CAUSAL_GRADIENTS}", f"({', '.join(['Tensor'] * 6)})")
+def _causal_backward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any
+) -> Any:
+    before, grad_out, grad_after, options = _contiguous(rest[:4]), rest[4], _contiguous(rest[5:8]), rest[8:]
+    dtype, grads = q.dtype, _gradients(q, k, v, mask is not None)
+    q, k, v, grad_out = _adjacent(q), _adjacent(k), _adjacent(v), _adjacent(grad_out)
+    tokens = _tokens(q, mask, cu_seqlens)
+    _, *grad_before = _new_state(q, v, cu_seqlens)
+    call = _call(q, k, v, tokens, tokens, options)
+    call.grad_q, call.grad_k, call.grad_v = map(_view, grads)
+    call.grad_out, call.before = _view(grad_out), _state(before)
+    call.grad_after, call.grad_before = _state([None, *grad_after]), _state([None, *grad_before])
+    _run("causal_backward", call)
+    return *(grad.to(dtype) for grad in grads), *grad_before
+
+
+@torch.library.register_fake("flowformer::flow_causal_backward")
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any) -> Any:
+    return *(_empty_like(x, False) for x in (q, k, v)), *_new_state(q, v, cu_seqlens)[1:]
+
+
+@_operator("flow_bidirectional", _BIDIRECTIONAL, "Tensor")
+def _bidirectional(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, cu_seqlens: Tensor | None,
+    *options: Any,
+) -> Tensor:  # fmt: skip
+    out = _empty_out(q, v, query_mask is not None)
+    q, k, v = _adjacent(q), _adjacent(k), _adjacent(v)
+    sinks, sources = _tokens(q, query_mask, cu_seqlens), _tokens(k, key_mask, cu_seqlens)
+    call = _call(q, k, v, sinks, sources, options)
+    call.out = _view(out)
+    _run("bidirectional_forward", call)
+    return out
+
+
+def _empty_out(q: Tensor, v: Tensor, zero: bool) -> Tensor:
+    if q.shape[1] == v.shape[1]:
+        return _empty_like(v, zero)
+    return _empty_like(q[..., :1].expand(*q.shape[:3], v.shape[3]), zero)
+
+
+@torch.library.register_fake("flowformer::flow_bidirectional")
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    return _empty_out(q, v, False)
+
+
+@_operator("flow_bidirectional_backward", f"{_BIDIRECTIONAL}, Tensor grad_out", "(Tensor, Tensor, Tensor)")
+def _bidirectional_backward(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, cu_seqlens: Tensor | None,
+    grad_out: Tensor, *options: Any,
+) -> Any:  # fmt: skip
+    dtype = q.dtype
+    grad_q, grad_k, grad_v = grads = _gradients(q, k, v, False)
+    if query_mask is not None:
+        grad_q.zero_()
+    if key_mask is not None:
+        grad_k.zero_()
+        grad_v.zero_()
+    q, k, v, grad_out = _adjacent(q), _adjacent(k), _adjacent(v), _adjacent(grad_out)
+    sinks, sources = _tokens(q, query_mask, cu_seqlens), _tokens(k, key_mask, cu_seqlens)
+    call = _call(q, k, v, sinks, sources, options)
+    call.grad_out = _view(grad_out)
+    call.grad_q, call.grad_k, call.grad_v = map(_view, grads)
+    _run("bidirectional_backward", call)
+    return tuple(grad.to(dtype) for grad in grads)
+
+
+@torch.library.register_fake("flowformer::flow_bidirectional_backward")
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    return tuple(_empty_like(x, False) for x in (q, k, v))
+
+
+_STEP = f"{_TENSORS}, Tensor length, Tensor sums, Tensor log_normaliser, Tensor memory"
+
+
+@_operator("flow_step", _STEP, "(Tensor, Tensor, Tensor, Tensor, Tensor)")
+def _step(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    before = [part.contiguous() for part in rest[:4]]
+    return run_step(q.contiguous(), k.contiguous(), v.contiguous(), before, rest[4:])
+
+
+def run_step(q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], options: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """A step on contiguous tensors that are known to fit together: output and state."""
+    found = kernels()
+    if found is None:
+        raise RuntimeError(_GONE.format(build.why_not()))
+    call = _step_call(q.shape, v.shape[-1], q.dtype, options, torch.get_num_threads())
+    after = (torch.empty_like(v), *map(torch.empty_like, state))
+    given = (q, k, v, after[0], *state, *after[1:])
+    if found.step(ctypes.addressof(call), *[part.data_ptr() for part in given]):
+        raise MemoryError(_NO_MEMORY.format("step"))
+    return after
+
+
+@functools.lru_cache(64)
+def _step_call(
+    shape: tuple[int, ...], value_channels: int, dtype: torch.dtype, options: tuple[Any, ...], threads: int
+) -> _StepCall:
+    return _StepCall(batch=shape[0], **_numbers(shape, value_channels, dtype, options, threads))
+
+
+@torch.library.register_fake("flowformer::flow_step")
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    return v.new_empty(v.shape), *(part.new_empty(part.shape) for part in rest[:4])
+
+
+# ---------------------------------------------------------------------------------------------------------- gradients
+
+
+def _refuse_second_gradients() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the native kernels have no gradients of gradients: leave out create_graph=True, or, where attention is "
+            "not causal, ask for backend='torch'"
+        )
+
+
+def _keep_causal(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:9])
+    ctx.options = inputs[9:]
+
+
+def _differentiate_causal(ctx: Any, grad_out: Tensor | None, _: Any, *grad_state: Tensor | None) -> Any:
+    _refuse_second_gradients()
+    if grad_out is None:
+        grad_out = torch.zeros_like(ctx.saved_tensors[2])
+    grads = torch.ops.flowformer.flow_causal_backward(*ctx.saved_tensors, grad_out, *grad_state, *ctx.options)
+    of_state = grads[3:] if ctx.saved_tensors[5] is not None else (None, None, None)
+    return *grads[:3], None, None, None, *of_state, *(None for _ in ctx.options)
+
+
+def _keep_bidirectional(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.options = inputs[6:]
+
+
+def _differentiate_bidirectional(ctx: Any, grad_out: Tensor) -> Any:
+    _refuse_second_gradients()
+    grads = torch.ops.flowformer.flow_bidirectional_backward(*ctx.saved_tensors, grad_out, *ctx.options)
+    return *grads, None, None, None, *(None for _ in ctx.options)
+
+
+torch.library.register_autograd("flowformer::flow_causal", _differentiate_causal, setup_context=_keep_causal)
+torch.library.register_autograd(
+    "flowformer::flow_bidirectional", _differentiate_bidirectional, setup_context=_keep_bidirectional
+)

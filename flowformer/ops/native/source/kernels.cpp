@@ -1,0 +1,53 @@
+// The functions that Python calls, for one level of instructions. Each returns 0, or 1 if there was no memory.
+#include "bidirectional_runs.h"
+#include "causal_pieces.h"
+#include "step.h"
+
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+#define EXPORT(name) extern "C" __attribute__((visibility("default"))) int JOIN(name, FLOWFORMER_LEVEL)
+
+namespace {
+
+// Call body with a type of elements and, where it is a common one, the number of vectors in a key.
+template <template <class, int> class Run, class Body>
+int dispatch(const FlowCall &call, Body body) {
+  const auto run = [&](auto &&of) {
+    body(of);
+    return of.failed ? 1 : 0;
+  };
+  if (call.half) return run(Run<bfloat16, 0>(call));
+  if (call.key_channels == 64) return run(Run<float, 64 / LANES>(call));
+  return run(Run<float, 0>(call));
+}
+
+}  // namespace
+
+EXPORT(flowformer_causal_forward)(const FlowCall *call) {
+  return dispatch<CausalPieces>(*call, [](auto &run) { run.wanted() ? run.run_together(false) : run.forward(); });
+}
+
+EXPORT(flowformer_causal_backward)(const FlowCall *call) {
+  return dispatch<CausalPieces>(*call, [](auto &run) { run.wanted() ? run.run_together(true) : run.backward(); });
+}
+
+EXPORT(flowformer_bidirectional_forward)(const FlowCall *call) {
+  return dispatch<BidirectionalRun>(*call, [](auto &run) { run.run(false); });
+}
+
+EXPORT(flowformer_bidirectional_backward)(const FlowCall *call) {
+  return dispatch<BidirectionalRun>(*call, [](auto &run) { run.run(true); });
+}
+
+EXPORT(flowformer_step)(const StepCall *call, const void *q, const void *k, const void *v, void *out, int64_t *length,
+                        double *sums, double *log_normaliser, double *memory, int64_t *length_after, double *sums_after,
+                        double *log_normaliser_after, double *memory_after) {
+  const State before{length, sums, log_normaliser, memory};
+  const State after{length_after, sums_after, log_normaliser_after, memory_after};
+  const auto run = [&](auto &&step) {
+    step.run();
+    return step.failed ? 1 : 0;
+  };
+  if (call->half) return run(Step<bfloat16>(*call, q, k, v, out, before, after));
+  return run(Step<float>(*call, q, k, v, out, before, after));
+}
