@@ -60,7 +60,12 @@ struct Memory {
       return;
     }
     double *total = sum + d * real_columns + x;
-    for (int i = 0; i < LANES; i++) total[i] += recent[at + i], now[at + i] = (float)total[i], recent[at + i] = 0.f;
+    for (int half = 0; half < LANES; half += HALF_LANES) {
+      const Doubles grown = load_doubles(total + half) + to_doubles(recent + at + half);
+      store_doubles(total + half, grown);
+      store_singles(now + at + half, grown);
+    }
+    store(recent + at, Vector{});
   }
 
   void scale(double factor) {

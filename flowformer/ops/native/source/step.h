@@ -8,23 +8,6 @@
 
 namespace {
 
-constexpr int HALF_LANES = LANES / 2;
-typedef double Doubles __attribute__((vector_size(4 * LANES)));
-
-INLINE Doubles load_doubles(const double *p) {
-  Doubles x;
-  memcpy(&x, p, sizeof x);
-  return x;
-}
-
-INLINE void store_doubles(double *p, Doubles x) { memcpy(p, &x, sizeof x); }
-
-INLINE double sum_doubles(Doubles x) {
-  double total = 0;
-  for (int i = 0; i < HALF_LANES; i++) total += x[i];
-  return total;
-}
-
 template <class T>
 struct Step {
   const StepCall &call;

@@ -96,6 +96,39 @@ INLINE Vector lane_numbers() {
   return x;
 }
 
+// ------------------------------------------------------------------------------------------------------------- doubles
+
+constexpr int HALF_LANES = LANES / 2;
+typedef double Doubles __attribute__((vector_size(4 * LANES)));
+typedef float Singles __attribute__((vector_size(2 * LANES)));
+
+INLINE Doubles load_doubles(const double *p) {
+  Doubles x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+
+INLINE void store_doubles(double *p, Doubles x) { memcpy(p, &x, sizeof x); }
+
+INLINE double sum_doubles(Doubles x) {
+  double total = 0;
+  for (int i = 0; i < HALF_LANES; i++) total += x[i];
+  return total;
+}
+
+INLINE Doubles to_doubles(const float *p) {
+  Singles x;
+  memcpy(&x, p, sizeof x);
+  return __builtin_convertvector(x, Doubles);
+}
+
+INLINE void store_singles(float *p, Doubles x) {
+  const Singles rounded = __builtin_convertvector(x, Singles);
+  memcpy(p, &rounded, sizeof rounded);
+}
+
+// --------------------------------------------------------------------------------------------------- exponentials
+
 // 2^f for |f| <= 1/2: the polynomial of degree 6 that is nearest in relative error, 2e-9
 INLINE Vector power_of_fraction(Vector f) {
   Vector y = f * 1.5345812e-4f + 1.3399931e-3f;
