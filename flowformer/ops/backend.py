@@ -66,11 +66,11 @@ def choose_and_say_why(op: str, backend: str = "auto", like: Tensor | None = Non
 
 def _decide(op: str, backend: str, like: Tensor | None) -> tuple[str, str]:
     device, dtype = ("cpu", torch.float32) if like is None else (like.device.type, like.dtype)
-    return _choose(op, backend, device, dtype, torch.compiler.is_exporting(), _transformed())
+    return _choose(op, backend, device, dtype, torch.compiler.is_exporting(), is_transformed())
 
 
-def _transformed() -> bool:
-    """Whether torch.func, or forward-mode differentiation, is at work, of which the kernels know nothing."""
+def is_transformed() -> bool:
+    """Whether torch.func, or forward-mode differentiation, is at work: it wants plain operations of PyTorch."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

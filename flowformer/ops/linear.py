@@ -47,8 +47,8 @@ def scan(step: Step, tokens: Sequence[Tensor | None], state: Any, *, block: int 
     """Run a causal recurrence over blocks of tokens, in memory linear in length, forward and backward.
 
     Autograd sees one node: it keeps the inputs and the state before each block, and recomputes a block when it comes to
-    differentiate it. Gradients of gradients are refused. While a graph is traced (compile, export) the blocks are plain
-    operations.
+    differentiate it. Gradients of gradients are refused. While a graph is traced (compile, export), and under torch.func
+    and forward-mode differentiation, the blocks are plain operations.
 
     Args:
         step: ``step(tokens of a block, state) -> (output of the block, state after it)``, pure.
@@ -59,7 +59,7 @@ def scan(step: Step, tokens: Sequence[Tensor | None], state: Any, *, block: int 
     Returns:
         Output (batch, L, ...) and the state after the last token.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _backend.is_transformed():
         pieces = []
         for start in range(0, _length(tokens), block):
             piece, state = step(_cut(tokens, start, block), state)
@@ -311,15 +311,26 @@ def sum_over_tokens(A: Tensor, B: Tensor) -> Tensor:
 class _TimesSum(torch.autograd.Function):
     """A M as one node of the graph, for the sake of its backward pass."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, A: Tensor, M: Tensor) -> Tensor:
-        ctx.save_for_backward(A, M)
+    def forward(A: Tensor, M: Tensor) -> Tensor:
         return A @ M
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads_out: Tensor) -> tuple[Tensor, Tensor]:
         (A, M), (grad,) = ctx.saved_tensors, grads_out
         return grad @ M.transpose(-1, -2), sum_over_tokens(A, grad)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        (A, M), (of_A, of_M) = ctx.saved_tensors, tangents
+        return of_A @ M + A @ of_M
 
 
 def times_sum(A: Tensor, M: Tensor) -> Tensor:

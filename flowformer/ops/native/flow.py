@@ -118,7 +118,7 @@ def _empty_like(x: Tensor, zero: bool, dtype: torch.dtype | None = None) -> Tens
     made = torch.empty_like(x, dtype=dtype)
     if made.shape[-1] > 1 and made.stride(-1) != 1:
         made = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    if made.nbytes >= _LARGE_BYTES and type(made) is Tensor and (library := build.load()):
+    if type(made) is Tensor and made.nbytes >= _LARGE_BYTES and (library := build.load()):
         library.handle.flowformer_want_large_pages(ctypes.c_void_p(made.data_ptr()), ctypes.c_int64(made.nbytes))
     return made.zero_() if zero else made
 
