@@ -190,6 +190,7 @@ struct CausalBackward : Causal<T, KEYS> {
   // whose d K waits in grad_k and whose d w in the records.
   void against_time(int64_t sequence, int64_t head, int64_t first, int64_t last, BackwardStage stage, bool apart,
                     Memory &growth, Future &future, Records &records, double count) {
+    if (first >= last) return;
     const Tensors to(call, sequence, head);
     for (int64_t at = first + (last - first - 1) / CHUNK * CHUNK; at >= first; at -= CHUNK) {
       const int tokens = (int)(last - at < CHUNK ? last - at : CHUNK);
