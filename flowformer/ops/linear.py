@@ -47,8 +47,8 @@ def scan(step: Step, tokens: Sequence[Tensor | None], state: Any, *, block: int 
     """Run a causal recurrence over blocks of tokens, in memory linear in length, forward and backward.
 
     Autograd sees one node: it keeps the inputs and the state before each block, and recomputes a block when it comes to
-    differentiate it. Gradients of gradients are refused. While a graph is traced (compile, export), and under torch.func
-    and forward-mode differentiation, the blocks are plain operations.
+    differentiate it. Gradients of gradients are refused. While a graph is traced (compile, export), under torch.func
+    and under forward-mode differentiation, the blocks are plain operations.
 
     Args:
         step: ``step(tokens of a block, state) -> (output of the block, state after it)``, pure.
