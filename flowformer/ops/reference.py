@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowformer.ops.flow import RELU_FLOOR, FlowOptions, flow_options
+from flowformer.ops.flow_presets import RELU_FLOOR, FlowOptions, flow_options
 
 ROWS = 1024  # rows of an attention matrix that exist at a time
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flowformer import ops
 from flowformer.ops import reference
+from flowformer.ops.flow_presets import OPTIONS
 from flowformer.ops.native import build
 
 REPOSITORY = Path(__file__).parents[3]
@@ -260,7 +261,7 @@ def exercise(seeds: range) -> None:
             sample.run(ops.flow_attention, dtype, backend="native")
         q, k, v = (t[:, 0] for t in sample.tensors)
         state = ops.init_flow_state(*q.shape, v.shape[-1])
-        options = {name: x for name, x in sample.arguments.items() if name in (*ops.flow.OPTIONS, "preset")}
+        options = {name: x for name, x in sample.arguments.items() if name in (*OPTIONS, "preset")}
         for _ in range(3):
             _, state = ops.flow_attention_step(q, k, v, state, backend="native", **options)
 
