@@ -2,9 +2,9 @@
 
 All attention operations share one vocabulary:
 
-* tensors are ``(batch, length, heads, channels)``;
+* tensors are ``(batch, length, heads, channels)``, or ``(batch, length, channels)`` for AFT, see :class:`Layout`;
 * a mask is boolean, ``True`` marks a real token;
-* a packed batch is ``(1, total length, heads, channels)`` with ``cu_seqlens``, the N + 1 boundaries of N sequences.
+* a packed batch has batch 1, all sequences end to end, and ``cu_seqlens``, the N + 1 boundaries of N sequences.
 
 An operation calls :func:`check` once. After that it may trust shapes, dtypes and devices.
 """
@@ -45,12 +45,31 @@ def check_dtype(what: str, dtype: torch.dtype) -> None:
         raise TypeError(f"{what} must be float16, bfloat16, float32 or float64, got {dtype}")
 
 
+class Layout(NamedTuple):
+    """What an operation takes.
+
+    Attributes:
+        axes: Names of the axes of q, k and v.
+        paired: What wants as many queries as keys in the bidirectional form too; ``""`` where nothing does.
+        heads: Whether the keys of (batch, length, channels) have one channel for each head, into which q and v split.
+    """
+
+    axes: str = "batch, length, heads, channels"
+    paired: str = ""
+    heads: bool = False
+
+
+HEADS = Layout()
+CHANNELS = Layout("batch, length, channels")
+
+
 def check(
     op: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
+    layout: Layout = HEADS,
     causal: bool = False,
     key_padding_mask: Tensor | None = None,
     query_padding_mask: Tensor | None = None,
@@ -63,6 +82,7 @@ def check(
         q: Queries (batch, L, heads, K).
         k: Keys (batch, S, heads, K).
         v: Values (batch, S, heads, V).
+        layout: The axes, where they are others, and whether L == S.
         causal: Whether output t may depend on positions up to t only; wants L == S.
         key_padding_mask: (batch, S). Says the queries' padding too when L == S and no ``query_padding_mask`` is given.
         query_padding_mask: (batch, L).
@@ -75,10 +95,11 @@ def check(
         TypeError: for a wrong type or dtype.
         ValueError: for a wrong shape, device or combination.
     """
-    _check_tensors(op, q, k, v)
+    _check_tensors(op, q, k, v, layout)
     batch, length, source_length = q.shape[0], q.shape[1], k.shape[1]
-    if causal and length != source_length:
-        raise ValueError(f"{op}: causal attention wants as many queries as keys, got {length} and {source_length}")
+    if length != source_length and (causal or layout.paired):
+        why = "causal attention" if causal else layout.paired
+        raise ValueError(f"{op}: {why} wants as many queries as keys, got {length} and {source_length}")
     for name, mask, size in (
         ("key_padding_mask", key_padding_mask, source_length),
         ("query_padding_mask", query_padding_mask, length),
@@ -92,30 +113,41 @@ def check(
     if cu_seqlens is not None:
         if key_padding_mask is not None or query_padding_mask is not None:
             raise ValueError(f"{op}: a packed batch has no padding: give cu_seqlens or padding masks, not both")
-        _check_packing(op, cu_seqlens, q, k)
+        _check_packing(op, cu_seqlens, q, k, layout)
     if query_padding_mask is None and length == source_length:
         query_padding_mask = key_padding_mask
     return Masks(key_padding_mask, query_padding_mask)
 
 
-def _check_tensors(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_tensors(op: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:
+    rank = layout.axes.count(",") + 1
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {describe(tensor)}")
         check_dtype(f"{op}: {name}", tensor.dtype)
-        if tensor.ndim != 4:
-            raise ValueError(f"{op}: {name} must be (batch, length, heads, channels), got {describe(tensor)}")
+        if tensor.ndim != rank:
+            raise ValueError(f"{op}: {name} must be ({layout.axes}), got {describe(tensor)}")
         if min(tensor.shape[1:]) < 1:
-            raise ValueError(f"{op}: {name} must have at least one token, head and channel, got {describe(tensor)}")
+            what = "token, head and channel" if rank == 4 else "token and channel"
+            raise ValueError(f"{op}: {name} must have at least one {what}, got {describe(tensor)}")
     shown = f"got q {describe(q)}, k {describe(k)}, v {describe(v)}"
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"{op}: q, k and v must share one dtype, {shown}")
     if not q.device == k.device == v.device:
         raise ValueError(f"{op}: q, k and v must be on one device, {shown}")
-    if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
-        raise ValueError(f"{op}: q and k must agree in batch, heads and channels, {shown}")
-    if k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"{op}: k and v must agree in batch, length and heads, {shown}")
+    if layout.axes == HEADS.axes:
+        if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+            raise ValueError(f"{op}: q and k must agree in batch, heads and channels, {shown}")
+        if k.shape[:3] != v.shape[:3]:
+            raise ValueError(f"{op}: k and v must agree in batch, length and heads, {shown}")
+        return
+    if q.shape[0] != k.shape[0] or q.shape[-1] != v.shape[-1]:
+        raise ValueError(f"{op}: q and k must agree in batch, q and v in channels, {shown}")
+    if k.shape[:-1] != v.shape[:-1] or (not layout.heads and k.shape[-1] != v.shape[-1]):
+        what = "batch and length" if layout.heads else "batch, length and channels"
+        raise ValueError(f"{op}: k and v must agree in {what}, {shown}")
+    if layout.heads and v.shape[-1] % k.shape[-1]:
+        raise ValueError(f"{op}: the heads, which k has one channel for, must divide the channels of v, {shown}")
 
 
 def _check_mask(op: str, name: str, mask: Tensor, shape: tuple[int, int], device: torch.device) -> None:
@@ -127,23 +159,21 @@ def _check_mask(op: str, name: str, mask: Tensor, shape: tuple[int, int], device
         raise ValueError(f"{op}: {name} must be on {device} like q, got {describe(mask)}")
 
 
-def _check_packing(op: str, cu_seqlens: Tensor, q: Tensor, k: Tensor) -> None:
+def _check_packing(op: str, cu_seqlens: Tensor, q: Tensor, k: Tensor, layout: Layout) -> None:
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: cu_seqlens must be an int32 tensor, got {describe(cu_seqlens)}")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         raise ValueError(f"{op}: cu_seqlens must hold the N + 1 boundaries of N sequences, got {describe(cu_seqlens)}")
     if q.shape[0] != 1 or q.shape[1] != k.shape[1]:
-        raise ValueError(
-            f"{op}: a packed batch is (1, total length, heads, channels) for q, k and v alike, "
-            f"got q {describe(q)}, k {describe(k)}"
-        )
+        axes = layout.axes.replace("batch, length", "1, total length")
+        raise ValueError(f"{op}: a packed batch is ({axes}) for q, k and v alike, got q {describe(q)}, k {describe(k)}")
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != q.shape[1] or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(f"{op}: cu_seqlens must rise from 0 to the total length {q.shape[1]}, got {bounds}")
 
 
-def check_step(op: str, q: Tensor, k: Tensor, v: Tensor, state: Any, state_type: type) -> None:
-    """Check one decoding step: q and k (batch, heads, K), v (batch, heads, V) and the state they continue.
+def check_step(op: str, q: Tensor, k: Tensor, v: Tensor, state: Any, state_type: type, layout: Layout = HEADS) -> None:
+    """Check one decoding step: q, k and v without the axis of length, and the state they continue.
 
     Raises:
         TypeError: for a wrong type or dtype, the state's included.
@@ -152,9 +182,10 @@ def check_step(op: str, q: Tensor, k: Tensor, v: Tensor, state: Any, state_type:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {describe(tensor)}")
-        if tensor.ndim != 3:
-            raise ValueError(f"{op}: {name} of one step must be (batch, heads, channels), got {describe(tensor)}")
-    _check_tensors(op, q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1))
+        axes = layout.axes.replace("length, ", "")
+        if tensor.ndim != axes.count(",") + 1:
+            raise ValueError(f"{op}: {name} of one step must be ({axes}), got {describe(tensor)}")
+    _check_tensors(op, q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), layout)
     if not isinstance(state, state_type):
         raise TypeError(f"{op}: state must be a {state_type.__name__}, got {describe(state)}")
 
