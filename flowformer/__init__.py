@@ -9,8 +9,13 @@ __version__ = "0.1.0"
 
 # Where each public name lives; imported on first use, so that `import flowformer` costs what `import torch` costs.
 _HOME = {
+    "AFTConv": "attention",
+    "AFTFull": "attention",
+    "AFTLocal": "attention",
+    "AFTSimple": "attention",
     "FlowAttention": "attention",
     "LinearAttention": "attention",
+    "MobileAttention": "attention",
     "SoftmaxAttention": "attention",
     "create_attention": "attention",
     "list_attentions": "attention",
@@ -20,9 +25,14 @@ _HOME = {
 }
 
 __all__ = [
+    "AFTConv",
+    "AFTFull",
+    "AFTLocal",
+    "AFTSimple",
     "FlowAttention",
     "FlowformerClassifier",
     "LinearAttention",
+    "MobileAttention",
     "SoftmaxAttention",
     "create_attention",
     "create_model",
@@ -34,8 +44,13 @@ __all__ = [
 if TYPE_CHECKING:
     from flowformer import ops
     from flowformer.attention import (
+        AFTConv,
+        AFTFull,
+        AFTLocal,
+        AFTSimple,
         FlowAttention,
         LinearAttention,
+        MobileAttention,
         SoftmaxAttention,
         create_attention,
         list_attentions,

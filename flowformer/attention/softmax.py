@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowformer import ops
-from flowformer.attention.base import Attention
+from flowformer.attention.base import Attention, cast_state
 
 
 class SoftmaxAttention(Attention):
@@ -29,20 +29,13 @@ class SoftmaxAttention(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Any:
         """Call the operation on (batch, length, heads, channels)."""
         if arguments.get("initial_state") is not None:
-            arguments["initial_state"] = _in_dtype(arguments["initial_state"], q.dtype)
+            arguments["initial_state"] = cast_state(arguments["initial_state"], ops.SoftmaxState, q.dtype)
         return ops.softmax_attention(q, k, v, causal=self.causal, **arguments)
 
     def attend_step(self, q: Tensor, k: Tensor, v: Tensor, state: Any) -> tuple[Tensor, ops.SoftmaxState]:
         """Call the operation's step on (batch, heads, channels)."""
-        return ops.softmax_attention_step(q, k, v, _in_dtype(state, q.dtype))
+        return ops.softmax_attention_step(q, k, v, cast_state(state, ops.SoftmaxState, q.dtype))
 
     def fresh_state(self, *sizes: int, dtype: torch.dtype, device: torch.device) -> ops.SoftmaxState:
         """The state before the first token."""
         return ops.init_softmax_state(*sizes, dtype=dtype, device=device)
-
-
-def _in_dtype(state: ops.SoftmaxState, dtype: torch.dtype) -> ops.SoftmaxState:
-    """The state in the dtype of the projections, which autocast changes behind the weights' back."""
-    if not isinstance(state, ops.SoftmaxState):
-        return state  # the operation says what is wrong
-    return ops.SoftmaxState(state.key.to(dtype), state.value.to(dtype), state.mask)

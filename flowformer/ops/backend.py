@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flowformer.ops.masking import check, sum_dtype
-from flowformer.ops.native import build
-from flowformer.ops.native import flow as native_flow
+from flowformer.ops.masking import sum_dtype
+from flowformer.ops.native import build, kernels
 
 ENVIRONMENT_VARIABLE = "FLOWFORMER_BACKEND"
 BACKENDS = ("native", "torch")
-NATIVE_OPS = ("flow_attention", "flow_attention_step")
+NATIVE_OPS = ("flow_attention", "flow_attention_step", "aft_simple")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,10 @@ def choose_and_say_why(op: str, backend: str = "auto", like: Tensor | None = Non
 
 def _decide(op: str, backend: str, like: Tensor | None) -> tuple[str, str]:
     device, dtype = ("cpu", torch.float32) if like is None else (like.device.type, like.dtype)
-    return _choose(op, backend, device, dtype, torch.compiler.is_exporting(), is_transformed())
+    chosen, why = _choose(op, backend, device, dtype, torch.compiler.is_exporting(), is_transformed())
+    if not torch.compiler.is_compiling() and _asking.now:
+        raise _OnlyAskedError(op, like, chosen, why)
+    return chosen, why
 
 
 def is_transformed() -> bool:
@@ -102,48 +106,67 @@ def _not_native(op: str, device: str, dtype: torch.dtype, exporting: bool, trans
         return f"{op} has no native kernels"
     if device != "cpu":
         return f"the native kernels run on the CPU, and this is on {device}"
-    if dtype not in native_flow.DTYPES:
+    if dtype not in kernels.DTYPES:
         name = str(dtype).removeprefix("torch.")
         return f"the native kernels compute float32 and bfloat16, and this is {name}"
     if exporting:
         return "what is exported has to run where this package is not"
     if transformed:
         return "the native kernels know no torch.func transforms and no forward-mode differentiation"
-    return "" if native_flow.kernels() else f"the native kernels do not run: {build.why_not()}"
+    return "" if kernels.kernels() else f"the native kernels do not run: {build.why_not()}"
 
 
 def _describe_native() -> str:
-    library, kernels = build.load(), native_flow.kernels()
+    library, found = build.load(), kernels.kernels()
     assert library is not None  # asked before
-    assert kernels is not None
-    return f"C++ kernels for {kernels.level}, {library.how}, threads by {library.threads}"
+    assert found is not None
+    return f"C++ kernels for {found.level}, {library.how}, threads by {library.threads}"
 
 
-def explain(
-    op: str | Callable[..., Any],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = False,
-    backend: str = "auto",
-    **arguments: Tensor | None,
-) -> Explanation:
+class _OnlyAskedError(Exception):
+    """Takes the choice out of an operation that is only asked for it."""
+
+    def __init__(self, op: str, like: Tensor | None, backend: str, why: str) -> None:
+        super().__init__(op)
+        dtype = sum_dtype(torch.float32 if like is None else like.dtype)
+        self.explanation = Explanation(op, backend, str(dtype).removeprefix("torch."), why or _describe_native())
+
+
+class _Asking(threading.local):
+    now = False
+
+
+_asking = _Asking()
+
+
+def explain(op: str | Callable[..., Any], *arguments: Any, **options: Any) -> Explanation:
     """Which implementation an operation would run for these arguments, and why; nothing is computed.
+
+    The operation is called, checks what it is given, and is left as soon as it has chosen.
 
     Args:
         op: The operation or its name, for example ``"flow_attention"``.
-        q: Queries (batch, L, heads, K).
-        k: Keys (batch, S, heads, K).
-        v: Values (batch, S, heads, V).
-        causal: As the operation takes it.
-        backend: As the operation takes it.
-        **arguments: ``key_padding_mask``, ``query_padding_mask`` or ``cu_seqlens``, as the operation takes them.
+        *arguments: As the operation takes them: q, k, v, and position bias or filters where it wants them.
+        **options: Likewise.
 
     Raises:
-        TypeError, ValueError: what the operation itself would raise for these arguments.
+        TypeError, ValueError: what the operation itself would raise for these arguments; ValueError for what has one
+            implementation only.
     """
-    name = op if isinstance(op, str) else op.__name__
-    check(name, q, k, v, causal=causal, **arguments)
-    chosen, why = choose_and_say_why(name, backend, q)
-    return Explanation(name, chosen, str(sum_dtype(q.dtype)).removeprefix("torch."), why)
+    function = _find(op) if isinstance(op, str) else op
+    before, _asking.now = _asking.now, True
+    try:
+        function(*arguments, **options)
+    except _OnlyAskedError as answer:
+        return answer.explanation
+    finally:
+        _asking.now = before
+    raise ValueError(f"{function.__name__} has one implementation, in plain PyTorch")
+
+
+def _find(op: str) -> Callable[..., Any]:
+    from flowformer import ops  # not above: its modules import this one
+
+    if op not in ops.__all__ or not inspect.isfunction(getattr(ops, op)):
+        raise ValueError(f"flowformer.ops has no operation {op!r}")
+    return getattr(ops, op)

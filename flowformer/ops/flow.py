@@ -64,6 +64,7 @@ from flowformer.ops.masking import (
     sum_dtype,
 )
 from flowformer.ops.native import flow as native_flow
+from flowformer.ops.native.kernels import DTYPES as NATIVE_DTYPES
 
 # --------------------------------------------------------------------------------------------------------------- state
 
@@ -407,7 +408,7 @@ def _is_plain_step(q: Any, k: Any, v: Any, state: Any) -> bool:
     shape, dtype = q.shape, q.dtype
     if len(shape) != 3 or k.shape != shape or v.ndim != 3 or v.shape[:2] != shape[:2] or 0 in shape or 0 in v.shape:
         return False
-    if dtype not in native_flow.DTYPES or k.dtype != dtype or v.dtype != dtype:
+    if dtype not in NATIVE_DTYPES or k.dtype != dtype or v.dtype != dtype:
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, sums, log_normaliser, memory)):
         return False

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from flowformer.ops import backend as _backend
 from flowformer.ops.masking import (
+    HEADS,
+    Layout,
     Masks,
     check,
     check_dtype,
@@ -238,6 +240,7 @@ def attend(
     block: Step,
     whole: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor],
     native: Callable[[Masks, Any], tuple[Tensor, Any]] | None = None,
+    layout: Layout = HEADS,
 ) -> Any:
     """Check once, choose once, and run an operation of linear cost: by the scan if causal, else whole.
 
@@ -257,13 +260,14 @@ def attend(
         block: The causal form on a block of tokens (q, k, v, mask): see :func:`scan`.
         whole: The bidirectional form on q, k, v, mask of keys, mask of queries.
         native: Either form by native kernels, for masks and the state before the first token (``None``: a fresh one).
+        layout: Whether the bidirectional form is self-attention too.
 
     Returns:
         The output, or the output and the state.
     """
     masks = check(
-        op, q, k, v, causal=causal, key_padding_mask=key_padding_mask, query_padding_mask=query_padding_mask,
-        cu_seqlens=cu_seqlens,
+        op, q, k, v, layout=layout, causal=causal, key_padding_mask=key_padding_mask,
+        query_padding_mask=query_padding_mask, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     chosen = _backend.choose(op, backend, q)
     check_state_use(op, causal, initial_state, return_state)

@@ -50,7 +50,7 @@ class Layout(NamedTuple):
 
     Attributes:
         axes: Names of the axes of q, k and v.
-        paired: What wants as many queries as keys in the bidirectional form too; ``""`` where nothing does.
+        paired: What is self-attention, with as many queries as keys, in the bidirectional form too; ``""`` for nothing.
         heads: Whether the keys of (batch, length, channels) have one channel for each head, into which q and v split.
     """
 
@@ -97,19 +97,17 @@ def check(
     """
     _check_tensors(op, q, k, v, layout)
     batch, length, source_length = q.shape[0], q.shape[1], k.shape[1]
-    if length != source_length and (causal or layout.paired):
-        why = "causal attention" if causal else layout.paired
-        raise ValueError(f"{op}: {why} wants as many queries as keys, got {length} and {source_length}")
+    paired = layout.paired or ("causal attention" if causal else "")
+    if length != source_length and paired:
+        raise ValueError(f"{op}: {paired} wants as many queries as keys, got {length} and {source_length}")
     for name, mask, size in (
         ("key_padding_mask", key_padding_mask, source_length),
         ("query_padding_mask", query_padding_mask, length),
     ):
         if mask is not None:
             _check_mask(op, name, mask, (batch, size), q.device)
-    if causal and query_padding_mask is not None:
-        raise ValueError(
-            f"{op}: causal attention is self-attention: key_padding_mask says both, drop query_padding_mask"
-        )
+    if paired and query_padding_mask is not None:
+        raise ValueError(f"{op}: {paired} is self-attention: key_padding_mask says both, drop query_padding_mask")
     if cu_seqlens is not None:
         if key_padding_mask is not None or query_padding_mask is not None:
             raise ValueError(f"{op}: a packed batch has no padding: give cu_seqlens or padding masks, not both")
@@ -304,3 +302,29 @@ def run_packed(
         return out, None
     order = torch.tensor(rows, device=cu_seqlens.device).argsort()
     return out, type(states[0])(*(torch.cat(parts)[order] for parts in zip(*states, strict=True)))
+
+
+def close_up(tensors: Sequence[Tensor], mask: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Move the real tokens of each row to its front, in their order, for what goes by their places.
+
+    Args:
+        tensors: Each (batch, length, ...).
+        mask: (batch, length), True = real token.
+
+    Returns:
+        The tensors (batch, width, ...), where width is the most real tokens of a row (the whole length while a graph is
+        traced), the mask of what is real in them, and for :func:`spread` where each token came from, (batch, width).
+    """
+    places = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+    if not torch.compiler.is_compiling():
+        places = places[:, : max(1, int(mask.sum(1).max()))]
+    rows = torch.arange(len(mask), device=mask.device).unsqueeze(1) * mask.shape[1]
+    places = rows + places
+    closed = [t.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape) for t in (*tensors, mask)]
+    return closed[:-1], closed[-1], places
+
+
+def spread(x: Tensor, places: Tensor, length: int) -> Tensor:
+    """Put tokens (batch, width, ...) that :func:`close_up` moved back to their places; zeros elsewhere."""
+    whole = x.new_zeros(len(x) * length, *x.shape[2:])
+    return whole.index_copy(0, places.flatten(), x.flatten(0, 1)).unflatten(0, (len(x), length))

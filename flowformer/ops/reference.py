@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from flowformer.ops.flow_presets import RELU_FLOOR, FlowOptions, flow_options
+from flowformer.ops.mobile import MobileOptions, mobile_options
 
 ROWS = 1024  # rows of an attention matrix that exist at a time
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Bias = Callable[[range, int], Tensor]  # w of some queries and the first keys
 
 
 def flow_attention(
@@ -49,7 +51,7 @@ def flow_attention(
     return _per_sequence(attend, q, k, v, key_padding_mask, query_padding_mask, cu_seqlens)
 
 
-def _phi(x: Tensor, options: FlowOptions) -> Tensor:
+def _phi(x: Tensor, options: FlowOptions | MobileOptions) -> Tensor:
     return x.sigmoid() if options.feature_map == "sigmoid" else x.relu() + RELU_FLOOR
 
 
@@ -120,6 +122,51 @@ def linear_attention(
     return _per_sequence(attend, q, k, v, key_padding_mask, query_padding_mask, cu_seqlens)
 
 
+def mobile_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    **overrides: Any,
+) -> Tensor:
+    """:func:`flowformer.ops.mobile_attention` in float64."""
+    options = mobile_options(**overrides)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        L, heads = q.shape[:2]
+        Q, K, incoming, allocation, O_conserved = _mobile_flows(q, k, options)
+        out = []
+        for rows in _row_batches(L):
+            n = torch.tensor(rows, dtype=q.dtype)[:, None, None] + 1 if causal else torch.full((1, 1, 1), L).to(q)
+            competition = torch.ones_like(O_conserved).T.expand(len(rows), -1, -1)
+            if options.competition == "sequence":
+                logits = O_conserved.T.expand(len(rows), -1, -1)
+                competition = n * (_lower(logits, rows, -torch.inf) if causal else logits).softmax(-1)
+            elif options.competition == "heads":
+                competition = (heads * O_conserved.softmax(1)).T.expand(len(rows), -1, -1)
+            weights = (allocation / incoming)[rows, :, None] * torch.einsum("ihk,jhk->ihj", Q[rows], K) * competition
+            weights = _lower(weights, rows) if causal else weights
+            out.append(torch.einsum("ihj,jhv->ihv", weights, v) / (n if options.normalize else 1))
+        return torch.cat(out)
+
+    return _per_sequence(attend, q, k, v, key_padding_mask, None, cu_seqlens)
+
+
+def _mobile_flows(q: Tensor, k: Tensor, o: MobileOptions) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Q, K, I, allocation and O^ of one sequence, q and k (L, heads, K): sums over the heads of each token."""
+    Q, K = _phi(q, o), _phi(k, o)
+    I = ((Q + o.eps) * (K.sum(1, keepdim=True) + o.eps)).sum(-1)
+    O = ((K + o.eps) * (Q.sum(1, keepdim=True) + o.eps)).sum(-1)
+    I_conserved = ((Q + o.eps) * ((K / O[..., None]).sum(1, keepdim=True) + o.eps)).sum(-1)
+    O_conserved = ((K + o.eps) * ((Q / I[..., None]).sum(1, keepdim=True) + o.eps)).sum(-1)
+    if o.clamp is not None:
+        O_conserved = O_conserved.clamp(-o.clamp, o.clamp)
+    return Q, K, I, I_conserved.sigmoid() if o.allocation else torch.ones_like(I), O_conserved
+
+
 def softmax_attention(
     q: Tensor,
     k: Tensor,
@@ -141,6 +188,176 @@ def softmax_attention(
         return torch.cat(out)
 
     return _per_sequence(attend, q, k, v, key_padding_mask, query_padding_mask, cu_seqlens)
+
+
+def aft_full(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position_bias: Tensor | tuple[Tensor, Tensor],
+    *,
+    causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    query_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """:func:`flowformer.ops.aft_full` in float64."""
+
+    def bias(queries: range, keys: int) -> Tensor:
+        return _table(position_bias, queries, keys)
+
+    return _aft(q, k, v, bias, causal, key_padding_mask, query_padding_mask, cu_seqlens)
+
+
+def aft_local(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position_bias: Tensor | tuple[Tensor, Tensor],
+    window: int,
+    *,
+    hard: bool = False,
+    causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    query_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """:func:`flowformer.ops.aft_local` in float64."""
+
+    def bias(queries: range, keys: int) -> Tensor:
+        outside = (torch.arange(keys) - torch.tensor(queries)[:, None]).abs() >= window
+        return _table(position_bias, queries, keys).masked_fill(outside, -torch.inf if hard else 0.0)
+
+    return _aft(q, k, v, bias, causal, key_padding_mask, query_padding_mask, cu_seqlens)
+
+
+def aft_simple(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    query_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """:func:`flowformer.ops.aft_simple` in float64."""
+
+    def bias(queries: range, keys: int) -> Tensor:
+        return torch.zeros(len(queries), keys, dtype=torch.float64)
+
+    return _aft(q, k, v, bias, causal, key_padding_mask, query_padding_mask, cu_seqlens)
+
+
+def aft_conv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    filters: Tensor,
+    *,
+    hard: bool = False,
+    causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    query_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """:func:`flowformer.ops.aft_conv` in float64, along a sequence and over an image: one head after the other."""
+    heads, size = k.shape[-1], filters.shape[1:]
+    if len(size) == 2:
+        if query_padding_mask is None:
+            query_padding_mask = key_padding_mask
+        key, query = (None if mask is None else mask.flatten(1) for mask in (key_padding_mask, query_padding_mask))
+        grid = torch.cartesian_prod(*(torch.arange(n) for n in q.shape[1:3]))
+        out = _aft_conv_image(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), filters, hard, grid, key, query)
+        return out.unflatten(1, q.shape[1:3])
+    middle = size[0] - 1 if causal else size[0] // 2
+
+    def bias_of(head: int) -> Bias:
+        def bias(queries: range, keys: int) -> Tensor:
+            tap = torch.arange(keys) - torch.tensor(queries)[:, None] + middle
+            return _tap(filters[head], tap, (tap < 0) | (tap >= size[0]), hard)
+
+        return bias
+
+    outs = []
+    for head, (one_q, one_v) in enumerate(zip(q.chunk(heads, -1), v.chunk(heads, -1), strict=True)):
+        one_k = k[..., head, None].expand_as(one_v)
+        outs.append(_aft(one_q, one_k, one_v, bias_of(head), causal, key_padding_mask, query_padding_mask, cu_seqlens))
+    return torch.cat(outs, -1)
+
+
+def _aft_conv_image(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    filters: Tensor,
+    hard: bool,
+    grid: Tensor,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+) -> Tensor:
+    """The same over an image: pixels (batch, pixels, ...) at the places ``grid`` (pixels, 2), which padding leaves."""
+    heads = k.shape[-1]
+    apart = grid[None] - grid[:, None]  # of keys from queries: (queries, keys, 2)
+    reach = torch.tensor(filters.shape[1:]) // 2
+    far = (apart.abs() > reach).any(-1)
+    tap = (apart[..., 0] + reach[0]) * filters.shape[2] + apart[..., 1] + reach[1]
+    rows = []
+    for row in range(len(q)):
+        queries, keys = _real(query_mask, row, q), _real(key_mask, row, k)
+        outs = []
+        for head, (one_q, one_v) in enumerate(zip(q[row].chunk(heads, -1), v[row].chunk(heads, -1), strict=True)):
+            w = _tap(filters[head].flatten(), tap, far, hard)[queries][:, keys]
+            out = torch.zeros_like(one_v, dtype=torch.float64)
+            if len(queries) and len(keys):
+                mean = _aft_mean(k[row, keys, head, None].double().expand(-1, one_v.shape[-1]), one_v[keys].double(), w)
+                out = out.index_put((queries,), one_q[queries].double().sigmoid() * mean)
+            outs.append(out)
+        rows.append(torch.cat(outs, -1))
+    return torch.stack(rows)
+
+
+def _tap(w: Tensor, tap: Tensor, outside: Tensor, hard: bool) -> Tensor:
+    """Taps of one filter by number; 0 outside, or nothing at all."""
+    return w.double()[tap.masked_fill(outside, 0)].masked_fill(outside, -torch.inf if hard else 0.0)
+
+
+def _table(position_bias: Tensor | tuple[Tensor, Tensor], queries: range, keys: int) -> Tensor:
+    """The position bias of some queries and the first keys."""
+    rows = torch.tensor(queries)
+    if isinstance(position_bias, Tensor):
+        return position_bias.double()[rows, :keys]
+    u, v = position_bias
+    return u.double()[rows] @ v.double()[:keys].T
+
+
+def _aft(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Bias,
+    causal: bool,
+    key_padding_mask: Tensor | None,
+    query_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """sigmoid(q_t) times the mean of values under exp(k_j + w_tj), channel by channel."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = []
+        for rows in _row_batches(len(q)):
+            w = bias(rows, len(k))
+            w = _lower(w[:, None], rows, -torch.inf)[:, 0] if causal else w
+            out.append(_aft_mean(k, v, w))
+        return q.sigmoid() * torch.cat(out)
+
+    return _per_sequence(attend, q, k, v, key_padding_mask, query_padding_mask, cu_seqlens)
+
+
+def _aft_mean(k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    """Means (queries, channels) of values (keys, channels) under exp(k_j + w_tj), w (queries, keys)."""
+    weights = (k[None] + w[..., None]).softmax(1)
+    return torch.einsum("tjc,jc->tc", weights, v)
 
 
 def _row_batches(length: int) -> Iterator[range]:
@@ -175,7 +392,7 @@ def _per_sequence(
     rows = []
     for row in range(len(q)):
         sinks, sources = _real(query_padding_mask, row, q), _real(key_padding_mask, row, k)
-        out = q.new_zeros(*q.shape[1:3], v.shape[-1])
+        out = q.new_zeros(*q.shape[1:-1], v.shape[-1])
         if len(sinks) and len(sources):
             out = out.index_put((sinks,), attend(q[row, sinks], k[row, sources], v[row, sources]))
         rows.append(out)

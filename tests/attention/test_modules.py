@@ -1,4 +1,4 @@
-"""Attention as modules: every one of the registry."""
+"""Attention as modules: every one of the registry. What only AFT has is in test_aft_modules.py."""
 
 from __future__ import annotations
 
@@ -11,14 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from flowformer.attention import Attention, FlowAttention, create_attention, find_attention, list_attentions
+from flowformer.attention.aft import AFT
 
-DIM, NUM_HEADS = 12, 3
+DIM, NUM_HEADS, MAX_LENGTH = 12, 3, 600
+
+ROWS = [find_attention(name) for name in list_attentions()]
+FORMS = [(row.name, causal) for row in ROWS for causal in ((False, True) if row.causal else (False,))]
+WITH_HEADS = [row.name for row in ROWS if not issubclass(row.module, AFT)]
 
 each = pytest.mark.parametrize("name", list_attentions())
+each_form = pytest.mark.parametrize(("name", "causal"), FORMS)
+each_form_with_heads = pytest.mark.parametrize(("name", "causal"), [form for form in FORMS if form[0] in WITH_HEADS])
+each_causal = pytest.mark.parametrize("name", [row.name for row in ROWS if row.causal])
+each_cross = pytest.mark.parametrize("name", [row.name for row in ROWS if row.cross])
 
 
 def build(name: str, *, causal: bool = False, dtype: torch.dtype = torch.float64, **options: Any) -> Attention:
     torch.manual_seed(0)
+    options = {"max_length": MAX_LENGTH, **options}
     return create_attention(name, DIM, NUM_HEADS, causal=causal, **options).to(dtype).eval()
 
 
@@ -35,8 +45,7 @@ def close(got: Tensor, want: Tensor, tolerance: float = 1e-10) -> None:
 # --------------------------------------------------------------------------------------------------------- forward
 
 
-@each
-@pytest.mark.parametrize("causal", [False, True])
+@each_form_with_heads
 def test_is_the_operation_between_projections(name: str, causal: bool) -> None:
     module, x, row = build(name, causal=causal), tokens(20), find_attention(name)
     assert isinstance(module, row.module)
@@ -53,15 +62,18 @@ def test_is_the_operation_between_projections(name: str, causal: bool) -> None:
 def test_shapes(name: str, options: dict[str, Any]) -> None:
     module = build(name, **options)
     assert module(tokens(20)).shape == (2, 20, DIM)
-    assert module(tokens(20), tokens(7)).shape == (2, 20, DIM)
     inner = NUM_HEADS * options.get("head_dim", DIM // NUM_HEADS)
-    assert module.q_proj.weight.shape == module.k_proj.weight.shape == module.v_proj.weight.shape == (inner, DIM)
+    assert module.q_proj.weight.shape == module.v_proj.weight.shape == (inner, DIM)
+    assert module.k_proj.weight.shape == (NUM_HEADS if name == "aft_conv" else inner, DIM)
     assert module.out_proj.weight.shape == (DIM, inner)
     biases = [p for parameter, p in module.named_parameters() if parameter.endswith("bias")]
     assert len(biases) == (4 if options.get("bias", True) else 0)
-    causal = build(name, causal=True, **options)
-    out, _ = causal.step(tokens(1)[:, 0], causal.init_state(2))
-    assert out.shape == (2, DIM)
+    if find_attention(name).cross:
+        assert module(tokens(20), tokens(7)).shape == (2, 20, DIM)
+    if find_attention(name).causal:
+        causal = build(name, causal=True, **options)
+        out, _ = causal.step(tokens(1)[:, 0], causal.init_state(2))
+        assert out.shape == (2, DIM)
 
 
 @each
@@ -79,8 +91,7 @@ def test_dropout_comes_after_the_output_projection(name: str) -> None:
 # --------------------------------------------------------------------------------------------------------- padding
 
 
-@each
-@pytest.mark.parametrize("causal", [False, True])
+@each_form
 def test_padding_is_invisible_and_zero(name: str, causal: bool) -> None:
     module, x = build(name, causal=causal), tokens(20)
     padded = torch.cat([x, torch.full((2, 9, DIM), torch.nan, dtype=x.dtype)], 1)
@@ -90,7 +101,7 @@ def test_padding_is_invisible_and_zero(name: str, causal: bool) -> None:
     assert not out[:, 20:].any()  # where the bias of the output projection alone would stand
 
 
-@each
+@each_cross
 @pytest.mark.parametrize("length", [20, 11])
 def test_a_key_mask_of_a_context_leaves_the_queries_real(name: str, length: int) -> None:
     module, x, context = build(name), tokens(length), tokens(20, seed=1)
@@ -104,8 +115,7 @@ def test_a_key_mask_of_a_context_leaves_the_queries_real(name: str, length: int)
     assert not out[:, 9:].any()
 
 
-@each
-@pytest.mark.parametrize("causal", [False, True])
+@each_form
 def test_packed_equals_one_by_one(name: str, causal: bool) -> None:
     module, x = build(name, causal=causal), tokens(20, batch=1)
     out = module(x, cu_seqlens=torch.tensor([0, 6, 6, 20], dtype=torch.int32))
@@ -115,7 +125,7 @@ def test_packed_equals_one_by_one(name: str, causal: bool) -> None:
 # ---------------------------------------------------------------------------------------------------------- states
 
 
-@each
+@each_causal
 @pytest.mark.parametrize("prompt", [0, 1, 13])
 def test_prefill_and_steps_equal_forward(name: str, prompt: int) -> None:
     module, x = build(name, causal=True), tokens(20)
@@ -129,7 +139,7 @@ def test_prefill_and_steps_equal_forward(name: str, prompt: int) -> None:
     close(torch.cat(outs, 1), want)
 
 
-@each
+@each_causal
 def test_forward_continues_from_a_state(name: str) -> None:
     module, x = build(name, causal=True), tokens(20)
     first, state = module(x[:, :7], return_state=True, initial_state=module.init_state(2))
@@ -145,16 +155,16 @@ def test_only_causal_modules_have_states(name: str) -> None:
             refuse()
     with pytest.raises(ValueError, match="initial_state and return_state want causal=True"):
         module(x, return_state=True)
-    with pytest.raises(TypeError, match=r"must be a \w*State, got tuple"):
-        build(name, causal=True)(x, initial_state=(1, 2))
+    if find_attention(name).causal:
+        with pytest.raises(TypeError, match=r"must be a \w*State, got tuple"):
+            build(name, causal=True)(x, initial_state=(1, 2))
 
 
 # ------------------------------------------------------------------------------------------------------- precision
 
 
-@each
-@pytest.mark.parametrize("causal", [False, True])
-def test_autocast_sums_in_float32(name: str, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@each_form
+def test_autocast_sums_in_float32(name: str, causal: bool) -> None:
     # Long, of large mean: sums in bfloat16 would be wrong by far more than the rounding of the projections.
     module, x = build(name, causal=causal, dtype=torch.float32), tokens(600, dtype=torch.float32)
     want = module(x)
@@ -163,17 +173,28 @@ def test_autocast_sums_in_float32(name: str, causal: bool, monkeypatch: pytest.M
     assert out.dtype == torch.bfloat16
     close(out, want, 2e-2)
 
-    # The operation itself, given float32, is not touched by autocast.
-    row, seen = find_attention(name), []
-    q, k, v = (t.unflatten(-1, (NUM_HEADS, -1)) for t in (x, x + 1, x - 1))
+
+@each_form
+def test_autocast_does_not_touch_the_operation(name: str, causal: bool) -> None:
+    module, x = build(name, causal=causal, dtype=torch.float32), tokens(600, dtype=torch.float32)
+    q, k, v = (module.split(t) for t in (x, x[..., : module.key_width] + 1, x - 1))
+
+    def run() -> Tensor:
+        if not causal:
+            return module.attend(q, k, v)
+        out, state = module.attend(q[:, :-1], k[:, :-1], v[:, :-1], return_state=True)
+        last, _ = module.attend_step(q[:, -1], k[:, -1], v[:, -1], state)
+        return torch.cat([out, last.unsqueeze(1)], 1)
+
+    want = run()
     with torch.autocast("cpu", torch.bfloat16):
-        seen.append(row.op(q, k, v, causal=causal))
-    assert seen[0].dtype == torch.float32
-    close(seen[0], row.op(q, k, v, causal=causal), 1e-5)
+        out = run()
+    assert out.dtype == torch.float32
+    for part, other in zip(out.split(599, 1), want.split(599, 1), strict=True):  # the last is the step
+        close(part, other, 1e-5)
 
 
-@each
-@pytest.mark.parametrize("causal", [False, True])
+@each_form
 def test_half_precision_modules(name: str, causal: bool) -> None:
     module, x = build(name, causal=causal, dtype=torch.float32), tokens(600, dtype=torch.float32)
     half = copy.deepcopy(module).bfloat16()
@@ -189,41 +210,43 @@ def test_half_precision_modules(name: str, causal: bool) -> None:
         close(torch.stack(outs, 1), module(x)[:, :50], 2e-2)
 
 
-@each
-@pytest.mark.parametrize("causal", [False, True])
+@each_form
 def test_gradients_reach_every_parameter(name: str, causal: bool) -> None:
     module, x = build(name, causal=causal), tokens(20).requires_grad_()
     module(x).square().sum().backward()
     for tensor in (x, *module.parameters()):
         assert tensor.grad is not None
         assert tensor.grad.isfinite().all()
-    for parameter in (module.q_proj.weight, module.k_proj.weight, module.v_proj.weight, module.out_proj.weight):
-        assert parameter.grad.any()
+    for projection in (module.q_proj, module.k_proj, module.v_proj, module.out_proj):
+        assert projection.weight.grad is not None
+        assert projection.weight.grad.any()
 
 
 # ----------------------------------------------------------------------------------------- what modules are besides
 
 
-@each
-@pytest.mark.parametrize("causal", [False, True])
+@each_form
 def test_copies_give_the_same(name: str, causal: bool) -> None:
     module, x = build(name, causal=causal), tokens(20)
     want = module(x)
     close(copy.deepcopy(module)(x), want, 0)
     close(pickle.loads(pickle.dumps(module))(x), want, 0)
     torch.manual_seed(1)
-    other = create_attention(name, DIM, NUM_HEADS, causal=causal).double()
+    other = create_attention(name, DIM, NUM_HEADS, causal=causal, max_length=MAX_LENGTH).double()
     assert not torch.equal(other(x), want)
     other.load_state_dict(module.state_dict())
     close(other(x), want, 0)
-    assert {key.split(".")[0] for key in module.state_dict()} == {"q_proj", "k_proj", "v_proj", "out_proj"}
+    own = {parameter for parameter, _ in module.named_parameters(recurse=False)}
+    assert {key.split(".")[0] for key in module.state_dict()} == {"q_proj", "k_proj", "v_proj", "out_proj"} | own
+    assert not own or issubclass(find_attention(name).module, AFT)
 
 
 @each
 def test_says_what_it_is(name: str) -> None:
-    text = repr(build(name, causal=True, head_dim=5))
-    assert text.startswith(find_attention(name).module.__name__)
-    assert "dim=12, num_heads=3, head_dim=5, causal=True" in text
+    row = find_attention(name)
+    text = repr(build(name, causal=row.causal, head_dim=5))
+    assert text.startswith(row.module.__name__)
+    assert f"dim=12, num_heads=3, head_dim=5, causal={row.causal}" in text
 
 
 def test_flow_says_its_options() -> None:
@@ -272,47 +295,81 @@ def test_sizes_that_do_not_fit_are_refused(name: str) -> None:
         create_attention(name, 12, 3, no_such_option=1)
     with pytest.raises(ValueError, match="max_length must be positive, got 0"):
         create_attention(name, 12, 3, max_length=0)
-    assert isinstance(create_attention(name, 12, 3, max_length=9), Attention)
+
+
+@each
+def test_max_length_reaches_those_that_learn_positions(name: str) -> None:
+    module = create_attention(name, 12, 3, max_length=9)
+    assert isinstance(module, Attention)
+    assert getattr(module, "max_length", None) == (9 if module.learns_positions else None)
+    if not module.learns_positions:
+        assert isinstance(create_attention(name, 12, 3), Attention)
+    else:
+        with pytest.raises(ValueError, match="give max_length"):
+            create_attention(name, 12, 3)
 
 
 @each
 def test_bad_input_is_refused(name: str) -> None:
-    module, causal, x = build(name), build(name, causal=True), tokens(6)
+    module, x = build(name), tokens(6)
     mask = torch.ones(2, 6, dtype=torch.bool)
     for bad in (x[0], x[..., :5], x.unsqueeze(0)):
         with pytest.raises(ValueError, match=r"x must be \(batch, length, 12\), got \("):
             module(bad)
-        with pytest.raises(ValueError, match=r"context must be \(batch, length, 12\), got \("):
-            module(x, bad)
-        with pytest.raises(ValueError, match=r"step: x must be \(batch, 12\), got \("):
-            causal.step(bad if bad.ndim != 2 else x, causal.init_state(2))
-    with pytest.raises(ValueError, match="a causal module attends to itself; build it with causal=False"):
-        causal(x, x)
     with pytest.raises(ValueError, match="query_padding_mask goes with a context"):
         module(x, query_padding_mask=mask)
     with pytest.raises(TypeError, match="key_padding_mask must be a boolean tensor"):
         module(x, key_padding_mask=mask.float())
     with pytest.raises(ValueError, match=r"key_padding_mask must have shape \(2, 6\), got \(2, 5\)"):
         module(x, key_padding_mask=mask[:, :5])
-    with pytest.raises(ValueError, match="batch"):
-        module(x, x[:1])
     with pytest.raises(ValueError, match="give cu_seqlens or padding masks, not both"):
         module(x[:1], key_padding_mask=mask[:1], cu_seqlens=torch.tensor([0, 6], dtype=torch.int32))
 
 
+@each_cross
+def test_a_bad_context_is_refused(name: str) -> None:
+    module, x = build(name), tokens(6)
+    for bad in (x[0], x[..., :5], x.unsqueeze(0)):
+        with pytest.raises(ValueError, match=r"context must be \(batch, length, 12\), got \("):
+            module(x, bad)
+    with pytest.raises(ValueError, match="batch"):
+        module(x, x[:1])
+
+
+@each_causal
+def test_causal_modules_refuse_bad_steps_and_a_context(name: str) -> None:
+    module, x = build(name, causal=True), tokens(6)
+    for bad in (x, x[:, 0, :5], x[0, 0]):
+        with pytest.raises(ValueError, match=r"step: x must be \(batch, 12\), got \("):
+            module.step(bad, module.init_state(2))
+    with pytest.raises(ValueError, match=r"a causal module attends to itself; build it with|no context, for "):
+        module(x, x)
+
+
+@each
+def test_what_a_mechanism_does_not_have_is_refused(name: str) -> None:
+    row = find_attention(name)
+    if not row.causal:
+        with pytest.raises(ValueError, match="causal"):
+            build(name, causal=True)
+    if not row.cross:
+        with pytest.raises(ValueError, match="no context, for "):
+            build(name)(tokens(6), tokens(6))
+
+
 def test_unknown_names_suggest_the_nearest() -> None:
     for function in (find_attention, lambda name: create_attention(name, 12, 3)):
-        with pytest.raises(ValueError, match=r"no attention 'flwo'; there is flow, .*\(did you mean 'flow'\?\)"):
+        with pytest.raises(ValueError, match=r"no attention 'flwo'; there is .*flow, .*\(did you mean 'flow'\?\)"):
             function("flwo")
         with pytest.raises(ValueError, match=r"no attention 'zzz'; there is .*softmax$"):
             function("zzz")
     assert list_attentions() == sorted(list_attentions())
 
 
-@pytest.mark.parametrize("name", list_attentions())
+@each_causal
 def test_steps_under_autocast_continue_a_state_made_outside(name: str) -> None:
     torch.manual_seed(0)
-    module = create_attention(name, 16, 2, causal=True).eval()
+    module = create_attention(name, 16, 2, causal=True, max_length=MAX_LENGTH).eval()
     x = torch.randn(2, 5, 16)
     with torch.no_grad():
         whole = module(x)

@@ -9,7 +9,19 @@ import torch
 from torch import Tensor
 
 from flowformer.ops import masking
-from flowformer.ops.masking import check, check_dtype, describe, fill, run_packed, state_dtype, sum_dtype
+from flowformer.ops.masking import (
+    CHANNELS,
+    HEADS,
+    Layout,
+    check,
+    check_dtype,
+    check_step,
+    describe,
+    fill,
+    run_packed,
+    state_dtype,
+    sum_dtype,
+)
 
 
 def tensors(length: int = 6, sources: int = 6, batch: int = 2) -> list[Tensor]:
@@ -99,6 +111,72 @@ def test_a_packed_batch_is_self_attention() -> None:
         check("op", *tensors(7, 6, batch=1), cu_seqlens=bounds(0, 6))
     check("op", *tensors(batch=1), cu_seqlens=bounds(0, 0, 2, 2, 6, 6))
     check("op", *tensors(batch=1), cu_seqlens=bounds(0, 6).long())
+
+
+# ---------------------------------------------------------------------------------------------------------- layouts
+
+KEYS_PER_HEAD = CHANNELS._replace(heads=True)
+
+
+def of(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.zeros(shape) for shape in shapes]
+
+
+@pytest.mark.parametrize("layout", [HEADS, CHANNELS, KEYS_PER_HEAD])
+def test_what_is_paired_wants_as_many_queries_as_keys(layout: Layout) -> None:
+    axes = (2, 4) if layout is HEADS else (4,)
+    q, k = torch.zeros(2, 7, *axes), torch.zeros(2, 6, *axes)
+    check("op", q, k, k, layout=layout)
+    with pytest.raises(ValueError, match="op: a window wants as many queries as keys, got 7 and 6"):
+        check("op", q, k, k, layout=layout._replace(paired="a window"))
+    check("op", k, k, k, layout=layout._replace(paired="a window"))
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    assert check("op", k, k, k, layout=layout, query_padding_mask=mask).query is mask
+    with pytest.raises(ValueError, match="op: a window is self-attention: key_padding_mask says both, drop query_padd"):
+        check("op", k, k, k, layout=layout._replace(paired="a window"), query_padding_mask=mask)
+    with pytest.raises(ValueError, match="op: causal attention wants as many queries as keys, got 7 and 6"):
+        check("op", q, k, k, layout=layout, causal=True)
+
+
+@pytest.mark.parametrize(
+    ("layout", "shapes", "says"),
+    [
+        (CHANNELS, [(2, 6, 2, 4)] * 3, r"q must be \(batch, length, channels\), got \(2, 6, 2, 4\)"),
+        (CHANNELS, [(2, 6, 4), (2, 6, 0), (2, 6, 4)], r"k must have at least one token and channel, got \(2, 6, 0\)"),
+        (CHANNELS, [(2, 6, 3), (2, 6, 4), (2, 6, 4)], "q and k must agree in batch, q and v in channels, got q"),
+        (CHANNELS, [(3, 6, 4), (2, 6, 4), (2, 6, 4)], "q and k must agree in batch, q and v in channels, got q"),
+        (CHANNELS, [(2, 6, 4), (2, 6, 2), (2, 6, 4)], "k and v must agree in batch, length and channels, got q"),
+        (CHANNELS, [(2, 6, 4), (2, 5, 4), (2, 6, 4)], "k and v must agree in batch, length and channels, got q"),
+        (KEYS_PER_HEAD, [(2, 6, 4), (2, 5, 2), (2, 6, 4)], "k and v must agree in batch and length, got q"),
+        (KEYS_PER_HEAD, [(2, 6, 4), (2, 6, 3), (2, 6, 4)], "heads, which k has one channel for, must divide"),
+        (HEADS, [(2, 6, 4)] * 3, r"q must be \(batch, length, heads, channels\), got \(2, 6, 4\)"),
+    ],
+)
+def test_tensors_of_another_layout_are_refused(layout: Layout, shapes: list[tuple[int, ...]], says: str) -> None:
+    with pytest.raises(ValueError, match=f"op: .*{says}"):
+        check("op", *of(*shapes), layout=layout)
+
+
+def test_keys_may_have_one_channel_for_each_head() -> None:
+    tensors = of((2, 6, 10), (2, 6, 5), (2, 6, 10))
+    check("op", *tensors, layout=KEYS_PER_HEAD)
+    with pytest.raises(ValueError, match="k and v must agree"):
+        check("op", *tensors, layout=CHANNELS)
+
+
+def test_a_packed_batch_without_heads() -> None:
+    with pytest.raises(ValueError, match=r"a packed batch is \(1, total length, channels\) for q, k and v alike"):
+        check("op", *of(*[(2, 6, 4)] * 3), layout=CHANNELS, cu_seqlens=bounds(0, 6))
+    check("op", *of(*[(1, 6, 4)] * 3), layout=CHANNELS, cu_seqlens=bounds(0, 6))
+
+
+def test_steps_of_another_layout_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"op: q of one step must be \(batch, channels\), got \(2, 3, 4\)"):
+        check_step("op", *of(*[(2, 3, 4)] * 3), masking.Masks(None, None), masking.Masks, CHANNELS)
+    check_step("op", *of(*[(2, 4)] * 3), masking.Masks(None, None), masking.Masks, CHANNELS)
+
+
+# -------------------------------------------------------------------------------------------- filling and packing
 
 
 def test_fill_stops_nan_and_its_gradient() -> None:

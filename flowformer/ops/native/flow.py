@@ -10,20 +10,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.ops.native import build
-
-DTYPES = (torch.float32, torch.bfloat16)
+from flowformer.ops.native.kernels import (
+    View,
+    address,
+    adjacent,
+    contiguous,
+    empty_like,
+    refuse_second_gradients,
+    run,
+    view,
+)
 
 # ---------------------------------------------------------------------------- the C interface, as source/call.h has it
-
-
-class _View(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("batch", ctypes.c_int64),
-        ("length", ctypes.c_int64),
-        ("head", ctypes.c_int64),
-    )
 
 
 class _Side(ctypes.Structure):
@@ -42,7 +40,7 @@ _NUMBERS = (
 
 class _FlowCall(ctypes.Structure):
     _fields_ = (
-        *((name, _View) for name in ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")),
+        *((name, View) for name in ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")),
         *((name, _Side) for name in ("sinks", "sources")),
         *((name, _State) for name in ("before", "after", "grad_before", "grad_after")),
         *((name, ctypes.c_int64) for name in ("sequences", "heads", "key_channels", "value_channels", "threads")),
@@ -58,77 +56,11 @@ class _StepCall(ctypes.Structure):
     )
 
 
-class Kernels(NamedTuple):
-    """The functions of one level of instructions."""
-
-    level: str
-    causal_forward: Any
-    causal_backward: Any
-    bidirectional_forward: Any
-    bidirectional_backward: Any
-    step: Any
-
-
-def kernels() -> Kernels | None:
-    """The kernels of this process, or ``None``: :func:`flowformer.ops.native.build.why_not` says why.
-
-    Raises:
-        ValueError: if the level that the environment asks for is not there.
-    """
-    library = build.load()
-    return None if library is None else _kernels(library, build.level(library))
-
-
-@functools.cache
-def _kernels(library: build.Library, level: str) -> Kernels:
-    functions = []
-    for name in Kernels._fields[1:]:
-        function = getattr(library.handle, f"flowformer_{name}_{level}")
-        function.restype = ctypes.c_int
-        function.argtypes = [ctypes.c_void_p] * (13 if name == "step" else 1)
-        functions.append(function)
-    return Kernels(level, *functions)
-
-
-def _run(name: str, call: ctypes.Structure) -> None:
-    found = kernels()
-    if found is None:
-        raise RuntimeError(_GONE.format(build.why_not()))
-    if getattr(found, name)(ctypes.addressof(call)):
-        raise MemoryError(_NO_MEMORY.format(name))
-
-
-_GONE = "the native kernels no longer run: {}"  # the environment has changed since the backend was chosen
-_NO_MEMORY = "the native kernel {} found no memory for its working space"
-
-
 # ------------------------------------------------------------------------------------------- from tensors to the calls
 
 
-def _adjacent(x: Tensor) -> Tensor:
-    """The tensor with its channels side by side: itself, if it is not laid out otherwise."""
-    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
-
-
-_LARGE_BYTES = 1 << 24  # memory of this size comes fresh from the system, which fills it in page by page
-
-
-def _empty_like(x: Tensor, zero: bool, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory for something shaped like x, in the layout of x where its channels lie side by side."""
-    made = torch.empty_like(x, dtype=dtype)
-    if made.shape[-1] > 1 and made.stride(-1) != 1:
-        made = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    if type(made) is Tensor and made.nbytes >= _LARGE_BYTES and (library := build.load()):
-        library.handle.flowformer_want_large_pages(ctypes.c_void_p(made.data_ptr()), ctypes.c_int64(made.nbytes))
-    return made.zero_() if zero else made
-
-
-def _view(x: Tensor) -> _View:
-    return _View(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
-
-
 def _state(parts: Sequence[Tensor | None]) -> _State:
-    return _State(*(None if part is None else part.data_ptr() for part in parts))
+    return _State(*map(address, parts))
 
 
 class _Tokens(NamedTuple):
@@ -138,7 +70,7 @@ class _Tokens(NamedTuple):
     places: Tensor | None
 
     def side(self) -> _Side:
-        return _Side(self.rows.data_ptr(), None if self.places is None else self.places.data_ptr())
+        return _Side(address(self.rows), address(self.places))
 
 
 def _tokens(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> _Tokens:
@@ -180,7 +112,7 @@ def _numbers(
 def _call(q: Tensor, k: Tensor, v: Tensor, sinks: _Tokens, sources: _Tokens, options: Sequence[Any]) -> _FlowCall:
     """The call without its outputs. It holds addresses: what it is made of must live until it has run."""
     return _FlowCall(
-        q=_view(q), k=_view(k), v=_view(v), sinks=sinks.side(), sources=sources.side(), sequences=len(sinks.rows),
+        q=view(q), k=view(k), v=view(v), sinks=sinks.side(), sources=sources.side(), sequences=len(sinks.rows),
         rescale=options[-1], **_numbers(q.shape, v.shape[-1], q.dtype, options, torch.get_num_threads()),
     )  # fmt: skip
 
@@ -188,9 +120,9 @@ def _call(q: Tensor, k: Tensor, v: Tensor, sinks: _Tokens, sources: _Tokens, opt
 def _gradients(q: Tensor, k: Tensor, v: Tensor, zero: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Memory for the gradients. Those of q and k grow in several passes: they are float32 until they are done."""
     return (
-        _empty_like(q, zero, torch.float32),
-        _empty_like(k, zero, torch.float32),
-        _empty_like(v, zero),
+        empty_like(q, zero, torch.float32),
+        empty_like(k, zero, torch.float32),
+        empty_like(v, zero),
     )
 
 
@@ -216,10 +148,6 @@ _CAUSAL = (
 _BIDIRECTIONAL = f"{_TENSORS}, Tensor? key_padding_mask, Tensor? query_padding_mask, Tensor? cu_seqlens"
 
 
-def _contiguous(parts: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [None if part is None else part.contiguous() for part in parts]
-
-
 def _new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
     """Memory for a state."""
     batch = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -234,19 +162,19 @@ def _new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor,
 
 @_operator("flow_causal", _CAUSAL, "(Tensor, Tensor, Tensor, Tensor, Tensor)")
 def _causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any) -> Any:
-    before, options = _contiguous(rest[:4]), rest[4:]
-    out, after = _empty_like(v, mask is not None), _new_state(q, v, cu_seqlens)
-    q, k, v = _adjacent(q), _adjacent(k), _adjacent(v)
+    before, options = contiguous(*rest[:4]), rest[4:]
+    out, after = empty_like(v, mask is not None), _new_state(q, v, cu_seqlens)
+    q, k, v = adjacent(q), adjacent(k), adjacent(v)
     tokens = _tokens(q, mask, cu_seqlens)
     call = _call(q, k, v, tokens, tokens, options)
-    call.out, call.before, call.after = _view(out), _state(before), _state(after)
-    _run("causal_forward", call)
+    call.out, call.before, call.after = view(out), _state(before), _state(after)
+    run("causal_forward", call)
     return out, *after
 
 
 @torch.library.register_fake("flowformer::flow_causal")
 def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any) -> Any:
-    return _empty_like(v, False), *_new_state(q, v, cu_seqlens)
+    return empty_like(v, False), *_new_state(q, v, cu_seqlens)
 
 
 _CAUSAL_GRADIENTS = "Tensor grad_out, Tensor? grad_sums, Tensor? grad_log_normaliser, Tensor? grad_memory"
@@ -256,22 +184,22 @@ _CAUSAL_GRADIENTS = "Tensor grad_out, Tensor? grad_sums, Tensor? grad_log_normal
 def _causal_backward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any
 ) -> Any:
-    before, grad_out, grad_after, options = _contiguous(rest[:4]), rest[4], _contiguous(rest[5:8]), rest[8:]
+    before, grad_out, grad_after, options = contiguous(*rest[:4]), rest[4], contiguous(*rest[5:8]), rest[8:]
     dtype, grads = q.dtype, _gradients(q, k, v, mask is not None)
-    q, k, v, grad_out = _adjacent(q), _adjacent(k), _adjacent(v), _adjacent(grad_out)
+    q, k, v, grad_out = adjacent(q), adjacent(k), adjacent(v), adjacent(grad_out)
     tokens = _tokens(q, mask, cu_seqlens)
     _, *grad_before = _new_state(q, v, cu_seqlens)
     call = _call(q, k, v, tokens, tokens, options)
-    call.grad_q, call.grad_k, call.grad_v = map(_view, grads)
-    call.grad_out, call.before = _view(grad_out), _state(before)
+    call.grad_q, call.grad_k, call.grad_v = map(view, grads)
+    call.grad_out, call.before = view(grad_out), _state(before)
     call.grad_after, call.grad_before = _state([None, *grad_after]), _state([None, *grad_before])
-    _run("causal_backward", call)
+    run("causal_backward", call)
     return *(grad.to(dtype) for grad in grads), *grad_before
 
 
 @torch.library.register_fake("flowformer::flow_causal_backward")
 def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any) -> Any:
-    return *(_empty_like(x, False) for x in (q, k, v)), *_new_state(q, v, cu_seqlens)[1:]
+    return *(empty_like(x, False) for x in (q, k, v)), *_new_state(q, v, cu_seqlens)[1:]
 
 
 @_operator("flow_bidirectional", _BIDIRECTIONAL, "Tensor")
@@ -280,18 +208,18 @@ def _bidirectional(
     *options: Any,
 ) -> Tensor:  # fmt: skip
     out = _empty_out(q, v, query_mask is not None)
-    q, k, v = _adjacent(q), _adjacent(k), _adjacent(v)
+    q, k, v = adjacent(q), adjacent(k), adjacent(v)
     sinks, sources = _tokens(q, query_mask, cu_seqlens), _tokens(k, key_mask, cu_seqlens)
     call = _call(q, k, v, sinks, sources, options)
-    call.out = _view(out)
-    _run("bidirectional_forward", call)
+    call.out = view(out)
+    run("bidirectional_forward", call)
     return out
 
 
 def _empty_out(q: Tensor, v: Tensor, zero: bool) -> Tensor:
     if q.shape[1] == v.shape[1]:
-        return _empty_like(v, zero)
-    return _empty_like(q[..., :1].expand(*q.shape[:3], v.shape[3]), zero)
+        return empty_like(v, zero)
+    return empty_like(q[..., :1].expand(*q.shape[:3], v.shape[3]), zero)
 
 
 @torch.library.register_fake("flowformer::flow_bidirectional")
@@ -311,18 +239,18 @@ def _bidirectional_backward(
     if key_mask is not None:
         grad_k.zero_()
         grad_v.zero_()
-    q, k, v, grad_out = _adjacent(q), _adjacent(k), _adjacent(v), _adjacent(grad_out)
+    q, k, v, grad_out = adjacent(q), adjacent(k), adjacent(v), adjacent(grad_out)
     sinks, sources = _tokens(q, query_mask, cu_seqlens), _tokens(k, key_mask, cu_seqlens)
     call = _call(q, k, v, sinks, sources, options)
-    call.grad_out = _view(grad_out)
-    call.grad_q, call.grad_k, call.grad_v = map(_view, grads)
-    _run("bidirectional_backward", call)
+    call.grad_out = view(grad_out)
+    call.grad_q, call.grad_k, call.grad_v = map(view, grads)
+    run("bidirectional_backward", call)
     return tuple(grad.to(dtype) for grad in grads)
 
 
 @torch.library.register_fake("flowformer::flow_bidirectional_backward")
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-    return tuple(_empty_like(x, False) for x in (q, k, v))
+    return tuple(empty_like(x, False) for x in (q, k, v))
 
 
 _STEP = f"{_TENSORS}, Tensor length, Tensor sums, Tensor log_normaliser, Tensor memory"
@@ -336,14 +264,9 @@ def _step(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
 
 def run_step(q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], options: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """A step on contiguous tensors that are known to fit together: output and state."""
-    found = kernels()
-    if found is None:
-        raise RuntimeError(_GONE.format(build.why_not()))
     call = _step_call(q.shape, v.shape[-1], q.dtype, options, torch.get_num_threads())
     after = (torch.empty_like(v), *map(torch.empty_like, state))
-    given = (q, k, v, after[0], *state, *after[1:])
-    if found.step(ctypes.addressof(call), *[part.data_ptr() for part in given]):
-        raise MemoryError(_NO_MEMORY.format("step"))
+    run("step", call, *(part.data_ptr() for part in (q, k, v, after[0], *state, *after[1:])))
     return after
 
 
@@ -362,14 +285,6 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------- gradients
 
 
-def _refuse_second_gradients() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "the native kernels have no gradients of gradients: leave out create_graph=True, or, where attention is "
-            "not causal, ask for backend='torch'"
-        )
-
-
 def _keep_causal(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:9])
@@ -377,7 +292,7 @@ def _keep_causal(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _differentiate_causal(ctx: Any, grad_out: Tensor | None, _: Any, *grad_state: Tensor | None) -> Any:
-    _refuse_second_gradients()
+    refuse_second_gradients()
     if grad_out is None:
         grad_out = torch.zeros_like(ctx.saved_tensors[2])
     grads = torch.ops.flowformer.flow_causal_backward(*ctx.saved_tensors, grad_out, *grad_state, *ctx.options)
@@ -391,7 +306,7 @@ def _keep_bidirectional(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _differentiate_bidirectional(ctx: Any, grad_out: Tensor) -> Any:
-    _refuse_second_gradients()
+    refuse_second_gradients()
     grads = torch.ops.flowformer.flow_bidirectional_backward(*ctx.saved_tensors, grad_out, *ctx.options)
     return *grads, None, None, None, *(None for _ in ctx.options)
 

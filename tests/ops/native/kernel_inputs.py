@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowformer import ops
-from flowformer.ops.native import build, flow
+from flowformer.ops.native import build
+from flowformer.ops.native.kernels import kernels
 
 _CANNOT = build._switched_off() or sys.platform == "win32" or build.find_compiler() is None
-ABSENT = build.why_not() if _CANNOT and flow.kernels() is None else ""
+ABSENT = build.why_not() if _CANNOT and kernels() is None else ""
 needs_kernels = pytest.mark.skipif(bool(ABSENT), reason=f"there are no native kernels: {ABSENT}")
 
 both_forms = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
@@ -117,6 +120,24 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "flowformer":
             self.ran.append(func._schema.name.removeprefix("flowformer::"))
         return func(*args, **(kwargs or {}))
+
+
+class Graphs:
+    """A compiler that keeps the graphs it is given, and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.kept: list[torch.fx.GraphModule] = []
+        self.backend = aot_autograd(fw_compiler=self.keep, bw_compiler=self.keep)
+
+    def keep(self, graph: torch.fx.GraphModule, example: Any) -> Any:
+        self.kept.append(graph)
+        return make_boxed_func(graph.forward)
+
+    def operators(self) -> list[list[str]]:
+        return [
+            [str(node.target) for node in graph.graph.nodes if str(node.target).startswith("flowformer")]
+            for graph in self.kept
+        ]
 
 
 def run_python(code: str, *arguments: object, timeout_s: float = 300, **environment: str) -> str:

@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 from flowformer import ops
 from flowformer.ops import reference
 from flowformer.ops.native import build
-from flowformer.ops.native import flow as native_flow
+from flowformer.ops.native.kernels import kernels
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -47,7 +47,7 @@ pytestmark = needs_kernels
 
 
 def test_kernels_are_there() -> None:
-    assert native_flow.kernels() is not None, build.why_not()
+    assert kernels() is not None, build.why_not()
 
 
 # ------------------------------------------------------------------------------------------------ the published code

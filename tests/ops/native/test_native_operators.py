@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
-from kernel_inputs import Recorder, all_close, both_forms, close, exact, inputs, native, needs_kernels, random
+from kernel_inputs import Graphs, Recorder, all_close, both_forms, close, exact, inputs, native, needs_kernels, random
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
 
 from flowformer import FlowAttention, cli, ops
 from flowformer.ops.native import build
-from flowformer.ops.native import flow as native_flow
+from flowformer.ops.native.kernels import kernels
 
 OPERATORS = torch.ops.flowformer
 CORE = ops.PRESETS["core"].values()
@@ -149,24 +147,6 @@ def results(function: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -
     out = function(x)
     out.square().sum().backward()
     return [out.detach(), *(parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None)]
-
-
-class Graphs:
-    """A compiler that keeps the graphs it is given, and runs them as they are."""
-
-    def __init__(self) -> None:
-        self.kept: list[torch.fx.GraphModule] = []
-        self.backend = aot_autograd(fw_compiler=self.keep, bw_compiler=self.keep)
-
-    def keep(self, graph: torch.fx.GraphModule, example: Any) -> Any:
-        self.kept.append(graph)
-        return make_boxed_func(graph.forward)
-
-    def operators(self) -> list[list[str]]:
-        return [
-            [str(node.target) for node in graph.graph.nodes if str(node.target).startswith("flowformer")]
-            for graph in self.kept
-        ]
 
 
 @pytest.fixture
@@ -420,7 +400,7 @@ def test_every_level_of_this_machine_computes_the_same(monkeypatch: pytest.Monke
         want = exact(*inputs(100, keys=20), causal=causal)
         for level in library.levels:
             monkeypatch.setenv(build.LEVEL_VARIABLE, level)
-            assert native_flow.kernels().level == level
+            assert kernels().level == level
             close(native(*inputs(100, keys=20), causal=causal), want)
 
 

@@ -225,7 +225,8 @@ def built(folder: Path, **environment: str) -> dict[str, str]:
 
 def hold_laws(**environment: str) -> None:
     command = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    files = [str(REPOSITORY / name) for name in ("tests/laws.py", "tests/ops/native/test_native_flow.py")]
+    names = ("tests/laws.py", *(f"tests/ops/native/test_native_{op}.py" for op in ("flow", "aft")))
+    files = [str(REPOSITORY / name) for name in names]
     options = ["-q", "-k", "native", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(REPOSITORY)]
     said = run_python(command, *files, *options, timeout_s=1800, **environment)
     assert " passed" in said
@@ -274,8 +275,9 @@ LIBRARIES = (
 EXERCISE = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import test_native_search
-test_native_search.exercise(range(int(sys.argv[2])))
+import test_native_aft, test_native_search
+for module in (test_native_search, test_native_aft):
+    module.exercise(range(int(sys.argv[2])))
 print("done")
 """
 BEYOND = """

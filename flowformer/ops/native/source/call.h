@@ -1,11 +1,13 @@
-// What Python passes to the kernels: the plain C interface. flowformer/ops/native/flow.py has the same structure.
+// What Python passes to the kernels: the plain C interface. flowformer/ops/native/flow.py and aft.py have the same
+// structures.
 #pragma once
 
 #include <cstdint>
 
 extern "C" {
 
-// A tensor (batch, length, heads, channels). Strides count elements; channels are adjacent.
+// A tensor (batch, length, heads, channels), or (batch, length, channels) for AFT. Strides count elements; channels are
+// adjacent.
 struct View {
   void *data;
   int64_t batch, length, head;
@@ -48,6 +50,24 @@ struct StepCall {
   int64_t batch, heads, key_channels, value_channels, threads;
   int64_t half, feature_map, competition, allocation;
   double clamp, eps, flow_eps;
+};
+
+// AFT-simple. Masks are (batch, length), 1 for a real token; null where all are. States and gradients of states are
+// (batch, channels).
+struct AftCall {
+  View q, k, v, out;
+  View grad_out, grad_q, grad_k, grad_v;
+  const uint8_t *key_mask, *query_mask;
+  const double *log_weight, *mean;  // before the first token; null where nothing is
+  double *log_weight_after, *mean_after;
+  // The sums that the backward pass starts from: (batch, marks, 3, channels) holds scale, sum exp(k - scale) v and sum
+  // exp(k - scale). Causal: a mark before each run of tokens and one behind the last. Bidirectional: that one alone.
+  float *marks;
+  const double *grad_log_weight_after, *grad_mean_after;  // null: zero
+  double *grad_log_weight, *grad_mean;
+  int64_t batch, queries, keys, channels, threads;
+  int64_t run;   // tokens
+  int64_t half;  // 1 for bfloat16
 };
 
 }  // extern "C"

@@ -8,8 +8,6 @@
 
 namespace {
 
-constexpr double LOG_ZERO = -1e30;  // stands for the logarithm of nothing
-
 enum Competition { NONE, SEQUENCE, HEADS };
 
 // How far a pass goes. Each stage wants the past of those before it; all but the last only gather a part of the past.

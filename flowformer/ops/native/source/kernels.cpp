@@ -1,4 +1,5 @@
 // The functions that Python calls, for one level of instructions. Each returns 0, or 1 if there was no memory.
+#include "aft_runs.h"
 #include "bidirectional_runs.h"
 #include "causal_pieces.h"
 #include "step.h"
@@ -51,3 +52,8 @@ EXPORT(flowformer_step)(const StepCall *call, const void *q, const void *k, cons
   if (call->half) return run(Step<bfloat16>(*call, q, k, v, out, before, after));
   return run(Step<float>(*call, q, k, v, out, before, after));
 }
+
+EXPORT(flowformer_aft_causal_forward)(const AftCall *call) { return run_aft<CausalMeans>(*call); }
+EXPORT(flowformer_aft_causal_backward)(const AftCall *call) { return run_aft<CausalGradients>(*call); }
+EXPORT(flowformer_aft_bidirectional_forward)(const AftCall *call) { return run_aft<OneMean>(*call); }
+EXPORT(flowformer_aft_bidirectional_backward)(const AftCall *call) { return run_aft<OneMeanGradients>(*call); }

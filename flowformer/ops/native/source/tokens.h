@@ -9,7 +9,8 @@
 namespace {
 
 constexpr float RELU_FLOOR = 1e-6f;
-constexpr int AHEAD = 16;  // rows that are fetched into the caches before they are wanted
+constexpr double LOG_ZERO = -1e30;  // stands for the logarithm of nothing
+constexpr int AHEAD = 16;           // rows that are fetched into the caches before they are wanted
 
 inline int padded(int64_t channels) { return (int)((channels + LANES - 1) / LANES * LANES); }
 

@@ -74,7 +74,22 @@ INLINE void from_float(bfloat16 *p, float x) {
 
 INLINE Vector all(float x) { return x - Vector{}; }
 
-// One instruction each, which compilers do not see in a comparison and a choice.
+// Whether a comparison holds in any lane.
+INLINE bool any(Integers holds) {
+#if defined(__AVX512F__) && !defined(FLOWFORMER_LANES)
+  return _mm512_movepi32_mask((__m512i)holds);
+#elif defined(__AVX2__) && !defined(FLOWFORMER_LANES)
+  return _mm256_movemask_ps((__m256)holds);
+#elif defined(__SSE2__) && !defined(FLOWFORMER_LANES)
+  return _mm_movemask_ps((__m128)holds);
+#else
+  int32_t some = 0;
+  for (int i = 0; i < LANES; i++) some |= holds[i];
+  return some;
+#endif
+}
+
+// One instruction each, which compilers do not see in a comparison and a choice. Where b is NaN, so is the result.
 #if defined(__AVX512F__) && !defined(FLOWFORMER_LANES)
 INLINE Vector min(Vector a, Vector b) { return (Vector)_mm512_min_ps((__m512)a, (__m512)b); }
 INLINE Vector max(Vector a, Vector b) { return (Vector)_mm512_max_ps((__m512)a, (__m512)b); }
@@ -139,7 +154,8 @@ INLINE Vector power_of_fraction(Vector f) {
   return y * f + 1.f;
 }
 
-// exp(x), relative error about 1e-7 + 1e-8 |x|, for x in [-87, 88]; what lies outside counts as the nearest end.
+// exp(x), relative error about 1e-7 + 1e-8 |x|, for x in [-87, 88]; what lies outside counts as the nearest end; NaN
+// stays NaN.
 struct Exponential {
   Vector fraction, power;  // exp(x) = fraction * power, power being a power of 2
 };
@@ -148,7 +164,7 @@ struct Exponential {
 template <int SIGN>
 INLINE Exponential exponential(Vector x) {
   constexpr float LOG2_E = SIGN * 1.44269504f;
-  x = SIGN > 0 ? min(max(x, all(-87.f)), all(88.f)) : min(max(x, all(-88.f)), all(87.f));
+  x = SIGN > 0 ? min(all(88.f), max(all(-87.f), x)) : min(all(87.f), max(all(-88.f), x));
   // Adding 1.5 * 2^23 rounds to an integer, and adding the exponent's bias too leaves 2^n's bits at the low end.
   constexpr float SHIFT = 12582912.f + 127.f;
   const Vector shifted = x * LOG2_E + SHIFT;
