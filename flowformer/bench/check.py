@@ -12,8 +12,6 @@ from torch import Tensor
 from flowformer.bench.registry import Contender, Inputs, Operation, Outputs, Shape
 from flowformer.training.files import RunError
 
-UNCHECKED = "unchecked: approximation"
-
 
 class WrongResultError(RunError):
     """A contender that departs from the truth by more than its tolerance; it is not timed."""
@@ -86,7 +84,7 @@ class Checker:
                 raise WrongResultError(
                     f"{row.name} gives values that are not finite in {operation.name}; it is not timed"
                 )
-            return Checked(None, None, shape.length, UNCHECKED)
+            return Checked(None, None, shape.length, f"unchecked: {row.unchecked}")
         error = _worst(got, self._truth(operation, row, shape, inputs))
         tolerance = operation.tolerances[row.dtype]
         if not error <= tolerance:
@@ -99,7 +97,7 @@ class Checker:
     def _truth(self, operation: Operation, row: Contender, shape: Shape, inputs: Inputs) -> Outputs:
         key = (operation.name, row.reference, shape, row.dtype)
         if key not in self._truths:
-            assert row.reference is not None  # an approximation has no truth
+            assert row.reference is not None  # judged already
             self._truths[key] = operation.truth(row.reference, inputs)
         return self._truths[key]
 

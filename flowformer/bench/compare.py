@@ -20,11 +20,11 @@ import torch
 
 from flowformer.bench.runner import Plan
 from flowformer.bench.worker import ROOT, ask
+from flowformer.ops.backend import BACKENDS
 from flowformer.training.files import RunError
 
 Record = dict[str, Any]
 PAIRS = 2  # times that each side runs
-BEST = "flow (best)"
 
 
 def compare(
@@ -128,8 +128,8 @@ def _git(root: Path, *words: str) -> str:
 def ratios(records: list[Record]) -> list[Record]:
     """For each operation, length and contender, the time here over the time there: of the least, and pair by pair.
 
-    Further rows are ``flow (best)``, the fastest of our own float32 contenders on each side, whatever it is called
-    there, and the limits (milliseconds per 1e9 of their work), which say how alike the machine was.
+    Further rows are ``flow (best)``, the fastest backend of Flow-Attention on each side, likewise of other mechanisms,
+    and the limits (milliseconds per 1e9 of their work), which say how alike the machine was.
     """
     times = _least_times(records)
     pairs = sorted({pair for by_side in times.values() for _, pair in by_side})
@@ -160,8 +160,9 @@ def _least_times(records: list[Record]) -> dict[tuple[str, int, str], dict[tuple
             times.setdefault((*place, f"limit {record['name']}, per 1e9"), {})[turn] = 1e3 / record["value"]
         elif record["record"] == "point" and record["status"] == "timed":
             times.setdefault((*place, record["contender"]), {})[turn] = record["min_ms"]
-            if record["ours"] and record["dtype"] == "float32" and record["layout"] == "length-first":
-                best = times.setdefault((*place, BEST), {})
+            mechanism, _, backend = record["contender"].rpartition("-")
+            if record["ours"] and backend in BACKENDS:
+                best = times.setdefault((*place, f"{mechanism} (best)"), {})
                 best[turn] = min(best.get(turn, record["min_ms"]), record["min_ms"])
     return dict(sorted(times.items(), key=lambda item: item[0][:2]))
 

@@ -1,4 +1,4 @@
-"""This library's own contenders: Flow-Attention with each backend, dtype and layout, and the Linear Transformer.
+"""This library's own contenders: Flow-Attention with each backend, dtype and layout, and other mechanisms with heads.
 
 Backends come from :data:`flowformer.ops.backend.BACKENDS`, best first.
 """
@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from flowformer import ops
-from flowformer.bench.operations import Token, flow_state
-from flowformer.bench.registry import Contender, Inputs, Shape, add_contender
+from flowformer.bench.operations import Token, flow_state, prefill
+from flowformer.bench.registry import Contender, Function, Inputs, Shape, add_contender
 from flowformer.ops import reference
 from flowformer.ops.backend import BACKENDS
 
+HAS_MOBILE = hasattr(ops, "mobile_attention")  # an old commit, to be compared with, may not
 Taken = tuple[Callable[[Tensor, Tensor, Tensor], Tensor], int]
 
 
@@ -42,11 +43,9 @@ def _flow_step(given: Token, **arguments: Any) -> Taken:
     return lambda q, k, v: ops.flow_attention_step(q, k, v, state, **arguments)[0], count_bytes(state)
 
 
-def _linear_step(given: Token) -> Taken:
-    state: Any = None
-    for piece in given.pieces():
-        _, state = ops.linear_attention(*piece, causal=True, initial_state=state, return_state=True)
-    return lambda q, k, v: ops.linear_attention_step(q, k, v, state)[0], count_bytes(state)
+def _take_step(whole: Function, step: Function, given: Token) -> Taken:
+    state = prefill(whole, given.pieces())
+    return lambda q, k, v: step(q, k, v, state)[0], count_bytes(state)
 
 
 def cache_bytes(shape: Shape) -> float:
@@ -80,6 +79,13 @@ def _add_sequences(operation: str, causal: bool) -> None:
             "ops.linear_attention, the Linear Transformer",
         )
     )  # fmt: skip
+    if HAS_MOBILE:
+        add_contender(
+            Contender(
+                "mobile", operation, ops.mobile_attention, reference.mobile_attention, "ops.mobile_attention",
+                ours=True,
+            )
+        )  # fmt: skip
 
 
 def _step_unavailable(backend: str, inputs: Inputs) -> str | None:
@@ -99,7 +105,12 @@ def _add_steps() -> None:
                 unavailable=partial(_step_unavailable, backend),
             )
         )  # fmt: skip
-    add_contender(Contender("linear", "step", _linear_step, reference.linear_attention, "ops.linear_attention_step"))
+    linear = partial(_take_step, ops.linear_attention, ops.linear_attention_step)
+    add_contender(Contender("linear", "step", linear, reference.linear_attention, "ops.linear_attention_step"))
+    if HAS_MOBILE:
+        mobile = partial(_take_step, ops.mobile_attention, ops.mobile_attention_step)
+        about = "ops.mobile_attention_step"
+        add_contender(Contender("mobile", "step", mobile, reference.mobile_attention, about, ours=True))
     add_contender(
         Contender(
             "softmax", "step", _softmax_step, reference.softmax_attention,

@@ -13,7 +13,7 @@ For one token and head, with K key and V value channels:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -86,25 +86,30 @@ def sequences_and_gradient(shape: Shape, dtype: torch.dtype, layout: str) -> Inp
 
 
 def forward(function: Function, inputs: Inputs, *, causal: bool) -> Call:
-    """``function(q, k, v, causal=...)`` without gradients."""
+    """``function(*inputs, causal=...)``, which returns one tensor or several, without gradients."""
 
     @torch.no_grad()
     def run() -> Outputs:
-        return (function(*inputs, causal=causal),)
+        return _as_outputs(function(*inputs, causal=causal))
 
     return Call(run)
 
 
 def forward_and_backward(function: Function, inputs: Inputs, *, causal: bool) -> Call:
-    """``function(q, k, v, causal=...)`` and the gradients of q, k and v."""
+    """The same and the gradients of all inputs but the last, which is the gradient of each tensor returned."""
     *tensors, upstream = inputs
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
 
     def run() -> Outputs:
-        out = function(*leaves, causal=causal)
-        return (out.detach(), *torch.autograd.grad(out, leaves, upstream))
+        outs = _as_outputs(function(*leaves, causal=causal))
+        grads = torch.autograd.grad(outs, leaves, [upstream] * len(outs))
+        return (*(out.detach() for out in outs), *grads)
 
     return Call(run)
+
+
+def _as_outputs(result: Tensor | Outputs) -> Outputs:
+    return (result,) if isinstance(result, Tensor) else result
 
 
 def forward_truth(reference: Function, inputs: Inputs, *, causal: bool) -> Outputs:
@@ -117,7 +122,8 @@ def forward_and_backward_truth(reference: Function, inputs: Inputs, *, causal: b
     return forward_and_backward(reference, tuple(x.double() for x in inputs), causal=causal).run()
 
 
-def _count_tokens(shape: Shape) -> int:
+def count_tokens(shape: Shape) -> int:
+    """Tokens of a call on whole sequences."""
     return shape.batch * shape.length
 
 
@@ -132,14 +138,14 @@ for _name, _causal, _flops, _training in (
     add_operation(
         Operation(
             _name, f"{_name} attention, forward", "length", LENGTHS, sequences,
-            partial(forward, causal=_causal), partial(forward_truth, causal=_causal), _flops, _count_tokens,
+            partial(forward, causal=_causal), partial(forward_truth, causal=_causal), _flops, count_tokens,
         )
     )  # fmt: skip
     add_operation(
         Operation(
             f"{_name}-training", f"{_name} attention, forward and backward", "length", LENGTHS, sequences_and_gradient,
             partial(forward_and_backward, causal=_causal), partial(forward_and_backward_truth, causal=_causal),
-            _times(_training, _flops), _count_tokens, tolerances=GRADIENT_TOLERANCES,
+            _times(_training, _flops), count_tokens, tolerances=GRADIENT_TOLERANCES,
         )
     )  # fmt: skip
 
@@ -209,13 +215,18 @@ def step_truth(reference: Function, inputs: Inputs) -> Outputs:
     return (reference(*whole, causal=True)[:, -1],)
 
 
+def prefill(whole: Function, pieces: Iterable[Iterable[Tensor]], *learned: Any) -> Any:
+    """The state of a causal operation after a context that comes in pieces."""
+    state: Any = None
+    for piece in pieces:
+        _, state = whole(*piece, *learned, causal=True, initial_state=state, return_state=True)
+    return state
+
+
 def flow_state(given: Token) -> ops.FlowState:
     """State of causal Flow-Attention after the context, computed in parallel by whichever backend is chosen."""
     if "flow" not in given.states:
-        state: Any = None
-        for piece in given.pieces():
-            _, state = ops.flow_attention(*piece, causal=True, initial_state=state, return_state=True)
-        given.states["flow"] = state
+        given.states["flow"] = prefill(ops.flow_attention, given.pieces())
     return given.states["flow"]
 
 

@@ -63,7 +63,8 @@ def _styles(points: list[Record]) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "color": COLOURS[index % len(COLOURS)],
-            "marker": MARKERS[index % len(MARKERS)],
+            # One further each time the colours are through: no two contenders look alike.
+            "marker": MARKERS[(index + index // len(COLOURS)) % len(MARKERS)],
             "linestyle": "--" if point["dtype"] == "bfloat16" else "-",
             "linewidth": 2.2 if point["ours"] else 1.2,
             "markersize": 5 if point["ours"] else 4,

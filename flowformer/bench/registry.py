@@ -103,9 +103,10 @@ class Contender:
         name: The name it is called by.
         operation: Name of the operation.
         function: What the operation's ``bind`` is given.
-        reference: What the operation's ``truth`` is given; ``None`` for an approximation, of which only finite values
-            are asked.
+        reference: What the operation's ``truth`` is given; ``None`` where there is none, and only finite values are
+            asked.
         about: One line for help.
+        unchecked: Why there is no reference, where there is none.
         ours: Whether it is this library's own.
         dtype: dtype of the inputs.
         layout: ``"length-first"`` for contiguous (batch, length, heads, channels), ``"heads-first"`` for the same shape
@@ -120,6 +121,7 @@ class Contender:
     function: Function
     reference: Function | None
     about: str
+    unchecked: str = "approximation"
     ours: bool = False
     dtype: torch.dtype = torch.float32
     layout: str = "length-first"
@@ -131,7 +133,14 @@ class Contender:
 OPERATIONS: dict[str, Operation] = {}
 CONTENDERS: dict[tuple[str, str], Contender] = {}
 # The rows; importing a module adds its own. Figures show contenders in this order, and ratios are to the first.
-MODULES = ("flowformer.bench.operations", "flowformer.bench.contenders", "flowformer.bench.peers")
+MODULES = (
+    "flowformer.bench.operations",
+    "flowformer.bench.contenders",
+    "flowformer.bench.peers",
+    "flowformer.bench.aft",
+    "flowformer.bench.aft_peers",
+    "flowformer.bench.aft_steps",
+)
 
 
 def add_operation(row: Operation) -> None:

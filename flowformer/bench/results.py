@@ -13,7 +13,7 @@ from flowformer.bench.tables import describe_run, point_tables
 from flowformer.training.files import RunError, write_whole
 
 RECORDS = "results.jsonl"
-WIDTH = 120  # of tables, in characters
+WIDTH = 132  # of tables, in characters
 
 
 def write_records(folder: Path, records: list[dict[str, Any]]) -> None:

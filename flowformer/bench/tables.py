@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 Record = dict[str, Any]
-COLUMNS = ("min", "median", "ratio", "GFLOP/s", "of sgemm", "MB", "B/token", "state B", "error")
+COLUMNS = ("min", "median", "ratio", "doubling", "GFLOP/s", "of sgemm", "MB", "B/token", "state B", "error")
 
 
 def describe_run(records: list[Record]) -> str:
@@ -54,7 +55,8 @@ def _table(title: str, columns: tuple[str, ...], left: tuple[str, ...]) -> Table
 def _point_table(operation: str, points: list[Record]) -> Table:
     first = points[0]
     sizes = f"batch {first['batch']}, {first['heads']} heads, K {first['channels']}, V {first['value_channels']}"
-    rows = [(point, _cells(point)) for point in points if point["status"] == "timed"]
+    growth = _growth(points)
+    rows = [(point, _cells(point, growth)) for point in points if point["status"] == "timed"]
     columns = [name for name in COLUMNS if any(cells[name] != "-" for _, cells in rows)]
     table = _table(f"{operation}: {sizes}", ("length", "contender", *columns), ("contender",))
     length = None
@@ -68,13 +70,28 @@ def _point_table(operation: str, points: list[Record]) -> Table:
     return table
 
 
-def _cells(point: Record) -> dict[str, str]:
+def _growth(points: list[Record]) -> dict[tuple[str, int], float]:
+    """By contender and length, what doubling the length multiplies the time by, from the length before to this one."""
+    before: dict[str, Record] = {}
+    found = {}
+    for point in sorted(points, key=lambda point: point["length"]):
+        name = point["contender"]
+        if point["status"] == "timed":
+            if name in before and point["length"] > before[name]["length"]:
+                slower = math.log2(point["min_ms"] / before[name]["min_ms"])
+                found[name, point["length"]] = 2 ** (slower / math.log2(point["length"] / before[name]["length"]))
+            before[name] = point
+    return found
+
+
+def _cells(point: Record, growth: dict[tuple[str, int], float]) -> dict[str, str]:
     memory, check = point.get("memory", {}), point["check"]
     error = "unchecked" if check["error"] is None else f"{check['error']:.0e}"
     return {
         "min": format_time(point["min_ms"]),
         "median": format_time(point["median_ms"]),
         "ratio": f"{point['ratio']:.2f}x",
+        "doubling": _number(growth.get((point["contender"], point["length"])), ".2f"),
         "GFLOP/s": _number(point.get("gflops"), ".1f"),
         "of sgemm": _number(point.get("share_of_sgemm"), ".0%"),
         "MB": _number(memory.get("peak_bytes"), ".1f", 1e-6),

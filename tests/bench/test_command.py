@@ -9,7 +9,7 @@ import pytest
 
 import flowformer
 from flowformer import cli
-from flowformer.bench import compare, plots, registry, results, runner
+from flowformer.bench import compare, plots, registry, results, runner, tables
 from flowformer.bench.runner import Plan
 
 SIZES = ["--heads", "2", "--channels", "8", "--value-channels", "8", "--seconds", "0.003", "--no-memory", "--no-limits"]
@@ -66,6 +66,18 @@ def test_figures_show_every_contender_on_logarithmic_axes(small):
     assert set(lines) == {record["contender"] for record in timed}
     assert list(lines["sdpa"].get_ydata()) == [record["min_ms"] for record in timed if record["contender"] == "sdpa"]
     assert plots.draw(records, "memory") is None
+    looks = [(line.get_color(), line.get_marker()) for line in lines.values()]
+    assert len(looks) == len(set(looks)) > 8
+
+
+def test_table_tells_what_doubling_the_length_costs():
+    times = {("quick", 64): 1.0, ("quick", 16): 0.25, ("slow", 16): 1.0, ("slow", 32): 4.0, ("slow", 64): 8.0}
+    points = [
+        {"contender": name, "length": length, "status": "timed", "min_ms": time}
+        for (name, length), time in times.items()
+    ]
+    points.append({"contender": "slow", "length": 128, "status": "left out"})
+    assert tables._growth(points) == {("quick", 64): 2.0, ("slow", 32): 4.0, ("slow", 64): 2.0}
 
 
 def test_without_matplotlib_there_are_no_figures_but_a_remedy(tmp_path, capsys, monkeypatch):
