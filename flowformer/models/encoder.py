@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,16 @@ from torch import Tensor, nn
 
 from flowformer.attention import create_attention
 
+# "gelu_tanh" is the approximation that GPT-2 and the GPT-style module of thuml/Flowformer call "new gelu".
+ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "relu": nn.ReLU,
+}
+
 
 class EncoderBlock(nn.Module):
-    """Attention and a feed-forward network, each added to its input and then normalised (post-norm).
+    """Attention and a feed-forward network, each added to its input; normalised before (pre-norm) or after (post-norm).
 
     Source: the encoder layer of thuml/Flowformer, Flowformer_TimeSeries; its 1 x 1 convolutions are linear layers.
 
@@ -24,6 +32,13 @@ class EncoderBlock(nn.Module):
         attention: Name of the mechanism.
         attention_options: Options of the mechanism.
         max_length: Longest sequence, for mechanisms that need to know.
+        causal: Output t depends on positions up to t only.
+        norm_first: Normalise what attention and feed-forward network see (pre-norm), and not their sums (post-norm).
+        activation: ``"gelu"`` (exact), ``"gelu_tanh"`` or ``"relu"``.
+        activation_dropout: Probability after the first layer of the feed-forward network; ``dropout`` if absent.
+
+    Raises:
+        ValueError, TypeError: for an unknown activation, and as :func:`flowformer.create_attention`.
     """
 
     def __init__(
@@ -36,23 +51,56 @@ class EncoderBlock(nn.Module):
         attention: str = "flow",
         attention_options: Mapping[str, Any] | None = None,
         max_length: int | None = None,
+        causal: bool = False,
+        norm_first: bool = False,
+        activation: str = "gelu",
+        activation_dropout: float | None = None,
     ) -> None:
         super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        self.norm_first = norm_first
         self.attention = create_attention(
-            attention, dim, num_heads, max_length=max_length, **dict(attention_options or {})
+            attention, dim, num_heads, causal=causal, max_length=max_length, **dict(attention_options or {})
         )
         self.norm1 = nn.LayerNorm(dim)
         self.linear1 = nn.Linear(dim, ffn_dim)
         self.linear2 = nn.Linear(ffn_dim, dim)
         self.norm2 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
-        self.activation = nn.GELU()
+        self.activation_dropout = nn.Dropout(dropout if activation_dropout is None else activation_dropout)
+        self.activation = ACTIVATIONS[activation]()
 
-    def forward(self, x: Tensor, **where: Tensor | None) -> Tensor:
-        """Transform (batch, length, dim); ``where`` says what is real: ``key_padding_mask`` or ``cu_seqlens``."""
-        x = self.norm1(x + self.dropout(self.attention(x, **where)))
-        hidden = self.dropout(self.activation(self.linear1(x)))
-        return self.norm2(x + self.dropout(self.linear2(hidden)))
+    def forward(self, x: Tensor, **arguments: Any) -> Any:
+        """Transform (batch, length, dim).
+
+        Args:
+            x: (batch, length, dim).
+            **arguments: Of the attention: what is real, ``key_padding_mask`` or ``cu_seqlens``; and, where causal,
+                ``initial_state`` and ``return_state``.
+
+        Returns:
+            (batch, length, dim); with ``return_state`` also the attention's state.
+        """
+        out = self.attention(self.norm1(x) if self.norm_first else x, **arguments)
+        if arguments.get("return_state"):
+            return self._add(x, out[0]), out[1]
+        return self._add(x, out)
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """One token of a causal block: (batch, dim) and the state before it, to the same after it."""
+        out, state = self.attention.step(self.norm1(x) if self.norm_first else x, state)
+        return self._add(x, out), state
+
+    def _add(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.dropout(attended)
+        if self.norm_first:
+            return x + self._feed_forward(self.norm2(x))
+        x = self.norm1(x)
+        return self.norm2(x + self._feed_forward(x))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.linear2(self.activation_dropout(self.activation(self.linear1(x)))))
 
 
 class Encoder(nn.Module):

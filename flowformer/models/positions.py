@@ -1,0 +1,101 @@
+"""Positions of tokens in a sequence, as vectors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from flowformer.ops.masking import state_dtype
+
+
+class LearnedPositions(nn.Embedding):
+    """A vector for each position, up to ``max_length`` of them.
+
+    Args:
+        max_length: Positions.
+        dim: Channels.
+    """
+
+    def __init__(self, max_length: int, dim: int) -> None:
+        super().__init__(max_length, dim)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The vectors (..., dim) of positions (...), the first of which is 0.
+
+        Raises:
+            ValueError: for a position beyond the table. While a graph is traced, where no value may be looked at, the
+                embedding has its own error.
+        """
+        if not torch.compiler.is_compiling() and input.numel() and not input.is_meta:
+            last = int(input.max()) + 1
+            if last > self.num_embeddings:
+                raise ValueError(
+                    f"token {last} of a sequence: the learned positions of this model end at max_length ="
+                    f" {self.num_embeddings}; sinusoidal ones have no end"
+                )
+        return super().forward(input)
+
+
+class SinusoidalPositions(nn.Module):
+    """Sines, then cosines, of frequencies from 1 to 1 / 10,000: any position has its vector.
+
+    The angles are found in float64: a float32 one is off by 0.06 after a million tokens.
+
+    Args:
+        dim: Channels.
+        first: The number of the first position. fairseq begins at 2, after the number of its padding symbol.
+
+    Source: fairseq, modules/sinusoidal_positional_embedding.py.
+    """
+
+    def __init__(self, dim: int, first: int = 2) -> None:
+        super().__init__()
+        self.dim, self.first = dim, first
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """The vectors (..., dim) of positions (...), the first of which is 0."""
+        half = self.dim // 2
+        numbers = torch.arange(half, dtype=state_dtype(positions.device), device=positions.device)
+        frequencies = torch.exp(numbers * (-math.log(10_000) / max(half - 1, 1)))
+        angles = (positions + self.first).unsqueeze(-1) * frequencies
+        waves = torch.cat((angles.sin(), angles.cos()), -1).float()
+        return nn.functional.pad(waves, (0, self.dim % 2))
+
+
+def create_positions(kind: str | None, dim: int, max_length: int | None) -> nn.Module | None:
+    """The module of a kind: ``"learned"``, ``"sinusoidal"``, or None for none.
+
+    Raises:
+        ValueError: for another kind, or learned positions without ``max_length``.
+    """
+    if kind is None:
+        return None
+    if kind == "sinusoidal":
+        return SinusoidalPositions(dim)
+    if kind != "learned":
+        raise ValueError(f'positions must be "learned", "sinusoidal" or None, got {kind!r}')
+    if max_length is None:
+        raise ValueError('positions="learned" wants max_length; positions="sinusoidal" takes any length')
+    return LearnedPositions(max_length, dim)
+
+
+def count_positions(tokens: Tensor, key_padding_mask: Tensor | None, before: Tensor | None) -> Tensor:
+    """How many real tokens come before each.
+
+    Args:
+        tokens: (batch, length).
+        key_padding_mask: (batch, length) boolean, True = a real token.
+        before: Real tokens of earlier calls, (batch,).
+
+    Returns:
+        (batch, length) or (1, length), int64; 0 at padding, which may lie beyond a table of positions that is full.
+    """
+    if key_padding_mask is None:
+        positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+    else:
+        positions = key_padding_mask.cumsum(-1) - 1
+    if before is not None:
+        positions = positions + before.unsqueeze(1)
+    return positions if key_padding_mask is None else positions.masked_fill(~key_padding_mask, 0)
