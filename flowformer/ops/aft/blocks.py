@@ -13,13 +13,18 @@ import torch
 from torch import Tensor
 
 from flowformer.ops.aft.means import (
+    Gradients,
     Sources,
     Weights,
+    come_back,
+    finish_sources,
     is_plain,
     means,
     means_backward,
+    of_weights,
     prepare,
     refuse_second_gradients,
+    repair_gradients,
     weigh,
 )
 from flowformer.ops.masking import LOG_ZERO
@@ -153,18 +158,56 @@ class _BlockMeans(torch.autograd.Function):
         blocks, grad = ctx.blocks, grads_out[0]
         K, V, out, totals, *bias = ctx.saved_tensors
         bias, of_w = tuple(bias), any(ctx.needs_input_grad[4:])
-        of_K, of_V = torch.zeros_like(K), torch.zeros_like(V)
         of_bias = tuple(torch.zeros_like(part) for part in bias) if of_w else ()
-        sources = None
-        for start, end in blocks.cut(out.shape[1]):
-            columns, first = blocks.columns(start, end, K.shape[1])
-            rows = blocks.rows(start, end)
-            sources = _block_sources(K, V, columns, first, sources)
-            weights = _block_weights(bias, rows, columns, blocks)
-            y, g = (x[:, start:end].unsqueeze(-1) for x in (out, grad))
-            got = means_backward(weights, sources, y, totals[:, start:end], g, of_w=of_w)
-            of_K[:, :columns] += got.K
-            of_V[:, :columns] += got.V.squeeze(-1)
-            if got.w is not None:
-                _add_bias_gradient(of_bias, bias, rows, got.w)
+        run = _causal_backward if blocks.causal else _whole_backward
+        of_K, of_V = run(bias, K, V, out, totals, grad, blocks, of_bias)
         return None, None, of_K, of_V, *(of_bias if of_w else (None,) * len(bias))
+
+
+def _causal_backward(
+    bias: Bias, K: Tensor, V: Tensor, out: Tensor, totals: Tensor, grad: Tensor, blocks: Blocks, of_bias: Bias
+) -> tuple[Tensor, Tensor]:
+    """Gradients of K and V; those of the bias are added to ``of_bias``, which is empty if they are not wanted."""
+    of_K, of_V = torch.zeros_like(K), torch.zeros_like(V)
+    for start, end in blocks.cut(out.shape[1]):
+        columns, first = blocks.columns(start, end, K.shape[1])
+        rows = blocks.rows(start, end)
+        sources = prepare(K[:, :columns], V[:, :columns].unsqueeze(-1), None, first)
+        weights = _block_weights(bias, rows, columns, blocks)
+        y, g = (x[:, start:end].unsqueeze(-1) for x in (out, grad))
+        got = means_backward(weights, sources, y, totals[:, start:end], g, of_w=bool(of_bias))
+        of_K[:, :columns] += got.K
+        of_V[:, :columns] += got.V.squeeze(-1)
+        if got.w is not None:
+            _add_bias_gradient(of_bias, bias, rows, got.w)
+    return of_K, of_V
+
+
+def _whole_backward(
+    bias: Bias, K: Tensor, V: Tensor, out: Tensor, totals: Tensor, grad: Tensor, blocks: Blocks, of_bias: Bias
+) -> tuple[Tensor, Tensor]:
+    """The same where all blocks see the same keys: what comes back to those is added up first, in the products."""
+    sources = prepare(K, V.unsqueeze(-1), None, None)
+    of_EV, of_E = torch.zeros_like(K), torch.zeros_like(K)
+    repaired = []
+    for start, end in blocks.cut(out.shape[1]):
+        rows = blocks.rows(start, end)
+        weights = _block_weights(bias, rows, K.shape[1], blocks)
+        y, g = (x[:, start:end].unsqueeze(-1) for x in (out, grad))
+        back = come_back(y, totals[:, start:end], g)
+        A = weights.A.mT.expand(len(K), -1, -1)
+        of_EV.baddbmm_(A, back.out.squeeze(-1))
+        of_E.baddbmm_(A, back.total)
+        of_w = of_weights(weights, sources, back) if of_bias else None
+        if back.bad is not None:
+            more = Gradients(torch.zeros_like(K), torch.zeros_like(sources.V), None, of_w)
+            repair_gradients(more, back.bad, weights.w, sources, y, g)
+            repaired.append(more)
+        if of_w is not None:
+            _add_bias_gradient(of_bias, bias, rows, of_w)
+    of_K, of_V = finish_sources(sources, of_EV.unsqueeze(-1), of_E)
+    of_V = of_V.squeeze(-1)
+    for more in repaired:
+        of_K += more.K
+        of_V += more.V.squeeze(-1)
+    return of_K, of_V

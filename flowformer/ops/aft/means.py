@@ -210,37 +210,64 @@ class Gradients(NamedTuple):
     w: Tensor | None
 
 
-def means_backward(
-    weights: Weights, sources: Sources, y: Tensor, total: Tensor, grad: Tensor, *, of_w: bool
-) -> Gradients:
-    """Gradients of :func:`means`, for its results ``y`` and ``total`` and the gradient of y, all (..., q, M, e).
+class Upstream(NamedTuple):
+    """What comes back to the two matrix products.
+
+    Attributes:
+        out: Gradient of the numerators, (..., q, M, e).
+        total: Minus that of the denominators, (..., q, M).
+        bad: Which entries were repaired, and are 0 here; ``None`` where none was.
+    """
+
+    out: Tensor
+    total: Tensor
+    bad: Tensor | None
+
+
+def come_back(y: Tensor, total: Tensor, grad: Tensor) -> Upstream:
+    """For the results ``y`` and ``total`` of :func:`means`, and the gradient of y."""
+    tiny = TINY[total.dtype]
+    bad = total < tiny if total.min() < tiny else None
+    out = grad / (total if bad is None else total.masked_fill(bad, torch.inf)).unsqueeze(-1)
+    return Upstream(out, (out * y).sum(-1), bad)
+
+
+def finish_sources(sources: Sources, of_EV: Tensor, of_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of K and V, for A^T times each part of :class:`Upstream`; the arguments are written over.
 
     With p_tj = exp(k_j + w_tj) / sum: dy_t / dv_j = p_tj, and the gradient of k_j + w_tj is p_tj grad_t (v_j - y_t).
     """
-    w, A, a = weights
-    tiny = TINY[total.dtype]
-    bad = total < tiny if total.min() < tiny else None
-    h = grad / (total if bad is None else total.masked_fill(bad, torch.inf)).unsqueeze(-1)
-    s = (h * y).sum(-1)
-    of_EV = A.mT @ h.flatten(-2)
-    of_V = of_EV.unflatten(-1, (-1, h.shape[-1]))
-    of_K = (sources.V * of_V).sum(-1).sub_(A.mT @ s).mul_(sources.E)
-    of_V = of_V.mul_(sources.E.unsqueeze(-1))
-    of_weights = (h.flatten(-2) @ sources.EV.mT).sub_(s @ sources.E.mT).mul_(A) if of_w else None
+    of_K = (sources.V * of_EV).sum(-1).sub_(of_E).mul_(sources.E)
+    return of_K, of_EV.mul_(sources.E.unsqueeze(-1))
+
+
+def of_weights(weights: Weights, sources: Sources, back: Upstream) -> Tensor:
+    """Gradient of w, (..., q, n)."""
+    return (back.out.flatten(-2) @ sources.EV.mT).sub_(back.total @ sources.E.mT).mul_(weights.A)
+
+
+def means_backward(
+    weights: Weights, sources: Sources, y: Tensor, total: Tensor, grad: Tensor, *, of_w: bool
+) -> Gradients:
+    """Gradients of :func:`means`, for its results ``y`` and ``total`` and the gradient of y, all (..., q, M, e)."""
+    back = come_back(y, total, grad)
+    of_EV = (weights.A.mT @ back.out.flatten(-2)).unflatten(-1, back.out.shape[-2:])
+    of_K, of_V = finish_sources(sources, of_EV, weights.A.mT @ back.total)
     of_past = None
-    if a is not None:
+    if weights.a is not None:
         assert sources.far is not None
         assert sources.past is not None
-        mean = (a.mT @ h.flatten(-2)).squeeze(-2).unflatten(-1, h.shape[-2:]) * sources.far.mT
-        log_weight = (sources.past.mean * mean).sum(-1) - ((a.mT @ s) * sources.far).squeeze(-2)
-        of_past = Past(log_weight.to(sources.past.mean.dtype), mean.to(sources.past.mean.dtype))
-    grads = Gradients(of_K, of_V, of_past, of_weights)
-    if bad is not None:
-        _repair_gradients(grads, bad, w, sources, y, grad)
+        a, past = weights.a, sources.past
+        mean = (a.mT @ back.out.flatten(-2)).squeeze(-2).unflatten(-1, back.out.shape[-2:]) * sources.far.mT
+        log_weight = (past.mean * mean).sum(-1) - ((a.mT @ back.total) * sources.far).squeeze(-2)
+        of_past = Past(log_weight.to(past.mean.dtype), mean.to(past.mean.dtype))
+    grads = Gradients(of_K, of_V, of_past, of_weights(weights, sources, back) if of_w else None)
+    if back.bad is not None:
+        repair_gradients(grads, back.bad, weights.w, sources, y, grad)
     return grads
 
 
-def _repair_gradients(grads: Gradients, bad: Tensor, w: Tensor, sources: Sources, y: Tensor, grad: Tensor) -> None:
+def repair_gradients(grads: Gradients, bad: Tensor, w: Tensor, sources: Sources, y: Tensor, grad: Tensor) -> None:
     """Add what the repaired entries give."""
     for entries, shares, values in _repairs(bad, w, sources):
         *where, query, column = entries
