@@ -414,7 +414,7 @@ def flowformer_wikitext(vocab_size: int = 267_735, **options: Any) -> LanguageMo
 def _aft_enwik8(
     num_layers: int, dim: int, vocab_size: int, max_length: int | None, options: Mapping[str, Any]
 ) -> LanguageModel:
-    """Source: Zhai et al., section 4 and table 4. It does not say which GELU or ReLU, nor how parameters start."""
+    """Source: Zhai et al., table 4. It does not say which GELU or ReLU, nor how parameters start."""
     shape = {"num_layers": num_layers, "num_heads": 1, "dim": dim, "max_length": max_length}
     return _published(vocab_size, "aft_local", {"window": 32, "position_dim": 256}, shape, options)
 

@@ -34,7 +34,7 @@ Rows = slice | Tensor  # places of queries: of all sequences alike, or (batch, q
 
 
 def bias_block(bias: Bias, rows: Rows, columns: int) -> Tensor:
-    """W of some queries and the first keys, (queries, columns) or (batch, queries, columns)."""
+    """The bias of some queries and the first keys, (queries, columns) or (batch, queries, columns)."""
     table, *factor = bias
     return table[rows] @ factor[0][:columns].mT if factor else table[:, :columns][rows]
 

@@ -1,6 +1,6 @@
 r"""AFT-conv: a position bias that depends on distance, one filter for each head, in one and two dimensions.
 
-Source: Zhai et al., "An Attention Free Transformer", 2021, section 4.3. Keys have one channel for each head; a head's
+Source: Zhai et al., "An Attention Free Transformer", 2021. Keys have one channel for each head; a head's
 channels of q and v share it. With w a filter around each query, 0 outside:
 
     y_t = sigmoid(q_t) * sum_j exp(k_j + w_{j - t}) v_j / sum_j exp(k_j + w_{j - t})
