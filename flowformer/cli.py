@@ -79,7 +79,13 @@ def main(words: Sequence[str] | None = None) -> int:
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 parser.error(f"no command {words[0]!r}{hint} There is {', '.join(COMMANDS)}.")
             parser.parse(words or ["--help"])
-        return COMMANDS[words[0]](words[1:])
+        status = COMMANDS[words[0]](words[1:])
+        sys.stdout.flush()  # where nobody reads on, say so here
+        return status
+    except BrokenPipeError:
+        # As `flowformer list | head` does. What is left to say goes nowhere, lest closing it fails once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # what the shell makes of SIGPIPE
     except UsageError as error:
         print(f"flowformer: {error}", file=sys.stderr)
         return 2

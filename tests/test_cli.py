@@ -179,3 +179,13 @@ def test_import_is_as_cheap_as_torch():
 def test_command_is_installed():
     command = Path(sys.executable).with_name("flowformer")
     assert subprocess.run([command, "--version"], capture_output=True, check=True).stdout.startswith(b"flowformer")
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_error():
+    command = [sys.executable, "-c", "import sys; from flowformer.cli import main; sys.exit(main(['list']))"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()  # as `| head` does, before anything is written
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
