@@ -182,11 +182,11 @@ def _native(
     return out, FlowState(*after)
 
 
-def _features(x: Tensor, mask: Tensor | None, options: FlowOptions) -> Tensor:
+def features(x: Tensor, mask: Tensor | None, feature_map: str) -> Tensor:
     """phi(x) for x (batch, length, heads, K); zero at padding, and so without part in any flow."""
     # Padding is filled twice: before, since the derivative of sigmoid at NaN is NaN, and after, since phi(0) > 0.
     x = fill(x, mask).to(sum_dtype(x.dtype))
-    return fill(x.sigmoid() if options.feature_map == "sigmoid" else x.relu() + RELU_FLOOR, mask)
+    return fill(x.sigmoid() if feature_map == "sigmoid" else x.relu() + RELU_FLOOR, mask)
 
 
 def _times(A: Tensor, b: Tensor, eps: float) -> Tensor:
@@ -199,8 +199,8 @@ def _bidirectional(
 ) -> Tensor:
     eps = options.eps
     with no_autocast(q.device):
-        Q = _features(q, query_mask, options).transpose(1, 2)
-        K = _features(k, key_mask, options).transpose(1, 2)
+        Q = features(q, query_mask, options.feature_map).transpose(1, 2)
+        K = features(k, key_mask, options.feature_map).transpose(1, 2)
         V = fill(v, key_mask).to(Q.dtype).transpose(1, 2)
         sinks, sources = _count(query_mask, Q), _count(key_mask, K)
         incoming = _open(_times(Q, K.sum(-2) + eps, eps) + options.flow_eps, query_mask, key_mask)
@@ -260,8 +260,8 @@ def _causal_block(
     length = q.shape[1]
     with no_autocast(q.device):
         (q, k, v), mask = pad_to_chunks((q, k, v), mask, chunk)
-        Q = split_chunks(_features(q, mask, options), chunk)
-        K = split_chunks(_features(k, mask, options), chunk)
+        Q = split_chunks(features(q, mask, options.feature_map), chunk)
+        K = split_chunks(features(k, mask, options.feature_map), chunk)
         V = split_chunks(fill(v, mask).to(Q.dtype), chunk)
         chunked = None if mask is None else mask.view(mask.shape[0], *Q.shape[2:4])
         n, count = _positions(state.length, chunked, Q)
@@ -429,8 +429,8 @@ def _step(q: Tensor, k: Tensor, v: Tensor, state: FlowState, options: FlowOption
     eps, flow_eps = options.eps, options.flow_eps
     with no_autocast(q.device):
         # One token is little work: do it in the dtype of the state.
-        Q = _features(q.unsqueeze(1), None, options).squeeze(1).to(state.memory.dtype)
-        K = _features(k.unsqueeze(1), None, options).squeeze(1).to(state.memory.dtype)
+        Q = features(q.unsqueeze(1), None, options.feature_map).squeeze(1).to(state.memory.dtype)
+        K = features(k.unsqueeze(1), None, options.feature_map).squeeze(1).to(state.memory.dtype)
 
         def flow(a: Tensor, total: Tensor) -> Tensor:
             return ((a + eps) * (total + eps)).sum(-1)

@@ -78,16 +78,17 @@ def flow_options(preset: str = "core", **overrides: Any) -> FlowOptions:
         TypeError: for an option that does not exist.
     """
     if preset not in PRESETS:
-        raise ValueError(f"no preset {preset!r}; there is {', '.join(PRESETS)}{_nearest(preset, PRESETS)}")
+        raise ValueError(f"no preset {preset!r}; there is {', '.join(PRESETS)}{nearest(preset, PRESETS)}")
     if not overrides:
         return PRESETS[preset]
     for name in overrides:
         if name not in OPTIONS:
             known = ", ".join(OPTIONS)
-            raise TypeError(f"Flow-Attention has no option {name!r}; it has {known}{_nearest(name, OPTIONS)}")
+            raise TypeError(f"Flow-Attention has no option {name!r}; it has {known}{nearest(name, OPTIONS)}")
     return FlowOptions(**{name: overrides.get(name, getattr(PRESETS[preset], name)) for name in OPTIONS})
 
 
-def _nearest(name: str, known: Any) -> str:
+def nearest(name: str, known: Any) -> str:
+    """A hint at the known name nearest to another, for an error message; empty where none is near."""
     near = difflib.get_close_matches(name, list(known), 1)
     return f" (did you mean {near[0]!r}?)" if near else ""

@@ -32,7 +32,6 @@ are at most 1, and log Z_t depends on nothing after t.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -40,7 +39,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.ops.flow_presets import RELU_FLOOR, FlowOptions
+from flowformer.ops.flow import features
+from flowformer.ops.flow_presets import FlowOptions, nearest
 from flowformer.ops.linear import (
     attend,
     causal_product,
@@ -59,7 +59,6 @@ from flowformer.ops.masking import (
     fill,
     no_autocast,
     state_dtype,
-    sum_dtype,
 )
 
 CHUNK = 32  # tokens that meet directly: fewer than elsewhere, since every pair of them has a weight of its own
@@ -111,9 +110,8 @@ def mobile_options(**overrides: Any) -> MobileOptions:
     """
     for name in overrides:
         if name not in _NAMES:
-            near = difflib.get_close_matches(name, _NAMES, 1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise TypeError(f"Mobile-Attention has no option {name!r}; it has {', '.join(_NAMES)}{hint}")
+            known = ", ".join(_NAMES)
+            raise TypeError(f"Mobile-Attention has no option {name!r}; it has {known}{nearest(name, _NAMES)}")
     return MobileOptions(**overrides)
 
 
@@ -203,13 +201,6 @@ def mobile_attention(
     )  # fmt: skip
 
 
-def _features(x: Tensor, mask: Tensor | None, options: MobileOptions) -> Tensor:
-    """phi(x) for x (batch, length, heads, K); zero at padding."""
-    # Filled twice: before, since the derivative of sigmoid at NaN is NaN, and after, since phi(0) > 0.
-    x = fill(x, mask).to(sum_dtype(x.dtype))
-    return fill(x.sigmoid() if options.feature_map == "sigmoid" else x.relu() + RELU_FLOOR, mask)
-
-
 def _flow(A: Tensor, total: Tensor, eps: float) -> Tensor:
     """(A + eps) . (total + eps) for A (..., heads, K) and a sum over heads (..., K): (..., heads)."""
     b = total + eps
@@ -240,7 +231,7 @@ def _scale(n: Tensor, options: MobileOptions) -> Tensor:
 
 def _bidirectional(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: MobileOptions) -> Tensor:
     with no_autocast(q.device):
-        Q, K = _features(q, mask, options), _features(k, mask, options)
+        Q, K = features(q, mask, options.feature_map), features(k, mask, options.feature_map)
         V = fill(v, mask).to(Q.dtype)
         scaled, conserved_out = _sinks_and_sources(Q, K, mask, options)
         n = Q.new_full((1,), q.shape[1]) if mask is None else mask.sum(1).clamp(min=1).to(Q.dtype)
@@ -262,7 +253,7 @@ def _causal_block(
     length = q.shape[1]
     with no_autocast(q.device):
         (q, k, v), mask = pad_to_chunks((q, k, v), mask, chunk)
-        Q, K = _features(q, mask, options), _features(k, mask, options)
+        Q, K = features(q, mask, options.feature_map), features(k, mask, options.feature_map)
         V = fill(v, mask).to(Q.dtype)
         scaled, conserved_out = _sinks_and_sources(Q, K, mask, options)
         if options.competition == "heads":
@@ -354,7 +345,7 @@ def mobile_attention_step(
     check_state(op, state, init_mobile_state(batch, heads, channels, v.shape[-1], device=q.device))
     with no_autocast(q.device):
         compute = state.memory.dtype  # one token is little work
-        Q, K = _features(q, None, options).to(compute), _features(k, None, options).to(compute)
+        Q, K = features(q, None, options.feature_map).to(compute), features(k, None, options.feature_map).to(compute)
         scaled, conserved_out = _sinks_and_sources(Q, K, None, options)
         normaliser, kept, weight = state.log_normaliser.clone(), 1.0, torch.ones_like(conserved_out)
         if options.competition == "sequence":

@@ -122,7 +122,7 @@ def test_steps_and_the_sequence_have_the_same_state(options: dict[str, Any]) -> 
 
 def conserved_outgoing(q: Tensor, k: Tensor, **options: Any) -> Tensor:
     chosen = ops.mobile_options(clamp=None, **options)
-    Q, K = (mobile._features(x, None, chosen) for x in (q, k))
+    Q, K = (mobile.features(x, None, chosen.feature_map) for x in (q, k))
     return mobile._sinks_and_sources(Q, K, None, chosen)[1]
 
 

@@ -201,7 +201,7 @@ def causal_means(
         V: Values (batch, L, M, e).
         buffer: The ``width - chunk`` keys and values before them.
         past: What is before those, (batch, M).
-        real: Which tokens are real, (batch, L), the real ones in front; ``None`` for all. Without a buffer, anywhere.
+        real: Which tokens are real, (batch, L), the real ones in front; ``None`` for all.
         windows: The geometry.
         hard: See nothing outside of windows.
 
