@@ -293,10 +293,11 @@ def _keep_causal(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _differentiate_causal(ctx: Any, grad_out: Tensor | None, _: Any, *grad_state: Tensor | None) -> Any:
     refuse_second_gradients()
+    saved = ctx.saved_tensors  # once: checkpointing hands them out only once
     if grad_out is None:
-        grad_out = torch.zeros_like(ctx.saved_tensors[2])
-    grads = torch.ops.flowformer.flow_causal_backward(*ctx.saved_tensors, grad_out, *grad_state, *ctx.options)
-    of_state = grads[3:] if ctx.saved_tensors[5] is not None else (None, None, None)
+        grad_out = torch.zeros_like(saved[2])
+    grads = torch.ops.flowformer.flow_causal_backward(*saved, grad_out, *grad_state, *ctx.options)
+    of_state = grads[3:] if saved[5] is not None else (None, None, None)
     return *grads[:3], None, None, None, *of_state, *(None for _ in ctx.options)
 
 

@@ -421,3 +421,17 @@ def test_level_and_origin_are_told(level: str, monkeypatch: pytest.MonkeyPatch, 
         for part in (level, library.how, library.threads):
             assert part in text
     assert "native" in told
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_go_through_checkpointing(causal):
+    """Which hands out what was saved only once."""
+    q, k, v = (torch.randn(1, 20, 2, 4, requires_grad=True) for _ in range(3))
+
+    def attend(*tensors):
+        return ops.flow_attention(*tensors, causal=causal, backend="native")
+
+    wanted = torch.autograd.grad(attend(q, k, v).square().sum(), (q, k, v))
+    out = torch.utils.checkpoint.checkpoint(attend, q, k, v, use_reentrant=False)
+    for one, other in zip(torch.autograd.grad(out.square().sum(), (q, k, v)), wanted, strict=True):
+        torch.testing.assert_close(one, other)
