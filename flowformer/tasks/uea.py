@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import logging
-import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib import metadata, util
 from pathlib import Path
 
+from flowformer.tasks.downloads import data_folder
 from flowformer.tasks.series import SeriesTask, build_task
 from flowformer.tasks.series_files import DataError, SeriesTable, read_table
 
@@ -105,7 +105,7 @@ def load(subset: str, data_dir: str | Path | None = None) -> SeriesTask:
             the message says what to put where.
     """
     _check_subset(subset)
-    folders = [folder for folder in (data_dir and Path(data_dir), _find_aeon_data(), _get_cache()) if folder]
+    folders = [folder for folder in (data_dir and Path(data_dir), _find_aeon_data(), data_folder("uea")) if folder]
     found = _find_files(subset, folders)
     train, test = [read_table(path) for path in found] if found else _download(subset, folders, data_dir)
     note = "" if found and not _ships_with_aeon(found[0]) else f" (through aeon {metadata.version('aeon')})"
@@ -139,11 +139,6 @@ def _ships_with_aeon(path: Path) -> bool:
     return shipped is not None and path.is_relative_to(shipped)
 
 
-def _get_cache() -> Path:
-    root = os.environ.get("FLOWFORMER_DATA")
-    return (Path(root) if root else Path.home() / ".cache" / "flowformer") / "uea"
-
-
 def _find_files(subset: str, folders: Iterable[Path]) -> tuple[Path, Path] | None:
     for folder in folders:
         for place in (folder / subset, folder):
@@ -156,7 +151,7 @@ def _find_files(subset: str, folders: Iterable[Path]) -> tuple[Path, Path] | Non
 
 def _download(subset: str, folders: Iterable[Path], data_dir: str | Path | None) -> tuple[SeriesTable, SeriesTable]:
     """Fetch both files through aeon, keep them only if they are whole, and return what they hold."""
-    folder = Path(data_dir) if data_dir else _get_cache()
+    folder = Path(data_dir) if data_dir else data_folder("uea")
     logger.info("downloading %s to %s", subset, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

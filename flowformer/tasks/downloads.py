@@ -1,0 +1,279 @@
+"""Data sets to download: where they are, how large, their checksums, and fetching them whole or not at all."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from flowformer.tasks.series_files import DataError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+BLOCK_BYTES = 2**20
+TIMEOUT_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set that is one zip file.
+
+    Attributes:
+        name: What it is called on the command line.
+        title: What it is called in sentences.
+        addresses: Where the zip file is; each is tried in its turn.
+        size_bytes: Of the zip file.
+        sha256: Of the zip file.
+        folder: The folder that its files go to.
+        files: Files of the zip file that are kept, by path there, with their names in the folder.
+        licence: What is known of the terms.
+    """
+
+    name: str
+    title: str
+    addresses: tuple[str, ...]
+    size_bytes: int
+    sha256: str
+    folder: str
+    files: Mapping[str, str]
+    licence: str
+
+    @property
+    def archive(self) -> str:
+        """Name of the zip file."""
+        return self.addresses[0].rsplit("/", 1)[1]
+
+
+# Sizes: the cards of Salesforce/wikitext (download_size, while it still read the zip file) and of enwik8 on the Hugging
+# Face hub. SHA-256: public projects that pin these downloads, several alike for each. Torchtext gives the zip file of
+# WikiText-103 the MD5 9ddaacaf6af0710eda8c456decff7832.
+DATASETS: Mapping[str, Dataset] = {
+    one.name: one
+    for one in (
+        Dataset(
+            name="wikitext",
+            title="WikiText-103",
+            addresses=(
+                "https://wikitext.smerity.com/wikitext-103-v1.zip",
+                # The address in torchtext, fairseq and Transformer-XL, which no longer answers everywhere.
+                "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-103-v1.zip",
+            ),
+            size_bytes=190_229_076,
+            sha256="242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
+            folder="wikitext-103",
+            files={f"wikitext-103/wiki.{part}.tokens": f"wiki.{part}.tokens" for part in ("train", "valid", "test")},
+            licence=(
+                "WikiText-103 (Merity, Xiong, Bradbury, Socher 2016, arXiv:1609.07843): text of Wikipedia, Creative "
+                "Commons Attribution-ShareAlike."
+            ),
+        ),
+        Dataset(
+            name="enwik8",
+            title="Enwik8",
+            addresses=("https://mattmahoney.net/dc/enwik8.zip", "https://data.deepai.org/enwik8.zip"),
+            size_bytes=36_445_475,
+            sha256="547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
+            folder="enwik8",
+            files={"enwik8": "enwik8"},
+            licence=(
+                "Enwik8 (M. Mahoney, Large Text Compression Benchmark, https://mattmahoney.net/dc/textdata.html): text "
+                "of the English Wikipedia of 3 March 2006, GNU Free Documentation License; since 2009 also Creative "
+                "Commons Attribution-ShareAlike 3.0."
+            ),
+        ),
+    )
+}
+
+
+def data_folder(name: str) -> Path:
+    """The folder ``name`` of the cache: in the folder that FLOWFORMER_DATA names, else in ~/.cache/flowformer."""
+    root = os.environ.get("FLOWFORMER_DATA")
+    return (Path(root) if root else Path.home() / ".cache" / "flowformer") / name
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for data, and those it is in.
+
+    Raises:
+        DataError: where it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"no folder {folder} can be made: {error}; FLOWFORMER_DATA names another for the cache"
+        ) from error
+
+
+def find_dataset(name: str) -> Dataset:
+    """Return a data set of :data:`DATASETS` by its name.
+
+    Raises:
+        DataError: for an unknown one.
+    """
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name.lower(), DATASETS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(DATASETS)}"
+        raise DataError(f"unknown data set {name!r}: {hint}")
+    return DATASETS[name]
+
+
+def search_folders(dataset: Dataset, data_dir: str | Path | None) -> list[Path]:
+    """Folders that a data set's files may be in, in the order to look: those of ``data_dir`` first, then the cache."""
+    given = [Path(data_dir), Path(data_dir) / dataset.folder] if data_dir else []
+    return [*given, data_folder(dataset.folder)]
+
+
+def describe_missing(dataset: Dataset, wanted: str, looked_in: Iterable[Path]) -> str:
+    """Say what is missing, where it was sought, and how to get it.
+
+    Args:
+        dataset: The data set.
+        wanted: The files that would do.
+        looked_in: Folders.
+    """
+    return (
+        f"{dataset.title}: no {wanted} in {', '.join(map(str, looked_in))}. `flowformer data {dataset.name}` fetches "
+        f"it; or get {dataset.addresses[0]} ({dataset.size_bytes:,} bytes, SHA-256 {dataset.sha256}) and put it into "
+        f"{data_folder(dataset.folder)}, or into any folder DIR and say --data-dir DIR."
+    )
+
+
+def checksum(paths: Iterable[Path], algorithm: str = "sha256") -> str:
+    """Checksum of files, one after the other, as hexadecimal digits."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(BLOCK_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def fetch(name: str, folder: str | Path | None = None, *, console: Console) -> Path:
+    """Download a data set, verify it, and unpack it; where it is there already, only say so.
+
+    What has come of a download that breaks off is kept, and the next one goes on from there. Two processes may fetch
+    the same: the second waits, and finds it there.
+
+    Args:
+        name: One of :data:`DATASETS`.
+        folder: Folder that the data set's own folder is to be in; the cache if absent.
+        console: Where progress is shown.
+
+    Returns:
+        The data set's own folder, with its files.
+
+    Raises:
+        DataError: for an unknown name, a folder that cannot be made, or where no address gives the whole file with its
+            checksum.
+    """
+    dataset = find_dataset(name)
+    place = Path(folder) / dataset.folder if folder else data_folder(dataset.folder)
+    make_folder(place)
+    with FileLock(place / f".{dataset.archive}.lock"):
+        if _is_there(dataset, place):
+            console.print(f"{dataset.title} is in {place} already", highlight=False, markup=False, soft_wrap=True)
+            return place
+        archive = place / f".{dataset.archive}.part"
+        _download(dataset, archive, console)
+        _unpack(dataset, archive, place)
+        archive.unlink()
+    console.print(f"{dataset.title} is in {place}", highlight=False, markup=False, soft_wrap=True)
+    return place
+
+
+def _is_there(dataset: Dataset, place: Path) -> bool:
+    if all((place / file).is_file() for file in dataset.files.values()):
+        return True
+    archive = place / dataset.archive  # somebody may have put it there, and it is read as it is
+    return archive.is_file() and checksum([archive]) == dataset.sha256
+
+
+def _download(dataset: Dataset, archive: Path, console: Console) -> None:
+    """Try one address after another until the whole file is there."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    failures = []
+    bar = Progress(
+        "{task.description}",
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    with bar:
+        for address in dataset.addresses:
+            task = bar.add_task(dataset.title, total=dataset.size_bytes)
+            try:
+                _receive(address, archive, dataset.size_bytes, bar, task)
+                _verify(dataset, archive)
+                return
+            except (OSError, HTTPException, DataError) as error:
+                failures.append(f"{address}: {type(error).__name__}: {error}")
+                bar.remove_task(task)
+    raise DataError(
+        f"{dataset.title} could not be fetched. {'. '.join(failures)}. Get {dataset.archive} by other means "
+        f"({dataset.size_bytes:,} bytes, SHA-256 {dataset.sha256}) and put it into {archive.parent}."
+    )
+
+
+def _receive(address: str, archive: Path, size_bytes: int, bar: Progress, task: TaskID) -> None:
+    """Receive what is missing of a file; from its beginning, if the server cannot go on in the middle."""
+    start = archive.stat().st_size if archive.exists() else 0
+    if start >= size_bytes:  # whole, or of something else: its checksum tells
+        return
+    request = urllib.request.Request(address, headers={"User-Agent": "flowformer", "Range": f"bytes={start}-"})
+    with _ask(request, archive) as response:
+        if response.status != 206:  # the whole file comes
+            start = 0
+        with archive.open("ab" if start else "wb") as file:
+            bar.update(task, completed=start)
+            while file.tell() <= size_bytes and (block := response.read(BLOCK_BYTES)):
+                file.write(block)
+                bar.update(task, advance=len(block))
+
+
+def _ask(request: urllib.request.Request, archive: Path) -> Any:
+    try:
+        return urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # the file there ends before ours does, so ours is of something else
+            archive.unlink(missing_ok=True)
+        raise
+
+
+def _verify(dataset: Dataset, archive: Path) -> None:
+    """Raise if the file is not the data set's; one that is cut short stays, to be gone on with."""
+    size = archive.stat().st_size
+    if size < dataset.size_bytes:
+        raise DataError(f"got {size:,} of {dataset.size_bytes:,} bytes, which are kept: fetch again to go on")
+    found = checksum([archive]) if size == dataset.size_bytes else None
+    if found != dataset.sha256:
+        archive.unlink()
+        came = f"{size:,} bytes" if found is None else f"SHA-256 {found}"
+        raise DataError(f"got {came} instead of {dataset.size_bytes:,} bytes with SHA-256 {dataset.sha256}")
+
+
+def _unpack(dataset: Dataset, archive: Path, place: Path) -> None:
+    # Inside the folder, so that a finished file moves into place in one step.
+    with tempfile.TemporaryDirectory(prefix=".unpack-", dir=place) as scratch, zipfile.ZipFile(archive) as zipped:
+        for member, file in dataset.files.items():
+            with zipped.open(member) as source, (Path(scratch) / file).open("wb") as target:
+                shutil.copyfileobj(source, target, BLOCK_BYTES)
+        for file in dataset.files.values():
+            (Path(scratch) / file).replace(place / file)
