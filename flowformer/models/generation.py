@@ -1,0 +1,269 @@
+"""Generation: a language model goes on from prompts, one token of each at a time.
+
+A prompt is read in pieces, each after the state of those before it, and only its last position is scored. After that
+nothing is kept but the state: with flow, linear, mobile and AFT but AFT-full, the ten-thousandth token takes the time
+and memory of the first.
+"""
+
+from __future__ import annotations
+
+import reprlib
+import secrets
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from flowformer.models.cross_entropy import check_tokens
+from flowformer.models.language import LanguageModel, LanguageState
+from flowformer.models.positions import LearnedPositions
+from flowformer.ops.masking import describe, state_dtype
+
+CHUNK = 4096  # tokens of each prompt read at a time
+DONE = -1  # in place of a token, in a row that has met a stop token before
+SEEDS = 2**32  # PyTorch's generator on the CPU takes the lower 32 bits of a seed
+
+
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[Tensor | Sequence[int]],
+    *,
+    max_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop_tokens: Collection[int] = (),
+    chunk: int = CHUNK,
+) -> Iterator[Tensor]:
+    """Continue prompts, and hand out each token as soon as it is chosen.
+
+    Arguments are checked in the call; the prompts are read when the first token is asked for, and a token is computed
+    when it is. The model computes in evaluation mode and without gradients; between tokens it is as the caller left it.
+
+    A row gives what its prompt gives alone, but for rounding. Random numbers are those of a generator of its own for
+    each row, seeded with ``seed`` plus the number of the row: row 2 samples what its prompt alone does with ``seed +
+    2``. So two runs that are to differ want seeds as far apart as there are rows. They are drawn on the CPU whatever
+    the model's device, and the global generator is left alone.
+
+    Args:
+        model: The model.
+        prompts: One sequence of tokens for each row, (length,) tensors of integers or sequences of int, each of one
+            token or more; lengths may differ.
+        max_tokens: The most tokens to choose in each row.
+        temperature: What scores are divided by. 0 always takes the likeliest token.
+        top_k: Choose among the ``top_k`` likeliest tokens only: see :func:`next_probabilities`.
+        top_p: Choose among the likeliest tokens that have probability ``top_p`` together.
+        seed: Of the random numbers; from 0. A fresh one if absent.
+        stop_tokens: Tokens after which a row is done.
+        chunk: Tokens of each prompt that are read at a time: memory, not the result, depends on it.
+
+    Returns:
+        An iterator of (batch,) int64 on the model's device: the next token of each row, a stop token too; -1 in rows
+        that are done. It ends after ``max_tokens``, or when all rows are done.
+
+    Raises:
+        TypeError, ValueError: in the call, for arguments that are not as said above, and for more tokens than the model
+            has positions; while iterating, for scores that are not finite.
+
+    Example:
+        >>> import torch
+        >>> import flowformer
+        >>> from flowformer.models.generation import generate
+        >>> model = flowformer.create_model("flowformer_gpt_nano", vocab_size=65, max_length=64)
+        >>> tokens = list(generate(model, [[1, 2, 3], [4]], max_tokens=5, temperature=0.8, seed=0))
+        >>> torch.stack(tokens, 1).shape
+        torch.Size([2, 5])
+    """
+    rows = _check_prompts(prompts, model)
+    _check_whole("max_tokens", max_tokens, 1)
+    _check_whole("chunk", chunk, 1)
+    _check_sampling(temperature, top_k, top_p)
+    stop = _check_stop_tokens(stop_tokens, model)
+    _check_positions(model, max(map(len, rows)), max_tokens)
+    sampler = _Sampler(temperature, top_k, top_p, _make_generators(seed, len(rows)))
+    return _iterate(model, rows, max_tokens, sampler, stop, chunk)
+
+
+def next_probabilities(
+    scores: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """The probabilities that the next token is drawn with: temperature first, then top-k, then top-p.
+
+    Args:
+        scores: Logits, (..., vocabulary), finite.
+        temperature: What scores are divided by; positive.
+        top_k: Tokens less likely than the ``top_k``-th have probability 0; those as likely as it stay. A number beyond
+            the vocabulary leaves all.
+        top_p: Of what is left, the fewest tokens, likeliest first, whose probabilities come to ``top_p`` or more stay.
+
+    Returns:
+        (..., vocabulary), float64 where the device has it; each row sums to 1.
+
+    Raises:
+        TypeError, ValueError: for options that are not as said above.
+    """
+    _check_sampling(temperature, top_k, top_p)
+    if temperature == 0:
+        raise ValueError("temperature must be positive to have probabilities, got 0, which takes the likeliest token")
+    scores = scores.to(state_dtype(scores.device))
+    # Differences first: they are 0 for the likeliest token, and no temperature, however low, makes that infinite.
+    scores = (scores - scores.amax(-1, keepdim=True)) / temperature
+    if top_k is not None and top_k < scores.shape[-1]:
+        last = scores.topk(top_k, -1).values[..., -1:]
+        scores = scores.masked_fill(scores < last, -torch.inf)
+    probabilities = scores.softmax(-1)
+    if top_p is None or top_p == 1:
+        return probabilities
+    ordered, places = probabilities.sort(dim=-1, descending=True, stable=True)
+    enough = ordered.cumsum(-1) - ordered >= top_p
+    kept = torch.zeros_like(probabilities).scatter(-1, places, ordered.masked_fill(enough, 0))
+    return kept / kept.sum(-1, keepdim=True)
+
+
+class _Sampler:
+    """Chooses a token of each row, with the row's own random numbers."""
+
+    def __init__(
+        self, temperature: float, top_k: int | None, top_p: float | None, generators: list[torch.Generator]
+    ) -> None:
+        self._options = (temperature, top_k, top_p)
+        self._generators = generators
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Tokens (batch,) by scores (batch, vocabulary)."""
+        if not scores.isfinite().all():
+            raise ValueError("the model's scores of the next token are not finite: nothing can be chosen by them")
+        if self._options[0] == 0:
+            return scores.argmax(-1)
+        sums = next_probabilities(scores, *self._options).cumsum(-1)
+        draws = torch.cat([torch.rand(1, generator=each, dtype=sums.dtype) for each in self._generators])
+        # The first token whose sum exceeds a share below 1 of the whole: never one of probability 0.
+        shares = draws.to(sums.device).unsqueeze(-1) * sums[:, -1:]
+        return torch.searchsorted(sums, shares, right=True).squeeze(-1)
+
+
+def _iterate(
+    model: LanguageModel, rows: list[Tensor], max_tokens: int, sampler: _Sampler, stop: Tensor, chunk: int
+) -> Iterator[Tensor]:
+    modules = list(model.modules())
+    with _evaluating(modules):
+        scores, state = _read(model, rows, chunk)
+        tokens = sampler(scores)
+    done = torch.zeros_like(tokens, dtype=torch.bool)
+    for left in range(max_tokens - 1, -1, -1):
+        # Made out here, a tensor may enter computations with gradients.
+        yield tokens.masked_fill(done, DONE)
+        if stop.numel():
+            done = done | torch.isin(tokens, stop)
+        if not left or bool(done.all()):
+            return
+        with _evaluating(modules):
+            # A row that is done goes on unseen, so that states keep their shape.
+            scores, state = model.step(tokens, state)
+            tokens = sampler(scores)
+
+
+@contextmanager
+def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
+    """No dropout and no gradients inside; afterwards each module is in the mode that it had."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _read(model: LanguageModel, rows: list[Tensor], chunk: int) -> tuple[Tensor, LanguageState]:
+    """Scores (batch, vocabulary) of the token after each prompt, and the state there."""
+    # Padding is on the left, so that all prompts end in the last piece, at its last position.
+    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+    lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
+    real = torch.arange(tokens.shape[1], 0, -1, device=tokens.device) <= lengths.unsqueeze(1)
+    hidden, state = torch.empty(0), None
+    for piece, mask in zip(tokens.split(chunk, 1), real.split(chunk, 1), strict=True):
+        whole = bool(mask.all())
+        hidden, state = model.hidden(piece, None if whole else mask, initial_state=state, return_state=True)
+    assert state is not None  # no prompt is empty
+    return model.logits(hidden[:, -1]), state
+
+
+def _make_generators(seed: int | None, rows: int) -> list[torch.Generator]:
+    if seed is None:
+        seed = secrets.randbelow(SEEDS - rows)
+    _check_whole("seed", seed, 0)
+    if seed + rows > SEEDS:
+        raise ValueError(f"seed must be at most {SEEDS - rows} for {rows} rows, got {seed}")
+    return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
+
+
+def _check_prompts(prompts: Sequence[Tensor | Sequence[int]], model: LanguageModel) -> list[Tensor]:
+    """Prompts as int64 tensors on the model's device."""
+    rows = [_check_prompt(number, prompt, model) for number, prompt in enumerate(prompts)]
+    if not rows:
+        raise ValueError("prompts must be one sequence of tokens or more, got none")
+    return rows
+
+
+def _check_prompt(number: int, prompt: Any, model: LanguageModel) -> Tensor:
+    name = f"prompts[{number}]"
+    try:
+        tokens = torch.as_tensor(prompt, device=model.embed.weight.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a sequence of tokens, got {reprlib.repr(prompt)}") from error
+    if tokens.ndim != 1:
+        hint = "; a single prompt goes in a list" if tokens.ndim == 0 else ""
+        raise ValueError(f"{name} must be (length,), got {describe(tokens)}{hint}")
+    if not len(tokens):
+        raise ValueError(f"{name} is empty: there must be a token to go on from")
+    if tokens.dtype == torch.bool or tokens.is_floating_point() or tokens.is_complex():
+        raise TypeError(f"{name} must be integers, got {describe(tokens)}")
+    check_tokens(name, tokens, model.vocab_size)
+    return tokens.to(torch.int64)
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_sampling(temperature: Any, top_k: Any, top_p: Any) -> None:
+    for name, value in (("temperature", temperature), ("top_p", 1 if top_p is None else top_p)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be finite and not negative, got {temperature}")
+    if top_k is not None:
+        _check_whole("top_k", top_k, 1)
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+
+
+def _check_stop_tokens(stop_tokens: Collection[int], model: LanguageModel) -> Tensor:
+    for token in stop_tokens:
+        _check_whole("a stop token", token, 0)
+    stop = torch.tensor(sorted(stop_tokens), dtype=torch.int64)
+    check_tokens("stop tokens", stop, model.vocab_size)
+    return stop.to(model.embed.weight.device)
+
+
+def _check_positions(model: LanguageModel, longest: int, max_tokens: int) -> None:
+    """Refuse more tokens than there are learned positions for; the last one chosen is not read."""
+    attentions = [block.attention for block in model.decoder.layers]
+    limits = [cast("int", attention.max_length) for attention in attentions if attention.learns_positions]
+    if isinstance(model.position, LearnedPositions):
+        limits.append(model.position.num_embeddings)
+    wanted = longest + max_tokens - 1
+    if limits and wanted > min(limits):
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_tokens = {max_tokens} want {wanted} positions (the last token is not"
+            f" read), and this model has learned {min(limits)}"
+        )
