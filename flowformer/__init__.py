@@ -22,6 +22,10 @@ _HOME = {
     "create_model": "models",
     "list_models": "models",
     "FlowformerClassifier": "interop.estimator",
+    "FlowformerConfig": "interop.hf",
+    "FlowformerForCausalLM": "interop.hf",
+    "FlowformerForSequenceClassification": "interop.hf",
+    "FlowformerModel": "interop.hf",
 }
 
 __all__ = [
@@ -31,6 +35,10 @@ __all__ = [
     "AFTSimple",
     "FlowAttention",
     "FlowformerClassifier",
+    "FlowformerConfig",
+    "FlowformerForCausalLM",
+    "FlowformerForSequenceClassification",
+    "FlowformerModel",
     "LinearAttention",
     "MobileAttention",
     "SoftmaxAttention",
@@ -56,6 +64,12 @@ if TYPE_CHECKING:
         list_attentions,
     )
     from flowformer.interop.estimator import FlowformerClassifier
+    from flowformer.interop.hf import (
+        FlowformerConfig,
+        FlowformerForCausalLM,
+        FlowformerForSequenceClassification,
+        FlowformerModel,
+    )
     from flowformer.models import create_model, list_models
 
 
