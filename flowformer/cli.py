@@ -19,7 +19,7 @@ import flowformer
 
 EXTRAS = {
     "timeseries": ("lightning", "aeon", "pandas", "rich", "sklearn", "safetensors"),
-    "text": ("lightning", "rich", "transformers", "safetensors"),
+    "text": ("lightning", "rich", "transformers", "tokenizers", "safetensors", "accelerate", "pyarrow", "gensim"),
     "vision": ("lightning", "rich", "timm", "torchvision"),
     "rl": ("lightning", "rich", "gymnasium", "minari"),
     "export": ("onnx", "onnxruntime", "onnxscript"),
@@ -127,7 +127,7 @@ def _train(words: Sequence[str]) -> int:
         result = _usable(train, recipe, folder, resume=resume, command=command, console=console)
     except KeyboardInterrupt:
         again = command if resume else f"{command} --resume"
-        print(f"\nInterrupted. To go on from the last complete epoch: {again}", file=sys.stderr)
+        print(f"\nInterrupted. To go on from the last checkpoint: {again}", file=sys.stderr)
         return 130
     console.print(protocol_table(result))
     console.print(f"The run is in {folder}", highlight=False, soft_wrap=True)
@@ -196,10 +196,10 @@ def _evaluate(words: Sequence[str]) -> int:
     from flowformer.training.fit import evaluate
 
     task = _usable(recipe.build_task)
-    if recipe.validation_fraction:
-        task, _ = task.split_validation(recipe.validation_fraction, recipe.seed)
-    for name, value in _usable(evaluate, recipe, task, model).items():
+    values = _usable(evaluate, recipe, task, model)
+    for name, value in values.items():
         print(f"{name}: {value:.4f}")
+    print(f"test {task.metric}: {task.metric.shown(values[f'test/{task.metric.key}']):.{task.metric.digits}f}")
     return 0
 
 
@@ -215,10 +215,13 @@ def _predict(words: Sequence[str]) -> int:
     import csv
     import io
 
+    from flowformer.models.timeseries import SeriesClassifier
     from flowformer.tasks.series import classify, match_format
     from flowformer.tasks.series_files import read_table
     from flowformer.training.files import write_whole
 
+    if not isinstance(model, SeriesClassifier):
+        raise UsageError(f"{values.run} is no run of a classifier of series, but of a {type(model).__name__}")
     table = _usable(read_table, values.file, labelled=False)
     probabilities = classify(model, form, _usable(match_format, table, form))
     text = io.StringIO()
@@ -231,6 +234,82 @@ def _predict(words: Sequence[str]) -> int:
     else:
         write_whole(values.out, text.getvalue())
         print(f"{len(table.series)} predictions in {values.out}")
+    return 0
+
+
+def _generate(words: Sequence[str]) -> int:
+    """Let a run's language model go on from prompts; text comes as it is written."""
+    parser = _Parser(prog="flowformer generate", description=_generate.__doc__)
+    _run_arguments(parser)
+    parser.add_argument("--prompt", action="append", help="text to go on from; more than one may be given", default=[])
+    parser.add_argument("--tokens", type=int, default=200, help="tokens to write for each prompt, at most")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
+    parser.add_argument("--top-k", type=int, help="choose among so many likeliest tokens only")
+    parser.add_argument("--top-p", type=float, help="choose among the likeliest tokens of this probability together")
+    parser.add_argument("--seed", type=int, help="of the random numbers; another each time if absent")
+    parser.add_argument("--stop", action="append", help="text to end before; more than one may be given", default=[])
+    values = parser.parse(words)
+    _, model, form = _open_run(values.run, values.checkpoint)
+
+    from flowformer.models.language import LanguageModel
+    from flowformer.tasks.writing import write
+
+    if not isinstance(model, LanguageModel):
+        raise UsageError(f"{values.run} is no run of a language model, but of a {type(model).__name__}")
+    prompts = values.prompt or ["\n"]
+    pieces = _usable(
+        write, model, form.tokenizer, prompts, stop=values.stop, max_tokens=values.tokens, top_k=values.top_k,
+        temperature=values.temperature, top_p=values.top_p, seed=values.seed,
+    )  # fmt: skip
+    if len(prompts) == 1:
+        print(prompts[0], end="", flush=True)
+        for _, text in pieces:
+            print(text, end="", flush=True)
+        print()
+        return 0
+    texts = list(prompts)  # rows are written together: each is shown when it is whole
+    for row, text in pieces:
+        texts[row] += text
+    print("\n---\n".join(texts))
+    return 0
+
+
+def _export(words: Sequence[str]) -> int:
+    """Write a run's model for others to use."""
+    parser = _Parser(prog="flowformer export", description=_export.__doc__)
+    _run_arguments(parser)
+    parser.add_argument("--to", choices=["hf"], required=True, help="hf: a folder for Hugging Face's from_pretrained")
+    parser.add_argument("--out", type=Path, help="folder to write; RUN/hf if absent", default=None)
+    values = parser.parse(words)
+    _, model, form = _open_run(values.run, values.checkpoint)
+
+    from flowformer.interop.hf.export import save_run
+    from flowformer.models.language import LanguageModel
+
+    if not isinstance(model, LanguageModel):
+        raise UsageError(f"{values.run} is no run of a language model, but of a {type(model).__name__}")
+    folder = values.out or values.run / "hf"
+    _usable(save_run, model, form.tokenizer, folder)
+    print(f"{folder}: import flowformer.interop.hf, then AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+    return 0
+
+
+def _data(words: Sequence[str]) -> int:
+    """Fetch a data set and verify it, or say what there is to fetch."""
+    from flowformer.tasks import downloads
+
+    parser = _Parser(prog="flowformer data", description=_data.__doc__)
+    parser.add_argument("name", nargs="?", help="data set to fetch; none lists them", default="")
+    parser.add_argument("--dir", type=Path, help="folder to put it in; where recipes look if absent", default=None)
+    values = parser.parse(words)
+    if not values.name:
+        for dataset in downloads.DATASETS.values():
+            print(f"{dataset.name:10} {dataset.title}, {dataset.size_bytes:,} bytes from {dataset.addresses[0]}")
+        return 0
+
+    from rich.console import Console
+
+    _usable(downloads.fetch, values.name, values.dir, console=Console())
     return 0
 
 
@@ -290,16 +369,16 @@ def _info_attention(name: str) -> None:
 
 
 def _info_recipe(name: str, function: Any) -> None:
-    from flowformer.tasks import uea
-
     print(f"{name}: {inspect.getdoc(getattr(function, 'func', function))}\n")
     recipe = function()
     for field in dataclasses.fields(recipe):
         print(f"  {field.name:20} {getattr(recipe, field.name)!r:14} {field.metadata['help']}")
-    if name.startswith("uea/"):
-        print("\nPublished accuracy, percent (Wu et al., ICML 2022):")
-        for method, value in uea.get_published(recipe.subset).items():
-            print(f"  {method:12} {value:5.1f}")
+    published = recipe.published_table()
+    if published is not None:
+        figure, values = published
+        print(f"\nPublished {figure}:")
+        for method, value in values.items():
+            print(f"  {method:22} {value:g}")
 
 
 def _doctor(words: Sequence[str]) -> int:
@@ -331,6 +410,9 @@ COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
     "predict": _predict,
+    "generate": _generate,
+    "export": _export,
+    "data": _data,
     "bench": _bench,
     "list": _list,
     "info": _info,

@@ -48,6 +48,85 @@ def test_train_evaluate_predict(arguments, waves, tmp_path, capsys):
     assert len(rows) == 18
 
 
+@pytest.fixture(scope="module")
+def language_run(tmp_path_factory):
+    """A language model of bytes, trained for a moment."""
+    folder = tmp_path_factory.mktemp("language")
+    (folder / "text.txt").write_text("to be, or not to be: that is the question\n" * 60)
+    words = ["--file", str(folder / "text.txt"), "--steps", "60", "--eval-every", "30", "--length", "32", "--dim", "32"]
+    small = ["--num-layers", "1", "--learning-rate", "0.02", "--accelerator", "cpu", "--warmup-steps", "5"]
+    assert cli.main(["train", "text/own", *words, *small, "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def test_language_run_is_evaluated_and_writes(language_run, capsys):
+    result = json.loads((language_run / "result.json").read_text())
+    status, out, _ = run(capsys, "evaluate", str(language_run))
+    assert status == 0
+    assert f"test bits per byte: {result['protocols']['honest']['value']:.4f}" in out
+
+    words = ["generate", str(language_run), "--prompt", "to be, or", "--temperature", "0", "--tokens", "60"]
+    status, out, _ = run(capsys, *words)
+    assert status == 0
+    assert out == out.rstrip("\n") + "\n"
+    assert out.startswith("to be, or")
+    assert " be" in out[9:]
+    stopped = run(capsys, *words, "--stop", " be")[1]
+    assert out.startswith(stopped.rstrip("\n"))
+    assert " be" not in stopped[9:]
+    both = run(capsys, *words, "--prompt", "that")[1].split("\n---\n")
+    assert both[0].startswith("to be, or")
+    assert both[1].startswith("that")
+    seeded = [
+        run(capsys, "generate", str(language_run), "--seed", "3", "--tokens", "40", "--top-k", "5")[1] for _ in "ab"
+    ]
+    assert seeded[0] == seeded[1]
+
+
+def test_language_run_is_exported(language_run, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    status, out, _ = run(capsys, "export", str(language_run), "--to", "hf", "--out", str(tmp_path / "hf"))
+    assert status == 0
+    assert str(tmp_path / "hf") in out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    tokens = model.generate(**tokenizer("to be, or", return_tensors="pt"), max_new_tokens=30, do_sample=False)
+    ours = run(capsys, "generate", str(language_run), "--prompt", "to be, or", "--temperature", "0", "--tokens", "30")[
+        1
+    ]
+    assert tokenizer.decode(tokens[0]) == ours.removesuffix("\n")
+    status, _, err = run(capsys, "export", str(language_run), "--to", "hf", "--out", str(tmp_path / "hf"))
+    assert status == 2
+    assert "holds files already" in err
+
+
+def test_language_run_is_resumed(language_run, capsys):
+    command = json.loads((language_run / "result.json").read_text())["command"].split()[1:]
+    status, out, _ = run(capsys, *command, "--resume")
+    assert status == 0
+    assert "last step (60)" in out
+
+
+def test_a_run_is_used_for_what_it_is(language_run, arguments, tmp_path, capsys):
+    status, _, err = run(capsys, "predict", str(language_run), "no.csv")
+    assert status == 2
+    assert "no run of a classifier of series, but of a LanguageModel" in err
+    folder = str(tmp_path / "series")
+    assert run(capsys, "train", *arguments, "--epochs", "1", "--out", folder)[0] == 0
+    for words in (["generate", folder], ["export", folder, "--to", "hf"]):
+        status, _, err = run(capsys, *words)
+        assert status == 2
+        assert "no run of a language model, but of a SeriesClassifier" in err
+
+
+def test_data_sets_are_listed(capsys):
+    status, out, _ = run(capsys, "data")
+    assert status == 0
+    assert "wikitext" in out
+    assert "enwik8" in out
+
+
 def test_default_folder_names_the_run(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(capsys, "train", *arguments, "--epochs", "1", "--attention", "linear", "--seed", "3")[0] == 0
@@ -115,6 +194,11 @@ def test_interrupt_tells_how_to_go_on(arguments, tmp_path, capsys, monkeypatch):
         (["trian"], "did you mean 'train'?"),
         (["info", "flwo"], "did you mean 'flow'?"),
         (["evaluate", "nowhere"], "nowhere is no run's folder"),
+        (["generate", "nowhere"], "nowhere is no run's folder"),
+        (["train", "text/own", "--file", "no.txt"], "no file or folder no.txt"),
+        (["train", "text/bytes", "--attention", "flw"], "did you mean 'flow'?"),
+        (["train", "enwik8/aft-local-12", "--data-dir", "nowhere"], "flowformer data enwik8"),
+        (["data", "wikitxt"], "did you mean wikitext?"),
     ],
 )
 def test_mistakes_are_explained(words, message, capsys, tmp_path, monkeypatch):

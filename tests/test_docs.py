@@ -87,7 +87,9 @@ def test_example_runs(script, capsys):
     assert capsys.readouterr().out.strip()
 
 
-@pytest.mark.parametrize("module", ["attention.flow", "attention.mobile", "attention.aft", "interop.estimator"])
+@pytest.mark.parametrize(
+    "module", ["attention.flow", "attention.mobile", "attention.aft", "models.generation", "interop.estimator"]
+)
 def test_examples_in_docstrings_run(module):
     outcome = doctest.testmod(importlib.import_module(f"flowformer.{module}"))
     assert outcome.attempted

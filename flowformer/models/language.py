@@ -411,6 +411,24 @@ def flowformer_wikitext(vocab_size: int = 267_735, **options: Any) -> LanguageMo
     return _published(vocab_size, "flow", {"preset": "wikitext"}, shape, options)
 
 
+@register_model
+def flowformer_text(vocab_size: int, **options: Any) -> LanguageModel:
+    """A model of our own for a text of one's own: 4 layers, 4 heads, 192 channels, positions without end.
+
+    Embeddings are scaled to the size of the sinusoidal positions, and the projections of Xavier's size: with GPT's
+    initial weights of 0.02, positions would hide the tokens, and queries and keys be near zero.
+
+    Args:
+        vocab_size: Tokens of the vocabulary.
+        **options: As in :class:`LanguageModel`.
+    """
+    shape = {
+        "num_layers": 4, "num_heads": 4, "dim": 192, "positions": "sinusoidal", "scale_embedding": True,
+        "init": "fairseq",
+    }  # fmt: skip
+    return _published(vocab_size, "flow", {"preset": "core"}, shape, options)
+
+
 def _aft_enwik8(
     num_layers: int, dim: int, vocab_size: int, max_length: int | None, options: Mapping[str, Any]
 ) -> LanguageModel:

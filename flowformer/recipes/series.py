@@ -19,11 +19,11 @@ from torch import nn
 from flowformer.models import create_model
 from flowformer.tasks import uea
 from flowformer.tasks.series import SeriesFormat, SeriesTask, load_pair
-from flowformer.training.recipe import Recipe, option
+from flowformer.training.recipe import EpochRecipe, Recipe, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeriesRecipe(Recipe):
+class SeriesRecipe(EpochRecipe):
     """A classifier of time series."""
 
     attention: str = option("flow", "attention mechanism: any name that `flowformer list` shows")
@@ -68,8 +68,9 @@ class SeriesRecipe(Recipe):
         """The published accuracy of this attention on this data set, in percent."""
         return task.published.get(self.attention)
 
-    def _trimmed(self, task: SeriesTask) -> SeriesTask:
-        return replace(task, format=replace(task.format, trim=self.trim_batches))
+    def _prepare(self, task: SeriesTask) -> SeriesTask:
+        task = replace(task, format=replace(task.format, trim=self.trim_batches))
+        return task.split_validation(self.validation_fraction, self.seed) if self.validation_fraction else task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,11 @@ class UEARecipe(SeriesRecipe):
 
     def build_task(self) -> SeriesTask:
         """Read the subset."""
-        return self._trimmed(uea.load(self.subset, Path(self.data_dir) if self.data_dir else None))
+        return self._prepare(uea.load(self.subset, Path(self.data_dir) if self.data_dir else None))
+
+    def published_table(self) -> tuple[str, dict[str, float]]:
+        """The published accuracies on the subset."""
+        return "accuracy, percent (Wu et al., ICML 2022)", uea.get_published(self.subset)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +106,7 @@ class OwnSeriesRecipe(SeriesRecipe):
             if not getattr(self, name):
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{self.name} wants {flag} FILE: series as .ts, or as .csv in long form")
-        return self._trimmed(load_pair(Path(self.train_file), Path(self.test_file)))
+        return self._prepare(load_pair(Path(self.train_file), Path(self.test_file)))
 
 
 def uea_subset(subset: str, **fields: Any) -> UEARecipe:

@@ -14,9 +14,8 @@ def protocol_table(result: dict[str, Any]) -> Table:
         result: What a run's ``result.json`` holds.
     """
     recipe = result["recipe"]
-    title = (
-        f"{recipe['name']}, attention {recipe.get('attention', '?')}, seed {result['seed']}, {recipe['epochs']} epochs"
-    )
+    unit = "epochs" if "epochs" in recipe else "steps"
+    title = f"{recipe['name']}, attention {recipe.get('attention', '?')}, seed {result['seed']}, {recipe[unit]} {unit}"
     table = Table(title=title, title_justify="left")
     for name in ("protocol", "metric"):
         table.add_column(name)
@@ -24,6 +23,6 @@ def protocol_table(result: dict[str, Any]) -> Table:
         table.add_column(name, justify="right")
     table.add_column("how the model was chosen", overflow="fold")
     for name, entry in result["protocols"].items():
-        published = "-" if entry["published"] is None else f"{entry['published']:.1f}"
-        table.add_row(name, entry["metric"], f"{entry['value']:.2f}", published, entry["selection"])
+        published = "-" if entry["published"] is None else f"{entry['published']:g}"
+        table.add_row(name, entry["metric"], f"{entry['value']:.{entry['digits']}f}", published, entry["selection"])
     return table

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from flowformer.tasks.metric import Metric
 from flowformer.tasks.series_files import DataError, SeriesTable, read_table
 
 
@@ -240,6 +241,7 @@ class SeriesTask:
         published: accuracy in percent by method name; empty for a user's own data.
         licence: what is known about the terms of the data.
         source: where the data came from.
+        validation: a part to choose the epoch by; `None` for none.
     """
 
     name: str
@@ -249,11 +251,18 @@ class SeriesTask:
     published: Mapping[str, float] = field(default_factory=dict)
     licence: str = ""
     source: str = ""
+    validation: SeriesSet | None = None
 
     @property
-    def metric(self) -> str:
+    def metric(self) -> Metric:
         """The figure of merit."""
-        return "accuracy"
+        return Metric("accuracy", "accuracy", "percent", lambda share: 100 * share)
+
+    @property
+    def evaluated(self) -> dict[str, SeriesSet]:
+        """The sets evaluated during training: the test part, and the validation part; none that is empty."""
+        sets = {"test": self.test, "validation": self.validation}
+        return {name: part for name, part in sets.items() if part is not None and len(part)}
 
     def step(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the model on a batch; means over it of the cross-entropy, "loss", and the "accuracy"."""
@@ -265,7 +274,7 @@ class SeriesTask:
         """Series in a batch."""
         return len(batch["y"])
 
-    def split_validation(self, fraction: float, seed: int) -> tuple[SeriesTask, SeriesSet]:
+    def split_validation(self, fraction: float, seed: int) -> SeriesTask:
         """Set a stratified part of the training series aside.
 
         Statistics and `max_length` are taken anew from the series that stay: nothing of the validation part leaks into
@@ -277,7 +286,7 @@ class SeriesTask:
             seed: decides which.
 
         Returns:
-            The task with its reduced training part, and the validation part.
+            The task with its training part reduced, and a validation part.
 
         Raises:
             ValueError: `fraction` is out of range, or a class has fewer than two training series.
@@ -289,7 +298,7 @@ class SeriesTask:
         form = SeriesFormat.fit(
             train, self.format.classes, trim=self.format.trim, channel_names=self.format.channel_names
         )
-        return replace(self, train=train, format=form), self.train.subset(held)
+        return replace(self, train=train, format=form, validation=self.train.subset(held))
 
     def _stratify(self, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
         generator = np.random.default_rng(seed)

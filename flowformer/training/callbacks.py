@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,25 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from flowformer.tasks.metric import Metric
 from flowformer.training.files import RunError, write_whole
+from flowformer.training.recipe import Recipe
 
 
 class History(Callback):
-    """Keeps one record of metrics per epoch, and writes them as JSON lines.
+    """Keeps one record of metrics per round, and writes them as JSON lines.
 
     Args:
+        recipe: The recipe, which knows how rounds are counted.
         path: The file; ``None`` to keep the records in memory only.
-        metric: The metric to follow.
 
     Attributes:
-        records: One dictionary per epoch: ``epoch`` (0 is before training), ``seconds``, and the metrics.
+        records: One dictionary per round: ``epoch`` or ``step``, whichever the recipe counts in (0 is before training),
+            ``seconds``, and the metrics.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path
+    def __init__(self, recipe: Recipe, path: Path | None = None) -> None:
+        self.recipe, self.path = recipe, path
         self.records: list[dict[str, Any]] = []
         self._start = 0.0
 
@@ -38,44 +42,49 @@ class History(Callback):
             self.records = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Forget epochs that the checkpoint does not know of: they will be run again."""
-        self.records = [record for record in self.records if record["epoch"] <= trainer.current_epoch]
+        """Forget rounds that the checkpoint does not know of: they will be run again."""
+        done = self.recipe.count(trainer.current_epoch)
+        self.records = [record for record in self.records if record[self.recipe.unit] <= done]
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Start the clock."""
         self._start = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Record the epoch. Evaluations older than it are left out: they stand in their own records."""
-        evaluated = trainer.current_epoch + 1 in pl_module.recipe.evaluation_epochs()
+        """Record the round. Evaluations older than it are left out: they stand in their own records."""
+        ended = trainer.current_epoch + 1
+        evaluated = ended in self.recipe.evaluated_rounds
         values = {
             name: float(value)
             for name, value in trainer.callback_metrics.items()
             if evaluated or name.startswith("train/")
         }
         if not all(math.isfinite(value) for value in values.values()):
-            raise RunError(f"training diverged in epoch {trainer.current_epoch + 1}: {values}")
-        self.add(trainer, {"epoch": trainer.current_epoch + 1, "seconds": time.perf_counter() - self._start, **values})
+            raise RunError(f"training diverged in {self.recipe.unit} {self.recipe.count(ended)}: {values}")
+        self.add(trainer, ended, values, seconds=time.perf_counter() - self._start)
 
-    def add(self, trainer: lightning.Trainer, record: dict[str, Any]) -> None:
-        """Append a record and write the file."""
-        self.records.append(record)
+    def add(
+        self, trainer: lightning.Trainer, round_: int, values: Mapping[str, float], *, seconds: float = 0.0
+    ) -> None:
+        """Append the record of a round and write the file."""
+        self.records.append({self.recipe.unit: self.recipe.count(round_), "seconds": seconds, **values})
         if self.path is not None and trainer.is_global_zero:
             write_whole(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
 
 
 class RunProgress(Callback):
-    """A bar over the whole run with loss, metric and time left; one line an epoch where there is no terminal.
+    """A bar over the whole run with loss, metric and time left; one line a round where there is no terminal.
 
     Args:
         console: Where to draw.
+        recipe: The recipe, which knows how rounds are counted.
         metric: The metric to show.
     """
 
-    def __init__(self, console: Console, metric: str) -> None:
-        self.console, self.metric = console, metric
+    def __init__(self, console: Console, recipe: Recipe, metric: Metric) -> None:
+        self.console, self.recipe, self.metric = console, recipe, metric
         self.progress = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
+            TextColumn("{task.fields[reached]}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[values]}"),
@@ -95,17 +104,17 @@ class RunProgress(Callback):
         self._first, self._start = trainer.current_epoch, time.perf_counter()
         self.progress.start()
         self._bar = self.progress.add_task(
-            "", total=batches * (trainer.max_epochs or 0), completed=batches * self._first, epoch="", values=""
+            "", total=batches * (trainer.max_epochs or 0), completed=batches * self._first, reached="", values=""
         )
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Show the epoch."""
-        self.progress.update(self._bar, epoch=f"{trainer.current_epoch + 1}/{trainer.max_epochs}")
+        """Show the round."""
+        self.progress.update(self._bar, reached=self._reached(trainer.current_epoch + 1))
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Advance; now and then, for it makes a GPU wait, show the batch's loss before the last epoch's figures."""
+        """Advance; now and then, for it makes a GPU wait, show the batch's loss before the last round's figures."""
         self.progress.update(self._bar, advance=1)
         if self.console.is_terminal and time.perf_counter() - self._shown > 0.5:
             self._shown = time.perf_counter()
@@ -113,14 +122,14 @@ class RunProgress(Callback):
             self.progress.update(self._bar, values=values)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Show the epoch's figures; without a terminal print them, every few seconds at most."""
+        """Show the round's figures; without a terminal print them, every few seconds at most."""
         self.progress.update(self._bar, values=self._values(trainer))
         now, done = time.perf_counter(), trainer.current_epoch + 1
         if self.console.is_terminal or (now - self._shown < 5 and done < (trainer.max_epochs or 0)):
             return
         self._shown = now
         left = (now - self._start) / (done - self._first) * ((trainer.max_epochs or 0) - done)
-        self.console.print(f"epoch {done}/{trainer.max_epochs}  {self._values(trainer)}  {left:.0f} s left")
+        self.console.print(f"{self._reached(done)}  {self._values(trainer)}  {left:.0f} s left")
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Put the bar away."""
@@ -130,11 +139,14 @@ class RunProgress(Callback):
         """Put the bar away."""
         self.progress.stop()
 
+    def _reached(self, round_: int) -> str:
+        return f"{self.recipe.unit} {self.recipe.count(round_)}/{self.recipe.count(self.recipe.rounds)}"
+
     def _values(self, trainer: lightning.Trainer) -> str:
-        names = {
-            "loss": "train/loss",
-            self.metric: f"train/{self.metric}",
-            f"test {self.metric}": f"test/{self.metric}",
-        }
-        metrics = trainer.callback_metrics
-        return "  ".join(f"{short} {float(metrics[name]):.3f}" for short, name in names.items() if name in metrics)
+        metric, metrics = self.metric, trainer.callback_metrics
+        values = {"loss": f"{float(metrics['train/loss']):.3f}"} if "train/loss" in metrics else {}
+        for split in ("train", "validation", "test"):
+            if f"{split}/{metric.key}" in metrics:
+                shown = metric.shown(float(metrics[f"{split}/{metric.key}"]))
+                values[metric.name if split == "train" else f"{split} {metric.name}"] = f"{shown:.{metric.digits}f}"
+        return "  ".join(f"{name} {value}" for name, value in values.items())

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,21 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def peak_memory_bytes() -> int | None:
+    """Most memory this process has held: of the GPU, where one was used, else of the CPU; None where unknown."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
 def environment() -> dict[str, Any]:
     """Versions, hardware and commit, as a run records them."""
-    packages = ("lightning", "numpy", "aeon", "scikit-learn", "pandas")
+    packages = ("lightning", "numpy", "aeon", "scikit-learn", "pandas", "transformers", "tokenizers")
     return {
         "flowformer": flowformer.__version__,
         "commit": _commit(),

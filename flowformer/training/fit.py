@@ -1,8 +1,8 @@
 """Train, resume and evaluate; every run writes one folder.
 
 A run's folder holds ``recipe.json`` (the resolved recipe), ``format.json`` (how data is prepared for the model),
-``metrics.jsonl`` (one record per epoch), ``checkpoints/`` (``last.ckpt`` with everything needed to go on,
-``best-test.ckpt`` and, where a validation part is held out, ``best-validation.ckpt``) and, when it is complete,
+``metrics.jsonl`` (one record per round), ``checkpoints/`` (``last.ckpt`` with everything needed to go on, and
+``best-test.ckpt`` and ``best-validation.ckpt``, where there are such sets to choose by) and, when it is complete,
 ``result.json``.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import nn
 
 from flowformer.training.callbacks import History, RunProgress
-from flowformer.training.files import RunError, environment, read_json, write_json
+from flowformer.training.files import RunError, environment, peak_memory_bytes, read_json, write_json
 from flowformer.training.module import TaskModule
 from flowformer.training.recipe import Recipe, Task
 
@@ -46,19 +46,17 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, command: str = 
 
     Raises:
         RunError: if the folder holds a run and ``resume`` is not given, or the run of another recipe.
-        KeyboardInterrupt: when interrupted; the run can be resumed from its last complete epoch.
+        KeyboardInterrupt: when interrupted; the run can be resumed from its last complete round.
     """
     _check_folder(recipe, folder, resume)
     if (folder / "result.json").exists():
         return read_json(folder / "result.json")
-    task, held_out = recipe.build_task(), None
-    if recipe.validation_fraction:
-        task, held_out = task.split_validation(recipe.validation_fraction, recipe.seed)
+    task = recipe.build_task()
     torch.manual_seed(recipe.seed)
     model = recipe.build_model(task.format)
     write_json(folder / "recipe.json", asdict(recipe))
     write_json(folder / "format.json", task.format.to_json())
-    records = fit(recipe, task, model, held_out=held_out, folder=folder, console=console)
+    records = fit(recipe, task, model, folder=folder, console=console)
     result = {
         "recipe": asdict(recipe),
         "seed": recipe.seed,
@@ -67,7 +65,8 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, command: str = 
         "data": {"source": task.source, "licence": task.licence},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seconds": sum(record["seconds"] for record in records),
-        "protocols": protocols(recipe, task, records),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "protocols": protocols(recipe, task, records, folder),
     }
     write_json(folder / "result.json", result)
     return result
@@ -93,7 +92,6 @@ def fit(
     task: Task,
     model: nn.Module,
     *,
-    held_out: Any = None,
     folder: Path | None = None,
     console: Console | None = None,
 ) -> list[dict[str, Any]]:
@@ -102,23 +100,22 @@ def fit(
     Args:
         recipe: How.
         task: On what.
-        model: The model; left with the weights of the last epoch.
-        held_out: A part of the training set to evaluate besides the test set.
+        model: The model; left with the weights of the last round.
         folder: Where checkpoints and metrics go; training goes on from the last checkpoint there. ``None`` writes none.
         console: Where to show progress; ``None`` for nowhere.
 
     Returns:
-        One record of metrics per epoch; the first is before training, where there is something to evaluate on.
+        One record of metrics per round; the first is before training, where there is something to evaluate on.
     """
-    history = History(None if folder is None else folder / "metrics.jsonl")
+    history = History(recipe, None if folder is None else folder / "metrics.jsonl")
     callbacks: list[Callback] = [history]
     if console is not None:
-        callbacks.append(RunProgress(console, task.metric))
+        callbacks.append(RunProgress(console, recipe, task.metric))
     last = None
     if folder is not None:
-        callbacks += _checkpoints(folder, task, held_out is not None)
+        callbacks += _checkpoints(folder, task)
         last = folder / "checkpoints" / "last.ckpt"
-    module = TaskModule(recipe, task, model, held_out)
+    module = TaskModule(recipe, task, model)
     with _quiet():
         trainer = _trainer(recipe, callbacks, folder, evaluating=bool(module.evaluated))
         if last is not None and last.exists():
@@ -126,7 +123,7 @@ def fit(
         elif module.evaluated:
             trainer.validate(module, verbose=False)
             start = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            history.add(trainer, {"epoch": 0, "seconds": 0.0, **start})
+            history.add(trainer, 0, start)
         try:
             trainer.fit(module, ckpt_path=last if last is not None and last.exists() else None, weights_only=False)
         except SystemExit as error:  # what Lightning makes of Ctrl-C
@@ -148,7 +145,8 @@ def _arguments(recipe: Recipe, callbacks: list[Callback], folder: Path | None, e
         "accelerator": recipe.accelerator,
         "devices": recipe.devices,
         "precision": recipe.precision,
-        "max_epochs": recipe.epochs,
+        "max_epochs": recipe.rounds,
+        "accumulate_grad_batches": recipe.accumulate,
         "limit_val_batches": 1.0 if evaluating else 0,
         "gradient_clip_val": recipe.clip_grad_norm or None,
         "callbacks": callbacks,
@@ -162,17 +160,19 @@ def _arguments(recipe: Recipe, callbacks: list[Callback], folder: Path | None, e
     }
 
 
-def _checkpoints(folder: Path, task: Task, validated: bool) -> list[Callback]:
-    """The last epoch with everything needed to go on; and the weights of the best evaluations."""
+def _checkpoints(folder: Path, task: Task) -> list[Callback]:
+    """The last round with everything needed to go on; and the weights of the best evaluations."""
     where: dict[str, Any] = {
         "dirpath": folder / "checkpoints",
         "save_on_train_epoch_end": True,
         "enable_version_counter": False,
     }
-    best = {"save_weights_only": True, "mode": "max", "save_top_k": 1, **where}
-    callbacks: list[Callback] = [ModelCheckpoint(filename="best-test", monitor=f"test/{task.metric}", **best)]
-    if validated:
-        callbacks.append(ModelCheckpoint(filename="best-validation", monitor=f"validation/{task.metric}", **best))
+    mode = "max" if task.metric.higher_is_better else "min"
+    best = {"save_weights_only": True, "mode": mode, "save_top_k": 1, **where}
+    callbacks: list[Callback] = [
+        ModelCheckpoint(filename=f"best-{split}", monitor=f"{split}/{task.metric.key}", **best)
+        for split in task.evaluated
+    ]
     return [*callbacks, ModelCheckpoint(filename="last", save_top_k=1, every_n_epochs=1, **where)]
 
 
@@ -199,32 +199,50 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def protocols(recipe: Recipe, task: Task, records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The result under the paper's protocol and under an honest one, from one run's records."""
-    metric = f"test/{task.metric}"
-    evaluated = [record for record in records if metric in record]
-    best = max(evaluated, key=lambda record: record[metric])
-    chosen, how = evaluated[-1], f"last epoch ({evaluated[-1]['epoch']})"
-    if recipe.validation_fraction:
-        held_out = f"validation/{task.metric}"
-        chosen = max(evaluated, key=lambda record: record[held_out])
-        how = (
-            f"epoch {chosen['epoch']}, best of {len(evaluated)} on {recipe.validation_fraction:.0%} of the training set"
-        )
+def protocols(recipe: Recipe, task: Task, records: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
+    """The result of a run under the paper's protocol and under an honest one, which chooses nothing on test data.
 
-    def entry(record: dict[str, Any], selection: str) -> dict[str, Any]:
+    Where the test set is evaluated during training, the paper's is its best value; the honest one is that of the last
+    round, or of the round that is best on a validation set. Where it is not, both are the test, made once, of the round
+    that is best on the validation set.
+
+    Args:
+        recipe: The run's recipe.
+        task: Its task.
+        records: Its records.
+        folder: Its folder, which has the checkpoint to be tested.
+
+    Returns:
+        For ``"paper"`` and ``"honest"``: metric, value, published value, the epoch or step, and how it was chosen.
+    """
+    metric, splits = task.metric, task.evaluated
+    evaluated = [record for record in records if any(f"{split}/{metric.key}" in record for split in splits)]
+
+    def entry(record: Mapping[str, Any], value: float, selection: str) -> dict[str, Any]:
         return {
-            "metric": f"test {task.metric}, percent",
-            "value": 100 * record[metric],
+            "metric": f"test {metric}",
+            "value": metric.shown(value),
+            "digits": metric.digits,
             "published": recipe.published(task),
-            "epoch": record["epoch"],
+            recipe.unit: record[recipe.unit],
             "selection": selection,
         }
 
-    return {
-        "paper": entry(best, f"best of {len(evaluated)} evaluations on the test set (epoch {best['epoch']})"),
-        "honest": entry(chosen, how),
-    }
+    if "test" not in splits:
+        trained = evaluated[1:]  # the model before training has no checkpoint
+        chosen = metric.best(trained, "validation")
+        how = f"{recipe.unit} {chosen[recipe.unit]}, best of {len(trained)} on the validation set; tested once"
+        model, _ = load(recipe, folder, "best-validation")
+        value = evaluate(recipe, task, model)[f"test/{metric.key}"]
+        return {"paper": entry(chosen, value, how), "honest": entry(chosen, value, how)}
+    best = metric.best(evaluated, "test")
+    chosen, how = evaluated[-1], f"last {recipe.unit} ({evaluated[-1][recipe.unit]})"
+    if "validation" in splits:
+        chosen = metric.best(evaluated, "validation")
+        how = f"{recipe.unit} {chosen[recipe.unit]}, best of {len(evaluated)} on the validation set"
+    said = f"best of {len(evaluated)} evaluations on the test set ({recipe.unit} {best[recipe.unit]})"
+    key = f"test/{metric.key}"
+    return {"paper": entry(best, best[key], said), "honest": entry(chosen, chosen[key], how)}
 
 
 def load(recipe: Recipe, folder: Path, checkpoint: str = "last") -> tuple[nn.Module, Any]:
@@ -250,8 +268,8 @@ def load(recipe: Recipe, folder: Path, checkpoint: str = "last") -> tuple[nn.Mod
 
 
 def evaluate(recipe: Recipe, task: Task, model: nn.Module) -> dict[str, float]:
-    """Loss and metric of a model on the test set of a task."""
-    module = TaskModule(recipe, task, model)
+    """Loss and what the metric is made of, on the test set of a task."""
+    module = TaskModule(recipe, task, model, {"test": task.test})
     with _quiet():
         trainer = _trainer(recipe, [], None)
         trainer.validate(module, verbose=False)

@@ -2,53 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from flowformer.training.recipe import Recipe, Task
+from flowformer.training.schedules import learning_rate_factor
 
 
 class TaskModule(lightning.LightningModule):
     """Trains ``model`` on ``task`` as ``recipe`` says.
 
-    Randomness is a function of the seed and the epoch alone, so that a run resumed at any epoch goes on as if it had
+    Randomness is a function of the seed and the round alone, so that a run resumed at any round goes on as if it had
     never stopped.
 
     Args:
         recipe: How to train.
         task: Data, loss and metric.
         model: What to train.
-        validation: Set to choose the epoch by, or ``None``.
+        evaluated: The sets to evaluate on, by name; those that the task evaluates during training if absent.
     """
 
-    def __init__(self, recipe: Recipe, task: Task, model: nn.Module, validation: Any = None) -> None:
+    def __init__(
+        self, recipe: Recipe, task: Task, model: nn.Module, evaluated: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__()
-        self.recipe, self.task, self.model, self.held_out = recipe, task, model, validation
+        self.recipe, self.task, self.model = recipe, task, model
+        self.evaluated = task.evaluated if evaluated is None else evaluated
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimizer over all parameters."""
+    def configure_optimizers(self) -> Any:
+        """The optimizer over all parameters, and its learning rate over time."""
         classes = {"radam": torch.optim.RAdam, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-        options = {"lr": self.recipe.learning_rate, "weight_decay": self.recipe.weight_decay}
-        return classes[self.recipe.optimizer](self.parameters(), **options)
+        recipe = self.recipe
+        options: dict[str, Any] = {"lr": recipe.learning_rate, "betas": (recipe.beta1, recipe.beta2)}
+        if recipe.optimizer != "radam" and self.device.type in ("cpu", "cuda") and recipe.precision == "32-true":
+            # One pass, and no copy of a large embedding beside it. Lightning does not clip with it in mixed precision.
+            options["fused"] = True
+        optimizer = classes[recipe.optimizer](self._parameter_groups(), **options)
+        if recipe.schedule == "constant" and not recipe.warmup_steps:
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        factor = learning_rate_factor(recipe.schedule, recipe.warmup_steps, steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        decay, parameters = self.recipe.weight_decay, list(self.parameters())
+        if self.recipe.decayed == "all" or not decay:
+            return [{"params": parameters, "weight_decay": decay}]
+        linear = {id(module.weight) for module in self.modules() if isinstance(module, nn.Linear)}
+        return [
+            {"params": [one for one in parameters if id(one) in linear], "weight_decay": decay},
+            {"params": [one for one in parameters if id(one) not in linear], "weight_decay": 0.0},
+        ]
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Batches of the training set, shuffled anew each epoch."""
+        """Batches of the training set, in another order each round."""
         world, rank = self.trainer.world_size, self.trainer.global_rank
-        return self._loader(self.task.train, DistributedSampler(self.task.train, world, rank, seed=self.recipe.seed))
+        return self._loader(self.task.train, self.recipe.sampler(self.task.train, world, rank))
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """One loader for each of the sets evaluated during training, in their order."""
+        """One loader for each of the sets to evaluate on, in their order."""
         return [self._loader(data) for data in self.evaluated.values()]
-
-    @property
-    def evaluated(self) -> dict[str, Any]:
-        """The sets evaluated during training, by name: the test set and the held-out part, those that are not empty."""
-        sets = {"test": self.task.test, "validation": self.held_out}
-        return {name: data for name, data in sets.items() if data is not None and len(data) > 0}
 
     def _loader(self, data: Any, sampler: Any = None) -> DataLoader[Any]:
         return DataLoader(
@@ -63,9 +82,9 @@ class TaskModule(lightning.LightningModule):
         )
 
     def on_train_epoch_start(self) -> None:
-        """Restart the random numbers from the seed and the epoch, and say whether this epoch ends in an evaluation."""
+        """Restart the random numbers from the seed and the round, and say whether this round ends in an evaluation."""
         torch.manual_seed(self.recipe.seed * 1_000_003 + self.current_epoch)
-        due = self.current_epoch + 1 in self.recipe.evaluation_epochs()
+        due = self.current_epoch + 1 in self.recipe.evaluated_rounds
         self.trainer.check_val_every_n_epoch = 1 if due else self.current_epoch + 2  # which does not divide epoch + 1
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
@@ -73,7 +92,7 @@ class TaskModule(lightning.LightningModule):
         return self._step("train", batch)["loss"]
 
     def validation_step(self, batch: dict[str, Tensor], index: int, dataloader_idx: int = 0) -> None:
-        """Loss and metric of a batch of a set evaluated during training."""
+        """Loss and metric of a batch of a set to evaluate on."""
         self._step(list(self.evaluated)[dataloader_idx], batch)
 
     def _step(self, split: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,9 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
+
+from flowformer.tasks.metric import Metric
+from flowformer.training.order import RoundSampler
+from flowformer.training.schedules import SCHEDULES
 
 
 def option(default: Any, help: str, *, neutral: bool = False) -> Any:
@@ -22,7 +27,10 @@ def option(default: Any, help: str, *, neutral: bool = False) -> Any:
 
 
 class Task(Protocol):
-    """Data, loss and metric of a benchmark."""
+    """Data, loss and metric of a benchmark.
+
+    A task whose :attr:`evaluated` sets have no "test" is tested once, when training is over.
+    """
 
     @property
     def name(self) -> str:
@@ -30,13 +38,13 @@ class Task(Protocol):
         ...
 
     @property
-    def metric(self) -> str:
-        """Name of the figure of merit, a share, the higher the better."""
+    def metric(self) -> Metric:
+        """The figure of merit."""
         ...
 
     @property
     def published(self) -> Mapping[str, float]:
-        """Published values of the metric by attention, in percent."""
+        """Published values of the metric by method."""
         ...
 
     @property
@@ -64,16 +72,17 @@ class Task(Protocol):
         """The test set."""
         ...
 
-    def split_validation(self, fraction: float, seed: int) -> tuple[Task, Any]:
-        """The task with a part of its training set taken out, and that part."""
+    @property
+    def evaluated(self) -> Mapping[str, Any]:
+        """The sets evaluated during training, by name ("test", "validation"); none that is empty."""
         ...
 
     def step(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run the model on a batch; means over it of ``"loss"`` and of the metric."""
+        """Run the model on a batch; means over it of ``"loss"`` and of what the metric is made of."""
         ...
 
     def size(self, batch: Mapping[str, Tensor]) -> int:
-        """How many examples a batch holds."""
+        """How many examples, or tokens, the means of a batch are over."""
         ...
 
 
@@ -93,21 +102,28 @@ class Format(Protocol):
 class Recipe(ABC):
     """How an experiment is run. Every field is an option of the command line.
 
-    Two protocols are reported for each run. The paper's is the best value on the test set over all evaluations. The
-    honest one chooses nothing on test data: it takes the last epoch, or, with ``validation_fraction``, the epoch that
-    is best on a part of the training set held out for that.
+    A run is a number of rounds; each ends in a record of metrics and a checkpoint that training can go on from. A
+    round is an epoch (:class:`EpochRecipe`) or a number of steps (:class:`StepRecipe`).
+
+    Two protocols are reported for each run, the paper's and an honest one, which chooses nothing on test data: see
+    :func:`flowformer.training.fit.protocols`.
     """
+
+    unit: ClassVar[str]  # what the length of a run is counted in
 
     name: str = option("", "name of the experiment")
     seed: int = option(0, "seed of initial weights, order of data and dropout")
-    epochs: int = option(100, "passes over the training set")
-    batch_size: int = option(16, "examples in a batch")
+    batch_size: int = option(16, "examples in a batch, on each device")
+    accumulate: int = option(1, "batches whose gradients make one step")
     optimizer: str = option("radam", "radam, adam or adamw")
-    learning_rate: float = option(1e-3, "constant learning rate")
+    learning_rate: float = option(1e-3, "largest learning rate")
+    schedule: str = option("constant", "learning rate after warm-up: constant, inverse-sqrt, cosine or linear")
+    warmup_steps: int = option(0, "steps in which the learning rate rises")
+    beta1: float = option(0.9, "decay of the optimizer's mean of gradients")
+    beta2: float = option(0.999, "decay of the optimizer's mean of squared gradients")
     weight_decay: float = option(0.0, "weight decay of the optimizer")
+    decayed: str = option("all", "what weight decay acts on: all, or the weights of linear layers (linear)")
     clip_grad_norm: float = option(4.0, "gradients are scaled down to this norm; 0 for no clipping")
-    eval_every: int = option(2, "epochs between evaluations, besides those before training and after the first epoch")
-    validation_fraction: float = option(0.0, "part of the training set held out to choose the epoch by; 0 for none")
     precision: str = option("32-true", "32-true, bf16-mixed or 16-mixed")
     accelerator: str = option("auto", "auto, cpu, gpu or another that Lightning knows")
     devices: int = option(1, "number of devices")
@@ -115,22 +131,46 @@ class Recipe(ABC):
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
-        for name in ("epochs", "batch_size", "eval_every", "devices"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction must be at least 0 and below 1, got {self.validation_fraction}")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        for name in ("batch_size", "accumulate", "devices"):
+            self._want_positive(name)
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.warmup_steps < 0 or (self.schedule == "inverse-sqrt" and not self.warmup_steps):
+            least = "positive for the schedule inverse-sqrt" if self.schedule == "inverse-sqrt" else "at least 0"
+            raise ValueError(f"warmup_steps must be {least}, got {self.warmup_steps}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+
+    def _want_positive(self, name: str) -> None:
+        if getattr(self, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     @property
     @abstractmethod
     def label(self) -> str:
         """What tells this run from others of the same experiment: the default name of its folder."""
+
+    @property
+    @abstractmethod
+    def rounds(self) -> int:
+        """Rounds of training."""
+
+    @property
+    @abstractmethod
+    def evaluated_rounds(self) -> list[int]:
+        """Rounds after which the model is evaluated; 0 is before training."""
+
+    @abstractmethod
+    def count(self, round_: int) -> int:
+        """Length of the run up to the end of a round, in its ``unit``."""
+
+    @abstractmethod
+    def sampler(self, data: Any, world: int, rank: int) -> Any:
+        """The order in which device ``rank`` of ``world`` sees the training set, given anew by ``set_epoch(round)``."""
 
     @abstractmethod
     def build_task(self) -> Task:
@@ -148,11 +188,97 @@ class Recipe(ABC):
         """The published value of the metric for this recipe; ``None`` where there is none."""
         return None
 
-    def evaluation_epochs(self) -> list[int]:
-        """Epochs after which the model is evaluated: before training (0), after the first, regularly, at the end."""
+    def published_table(self) -> tuple[str, Mapping[str, float]] | None:
+        """What was published of this experiment, to be shown: of which figure, and its value by method."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRecipe(Recipe):
+    """A recipe that counts passes over its training set: a round is an epoch."""
+
+    unit: ClassVar[str] = "epoch"
+
+    epochs: int = option(100, "passes over the training set")
+    eval_every: int = option(2, "epochs between evaluations, besides those before training and after the first epoch")
+    validation_fraction: float = option(0.0, "part of the training set held out to choose the epoch by; 0 for none")
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        super().__post_init__()
+        for name in ("epochs", "eval_every"):
+            self._want_positive(name)
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must be at least 0 and below 1, got {self.validation_fraction}")
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of training."""
+        return self.epochs
+
+    @property
+    def evaluated_rounds(self) -> list[int]:
+        """Before training (0), after the first epoch, regularly, at the end."""
         regular = range(self.eval_every, self.epochs + 1, self.eval_every)
         return sorted({0, 1, *regular, self.epochs})
+
+    def count(self, round_: int) -> int:
+        """Epochs up to the end of a round."""
+        return round_
+
+    def sampler(self, data: Any, world: int, rank: int) -> DistributedSampler[Any]:
+        """The training set in a new order each epoch."""
+        return DistributedSampler(data, world, rank, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecipe(Recipe):
+    """A recipe that counts steps of its optimizer: a round is the steps between two evaluations."""
+
+    unit: ClassVar[str] = "step"
+
+    steps: int = option(10_000, "steps of the optimizer")
+    eval_every: int = option(1_000, "steps between evaluations, each of which ends in a checkpoint; divides steps")
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        super().__post_init__()
+        for name in ("steps", "eval_every"):
+            self._want_positive(name)
+        if self.steps > self.eval_every and self.steps % self.eval_every:
+            raise ValueError(f"eval_every must divide steps, got eval_every {self.eval_every} and steps {self.steps}")
+
+    @property
+    def steps_of_a_round(self) -> int:
+        """Steps between two evaluations."""
+        return min(self.eval_every, self.steps)
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of training."""
+        return self.steps // self.steps_of_a_round
+
+    @property
+    def evaluated_rounds(self) -> list[int]:
+        """All, and before training."""
+        return list(range(self.rounds + 1))
+
+    def count(self, round_: int) -> int:
+        """Steps up to the end of a round."""
+        return round_ * self.steps_of_a_round
+
+    def sampler(self, data: Any, world: int, rank: int) -> RoundSampler:
+        """The training set in one order after another, as much of it as the steps of a round take."""
+        return RoundSampler(
+            len(data), self.steps_of_a_round * self.accumulate * self.batch_size, world=world, rank=rank, seed=self.seed
+        )
 
 
 OPTIMIZERS = ("radam", "adam", "adamw")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # weights stay float32
+_CHOICES = {
+    "optimizer": OPTIMIZERS,
+    "precision": PRECISIONS,
+    "schedule": tuple(SCHEDULES),
+    "decayed": ("all", "linear"),
+}

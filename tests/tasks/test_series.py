@@ -129,7 +129,7 @@ def test_task_keeps_raw_series_and_takes_train_statistics():
     np.testing.assert_allclose(task.format.scaler.std, together.std(ddof=1), rtol=1e-12)
     assert (task.format.classes, task.format.channels, task.format.trim) == (("a", "b", "c"), 3, True)
     assert task.format.max_length == max(map(len, train))
-    assert (task.metric, task.published, task.source) == ("accuracy", {}, "tr and te")
+    assert (task.metric.name, task.published, task.source) == ("accuracy", {}, "tr and te")
     assert task.train.labels.dtype == np.int64
 
 
@@ -210,16 +210,16 @@ def test_task_feeds_a_data_loader_and_pickles():
 
 def test_split_is_stratified_and_deterministic():
     task = make_task(draw_series(30), draw_series(6))
-    reduced, validation = task.split_validation(0.3, seed=4)
+    reduced = task.split_validation(0.3, seed=4)
     assert np.bincount(reduced.train.labels).tolist() == [7, 7, 7]
-    assert np.bincount(validation.labels).tolist() == [3, 3, 3]
-    again, _ = task.split_validation(0.3, seed=4)
-    other, _ = task.split_validation(0.3, seed=5)
+    assert np.bincount(reduced.validation.labels).tolist() == [3, 3, 3]
+    again = task.split_validation(0.3, seed=4)
+    other = task.split_validation(0.3, seed=5)
     np.testing.assert_array_equal(again.format.scaler.mean, reduced.format.scaler.mean)
     assert (other.format.scaler.mean != reduced.format.scaler.mean).any()
     for fraction in (0.001, 0.999):
-        few, rest = make_task(draw_series(6), draw_series(3)).split_validation(fraction, seed=0)
-        assert (len(few.train), len(rest)) == (3, 3)
+        few = make_task(draw_series(6), draw_series(3)).split_validation(fraction, seed=0)
+        assert (len(few.train), len(few.validation)) == (3, 3)
 
 
 def test_split_equals_a_task_built_from_the_kept_series():
@@ -227,14 +227,15 @@ def test_split_equals_a_task_built_from_the_kept_series():
     generator = np.random.default_rng(3)
     train = [generator.normal(5.0, 2.0, (4 + row, 3)) for row in range(12)]  # a length tells its row
     test = draw_series(6, seed=1)
-    held = make_task(train, test).split_validation(0.25, seed=11)[1].lengths - 4  # depends on the labels only
+    held = make_task(train, test).split_validation(0.25, seed=11).validation.lengths - 4  # depends on the labels only
     kept = np.setdiff1d(np.arange(12), held)
     train[kept[0]][:, 1] = np.nan
     train[kept[5]][1:3, 0] = np.nan
     test[2][:, 2] = np.nan
     train[held[0]] = np.full((90, 3), 60.0)
     train[held[1]][:, 0] = np.nan
-    reduced, validation = make_task(train, test).split_validation(0.25, seed=11)
+    reduced = make_task(train, test).split_validation(0.25, seed=11)
+    validation = reduced.validation
     tables = (
         make_table("tr", [train[row] for row in kept], ["abc"[row % 3] for row in kept]),
         make_table("te", [*test, *(train[row] for row in held)], ["abc"[row % 3] for row in [*range(6), *held]]),
@@ -254,13 +255,13 @@ def test_split_equals_a_task_built_from_the_kept_series():
 def test_split_keeps_the_rest_of_the_format(trim):
     task = make_task(draw_series(12), draw_series(3), channel_names=("x", "y", "z"))
     task = replace(task, format=replace(task.format, trim=trim))
-    reduced, validation = task.split_validation(0.25, seed=1)
+    reduced = task.split_validation(0.25, seed=1)
     kept = SeriesScaler.fit(reduced.train.series)
     np.testing.assert_array_equal(reduced.format.scaler.mean, kept.mean)
     np.testing.assert_array_equal(reduced.format.scaler.std, kept.std)
     assert (reduced.format.trim, reduced.format.channel_names) == (trim, ("x", "y", "z"))
     assert reduced.format.classes == task.format.classes
-    assert len(reduced.train) + len(validation) == len(task.train)
+    assert len(reduced.train) + len(reduced.validation) == len(task.train)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
@@ -293,7 +294,7 @@ def test_step_gives_mean_loss_and_accuracy():
     batch = task.format.collate(list(task.test))  # labels 0, 1, 2, 0: all but the second are right
     result = task.step(Fixed(), batch)
     assert task.size(batch) == 4
-    assert set(result) == {"loss", task.metric}
+    assert set(result) == {"loss", task.metric.key}
     assert result["accuracy"].item() == 0.75
     own = [np.exp(2), 1.0, np.exp(3), np.exp(4)]
     sums = [np.exp(peak) + 2 for peak in (2, 1, 3, 4)]

@@ -65,8 +65,8 @@ def test_result_holds_both_protocols(finished):
 def test_evaluates_when_the_recipe_says(finished):
     evaluated = [record["epoch"] for record in records(finished[0]) if "test/accuracy" in record]
     assert evaluated == [0, 1, 2, 3]
-    assert recipe(epochs=9, eval_every=4).evaluation_epochs() == [0, 1, 4, 8, 9]
-    assert create_recipe("uea/JapaneseVowels").evaluation_epochs()[:5] == [0, 1, 2, 4, 6]
+    assert recipe(epochs=9, eval_every=4).evaluated_rounds == [0, 1, 4, 8, 9]
+    assert create_recipe("uea/JapaneseVowels").evaluated_rounds[:5] == [0, 1, 2, 4, 6]
 
 
 def test_unscheduled_epochs_are_not_evaluated(tmp_path):
@@ -145,11 +145,11 @@ def test_validation_part_chooses_the_epoch(tmp_path):
     best = max(record["validation/accuracy"] for record in by_epoch.values())
     assert by_epoch[honest["epoch"]]["validation/accuracy"] == best
     assert honest["value"] == 100 * by_epoch[honest["epoch"]]["test/accuracy"]
-    assert "20% of the training set" in honest["selection"]
+    assert "on the validation set" in honest["selection"]
     assert (tmp_path / "checkpoints" / "best-validation.ckpt").exists()
 
 
-def test_protocols_choose_as_they_say():
+def test_protocols_choose_as_they_say(tmp_path):
     history = [
         {"epoch": 0, "test/accuracy": 0.1, "validation/accuracy": 0.2},
         {"epoch": 1, "test/accuracy": 0.9, "validation/accuracy": 0.5},
@@ -159,13 +159,13 @@ def test_protocols_choose_as_they_say():
     ]
     published = create_recipe("uea/JapaneseVowels")
     task = published.build_task()
-    plain = protocols(published, task, history)
+    plain = protocols(published, task, history, tmp_path)
     assert (plain["paper"]["epoch"], plain["honest"]["epoch"]) == (1, 4)
     assert (plain["paper"]["value"], plain["honest"]["value"]) == (90, 80)
     assert plain["paper"]["published"] == plain["honest"]["published"] == 98.9
-    held_out = protocols(replace(published, validation_fraction=0.5), task, history)
+    held_out = protocols(published, task.split_validation(0.5, 0), history, tmp_path)
     assert (held_out["paper"]["epoch"], held_out["honest"]["epoch"]) == (1, 3)
-    assert protocols(replace(published, attention="reformer"), task, history)["paper"]["published"] == 97.8
+    assert protocols(replace(published, attention="reformer"), task, history, tmp_path)["paper"]["published"] == 97.8
 
 
 def test_checkpoints_hold_what_was_measured(finished):

@@ -1,0 +1,249 @@
+"""Language models: WikiText-103 (Flowformer), Enwik8 (AFT), and a user's own text.
+
+What the papers and their code leave open is chosen here, and said in the docstring of each recipe. Everywhere the
+honest protocol is the paper's: the model is chosen on the validation set, and tested once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from flowformer.models import create_model
+from flowformer.models.language import LanguageModel
+from flowformer.tasks import enwik8, text, text_files, wikitext
+from flowformer.tasks.text import TextFormat, TextTask
+from flowformer.training.recipe import Recipe, StepRecipe, option
+
+NO_COMPETITION = json.dumps({"competition": None})
+NO_ALLOCATION = json.dumps({"allocation": False})
+_ENWIK8_ROWS = {
+    ("aft_enwik8_12", "aft_local"): "aft-local-12",
+    ("aft_enwik8_24", "aft_local"): "aft-local-24",
+    ("aft_enwik8_24", "aft_simple"): "aft-simple",
+    ("aft_enwik8_12", "softmax"): "transformer",
+    ("aft_enwik8_24", "softmax"): "transformer-24",
+    ("aft_enwik8_12", "linear"): "linear",
+}
+_SIZES = ("num_layers", "num_heads", "dim", "ffn_dim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageRecipe(StepRecipe):
+    """A language model."""
+
+    attention: str = option("flow", "attention mechanism: any causal one that `flowformer list` shows")
+    attention_options: str = option("", "options of the mechanism, as JSON: '{\"competition\": null}'")
+    model: str = option(
+        "flowformer_wikitext", "shape and initial weights: a language model that `flowformer list` shows"
+    )
+    num_layers: int = option(0, "blocks; 0 for the model's own")
+    num_heads: int = option(0, "attention heads; 0 for the model's own")
+    dim: int = option(0, "channels; 0 for the model's own")
+    ffn_dim: int = option(0, "channels inside the feed-forward networks; 0 for the model's own")
+    query_key_gain: float = option(1.0, "factor on the initial weights of queries and keys")
+    positions: str = option("learned", "learned (which end with the training length), sinusoidal or none")
+    dropout: float = option(0.1, "dropout, on embeddings and what each block adds")
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        super().__post_init__()
+        if self.positions not in ("learned", "sinusoidal", "none"):
+            raise ValueError(f"positions must be learned, sinusoidal or none, got {self.positions!r}")
+        self._read_options()
+
+    def _read_options(self) -> dict[str, Any]:
+        try:
+            options = json.loads(self.attention_options or "{}")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"attention_options must be JSON, got {self.attention_options!r}: {error}") from error
+        if not isinstance(options, dict):
+            raise ValueError(f"attention_options must be a JSON object, got {self.attention_options!r}")
+        return options
+
+    @property
+    def label(self) -> str:
+        """The default name of the run's folder."""
+        return f"{self.attention}-seed{self.seed}"
+
+    def read_format(self, values: dict[str, Any]) -> TextFormat:
+        """The format that a run has written down."""
+        return TextFormat.from_json(values)
+
+    def build_model(self, form: TextFormat) -> nn.Module:
+        """The model of the recipe, for the format's vocabulary."""
+        try:
+            model = create_model(
+                self.model,
+                vocab_size=form.tokenizer.vocab_size,
+                max_length=form.length,
+                positions=None if self.positions == "none" else self.positions,
+                dropout=self.dropout,
+                attention=self.attention,
+                attention_options=self._read_options(),
+                **{name: getattr(self, name) for name in _SIZES if getattr(self, name)},
+            )
+        except TypeError as error:  # a model of another kind, an option that a mechanism does not have
+            raise ValueError(str(error)) from error
+        with torch.no_grad():
+            for block in cast("LanguageModel", model).decoder.layers:
+                for projection in (block.attention.q_proj, block.attention.k_proj):
+                    projection.weight.mul_(self.query_key_gain)
+        return model
+
+    def published(self, task: Any) -> float | None:
+        """The published value of the metric for this recipe."""
+        return task.published.get(self.row)
+
+    @property
+    def row(self) -> str:
+        """What the published table calls this model."""
+        return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRecipe(LanguageRecipe):
+    """A language model of running text."""
+
+    length: int = option(512, "tokens of a sequence")
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        super().__post_init__()
+        self._want_positive("length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WikiTextRecipe(TextRecipe):
+    """A language model of WikiText-103, word by word."""
+
+    data_dir: str = option("", "folder of wiki.train.tokens and the others, or of their archive", neutral=True)
+    context_window: int = option(400, "tokens of a test sequence that are seen and do not count")
+    check_counts: bool = option(True, "refuse a text with other counts of tokens than the published ones")
+
+    def build_task(self) -> TextTask:
+        """Read the corpus."""
+        corpus = wikitext.load(Path(self.data_dir) if self.data_dir else None, check_counts=self.check_counts)
+        return text.build_task(corpus, self.length, context=self.context_window, published=wikitext.PUBLISHED)
+
+    @property
+    def row(self) -> str:
+        """What the published table calls this model."""
+        options = {NO_COMPETITION: "-no-competition", NO_ALLOCATION: "-no-allocation", "": ""}
+        return self.attention + options.get(self.attention_options, "?")
+
+    def published_table(self) -> tuple[str, Mapping[str, float]]:
+        """The published perplexities."""
+        return "test perplexity (Wu et al., ICML 2022)", wikitext.PUBLISHED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Enwik8Recipe(TextRecipe):
+    """A language model of Enwik8, byte by byte."""
+
+    data_dir: str = option("", "folder of enwik8 or enwik8.zip", neutral=True)
+
+    def build_task(self) -> TextTask:
+        """Read the corpus."""
+        corpus = enwik8.load(Path(self.data_dir) if self.data_dir else None)
+        return text.build_task(corpus, self.length, published=enwik8.PUBLISHED)
+
+    @property
+    def row(self) -> str:
+        """What the published table calls this model."""
+        return _ENWIK8_ROWS.get((self.model, self.attention), "")
+
+    def published_table(self) -> tuple[str, Mapping[str, float]]:
+        """The published figures."""
+        return "test bits per character (Zhai et al., 2021)", enwik8.PUBLISHED
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnTextRecipe(TextRecipe):
+    """A language model of a user's own text."""
+
+    file: str = option("", "file or folder of text")
+    tokenizer: str = option("bytes", "bytes, characters, words, or one of Hugging Face: folder, tokenizer.json or name")
+    held_out: float = option(0.05, "end of the text to test with: a share below 1, or a number of bytes")
+
+    def build_task(self) -> TextTask:
+        """Read the text."""
+        corpus = text_files.load(self.file or None, tokenizer=self.tokenizer, held_out=self.held_out)
+        return text.build_task(corpus, self.length)
+
+
+def wikitext103(row: str, mechanism: Mapping[str, Any], /, **fields: Any) -> WikiTextRecipe:
+    """The published experiment on WikiText-103 (Wu et al., ICML 2022): fairseq's transformer_lm, its attention swapped.
+
+    6 layers of 512 channels, 8 heads, 2,048 inside, tied embedding, sinusoidal positions; 150,000 steps of Adam (0.9,
+    0.98) with decoupled weight decay 0.01; learning rate 1e-3 after 6,000 steps, then falling with their root; blocks
+    of 512; test with 400 tokens of context, batches of 2 (README of Flowformer_NLP). A step is 16 times 2,048
+    tokens for each GPU; how many GPUs there were is not said. fairseq's README assumes two, so a step is 65,536 tokens
+    here, in batches of 4 blocks. Evaluated every 1,500 steps, about an epoch; the best on the validation set is tested.
+    """
+    published: dict[str, Any] = {
+        "model": "flowformer_wikitext", **mechanism, "positions": "sinusoidal", "length": 512, "dropout": 0.1,
+        "optimizer": "adamw", "beta1": 0.9, "beta2": 0.98, "weight_decay": 0.01, "learning_rate": 1e-3,
+        "schedule": "inverse-sqrt", "warmup_steps": 6_000, "clip_grad_norm": 0.0,
+        "batch_size": 4, "accumulate": 32, "steps": 150_000, "eval_every": 1_500,
+    }  # fmt: skip
+    return WikiTextRecipe(**{"name": f"wikitext103/{row}", **published, **fields})
+
+
+def enwik8_aft(row: str, model: Mapping[str, Any], /, **fields: Any) -> Enwik8Recipe:
+    """The published experiment on Enwik8 (Zhai et al., 2021, table 4), T = 1,024.
+
+    AdamW at 3e-3 with the schedule of Vaswani et al. (2017), weight decay 0.5 on the weights of linear layers, dropout
+    0.1, batches of 128, 100 epochs of 90 million bytes, which are 686 steps each. Not said, and chosen here: 4,000
+    steps of warm-up (those of Vaswani et al.), learned positions (the paper's of CIFAR-10), no clipping.
+    """
+    published: dict[str, Any] = {
+        **model, "positions": "learned", "length": 1_024, "dropout": 0.1, "optimizer": "adamw", "weight_decay": 0.5,
+        "decayed": "linear", "learning_rate": 3e-3, "schedule": "inverse-sqrt", "warmup_steps": 4_000,
+        "clip_grad_norm": 0.0, "batch_size": 128, "steps": 68_600, "eval_every": 686,
+    }  # fmt: skip
+    return Enwik8Recipe(**{"name": f"enwik8/{row}", **published, **fields})
+
+
+def own_text(name: str, /, **fields: Any) -> OwnTextRecipe:
+    """A language model of your own text: a file or folder of it, by bytes, characters, or a Hugging Face tokenizer.
+
+    Without a file: a slice of the English Wikipedia that the gensim package ships. By bytes any text goes, in any
+    language; positions without end let the model go on for as long as it is asked to. The hyper-parameters are ours,
+    for a few minutes on a laptop.
+    """
+    ours: dict[str, Any] = {
+        "model": "flowformer_text", "positions": "sinusoidal", "length": 256, "dropout": 0.0, "optimizer": "adamw",
+        "beta2": 0.99, "weight_decay": 0.1, "decayed": "linear", "learning_rate": 2e-3, "schedule": "cosine",
+        "warmup_steps": 100, "clip_grad_norm": 1.0, "batch_size": 4, "steps": 3_000, "eval_every": 500,
+    }  # fmt: skip
+    return OwnTextRecipe(**{"name": name, **ours, **fields})
+
+
+_WIKITEXT: Mapping[str, Mapping[str, Any]] = {
+    "flow": {"attention": "flow"},
+    "flow-no-competition": {"attention": "flow", "attention_options": NO_COMPETITION},
+    "flow-no-allocation": {"attention": "flow", "attention_options": NO_ALLOCATION},
+    "softmax": {"attention": "softmax"},
+    "linear": {"attention": "linear"},
+}
+_ENWIK8: Mapping[str, Mapping[str, Any]] = {
+    "aft-local-12": {"model": "aft_enwik8_12", "attention": "aft_local"},
+    "aft-local-24": {"model": "aft_enwik8_24", "attention": "aft_local"},
+    "aft-simple": {"model": "aft_enwik8_24", "attention": "aft_simple"},
+    "transformer": {"model": "aft_enwik8_12", "attention": "softmax", "num_heads": 8},
+    "transformer-24": {"model": "aft_enwik8_24", "attention": "softmax", "num_heads": 4},
+}
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    **{f"wikitext103/{row}": partial(wikitext103, row, fields) for row, fields in _WIKITEXT.items()},
+    **{f"enwik8/{row}": partial(enwik8_aft, row, fields) for row, fields in _ENWIK8.items()},
+    "text/bytes": partial(own_text, "text/bytes"),
+    "text/own": partial(own_text, "text/own"),
+}

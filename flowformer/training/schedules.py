@@ -1,0 +1,36 @@
+"""Learning rates over time, as factors of the largest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+# From steps since warm-up ended, steps of warm-up, and all steps since then, to a factor of the learning rate.
+SCHEDULES: Mapping[str, Callable[[int, int, int], float]] = {
+    "constant": lambda step, warmup, total: 1.0,
+    "inverse-sqrt": lambda step, warmup, total: math.sqrt(warmup / (warmup + step)),
+    "cosine": lambda step, warmup, total: 0.5 * (1 + math.cos(math.pi * min(step / max(total, 1), 1.0))),
+    "linear": lambda step, warmup, total: max(1 - step / max(total, 1), 0.0),
+}
+
+
+def learning_rate_factor(schedule: str, warmup_steps: int, steps: int) -> Callable[[int], float]:
+    """The factor of the learning rate at each step, the first of which is 0.
+
+    In warm-up it rises by as much each step, and is 1 at step ``warmup_steps``. Afterwards: ``constant``;
+    ``inverse-sqrt`` falls with the root of the step (Vaswani et al., 2017); ``cosine`` and ``linear`` fall to 0 at the
+    last step.
+
+    Args:
+        schedule: One of :data:`SCHEDULES`.
+        warmup_steps: Steps of warm-up.
+        steps: All steps of the run.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            # Not from 0: the first step is not to be lost.
+            return (step + 1) / (warmup_steps + 1)
+        return SCHEDULES[schedule](step - warmup_steps, warmup_steps, steps - warmup_steps)
+
+    return factor

@@ -1,0 +1,166 @@
+"""Recipes of language models: the published models and numbers, and the real pipeline on real text."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from flowformer.recipes import create_recipe, find_recipe, list_recipes
+from flowformer.tasks import enwik8, wikitext
+from flowformer.tasks.corpus import Corpus
+from flowformer.tasks.text import TextFormat, build_task
+from flowformer.tasks.tokenizers import BytesTokenizer, WordTokenizer
+from flowformer.training.recipe import StepRecipe
+
+LANGUAGE = [name for name in list_recipes() if name.split("/")[0] in ("wikitext103", "enwik8", "text", "toys")]
+
+
+def words(count):
+    return WordTokenizer(["<eos>", "<unk>", *(f"w{number}" for number in range(count - 2))])
+
+
+def build(name, tokenizer, device="cpu", **fields):
+    recipe = create_recipe(name, **fields)
+    with torch.device(device):
+        return recipe, recipe.build_model(TextFormat(tokenizer, recipe.length))
+
+
+def size(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_all_recipes_are_there():
+    assert set(LANGUAGE) == {
+        "wikitext103/flow", "wikitext103/softmax", "wikitext103/linear",
+        "wikitext103/flow-no-competition", "wikitext103/flow-no-allocation",
+        "enwik8/aft-local-12", "enwik8/aft-local-24", "enwik8/aft-simple",
+        "enwik8/transformer", "enwik8/transformer-24", "text/bytes", "text/own",
+        "toys/adder", "toys/sort", "toys/chars",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_a_recipe_is_whole(name):
+    recipe = create_recipe(name)
+    assert recipe.name == name
+    assert isinstance(recipe, StepRecipe)
+    assert recipe.steps == recipe.rounds * recipe.eval_every
+    assert len((getattr(find_recipe(name), "func", find_recipe(name))).__doc__) > 80
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("wikitext103/flow", 30.8), ("wikitext103/softmax", 33.0), ("wikitext103/linear", 38.4),
+        ("wikitext103/flow-no-competition", 31.2), ("wikitext103/flow-no-allocation", 32.2),
+        ("enwik8/aft-local-12", 1.180), ("enwik8/aft-local-24", 1.154), ("enwik8/aft-simple", 1.209),
+        ("enwik8/transformer", 1.137), ("enwik8/transformer-24", 1.130),
+    ],
+)  # fmt: skip
+def test_published_values_stand_beside_their_own_row(name, published):
+    recipe = create_recipe(name)
+    table = wikitext.PUBLISHED if name.startswith("wikitext") else enwik8.PUBLISHED
+    text = np.zeros(9, np.uint8)
+    task = build_task(Corpus("made", BytesTokenizer(), text, text, text, "", ""), 4, published=table)
+    assert recipe.published(task) == published
+    assert recipe.published_table()[1] is table
+    assert create_recipe(name, attention="mobile").published(task) is None
+
+
+def test_wikitext_model_is_the_published_one():
+    recipe, model = build("wikitext103/flow", words(1000))
+    attention = model.decoder.layers[0].attention
+    assert (len(model.decoder.layers), model.dim, attention.num_heads, attention.options.clamp) == (6, 512, 8, 5.0)
+    assert model.decoder.layers[0].linear1.out_features == 2_048
+    assert model.head is None
+    # 4 projections and 2 layers inside, with biases; 2 norms; a final norm; the embedding.
+    block = 4 * (512 * 512 + 512) + 2 * 512 * 2048 + 2048 + 512 + 4 * 512
+    assert size(model) == 6 * block + 2 * 512 + 1000 * 512
+    tokens_of_a_step = recipe.batch_size * recipe.accumulate * recipe.length
+    assert (tokens_of_a_step, recipe.context_window) == (65_536, 400)
+    for name, option, value in (("competition", "competition", None), ("allocation", "allocation", False)):
+        _, ablated = build(f"wikitext103/flow-no-{name}", words(1000))
+        assert getattr(ablated.decoder.layers[0].attention.options, option) is value
+        assert ablated.decoder.layers[0].attention.options.clamp == 5.0
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "dim", "heads"),
+    [
+        ("aft-local-12", 12, 512, 1), ("aft-local-24", 24, 256, 1), ("aft-simple", 24, 256, 1),
+        ("transformer", 12, 512, 8), ("transformer-24", 24, 256, 4),
+    ],
+)  # fmt: skip
+def test_enwik8_models_are_the_published_ones(name, layers, dim, heads):
+    _, model = build(f"enwik8/{name}", BytesTokenizer(), device="meta")
+    block = model.decoder.layers[0]
+    assert (len(model.decoder.layers), model.dim, block.attention.num_heads) == (layers, dim, heads)
+    assert block.linear1.out_features == 4 * dim
+    if "local" in name:
+        assert (block.attention.window, block.attention.position_dim) == (32, 256)
+
+
+def test_validation_text_of_wikitext_goes_through_the_pipeline(shared, tmp_path, monkeypatch):
+    """The official validation text in the place of all parts: an untrained model is near the vocabulary's size."""
+    monkeypatch.setenv("FLOWFORMER_DATA", str(tmp_path / "cache"))
+    text = (shared / "data" / "wikitext" / "wiki103.valid.tokens").read_text(encoding="utf-8")
+    for part in ("train", "valid", "test"):
+        (tmp_path / f"wiki.{part}.tokens").write_text(text, encoding="utf-8")
+    recipe = create_recipe("wikitext103/flow", data_dir=str(tmp_path), check_counts=False, dim=32, num_layers=1)
+    task = recipe.build_task()
+    assert len(task.test.tokens) == len(task.validation.tokens) == 217_646
+    assert sum(
+        task.size(task.format.collate([task.test[index]])) for index in (0, 1, len(task.test) - 1)
+    ) == 112 * 2 + (217_646 % 112 or 112)
+    torch.manual_seed(0)
+    model = recipe.build_model(task.format).eval()
+    batch = task.format.collate([task.validation[index] for index in range(4)])
+    with torch.no_grad():
+        perplexity = task.metric.shown(float(task.step(model, batch)["loss"]))
+    vocabulary = task.format.tokenizer.vocab_size
+    assert vocabulary == len(set(text.split()) | {"<eos>", "<unk>"})
+    assert 0.9 < math.log(perplexity) / math.log(vocabulary) < 1.5
+    print(f"vocabulary {vocabulary}, perplexity of an untrained model {perplexity:.0f}")
+
+
+_STEP = """
+import resource, sys, time, torch
+from flowformer.recipes import create_recipe
+from flowformer.tasks.text import TextFormat, build_task
+from flowformer.tasks.corpus import Corpus
+from flowformer.training.module import TaskModule
+import numpy as np
+
+class Words:
+    kind, vocab_size = "words", 267_735
+    def encode(self, text): return np.zeros(1, np.int32)
+
+recipe = create_recipe("wikitext103/flow")
+text = np.random.default_rng(0).integers(267_735, size=5_000).astype(np.int32)
+task = build_task(Corpus("made", Words(), text, None, text, "", ""), recipe.length)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+model = recipe.build_model(task.format)
+module = TaskModule(recipe, task, model)
+optimizer = torch.optim.AdamW(module._parameter_groups(), lr=1e-3, betas=(0.9, 0.98), fused=True)
+batch = task.format.collate([task.train[index] for index in range(4)])
+assert batch["tokens"].numel() == 2_048
+for _ in range(2):  # the optimizer's state is made by the first
+    optimizer.zero_grad()
+    task.step(model, batch)["loss"].backward()
+    optimizer.step()
+held = 4 * 4 * sum(p.numel() for p in model.parameters())
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(f"{(peak - before) / held:.3f} {(peak - before) / 1e9:.2f} {held / 1e9:.2f}")
+"""
+
+
+@pytest.mark.slow
+def test_memory_of_a_step_of_wikitext():
+    """2,048 tokens, 267,735 words: under 1.5 times the parameters, their gradients and the optimizer's two means."""
+    done = subprocess.run([sys.executable, "-c", _STEP], capture_output=True, text=True, check=True)
+    ratio, peak, held = map(float, done.stdout.split())
+    print(f"peak {peak} GB, {ratio} of the {held} GB of parameters, gradients and optimizer")
+    assert ratio < 1.5

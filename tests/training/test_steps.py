@@ -1,0 +1,234 @@
+"""Runs counted in steps: schedules, rounds, resuming, and the test that is made once."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from flowformer.recipes import create_recipe
+from flowformer.recipes.language import OwnTextRecipe
+from flowformer.tasks import text
+from flowformer.tasks.corpus import Corpus
+from flowformer.tasks.text import TextTask
+from flowformer.tasks.tokenizers import BytesTokenizer
+from flowformer.training.fit import evaluate, load, train
+from flowformer.training.module import TaskModule
+
+TINY = {
+    "model": "flowformer_gpt_nano", "num_layers": 1, "num_heads": 2, "dim": 16, "ffn_dim": 16, "length": 16,
+    "batch_size": 2, "steps": 12, "eval_every": 4, "warmup_steps": 3, "accelerator": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog.\n" * 40)
+    TINY["file"] = str(path)
+
+
+def recipe(**fields):
+    return create_recipe("text/own", **{**TINY, **fields})
+
+
+def run(folder, resume=False, made=None, **fields):
+    return train(made or recipe(**fields), folder, resume=resume, command="the command", console=Console(quiet=True))
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(folder):
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records(folder)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, run(folder)
+
+
+def test_records_count_steps(finished):
+    folder, result = finished
+    assert [record["step"] for record in records(folder)] == [0, 4, 8, 12]
+    honest = result["protocols"]["honest"]
+    assert honest["selection"] == "last step (12)"
+    assert honest["metric"] == "test bits per byte"
+    assert honest["value"] == pytest.approx(records(folder)[-1]["test/loss"] / np.log(2))
+    assert result["protocols"]["paper"]["value"] == min(r["test/loss"] for r in records(folder)) / np.log(2)
+    assert result["peak_memory_bytes"] > 1e8
+
+
+def test_it_learns(finished):
+    losses = [record["test/loss"] for record in records(finished[0])]
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_rounds_do_not_change_what_is_learned(finished, tmp_path):
+    """Where evaluations fall decides on dropout's numbers, but not on the order of data."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(whole, dropout=0.0, eval_every=12)
+    run(cut, dropout=0.0, eval_every=3)
+    one, other = (load(recipe(dropout=0.0), folder)[0].state_dict() for folder in (whole, cut))
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("stop_at", [0, 2])
+def test_interrupted_run_resumes_to_the_same_result(finished, tmp_path, monkeypatch, stop_at):
+    step = TaskModule.training_step
+
+    def interrupted(self, batch, index):
+        if self.current_epoch == stop_at and index == 2:
+            raise KeyboardInterrupt
+        return step(self, batch, index)
+
+    monkeypatch.setattr(TaskModule, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    monkeypatch.setattr(TaskModule, "training_step", step)
+    result = run(tmp_path, resume=True)
+    assert untimed(tmp_path) == untimed(finished[0])
+    assert result["protocols"] == finished[1]["protocols"]
+
+
+def test_accumulated_batches_are_one_large_one(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(whole, dropout=0.0, batch_size=4)
+    run(parts, dropout=0.0, batch_size=1, accumulate=4)
+    for one, other in zip(records(whole), records(parts), strict=True):
+        assert one["test/loss"] == pytest.approx(other["test/loss"], rel=1e-4)
+
+
+def learning_rates(monkeypatch, tmp_path, **fields):
+    seen = []
+    step = TaskModule.training_step
+
+    def looked_at(self, batch, index):
+        seen.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+        return step(self, batch, index)
+
+    monkeypatch.setattr(TaskModule, "training_step", looked_at)
+    run(tmp_path, learning_rate=1.0e-3, **fields)
+    return [rate / 1e-3 for rate in seen]
+
+
+def test_learning_rate_follows_the_schedule(monkeypatch, tmp_path):
+    rates = learning_rates(monkeypatch, tmp_path, schedule="linear", warmup_steps=3, steps=12)
+    assert rates == pytest.approx([0.25, 0.5, 0.75, *(1 - step / 9 for step in range(9))])
+
+
+@pytest.mark.parametrize("decayed", ["all", "linear"])
+def test_weight_decay_acts_on_what_is_said(decayed):
+    made = recipe(weight_decay=0.5, decayed=decayed, optimizer="adamw")
+    task = made.build_task()
+    module = TaskModule(made, task, made.build_model(task.format))
+    groups = module._parameter_groups()
+    decays = {id(one): group["weight_decay"] for group in groups for one in group["params"]}
+    by_name = {name: decays[id(one)] for name, one in module.model.named_parameters()}
+    assert len(decays) == len(by_name)
+    assert by_name["decoder.blocks.0.linear1.weight"] == by_name["head.weight"] == 0.5
+    rest = 0.5 if decayed == "all" else 0.0
+    for name in ("embed.weight", "decoder.blocks.0.linear1.bias", "decoder.norm.weight"):
+        assert by_name[name] == rest
+
+
+class SplitTextRecipe(OwnTextRecipe):
+    """The end of the text in two halves: to choose by, and to test with."""
+
+    def build_task(self) -> TextTask:
+        whole = super().build_task()
+        tokens = whole.test.tokens
+        half = len(tokens) // 2
+        corpus = Corpus("made", BytesTokenizer(), whole.train.tokens, tokens[:half], tokens[half:], "", "")
+        return text.build_task(corpus, self.length, context=8, published={"": 1.5})
+
+
+def test_with_a_validation_set_the_test_is_made_once(tmp_path, monkeypatch):
+    made = SplitTextRecipe(**{**TINY, "name": "made", "held_out": 0.2, "learning_rate": 0.3, "dropout": 0.0})
+    result = run(tmp_path, made=made)
+    assert all("test/loss" not in record for record in records(tmp_path))
+    by_step = {record["step"]: record["validation/loss"] for record in records(tmp_path)}
+    best = min((step for step in by_step if step), key=lambda step: by_step[step])
+    for entry in result["protocols"].values():
+        assert entry["step"] == best
+        assert entry["published"] == 1.5
+        assert entry["selection"] == f"step {best}, best of 3 on the validation set; tested once"
+    model, _ = load(made, tmp_path, "best-validation")
+    task = made.build_task()
+    assert evaluate(made, replace(task, test=task.validation), model)["test/loss"] == pytest.approx(by_step[best])
+    value = evaluate(made, task, model)["test/loss"]
+    assert result["protocols"]["honest"]["value"] == pytest.approx(value / np.log(2))
+    sums = counts = 0.0
+    with torch.no_grad():
+        for item in task.test:
+            batch = task.format.collate([item])
+            sums += float(task.step(model, batch)["loss"]) * task.size(batch)
+            counts += task.size(batch)
+    assert counts == len(task.test.tokens)
+    assert value == pytest.approx(sums / counts, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": 10, "eval_every": 4}, "eval_every must divide steps, got eval_every 4 and steps 10"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
+        ({"schedule": "step"}, "schedule must be one of constant, inverse-sqrt, cosine, linear, got 'step'"),
+        (
+            {"schedule": "inverse-sqrt", "warmup_steps": 0},
+            "warmup_steps must be positive for the schedule inverse-sqrt",
+        ),
+        ({"decayed": "some"}, "decayed must be one of all, linear, got 'some'"),
+        ({"beta2": 1.0}, "beta2 must be at least 0 and below 1, got 1.0"),
+        ({"positions": "rotary"}, "positions must be learned, sinusoidal or none, got 'rotary'"),
+        ({"attention_options": "{window: 3}"}, "attention_options must be JSON, got '{window: 3}'"),
+        ({"attention_options": "3"}, "attention_options must be a JSON object, got '3'"),
+    ],
+)
+def test_meaningless_values_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(**fields)
+
+
+@pytest.mark.parametrize("optimizer", ["radam", "adam", "adamw"])
+def test_mixed_precision_trains_close_to_full(tmp_path, optimizer):
+    full, mixed = tmp_path / "full", tmp_path / "mixed"
+    run(full, optimizer=optimizer, clip_grad_norm=1.0)
+    run(mixed, optimizer=optimizer, clip_grad_norm=1.0, precision="bf16-mixed")
+    one, other = (records(folder)[-1]["test/loss"] for folder in (full, mixed))
+    assert one != other
+    assert one == pytest.approx(other, rel=0.02)
+
+
+def test_fewer_steps_than_a_round_are_a_round():
+    short = recipe(steps=3, eval_every=100)
+    assert (short.rounds, short.count(1), short.evaluated_rounds) == (1, 3, [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"attention_options": '{"windw": 3}', "attention": "aft_local"}, "windw"),
+        ({"attention": "flw"}, "did you mean 'flow'"),
+        ({"model": "flowformer_timeseries"}, "unexpected keyword|missing"),
+    ],
+)
+def test_models_that_cannot_be_built_are_explained(fields, message):
+    made = recipe(**fields)
+    with pytest.raises(ValueError, match=message):
+        made.build_model(made.build_task().format)
+
+
+def test_recipe_fields_reach_the_model():
+    made = recipe(positions="none", attention="aft_local", attention_options='{"window": 3, "position_dim": 2}')
+    model = made.build_model(made.build_task().format)
+    assert model.position is None
+    attention = model.decoder.layers[0].attention
+    assert (attention.window, attention.position_dim, attention.max_length) == (3, 2, 16)
+    assert replace(made, dim=32).build_model(made.build_task().format).dim == 32
