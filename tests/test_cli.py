@@ -195,6 +195,7 @@ def test_interrupt_tells_how_to_go_on(arguments, tmp_path, capsys, monkeypatch):
         (["info", "flwo"], "did you mean 'flow'?"),
         (["evaluate", "nowhere"], "nowhere is no run's folder"),
         (["generate", "nowhere"], "nowhere is no run's folder"),
+        (["train", "text/own"], "text/own wants --file FILE"),
         (["train", "text/own", "--file", "no.txt"], "no file or folder no.txt"),
         (["train", "text/bytes", "--attention", "flw"], "did you mean 'flow'?"),
         (["train", "enwik8/aft-local-12", "--data-dir", "nowhere"], "flowformer data enwik8"),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -169,14 +169,25 @@ class Enwik8Recipe(TextRecipe):
 class OwnTextRecipe(TextRecipe):
     """A language model of a user's own text."""
 
+    needs_file: ClassVar[bool] = True
+
     file: str = option("", "file or folder of text")
     tokenizer: str = option("bytes", "bytes, characters, words, or one of Hugging Face: folder, tokenizer.json or name")
     held_out: float = option(0.05, "end of the text to test with: a share below 1, or a number of bytes")
 
     def build_task(self) -> TextTask:
         """Read the text."""
+        if self.needs_file and not self.file:
+            raise ValueError(f"{self.name} wants --file FILE: a file or folder of text")
         corpus = text_files.load(self.file or None, tokenizer=self.tokenizer, held_out=self.held_out)
         return text.build_task(corpus, self.length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoTextRecipe(OwnTextRecipe):
+    """The same, or without a file of a slice of the English Wikipedia."""
+
+    needs_file: ClassVar[bool] = False
 
 
 def wikitext103(row: str, mechanism: Mapping[str, Any], /, **fields: Any) -> WikiTextRecipe:
@@ -212,19 +223,29 @@ def enwik8_aft(row: str, model: Mapping[str, Any], /, **fields: Any) -> Enwik8Re
     return Enwik8Recipe(**{"name": f"enwik8/{row}", **published, **fields})
 
 
-def own_text(name: str, /, **fields: Any) -> OwnTextRecipe:
-    """A language model of your own text: a file or folder of it, by bytes, characters, or a Hugging Face tokenizer.
+# Ours, for a few minutes on a laptop.
+_OWN_TEXT: Mapping[str, Any] = {
+    "model": "flowformer_text", "positions": "sinusoidal", "length": 128, "dropout": 0.0, "optimizer": "adamw",
+    "beta2": 0.99, "weight_decay": 0.1, "decayed": "linear", "learning_rate": 4e-3, "schedule": "cosine",
+    "warmup_steps": 100, "clip_grad_norm": 1.0, "batch_size": 8, "steps": 3_000, "eval_every": 500,
+}  # fmt: skip
 
-    Without a file: a slice of the English Wikipedia that the gensim package ships. By bytes any text goes, in any
-    language; positions without end let the model go on for as long as it is asked to. The hyper-parameters are ours,
-    for a few minutes on a laptop.
+
+def text_bytes(**fields: Any) -> DemoTextRecipe:
+    """A language model of bytes, in minutes on a laptop: any text goes, in any language.
+
+    Without a file: a slice of the English Wikipedia that the gensim package ships. Positions have no end, so that the
+    model goes on for as long as it is asked to.
     """
-    ours: dict[str, Any] = {
-        "model": "flowformer_text", "positions": "sinusoidal", "length": 256, "dropout": 0.0, "optimizer": "adamw",
-        "beta2": 0.99, "weight_decay": 0.1, "decayed": "linear", "learning_rate": 2e-3, "schedule": "cosine",
-        "warmup_steps": 100, "clip_grad_norm": 1.0, "batch_size": 4, "steps": 3_000, "eval_every": 500,
-    }  # fmt: skip
-    return OwnTextRecipe(**{"name": name, **ours, **fields})
+    return DemoTextRecipe(**{"name": "text/bytes", **_OWN_TEXT, **fields})
+
+
+def text_own(**fields: Any) -> OwnTextRecipe:
+    """A language model of your own text: a file or folder of it, by bytes, characters, words, or a tokenizer of yours.
+
+    As text/bytes otherwise. A tokenizer of Hugging Face is a folder, a tokenizer.json or a name on the hub.
+    """
+    return OwnTextRecipe(**{"name": "text/own", **_OWN_TEXT, **fields})
 
 
 _WIKITEXT: Mapping[str, Mapping[str, Any]] = {
@@ -244,6 +265,6 @@ _ENWIK8: Mapping[str, Mapping[str, Any]] = {
 RECIPES: dict[str, Callable[..., Recipe]] = {
     **{f"wikitext103/{row}": partial(wikitext103, row, fields) for row, fields in _WIKITEXT.items()},
     **{f"enwik8/{row}": partial(enwik8_aft, row, fields) for row, fields in _ENWIK8.items()},
-    "text/bytes": partial(own_text, "text/bytes"),
-    "text/own": partial(own_text, "text/own"),
+    "text/bytes": text_bytes,
+    "text/own": text_own,
 }

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from flowformer.recipes.language import LanguageRecipe, OwnTextRecipe
+from flowformer.recipes.language import DemoTextRecipe, LanguageRecipe
 from flowformer.tasks import toys
 from flowformer.training.recipe import Recipe, option
 
@@ -66,13 +66,13 @@ def sort(**fields: Any) -> SortRecipe:
     )  # fmt: skip
 
 
-def chars(**fields: Any) -> OwnTextRecipe:
+def chars(**fields: Any) -> DemoTextRecipe:
     """The toy project of a text by characters: 6 layers of 192 channels, sequences of 128 (projects/chargpt.py).
 
     There the text is tiny-shakespeare: --file input.txt. Without a file it is a slice of the English Wikipedia. The
     source trains until it is stopped and tests nothing.
     """
-    return OwnTextRecipe(
+    return DemoTextRecipe(
         **{"name": "toys/chars", **_SHARED, "model": "flowformer_gpt_mini", "tokenizer": "characters", "length": 128,
            "steps": 5_000, "eval_every": 500, **fields}
     )  # fmt: skip
