@@ -79,6 +79,7 @@ class Operation:
         check_length: The longest length at which the truth is computed; longer points are checked at this one.
         tolerances: Largest error allowed, by dtype.
         measure_memory: Whether a point's peak memory is measured, in a fresh process.
+        show_rate: Whether tables say how many tokens a second a contender computes.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Operation:
     check_length: int = 1024
     tolerances: Mapping[torch.dtype, float] = field(default_factory=lambda: TOLERANCES)
     measure_memory: bool = True
+    show_rate: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ MODULES = (
     "flowformer.bench.aft",
     "flowformer.bench.aft_peers",
     "flowformer.bench.aft_steps",
+    "flowformer.bench.language",
 )
 
 

@@ -265,11 +265,13 @@ def _limit_record(limit: Limit, samples: list[float]) -> Record:
 
 
 def _compare(points: list[Record], what: Operation, rows: list[Contender], shape: Shape, sgemm: float | None) -> None:
-    """Add each point's time relative to the first, and its share of what the machine can do."""
+    """Add each point's time relative to the first, its rate, and its share of what the machine can do."""
     timed = [(point, row) for point, row in zip(points, rows, strict=True) if point["status"] == "timed"]
     for point, row in timed:
         point["ratio"] = point["min_ms"] / timed[0][0]["min_ms"]
         point["ratio_to"] = timed[0][0]["contender"]
+        if what.show_rate:
+            point["tokens_per_s"] = 1e3 * what.tokens(shape) / point["min_ms"]
         count = row.flops or (what.flops if row.ours else None)
         if count is not None:
             point["gflops"] = count(shape) / point["min_ms"] / 1e6

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Record = dict[str, Any]
-COLUMNS = ("min", "median", "ratio", "doubling", "GFLOP/s", "of sgemm", "MB", "B/token", "state B", "error")
+COLUMNS = ("min", "median", "ratio", "doubling", "tokens/s", "GFLOP/s", "of sgemm", "MB", "B/token", "state B", "error")
 
 
 def describe_run(records: list[Record]) -> str:
@@ -92,6 +92,7 @@ def _cells(point: Record, growth: dict[tuple[str, int], float]) -> dict[str, str
         "median": format_time(point["median_ms"]),
         "ratio": f"{point['ratio']:.2f}x",
         "doubling": _number(growth.get((point["contender"], point["length"])), ".2f"),
+        "tokens/s": _number(point.get("tokens_per_s"), ",.0f"),
         "GFLOP/s": _number(point.get("gflops"), ".1f"),
         "of sgemm": _number(point.get("share_of_sgemm"), ".0%"),
         "MB": _number(memory.get("peak_bytes"), ".1f", 1e-6),

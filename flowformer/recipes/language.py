@@ -173,7 +173,7 @@ class OwnTextRecipe(TextRecipe):
 
     file: str = option("", "file or folder of text")
     tokenizer: str = option("bytes", "bytes, characters, words, or one of Hugging Face: folder, tokenizer.json or name")
-    held_out: float = option(0.05, "end of the text to test with: a share below 1, or a number of bytes")
+    held_out: float = option(0.02, "end of the text to test with: a share below 1, or a number of bytes")
 
     def build_task(self) -> TextTask:
         """Read the text."""
@@ -227,7 +227,7 @@ def enwik8_aft(row: str, model: Mapping[str, Any], /, **fields: Any) -> Enwik8Re
 _OWN_TEXT: Mapping[str, Any] = {
     "model": "flowformer_text", "positions": "sinusoidal", "length": 128, "dropout": 0.0, "optimizer": "adamw",
     "beta2": 0.99, "weight_decay": 0.1, "decayed": "linear", "learning_rate": 4e-3, "schedule": "cosine",
-    "warmup_steps": 100, "clip_grad_norm": 1.0, "batch_size": 8, "steps": 3_000, "eval_every": 500,
+    "warmup_steps": 100, "clip_grad_norm": 1.0, "batch_size": 8, "steps": 2_000, "eval_every": 500,
 }  # fmt: skip
 
 

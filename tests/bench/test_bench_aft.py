@@ -16,7 +16,9 @@ SHAPE = Shape(24, heads=2, channels=8, value_channels=8)
 ROWS = [
     row
     for (operation, name), row in registry.CONTENDERS.items()
-    if (operation in aft.OPERATIONS or "aft" in name or name == "mobile") and row.reference
+    if (operation in aft.OPERATIONS or "aft" in name or name == "mobile")
+    and row.reference
+    and not operation.startswith("language")
 ]
 
 

@@ -94,7 +94,7 @@ def test_every_contender_is_right_or_says_why_not(small):
                 assert record["check"]["error"] <= record["check"]["tolerance"], record
     steps = {record["contender"]: record for record in found if record["operation"] == "step"}
     assert steps["softmax"]["state_bytes"] >= 40 * 2 * 16 * 4
-    assert not any(record.get("state_bytes") for record in found if record["operation"] != "step")
+    assert not any(record.get("state_bytes") for record in found if not record["operation"].endswith("step"))
 
 
 def test_ratios_are_to_the_first_and_shares_to_sgemm(rows, small):
