@@ -131,7 +131,9 @@ class WikiTextRecipe(TextRecipe):
     def build_task(self) -> TextTask:
         """Read the corpus."""
         corpus = wikitext.load(Path(self.data_dir) if self.data_dir else None, check_counts=self.check_counts)
-        return text.build_task(corpus, self.length, context=self.context_window, published=wikitext.PUBLISHED)
+        # What was published is of the published text.
+        published = wikitext.PUBLISHED if self.check_counts else None
+        return text.build_task(corpus, self.length, context=self.context_window, published=published)
 
     @property
     def row(self) -> str:

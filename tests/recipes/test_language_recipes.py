@@ -112,6 +112,7 @@ def test_validation_text_of_wikitext_goes_through_the_pipeline(shared, tmp_path,
     recipe = create_recipe("wikitext103/flow", data_dir=str(tmp_path), check_counts=False)
     task = recipe.build_task()
     assert len(task.test.tokens) == len(task.validation.tokens) == 217_646
+    assert recipe.published(task) is None  # this is not the published text
     assert sum(
         task.size(task.format.collate([task.test[index]])) for index in (0, 1, len(task.test) - 1)
     ) == 112 * 2 + (217_646 % 112 or 112)
