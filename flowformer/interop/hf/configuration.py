@@ -14,7 +14,7 @@ class FlowformerConfig(PreTrainedConfig):
     Sizes have the names that transformers and its tools look for; the language model's own, ``dim``, ``num_layers``,
     ``num_heads`` and ``ffn_dim``, are understood too.
 
-    Args:
+    Attributes:
         vocab_size: Tokens of the vocabulary.
         hidden_size: Channels.
         num_hidden_layers: Blocks.
