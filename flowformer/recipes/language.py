@@ -1,7 +1,7 @@
 """Language models: WikiText-103 (Flowformer), Enwik8 (AFT), and a user's own text.
 
-What the papers and their code leave open is chosen here, and said in the docstring of each recipe. Everywhere the
-honest protocol is the paper's: the model is chosen on the validation set, and tested once.
+What the papers and their code leave open is chosen here, and said in the docstring of each recipe. Of WikiText-103 and
+Enwik8 the honest protocol is the paper's: the model is chosen on the validation set, and tested once.
 """
 
 from __future__ import annotations
@@ -57,6 +57,9 @@ class LanguageRecipe(StepRecipe):
         super().__post_init__()
         if self.positions not in ("learned", "sinusoidal", "none"):
             raise ValueError(f"positions must be learned, sinusoidal or none, got {self.positions!r}")
+        for name in _SIZES:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be positive, or 0 for the model's own, got {getattr(self, name)}")
         self._read_options()
 
     def _read_options(self) -> dict[str, Any]:
@@ -138,8 +141,9 @@ class WikiTextRecipe(TextRecipe):
     @property
     def row(self) -> str:
         """What the published table calls this model."""
-        options = {NO_COMPETITION: "-no-competition", NO_ALLOCATION: "-no-allocation", "": ""}
-        return self.attention + options.get(self.attention_options, "?")
+        rows = {"": "", NO_COMPETITION: "-no-competition", NO_ALLOCATION: "-no-allocation"}
+        own = self._read_options()
+        return self.attention + next((row for said, row in rows.items() if json.loads(said or "{}") == own), "?")
 
     def published_table(self) -> tuple[str, Mapping[str, float]]:
         """The published perplexities."""

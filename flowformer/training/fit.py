@@ -28,8 +28,6 @@ from flowformer.training.files import RunError, environment, peak_memory_bytes, 
 from flowformer.training.module import TaskModule
 from flowformer.training.recipe import Recipe, Task
 
-CHECKPOINTS = ("last", "best-test", "best-validation")
-
 
 def train(recipe: Recipe, folder: Path, *, resume: bool = False, command: str = "", console: Console) -> dict[str, Any]:
     """Run a recipe, or go on with it, and write its folder.

@@ -70,6 +70,12 @@ def test_published_values_stand_beside_their_own_row(name, published):
     assert create_recipe(name, attention="mobile").published(task) is None
 
 
+def test_a_published_row_is_known_however_its_options_are_written():
+    ablation = create_recipe("wikitext103/flow", attention_options='{"competition":null}')
+    assert ablation.row == create_recipe("wikitext103/flow-no-competition").row == "flow-no-competition"
+    assert create_recipe("wikitext103/flow", attention_options='{"clamp": 1}').row not in wikitext.PUBLISHED
+
+
 def test_wikitext_model_is_the_published_one():
     recipe, model = build("wikitext103/flow", words(1000))
     attention = model.decoder.layers[0].attention

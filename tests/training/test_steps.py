@@ -188,6 +188,7 @@ def test_with_a_validation_set_the_test_is_made_once(tmp_path, monkeypatch):
         ({"beta2": 1.0}, "beta2 must be at least 0 and below 1, got 1.0"),
         ({"positions": "rotary"}, "positions must be learned, sinusoidal or none, got 'rotary'"),
         ({"attention_options": "{window: 3}"}, "attention_options must be JSON, got '{window: 3}'"),
+        ({"dim": -1}, "dim must be positive, or 0 for the model's own, got -1"),
         ({"attention_options": "3"}, "attention_options must be a JSON object, got '3'"),
     ],
 )
