@@ -33,6 +33,7 @@ from flowformer.ops.masking import (
     run_packed,
     state_dtype,
     sum_dtype,
+    without_autocast,
 )
 
 CHUNK = 64  # tokens that meet directly; 64 is fastest in PyTorch on a CPU
@@ -127,6 +128,7 @@ class _Scan(torch.autograd.Function):
         return out, *last
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grads_out: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             # once_differentiable would drop them in silence where grads_out is a constant.
@@ -327,6 +329,7 @@ class _TimesSum(torch.autograd.Function):
         ctx.save_for_forward(*inputs)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grads_out: Tensor) -> tuple[Tensor, Tensor]:
         (A, M), (grad,) = ctx.saved_tensors, grads_out
         return grad @ M.transpose(-1, -2), sum_over_tokens(A, grad)

@@ -12,6 +12,7 @@ An operation calls :func:`check` once. After that it may trust shapes, dtypes an
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -227,6 +228,17 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     if not torch.amp.is_autocast_available(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the backward pass of an autograd function run without autocast, as its forward pass does."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads_out: Tensor) -> Any:
+        with no_autocast(grads_out[0].device):
+            return backward(ctx, *grads_out)
+
+    return run
 
 
 def fill(x: Tensor, mask: Tensor | None, value: float = 0.0) -> Tensor:

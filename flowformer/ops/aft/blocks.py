@@ -27,7 +27,7 @@ from flowformer.ops.aft.means import (
     repair_gradients,
     weigh,
 )
-from flowformer.ops.masking import LOG_ZERO
+from flowformer.ops.masking import LOG_ZERO, without_autocast
 
 Bias = tuple[Tensor, ...]  # (w,) free, (T, T), or factors (u, v), each (T, d'), of w = u v^T
 Rows = slice | Tensor  # places of queries: of all sequences alike, or (batch, queries)
@@ -153,6 +153,7 @@ class _BlockMeans(torch.autograd.Function):
         return out
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grads_out: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_gradients()
         blocks, grad = ctx.blocks, grads_out[0]

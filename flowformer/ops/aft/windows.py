@@ -27,7 +27,7 @@ from flowformer.ops.aft.means import (
     summarise,
     weigh,
 )
-from flowformer.ops.masking import LOG_ZERO, fill
+from flowformer.ops.masking import LOG_ZERO, fill, without_autocast
 
 CHUNK = 64  # queries that see the same window
 BLOCK = 1024  # keys of windows that are worked on at a time
@@ -143,6 +143,7 @@ class _WindowMeans(torch.autograd.Function):
         return out
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grads_out: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_gradients()
         windows, of_w = ctx.windows, ctx.needs_input_grad[1]
