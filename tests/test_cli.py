@@ -111,7 +111,7 @@ def test_language_run_is_resumed(language_run, capsys):
 def test_a_run_is_used_for_what_it_is(language_run, arguments, tmp_path, capsys):
     status, _, err = run(capsys, "predict", str(language_run), "no.csv")
     assert status == 2
-    assert "no run of a classifier of series, but of a LanguageModel" in err
+    assert "no run of a classifier of series or pictures, but of a LanguageModel" in err
     folder = str(tmp_path / "series")
     assert run(capsys, "train", *arguments, "--epochs", "1", "--out", folder)[0] == 0
     for words in (["generate", folder], ["export", folder, "--to", "hf"]):
@@ -187,7 +187,7 @@ def test_interrupt_tells_how_to_go_on(arguments, tmp_path, capsys, monkeypatch):
         (["train", "uea/JapaneseVowels", "--epochs", "0"], "epochs must be at least 1, got 0"),
         (["train", "uea/JapaneseVowels", "--attention", "flw", "--epochs", "1"], "did you mean 'flow'?"),
         (["train", "uea/JapaneseVowels", "--preset", "cor", "--epochs", "1"], "did you mean 'core'?"),
-        (["train", "uea/JapaneseVowels", "--precision", "8-bit"], "precision must be one of 32-true"),
+        (["train", "uea/JapaneseVowels", "--precision", "8-bit"], "precision must be one of auto, 32-true"),
         (["train", "uea/JapaneseVowels", "--accelerator", "abacus"], "abacus"),
         (["train", "timeseries/own"], "wants --train-file FILE"),
         (["train", "timeseries/own", "--train-file", "no.csv", "--test-file", "no.csv"], "no.csv: no such file"),

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from flowformer.tasks.metric import Metric
 from flowformer.tasks.series_files import DataError, SeriesTable, read_table
+from flowformer.tasks.splits import stratify
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,6 +230,25 @@ def classify(model: nn.Module, form: SeriesFormat, series: Sequence[np.ndarray],
     return np.concatenate(pieces)
 
 
+def classify_tables(model: nn.Module, form: SeriesFormat, paths: Sequence[Path]) -> tuple[list[str], np.ndarray]:
+    """Class probabilities of the series in files, by a trained model.
+
+    Args:
+        model: as `classify` takes it.
+        form: likewise.
+        paths: files as `read_table` takes them; labels are not needed.
+
+    Returns:
+        Names of the series, and (n, classes) float64.
+
+    Raises:
+        DataError: as `read_table` and `match_format`.
+    """
+    tables = [read_table(path, labelled=False) for path in paths]
+    probabilities = [classify(model, form, match_format(table, form)) for table in tables]
+    return [name for table in tables for name in table.names], np.concatenate(probabilities)
+
+
 @dataclass(frozen=True, eq=False)
 class SeriesTask:
     """A classification problem on series, ready to train on.
@@ -291,25 +311,12 @@ class SeriesTask:
         Raises:
             ValueError: `fraction` is out of range, or a class has fewer than two training series.
         """
-        if not 0 < fraction < 1:
-            raise ValueError(f"want a validation fraction in (0, 1), got {fraction}")
-        kept, held = self._stratify(fraction, seed)
+        kept, held = stratify(self.train.labels, self.format.classes, fraction, seed)
         train = self.train.subset(kept)
         form = SeriesFormat.fit(
             train, self.format.classes, trim=self.format.trim, channel_names=self.format.channel_names
         )
         return replace(self, train=train, format=form, validation=self.train.subset(held))
-
-    def _stratify(self, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        generator = np.random.default_rng(seed)
-        held: list[int] = []
-        for index, label in enumerate(self.format.classes):
-            members = np.flatnonzero(self.train.labels == index)
-            if len(members) < 2:
-                raise ValueError(f"class {label!r} has {len(members)} training series; a split needs at least 2")
-            count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-            held.extend(generator.permutation(members)[:count])
-        return np.setdiff1d(np.arange(len(self.train)), held), np.sort(held)
 
 
 def build_task(

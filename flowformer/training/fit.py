@@ -20,6 +20,7 @@ import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch import nn
 
@@ -46,15 +47,19 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, command: str = 
         RunError: if the folder holds a run and ``resume`` is not given, or the run of another recipe.
         KeyboardInterrupt: when interrupted; the run can be resumed from its last complete round.
     """
-    _check_folder(recipe, folder, resume)
+    # For every further device Lightning starts this command once more, which then finds the folder in use.
+    is_first = getattr(rank_zero_only, "rank", 0) == 0
+    if is_first:
+        _check_folder(recipe, folder, resume)
     if (folder / "result.json").exists():
         return read_json(folder / "result.json")
     task = recipe.build_task()
     torch.manual_seed(recipe.seed)
     model = recipe.build_model(task.format)
-    write_json(folder / "recipe.json", asdict(recipe))
-    write_json(folder / "format.json", task.format.to_json())
-    records = fit(recipe, task, model, folder=folder, console=console)
+    if is_first:
+        write_json(folder / "recipe.json", asdict(recipe))
+        write_json(folder / "format.json", task.format.to_json())
+    records = fit(recipe, task, model, folder=folder, console=console if is_first else None)
     result = {
         "recipe": asdict(recipe),
         "seed": recipe.seed,
@@ -66,7 +71,8 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, command: str = 
         "peak_memory_bytes": peak_memory_bytes(),
         "protocols": protocols(recipe, task, records, folder),
     }
-    write_json(folder / "result.json", result)
+    if is_first:
+        write_json(folder / "result.json", result)
     return result
 
 
@@ -142,9 +148,9 @@ def _arguments(recipe: Recipe, callbacks: list[Callback], folder: Path | None, e
     return {
         "accelerator": recipe.accelerator,
         "devices": recipe.devices,
-        "precision": recipe.precision,
+        "precision": recipe.used_precision,
         "max_epochs": recipe.rounds,
-        "accumulate_grad_batches": recipe.accumulate,
+        "accumulate_grad_batches": recipe.batches_of_a_step,
         "limit_val_batches": 1.0 if evaluating else 0,
         "gradient_clip_val": recipe.clip_grad_norm or None,
         "callbacks": callbacks,

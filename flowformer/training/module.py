@@ -39,14 +39,16 @@ class TaskModule(lightning.LightningModule):
         classes = {"radam": torch.optim.RAdam, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
         recipe = self.recipe
         options: dict[str, Any] = {"lr": recipe.learning_rate, "betas": (recipe.beta1, recipe.beta2)}
-        if recipe.optimizer != "radam" and self.device.type in ("cpu", "cuda") and recipe.precision == "32-true":
+        if recipe.optimizer != "radam" and self.device.type in ("cpu", "cuda") and recipe.used_precision == "32-true":
             # One pass, and no copy of a large embedding beside it. Lightning does not clip with it in mixed precision.
             options["fused"] = True
         optimizer = classes[recipe.optimizer](self._parameter_groups(), **options)
-        if recipe.schedule == "constant" and not recipe.warmup_steps:
+        steps = self._count_steps()
+        warmup_steps = recipe.count_warmup_steps(steps)
+        if recipe.schedule == "constant" and not warmup_steps:
             return optimizer
-        steps = int(self.trainer.estimated_stepping_batches)
-        factor = learning_rate_factor(recipe.schedule, recipe.warmup_steps, steps)
+        first, last = (rate / recipe.learning_rate for rate in (recipe.warmup_learning_rate, recipe.min_learning_rate))
+        factor = learning_rate_factor(recipe.schedule, warmup_steps, steps, first=first, last=last)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -54,16 +56,34 @@ class TaskModule(lightning.LightningModule):
         decay, parameters = self.recipe.weight_decay, list(self.parameters())
         if self.recipe.decayed == "all" or not decay:
             return [{"params": parameters, "weight_decay": decay}]
-        linear = {id(module.weight) for module in self.modules() if isinstance(module, nn.Linear)}
+        decayed = self._decayed()
         return [
-            {"params": [one for one in parameters if id(one) in linear], "weight_decay": decay},
-            {"params": [one for one in parameters if id(one) not in linear], "weight_decay": 0.0},
+            {"params": [one for one in parameters if id(one) in decayed], "weight_decay": decay},
+            {"params": [one for one in parameters if id(one) not in decayed], "weight_decay": 0.0},
         ]
+
+    def _decayed(self) -> set[int]:
+        """Which parameters weight decay acts on, by identity."""
+        if self.recipe.decayed == "linear":
+            return {id(module.weight) for module in self.modules() if isinstance(module, nn.Linear)}
+        spared = getattr(self.model, "no_weight_decay", set)()
+        return {id(one) for name, one in self.model.named_parameters() if one.ndim > 1 and name not in spared}
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of the training set, in another order each round."""
-        world, rank = self.trainer.world_size, self.trainer.global_rank
-        return self._loader(self.task.train, self.recipe.sampler(self.task.train, world, rank))
+        sampler = self._sampler()
+        # Lightning does so too, but in a resumed run only after workers have begun with what the sampler says.
+        progress: Any = self.trainer.fit_loop.epoch_progress.current
+        sampler.set_epoch(progress.processed)
+        return self._loader(self.task.train, sampler)
+
+    def _sampler(self) -> Any:
+        return self.recipe.sampler(self.task.train, self.trainer.world_size, self.trainer.global_rank)
+
+    def _count_steps(self) -> int:
+        """Steps of the run. Lightning's estimate would start the loader before it knows the round to resume at."""
+        batches = -(-len(self._sampler()) // self.recipe.batch_size)
+        return self.recipe.rounds * -(-batches // self.recipe.batches_of_a_step)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """One loader for each of the sets to evaluate on, in their order."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
@@ -118,13 +119,19 @@ class Recipe(ABC):
     optimizer: str = option("radam", "radam, adam or adamw")
     learning_rate: float = option(1e-3, "largest learning rate")
     schedule: str = option("constant", "learning rate after warm-up: constant, inverse-sqrt, cosine or linear")
+    min_learning_rate: float = option(0.0, "learning rate at the end of the schedules cosine and linear")
     warmup_steps: int = option(0, "steps in which the learning rate rises")
+    warmup_learning_rate: float = option(0.0, "learning rate that it rises from")
     beta1: float = option(0.9, "decay of the optimizer's mean of gradients")
     beta2: float = option(0.999, "decay of the optimizer's mean of squared gradients")
     weight_decay: float = option(0.0, "weight decay of the optimizer")
-    decayed: str = option("all", "what weight decay acts on: all, or the weights of linear layers (linear)")
+    decayed: str = option(
+        "all",
+        "what weight decay acts on: all; the weights of linear layers (linear); all but biases, norms, positions, "
+        "class token (weights)",
+    )
     clip_grad_norm: float = option(4.0, "gradients are scaled down to this norm; 0 for no clipping")
-    precision: str = option("32-true", "32-true, bf16-mixed or 16-mixed")
+    precision: str = option("32-true", "32-true, bf16-mixed or 16-mixed; auto: 16-mixed on a GPU, else 32-true")
     accelerator: str = option("auto", "auto, cpu, gpu or another that Lightning knows")
     devices: int = option(1, "number of devices")
     workers: int = option(0, "processes that prepare batches; 0 for none besides the main one", neutral=True)
@@ -138,6 +145,11 @@ class Recipe(ABC):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        for name in ("min_learning_rate", "warmup_learning_rate"):
+            if not 0 <= getattr(self, name) <= self.learning_rate:
+                raise ValueError(
+                    f"{name} must be from 0 to learning_rate {self.learning_rate}, got {getattr(self, name)}"
+                )
         if self.warmup_steps < 0 or (self.schedule == "inverse-sqrt" and not self.warmup_steps):
             least = "positive for the schedule inverse-sqrt" if self.schedule == "inverse-sqrt" else "at least 0"
             raise ValueError(f"warmup_steps must be {least}, got {self.warmup_steps}")
@@ -148,6 +160,23 @@ class Recipe(ABC):
     def _want_positive(self, name: str) -> None:
         if getattr(self, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def used_precision(self) -> str:
+        """The precision on this machine: what ``"auto"`` stands for, or the one that was asked for."""
+        if self.precision != "auto":
+            return self.precision
+        on_gpu = self.accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available()
+        return "16-mixed" if on_gpu else "32-true"
+
+    @property
+    def batches_of_a_step(self) -> int:
+        """Batches on each device whose gradients make one step."""
+        return self.accumulate
+
+    def count_warmup_steps(self, steps: int) -> int:
+        """Steps in which the learning rate rises, in a run of so many steps of the optimizer."""
+        return self.warmup_steps
 
     @property
     @abstractmethod
@@ -202,6 +231,7 @@ class EpochRecipe(Recipe):
     epochs: int = option(100, "passes over the training set")
     eval_every: int = option(2, "epochs between evaluations, besides those before training and after the first epoch")
     validation_fraction: float = option(0.0, "part of the training set held out to choose the epoch by; 0 for none")
+    warmup_epochs: int = option(0, "epochs in which the learning rate rises, before warmup_steps are counted")
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
@@ -210,6 +240,12 @@ class EpochRecipe(Recipe):
             self._want_positive(name)
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must be at least 0 and below 1, got {self.validation_fraction}")
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise ValueError(f"warmup_epochs must be from 0 to epochs {self.epochs}, got {self.warmup_epochs}")
+
+    def count_warmup_steps(self, steps: int) -> int:
+        """Steps in which the learning rate rises, in a run of so many steps of the optimizer."""
+        return self.warmup_steps + round(steps * self.warmup_epochs / self.epochs)
 
     @property
     def rounds(self) -> int:
@@ -275,10 +311,10 @@ class StepRecipe(Recipe):
 
 
 OPTIMIZERS = ("radam", "adam", "adamw")
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # weights stay float32
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")  # weights stay float32
 _CHOICES = {
     "optimizer": OPTIMIZERS,
     "precision": PRECISIONS,
     "schedule": tuple(SCHEDULES),
-    "decayed": ("all", "linear"),
+    "decayed": ("all", "linear", "weights"),
 }

@@ -266,12 +266,12 @@ def test_split_keeps_the_rest_of_the_format(trim):
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
 def test_split_refuses_fractions_out_of_range(fraction):
-    with pytest.raises(ValueError, match=re.escape("fraction in (0, 1)")):
+    with pytest.raises(ValueError, match=re.escape("in (0, 1), got")):
         make_task(draw_series(6), draw_series(3)).split_validation(fraction, seed=0)
 
 
 def test_split_refuses_a_class_of_one():
-    with pytest.raises(ValueError, match="class 'c' has 1 training series"):
+    with pytest.raises(ValueError, match="class 'c' has 1 examples to train on"):
         make_task(draw_series(5), draw_series(3)).split_validation(0.5, seed=0)
 
 

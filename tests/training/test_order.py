@@ -62,6 +62,16 @@ def test_schedules_after_warm_up():
     assert [linear(step) for step in (10, 35, 110, 200)] == pytest.approx([1, 0.75, 0, 0])
 
 
+def test_schedules_may_begin_and_end_above_zero():
+    rising = learning_rate_factor("constant", 4, 100, first=0.5)
+    assert [rising(step) for step in range(5)] == pytest.approx([0.6, 0.7, 0.8, 0.9, 1])
+    for schedule in ("cosine", "linear"):
+        falling = learning_rate_factor(schedule, 10, 110, last=0.2)
+        assert [falling(step) for step in (10, 60, 110)] == pytest.approx([1, 0.6, 0.2])
+    # The others do not fall to an end.
+    assert learning_rate_factor("inverse-sqrt", 100, 10_000, last=0.2)(400) == pytest.approx(0.5)
+
+
 def test_schedule_drives_an_optimizer():
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=2.0)

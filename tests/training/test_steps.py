@@ -122,11 +122,20 @@ def test_learning_rate_follows_the_schedule(monkeypatch, tmp_path):
     assert rates == pytest.approx([0.25, 0.5, 0.75, *(1 - step / 9 for step in range(9))])
 
 
-@pytest.mark.parametrize("decayed", ["all", "linear"])
+def test_learning_rate_begins_and_ends_where_it_is_said(monkeypatch, tmp_path):
+    bounds = {"warmup_learning_rate": 1e-4, "min_learning_rate": 2e-4}
+    rates = learning_rates(monkeypatch, tmp_path, schedule="linear", warmup_steps=3, steps=12, **bounds)
+    rising = [0.1 + 0.9 * step / 4 for step in (1, 2, 3)]
+    assert rates == pytest.approx([*rising, *(1 - 0.8 * step / 9 for step in range(9))])
+
+
+@pytest.mark.parametrize("decayed", ["all", "linear", "weights"])
 def test_weight_decay_acts_on_what_is_said(decayed):
     made = recipe(weight_decay=0.5, decayed=decayed, optimizer="adamw")
     task = made.build_task()
-    module = TaskModule(made, task, made.build_model(task.format))
+    model = made.build_model(task.format)
+    model.no_weight_decay = lambda: {"embed.weight"}
+    module = TaskModule(made, task, model)
     groups = module._parameter_groups()
     decays = {id(one): group["weight_decay"] for group in groups for one in group["params"]}
     by_name = {name: decays[id(one)] for name, one in module.model.named_parameters()}
@@ -184,7 +193,9 @@ def test_with_a_validation_set_the_test_is_made_once(tmp_path, monkeypatch):
             {"schedule": "inverse-sqrt", "warmup_steps": 0},
             "warmup_steps must be positive for the schedule inverse-sqrt",
         ),
-        ({"decayed": "some"}, "decayed must be one of all, linear, got 'some'"),
+        ({"decayed": "some"}, "decayed must be one of all, linear, weights, got 'some'"),
+        ({"min_learning_rate": 1.0}, "min_learning_rate must be from 0 to learning_rate 0.004, got 1.0"),
+        ({"warmup_learning_rate": -1.0}, "warmup_learning_rate must be from 0 to learning_rate 0.004, got -1.0"),
         ({"beta2": 1.0}, "beta2 must be at least 0 and below 1, got 1.0"),
         ({"positions": "rotary"}, "positions must be learned, sinusoidal or none, got 'rotary'"),
         ({"attention_options": "{window: 3}"}, "attention_options must be JSON, got '{window: 3}'"),

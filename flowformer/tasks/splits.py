@@ -1,0 +1,35 @@
+"""Setting a part of labelled data aside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def stratify(labels: np.ndarray, classes: Sequence[str], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Choose examples to set aside, the same share of each class.
+
+    Args:
+        labels: (n,) indices of classes.
+        classes: Names of the classes.
+        fraction: Of each class to set aside, in (0, 1); at least one example is, and at least one stays.
+        seed: Decides which.
+
+    Returns:
+        Indices of those that stay and of those set aside, each in ascending order.
+
+    Raises:
+        ValueError: `fraction` is out of range, or a class has fewer than two examples.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"want a fraction to set aside in (0, 1), got {fraction}")
+    generator = np.random.default_rng(seed)
+    held: list[int] = []
+    for index, name in enumerate(classes):
+        members = np.flatnonzero(labels == index)
+        if len(members) < 2:
+            raise ValueError(f"class {name!r} has {len(members)} examples to train on; a split needs at least 2")
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        held.extend(generator.permutation(members)[:count])
+    return np.setdiff1d(np.arange(len(labels)), held), np.sort(held)
