@@ -21,6 +21,7 @@ _HOME = {
     "list_attentions": "attention",
     "create_model": "models",
     "list_models": "models",
+    "swap_attention": "models",
     "FlowformerClassifier": "interop.estimator",
     "FlowformerConfig": "interop.hf",
     "FlowformerForCausalLM": "interop.hf",
@@ -47,6 +48,7 @@ __all__ = [
     "list_attentions",
     "list_models",
     "ops",
+    "swap_attention",
 ]
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ if TYPE_CHECKING:
         FlowformerForSequenceClassification,
         FlowformerModel,
     )
-    from flowformer.models import create_model, list_models
+    from flowformer.models import create_model, list_models, swap_attention
 
 
 def __getattr__(name: str) -> Any:

@@ -75,10 +75,11 @@ def _styles(points: list[Record]) -> dict[str, dict[str, Any]]:
 
 def _panel(axes: Any, name: str, points: list[Record], kind: str, styles: dict[str, dict[str, Any]]) -> None:
     step = points[0]["state_bytes"] is not None
+    axis = points[0]["axis"]
     for contender in dict.fromkeys(point["contender"] for point in points):
         own = sorted((point["length"], _value(point, kind)) for point in points if point["contender"] == contender)
         axes.plot(*zip(*own, strict=True), label=contender, **styles[contender])
-    axes.set(xscale="log", yscale="log", title=name, xlabel="context, tokens" if step else "length, tokens")
+    axes.set(xscale="log", yscale="log", title=name, xlabel=axis)
     held = "state, MB" if step else "peak above inputs, MB"
     axes.set_ylabel("time of one call, ms (least)" if kind == "time" else held)
     axes.grid(visible=True, which="major", alpha=0.3)

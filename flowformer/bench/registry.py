@@ -75,11 +75,13 @@ class Operation:
         bind: ``(function, inputs) -> Call``: what is done beforehand and what is timed.
         truth: ``(reference, inputs) -> outputs`` in float64.
         flops: ``shape -> `` floating-point operations of our way to compute it; ``None`` where that says nothing.
-        tokens: ``shape -> `` tokens that one call computes, for bytes per token.
+        tokens: ``shape -> `` tokens that one call computes, or whatever ``unit`` says, for bytes per token and rates.
         check_length: The longest length at which the truth is computed; longer points are checked at this one.
         tolerances: Largest error allowed, by dtype.
         measure_memory: Whether a point's peak memory is measured, in a fresh process.
         show_rate: Whether tables say how many tokens a second a contender computes.
+        unit: What ``tokens`` counts.
+        extent: What lengths count, for figures.
     """
 
     name: str
@@ -95,6 +97,8 @@ class Operation:
     tolerances: Mapping[torch.dtype, float] = field(default_factory=lambda: TOLERANCES)
     measure_memory: bool = True
     show_rate: bool = False
+    unit: str = "token"
+    extent: str = "tokens"
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,7 @@ MODULES = (
     "flowformer.bench.aft_peers",
     "flowformer.bench.aft_steps",
     "flowformer.bench.language",
+    "flowformer.bench.vision",
 )
 
 

@@ -180,7 +180,8 @@ class _Bench:
         """The point as far as it is known before it is timed, and what to time."""
         point: Record = {
             "record": "point", "operation": what.name, "contender": row.name, "ours": row.ours,
-            "dtype": str(row.dtype).removeprefix("torch."), "layout": row.layout, **asdict(shape),
+            "dtype": str(row.dtype).removeprefix("torch."), "layout": row.layout, **asdict(shape), "unit": what.unit,
+            "axis": f"{what.axis}, {what.extent}",
         }  # fmt: skip
 
         def leave_out(status: str, reason: str) -> tuple[Record, None]:

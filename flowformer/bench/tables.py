@@ -58,7 +58,9 @@ def _point_table(operation: str, points: list[Record]) -> Table:
     growth = _growth(points)
     rows = [(point, _cells(point, growth)) for point in points if point["status"] == "timed"]
     columns = [name for name in COLUMNS if any(cells[name] != "-" for _, cells in rows)]
-    table = _table(f"{operation}: {sizes}", ("length", "contender", *columns), ("contender",))
+    shown_as = {"tokens/s": f"{first['unit']}s/s", "B/token": f"B/{first['unit']}"}
+    headers = [shown_as.get(name, name) for name in columns]
+    table = _table(f"{operation}: {sizes}", ("length", "contender", *headers), ("contender",))
     length = None
     for point, cells in rows:
         if length not in (None, point["length"]):
@@ -92,7 +94,7 @@ def _cells(point: Record, growth: dict[tuple[str, int], float]) -> dict[str, str
         "median": format_time(point["median_ms"]),
         "ratio": f"{point['ratio']:.2f}x",
         "doubling": _number(growth.get((point["contender"], point["length"])), ".2f"),
-        "tokens/s": _number(point.get("tokens_per_s"), ",.0f"),
+        "tokens/s": _rate(point.get("tokens_per_s")),
         "GFLOP/s": _number(point.get("gflops"), ".1f"),
         "of sgemm": _number(point.get("share_of_sgemm"), ".0%"),
         "MB": _number(memory.get("peak_bytes"), ".1f", 1e-6),
@@ -126,6 +128,10 @@ def _remarks_of(point: Record) -> list[str]:
 
 def _number(value: float | None, form: str, scale: float = 1) -> str:
     return "-" if value is None else f"{value * scale:{form}}"
+
+
+def _rate(value: float | None) -> str:
+    return _number(value, ",.0f" if value is None or value >= 100 else ".3g")
 
 
 def format_time(milliseconds: float) -> str:

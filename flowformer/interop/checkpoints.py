@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from flowformer.models.language import LanguageModel
 from flowformer.models.timeseries import SeriesClassifier
+from flowformer.models.vision import VisionModel
 
 Names = Sequence[tuple[str, str]]
 
@@ -29,6 +31,19 @@ _TIMESERIES_NAMES = (
     (r"encoder\.attn_layers\.(\d+)\.(norm[12])\.(\w+)", r"encoder.blocks.\1.\2.\3"),
     (r"encoder\.norm\.(\w+)", r"encoder.norm.\1"),
     (r"output_layer\.(\w+)", r"head.\1"),
+)
+
+# thuml/Flowformer, Flowformer_CV -> ours; query, key and value are one layer there.
+_VISION_NAMES = (
+    (r"pos_embed", "position"),
+    (r"patch_embed\.(\d+)\.proj\.(\w+)", r"stages.\1.embed.\2"),
+    (r"blocks\.(\d+)\.(\d+)\.(norm[12])\.(\w+)", r"stages.\1.blocks.\2.\3.\4"),
+    (r"blocks\.(\d+)\.(\d+)\.attn\.qkv\.(\w+)", r"stages.\1.blocks.\2.attention.qkv.\3"),
+    (r"blocks\.(\d+)\.(\d+)\.attn\.proj\.(\w+)", r"stages.\1.blocks.\2.attention.out_proj.\3"),
+    (r"blocks\.(\d+)\.(\d+)\.mlp\.fc1\.(\w+)", r"stages.\1.blocks.\2.linear1.\3"),
+    (r"blocks\.(\d+)\.(\d+)\.mlp\.fc2\.(\w+)", r"stages.\1.blocks.\2.linear2.\3"),
+    (r"blocks\.(\d+)\.(\d+)\.gamma", r"stages.\1.blocks.\2.gamma"),
+    (r"(norm|head)\.(\w+)", r"\1.\2"),
 )
 
 # What the GPT-style module of thuml/Flowformer and transformers' GPT-2 have in common -> ours.
@@ -117,6 +132,65 @@ def load_timeseries(published: Mapping[str, Tensor], *, num_heads: int = 8, **op
         **options,
     )
     return _fill(model, state)
+
+
+def vision_state_dict(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Translate a published hierarchical Flowformer's state dict to our names and shapes.
+
+    Args:
+        published: Names and tensors as in thuml/Flowformer, Flowformer_CV.
+
+    Returns:
+        A state dict for :class:`flowformer.models.vision.VisionModel`.
+
+    Raises:
+        ValueError: for a name that such a checkpoint does not have.
+    """
+    ours = {}
+    for name, tensor in published.items():
+        new = _rename(name, _VISION_NAMES, "the published hierarchical Flowformer")
+        if ".qkv." in new:
+            for projection, part in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True):
+                ours[new.replace("qkv", projection)] = part
+        else:
+            ours[new] = tensor.squeeze(0) if new == "position" else tensor  # (1, patches, dim)
+    return ours
+
+
+def load_vision(published: Mapping[str, Tensor], *, num_heads: int = 12, **options: Any) -> VisionModel:
+    """Build our hierarchical Flowformer from a published state dict, sizes read from its tensors.
+
+    Args:
+        published: As in :func:`vision_state_dict`.
+        num_heads: Heads of every stage, which the tensors do not tell.
+        **options: Other options of :class:`flowformer.models.vision.VisionModel`; ``image_size``, in pixels, where
+            positions are not those of squares.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: for a name that such a checkpoint does not have, one that is missing, or a tensor of another shape.
+    """
+    state = vision_state_dict(published)
+    _require(state, "position", "head.bias", "stages.0.embed.weight", "stages.0.blocks.0.linear1.weight")
+    stages = sum(name.endswith("embed.weight") for name in state)
+    dims = [len(state[f"stages.{stage}.embed.bias"]) for stage in range(stages)]
+    depths = [
+        sum(bool(re.fullmatch(rf"stages\.{s}\..*\.linear1\.weight", name)) for name in state) for s in range(stages)
+    ]
+    _, channels, patch_size, _ = state["stages.0.embed.weight"].shape
+    sizes: dict[str, Any] = {
+        "channels": channels,
+        "image_size": math.isqrt(len(state["position"])) * patch_size,
+        "patch_size": patch_size,
+        "dims": dims,
+        "depths": depths,
+        "num_heads": num_heads,
+        "ffn_ratio": len(state["stages.0.blocks.0.linear1.weight"]) / dims[0],
+        "layer_scale": 1e-5,  # of the fresh model, to be overwritten
+    }
+    return _fill(VisionModel(len(state["head.bias"]), **{**sizes, **options}), state)
 
 
 def load_gpt(published: Mapping[str, Tensor], *, num_heads: int, **options: Any) -> LanguageModel:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
-_FILES = ("language", "timeseries")  # imported on first use
+_FILES = ("language", "timeseries", "vision")  # imported on first use
 
 F = TypeVar("F", bound=Callable[..., nn.Module])
 

@@ -8,7 +8,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flowformer.attention import find_attention, list_attentions
-from flowformer.interop.checkpoints import gpt2_state_dict, load_gpt, load_gpt2, load_timeseries, timeseries_state_dict
+from flowformer.interop.checkpoints import (
+    gpt2_state_dict,
+    load_gpt,
+    load_gpt2,
+    load_timeseries,
+    load_vision,
+    timeseries_state_dict,
+    vision_state_dict,
+)
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CAUSAL = [name for name in list_attentions() if find_attention(name).causal]
@@ -48,6 +56,31 @@ def test_timeseries_with_invisible_padding_differs_only_where_there_is_padding(g
 def test_every_published_name_is_used_once(golden):
     state = timeseries_state_dict(published(golden))
     assert len(state) == len(published(golden))
+
+
+@pytest.fixture(scope="module")
+def golden_vision():
+    return load_file(GOLDEN / "model_vision.safetensors")
+
+
+def test_vision_matches_golden(golden_vision):
+    model = load_vision(published(golden_vision))
+    torch.testing.assert_close(model(golden_vision["input.image"]), golden_vision["output"], rtol=1e-5, atol=3e-6)
+
+
+def test_every_published_name_of_vision_is_used(golden_vision):
+    weights = published(golden_vision)
+    fused = sum(".qkv." in name for name in weights)
+    assert len(vision_state_dict(weights)) == len(weights) + 2 * fused
+
+
+def test_vision_weights_that_do_not_fit_are_named(golden_vision):
+    weights = published(golden_vision)
+    del weights["blocks.2.1.gamma"]
+    with pytest.raises(ValueError, match=r"missing: stages\.2\.blocks\.1\.gamma"):
+        load_vision(weights)
+    with pytest.raises(ValueError, match=r"'blocks\.0\.0\.attn\.q\.weight' is no parameter"):
+        vision_state_dict({"blocks.0.0.attn.q.weight": torch.zeros(1)})
 
 
 def test_unknown_name_is_refused(golden):
