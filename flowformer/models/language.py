@@ -1,7 +1,7 @@
 """Language models: one decoder, and the published variants of it.
 
 Sources: thuml/Flowformer, Flowformer_TorchModule (the GPT-style module) and Flowformer_NLP (WikiText-103, on fairseq's
-transformer_lm); Zhai et al., "An Attention Free Transformer", 2021 (Enwik8).
+transformer_lm); Zhai et al., "An Attention Free Transformer", 2021 (Enwik8, CIFAR-10).
 """
 
 from __future__ import annotations
@@ -429,12 +429,16 @@ def flowformer_text(vocab_size: int, **options: Any) -> LanguageModel:
     return _published(vocab_size, "flow", {"preset": "core"}, shape, options)
 
 
-def _aft_enwik8(
-    num_layers: int, dim: int, vocab_size: int, max_length: int | None, options: Mapping[str, Any]
+def _aft(
+    num_layers: int, dim: int, local: Mapping[str, Any], vocab_size: int, max_length: int | None, options: Any
 ) -> LanguageModel:
-    """Source: Zhai et al., table 4. It does not say which GELU or ReLU, nor how parameters start."""
+    """Source: Zhai et al., tables 2 and 4. It does not say which GELU or ReLU, nor how parameters start."""
     shape = {"num_layers": num_layers, "num_heads": 1, "dim": dim, "max_length": max_length}
-    return _published(vocab_size, "aft_local", {"window": 32, "position_dim": 256}, shape, options)
+    return _published(vocab_size, "aft_local", local, shape, options)
+
+
+_AFT_ENWIK8 = {"window": 32, "position_dim": 256}
+_AFT_CIFAR = {"window": 256, "position_dim": 64}
 
 
 @register_model
@@ -443,7 +447,7 @@ def aft_enwik8_12(vocab_size: int = 256, max_length: int | None = 1_024, **optio
 
     The Transformer beside it has 8 heads: ``attention="softmax", num_heads=8``.
     """
-    return _aft_enwik8(12, 512, vocab_size, max_length, options)
+    return _aft(12, 512, _AFT_ENWIK8, vocab_size, max_length, options)
 
 
 @register_model
@@ -452,4 +456,22 @@ def aft_enwik8_24(vocab_size: int = 256, max_length: int | None = 1_024, **optio
 
     The Transformer beside it has 4 heads: ``attention="softmax", num_heads=4``.
     """
-    return _aft_enwik8(24, 256, vocab_size, max_length, options)
+    return _aft(24, 256, _AFT_ENWIK8, vocab_size, max_length, options)
+
+
+@register_model
+def aft_cifar_12(vocab_size: int = 256, max_length: int | None = 3_072, **options: Any) -> LanguageModel:
+    """AFT-local's model of CIFAR-10, sub-pixels: 12 layers of 512 channels, window 256.
+
+    Options as in :class:`LanguageModel`. The Transformer beside it has 4 heads: ``attention="softmax", num_heads=4``.
+    """
+    return _aft(12, 512, _AFT_CIFAR, vocab_size, max_length, options)
+
+
+@register_model
+def aft_cifar_24(vocab_size: int = 256, max_length: int | None = 3_072, **options: Any) -> LanguageModel:
+    """AFT-local's model of CIFAR-10, sub-pixels: 24 layers of 256 channels, window 256.
+
+    Options as in :class:`LanguageModel`. The Transformer beside it has 2 heads: ``attention="softmax", num_heads=2``.
+    """
+    return _aft(24, 256, _AFT_CIFAR, vocab_size, max_length, options)

@@ -80,12 +80,12 @@ class LanguageRecipe(StepRecipe):
         """The format that a run has written down."""
         return TextFormat.from_json(values)
 
-    def build_model(self, form: TextFormat) -> nn.Module:
+    def build_model(self, form: Any) -> nn.Module:
         """The model of the recipe, for the format's vocabulary."""
         try:
             model = create_model(
                 self.model,
-                vocab_size=form.tokenizer.vocab_size,
+                vocab_size=form.vocab_size,
                 max_length=form.length,
                 positions=None if self.positions == "none" else self.positions,
                 dropout=self.dropout,

@@ -6,14 +6,21 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flowformer.recipes import language, series, toys
+from flowformer.recipes import density, imagenet, images, language, series, toys
 from flowformer.training.recipe import Recipe
 
 RecipeFunction = Callable[..., Recipe]
 
 
 def _recipes() -> Mapping[str, RecipeFunction]:
-    return {**series.RECIPES, **language.RECIPES, **toys.RECIPES}
+    return {
+        **series.RECIPES,
+        **images.RECIPES,
+        **imagenet.RECIPES,
+        **density.RECIPES,
+        **language.RECIPES,
+        **toys.RECIPES,
+    }
 
 
 def list_recipes() -> list[str]:

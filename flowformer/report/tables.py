@@ -15,7 +15,8 @@ def protocol_table(result: dict[str, Any]) -> Table:
     """
     recipe = result["recipe"]
     unit = "epochs" if "epochs" in recipe else "steps"
-    title = f"{recipe['name']}, attention {recipe.get('attention', '?')}, seed {result['seed']}, {recipe[unit]} {unit}"
+    attention = recipe.get("attention") or f"of {recipe['model']}"
+    title = f"{recipe['name']}, attention {attention}, seed {result['seed']}, {recipe[unit]} {unit}"
     table = Table(title=title, title_justify="left")
     for name in ("protocol", "metric"):
         table.add_column(name)

@@ -88,6 +88,11 @@ class TextFormat:
     tokenizer: Tokenizer
     length: int
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary."""
+        return self.tokenizer.vocab_size
+
     def collate(self, items: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor]:
         """Make a batch: ``tokens`` and ``targets``, (batch, length) int64; a ``mask`` too where lengths differ."""
         longest = max(len(seen) for seen, _ in items)

@@ -1,0 +1,149 @@
+"""Density of images, a sub-pixel at a time: CIFAR-10 (AFT), images of a user's, and digits to try it with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Sampler
+
+from flowformer.recipes.language import LanguageRecipe
+from flowformer.tasks import density
+from flowformer.tasks.density import DensityTask, PixelFormat
+from flowformer.training.order import RoundSampler
+from flowformer.training.recipe import Recipe, option
+
+
+class SeededRounds(Sampler[tuple[int, tuple[int, int]]]):
+    """The order of a :class:`RoundSampler`, each example with a seed for its random changes.
+
+    The seed is the order's and the place in it: the changes are others each time an example is seen, and the same for
+    any length of rounds, number of workers, and in a run that is resumed.
+
+    Args:
+        order: The order.
+    """
+
+    def __init__(self, order: RoundSampler) -> None:
+        self.order = order
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the round, the first of which is 0; Lightning calls this."""
+        self.order.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[tuple[int, tuple[int, int]]]:
+        order = self.order
+        for number, index in enumerate(order, order.round * order.length):
+            yield index, (order.seed, number * order.world + order.rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelRecipe(LanguageRecipe):
+    """A model of images, a sub-pixel at a time."""
+
+    flip: bool = option(True, "turn images left to right, half of the time")
+    shift: int = option(10, "largest number that is added to all sub-pixels of an image, or taken from them")
+
+    def read_format(self, values: dict[str, Any]) -> Any:
+        """The format that a run has written down."""
+        return PixelFormat.from_json(values)
+
+    def sampler(self, data: Any, world: int, rank: int) -> Any:
+        """The training set in one order after another, with a seed for the changes of each image."""
+        return SeededRounds(super().sampler(data, world, rank))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cifar10DensityRecipe(PixelRecipe):
+    """A model of CIFAR-10, or of other images of 32 x 32 pixels."""
+
+    data: str = option("", "folder or archive of CIFAR-10, or of PNG pictures in folders named by its classes")
+    held_out: float = option(0.1, "part of the images to test with, where the data has none for it")
+
+    def build_task(self) -> DensityTask:
+        """Read the images."""
+        if not self.data:
+            raise ValueError(f"{self.name} wants --data PATH: a folder or archive of CIFAR-10")
+        return density.load_cifar10(Path(self.data), flip=self.flip, shift=self.shift, held_out=self.held_out)
+
+    @property
+    def row(self) -> str:
+        """What the published table calls this model; "" for a departure from all of them."""
+        own = self._shape(vars(self))
+        return next((row for row, fields in _ROWS.items() if self._shape({**_PLAIN, **fields}) == own), "")
+
+    @staticmethod
+    def _shape(fields: Mapping[str, Any]) -> dict[str, Any]:
+        options = json.loads(fields["attention_options"] or "{}")
+        return {**{name: fields[name] for name in _PLAIN}, "attention_options": options}
+
+    def published_table(self) -> tuple[str, Mapping[str, float]]:
+        """The published figures."""
+        return "test bits per dimension of CIFAR-10 (Zhai et al., 2021)", density.PUBLISHED
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsRecipe(PixelRecipe):
+    """A model of handwritten digits."""
+
+    def build_task(self) -> DensityTask:
+        """Read the digits."""
+        return density.load_digits(flip=self.flip, shift=self.shift)
+
+
+def cifar10(row: str, model: Mapping[str, Any], /, **fields: Any) -> Cifar10DensityRecipe:
+    """The published experiment on CIFAR-10 (Zhai et al., 2021, tables 2 and 3): 3,072 sub-pixels.
+
+    AdamW at 3e-3 with the schedule of Vaswani et al. (2017), weight decay 0.1 on the weights of linear layers, dropout
+    0.1, batches of 128, learned positions; images are turned left to right at random, then one number from -10 to 10 is
+    added to all sub-pixels. 200 epochs of 50,000 images are 78,125 steps. Not said, and chosen here: 4,000 steps of
+    warm-up (those of Vaswani et al.), no clipping, a head that is not the embedding. A batch is 8 images, and the
+    gradients of 16 make a step: on a smaller device --batch-size 1 --accumulate 128 is the same.
+    """
+    published: dict[str, Any] = {
+        **_PLAIN, **model, "dropout": 0.1, "optimizer": "adamw", "weight_decay": 0.1,
+        "decayed": "linear", "learning_rate": 3e-3, "schedule": "inverse-sqrt", "warmup_steps": 4_000,
+        "clip_grad_norm": 0.0, "batch_size": 8, "accumulate": 16, "steps": 78_125, "eval_every": 625,
+    }  # fmt: skip
+    return Cifar10DensityRecipe(**{"name": f"density/{row}", **published, **fields})
+
+
+def digits(**fields: Any) -> DigitsRecipe:
+    """A model of handwritten digits, 8 x 8 pixels of 17 grey levels, in minutes on a laptop: settings of ours.
+
+    The digits come with scikit-learn: nothing is downloaded. AFT-local with a window of two rows.
+    """
+    ours: dict[str, Any] = {
+        "model": "aft_cifar_24", "attention": "aft_local", "attention_options": '{"window": 16, "position_dim": 16}',
+        "num_layers": 4, "dim": 64, "num_heads": 1, "ffn_dim": 256, "positions": "learned", "dropout": 0.1,
+        "flip": False, "shift": 0, "optimizer": "adamw", "weight_decay": 0.1, "decayed": "linear",
+        "learning_rate": 4e-3, "schedule": "cosine", "warmup_steps": 100, "clip_grad_norm": 1.0, "batch_size": 32,
+        "steps": 1_000, "eval_every": 250,
+    }  # fmt: skip
+    return DigitsRecipe(**{"name": "density/digits", **ours, **fields})
+
+
+# What tells a row of the tables from the others.
+_PLAIN: Mapping[str, Any] = {
+    "attention_options": "", "num_layers": 0, "num_heads": 0, "dim": 0, "ffn_dim": 0, "positions": "learned",
+    "model": "aft_cifar_24", "attention": "aft_local",
+}  # fmt: skip
+_ROWS: Mapping[str, Mapping[str, Any]] = {
+    "aft-local-12": {"model": "aft_cifar_12"},
+    "aft-local-24": {},
+    "aft-local-24-free": {"attention_options": '{"position_dim": null}'},
+    "aft-simple": {"attention": "aft_simple"},
+    "transformer-12": {"model": "aft_cifar_12", "attention": "softmax", "num_heads": 4},
+    "transformer-24": {"attention": "softmax", "num_heads": 2},
+}
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    **{f"density/{row}": partial(cifar10, row, fields) for row, fields in _ROWS.items()},
+    "density/digits": digits,
+}

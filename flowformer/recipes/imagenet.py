@@ -1,0 +1,297 @@
+"""ImageNet: the experiments of Flowformer and of AFT, and Mobile-Attention in DeiT.
+
+``--data DIR`` names ImageNet, or images of your own in its manner: :func:`flowformer.tasks.imagenet.load`.
+
+Sources: thuml/Flowformer, Flowformer_CV (Wu et al., ICML 2022); facebookresearch/deit, main.py (Touvron et al., 2021);
+Zhai et al., "An Attention Free Transformer", 2021, section 5.3. On any number of devices a step is of the published
+number of images: as many batches as that takes are accumulated. Numbers depart from the published code in that mixup
+draws its share for each batch on each device, and a batch here is of another size.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+from torch import nn
+
+from flowformer.models.swap import swap_attention
+from flowformer.recipes.images import ImageRecipe, read_options
+from flowformer.tasks import imagenet
+from flowformer.tasks.imagenet import Augmentation, DrawSampler, ImageNetFormat, ImageNetTask
+from flowformer.training.recipe import Recipe, option
+
+logger = logging.getLogger(__name__)
+
+# The published rows that a command line can reach from one another by --model and --attention.
+_ROWS: Mapping[tuple[str, str], str] = {
+    ("flowformer_vision_small", ""): "flowformer",
+    ("flowformer_vision_small", "flow"): "flowformer",
+    ("flowformer_vision_small", "softmax"): "softmax",
+    ("flowformer_vision_small", "linear"): "linear",
+    ("deit_tiny_flow", "softmax"): "deit-tiny-softmax",
+    ("deit_small_flow", "softmax"): "deit-small-softmax",
+    ("deit_small_flow", ""): "deit-small-flow",
+    ("deit_tiny_aft_full", ""): "aft-full-tiny",
+    ("deit_small_aft_full", ""): "aft-full-small",
+    ("aft_conv_tiny_11_32", ""): "aft-conv-tiny-11-32",
+    ("aft_conv_tiny_11_192", ""): "aft-conv-tiny-11-192",
+    ("aft_conv_small_11_16", ""): "aft-conv-small-11-16",
+    ("aft_conv_small_11_384", ""): "aft-conv-small-11-384",
+    ("aft_conv_small_15_384", ""): "aft-conv-small-15-384",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageNetRecipe(ImageRecipe):
+    """A classifier of ImageNet's images."""
+
+    image_size: int = option(224, "side of an image, in pixels")
+    step_images: int = option(1_024, "images of one step, over all devices, where accumulate is 0")
+    accumulate: int = option(0, "batches whose gradients make one step; 0 for as many as make up step_images")
+    precision: str = option("auto", "32-true, bf16-mixed or 16-mixed; auto: 16-mixed on a GPU, else 32-true")
+    workers: int = option(
+        min(8, os.cpu_count() or 1), "processes that prepare batches; 0 for none besides the main one", neutral=True
+    )
+    rand_augment: str = option("rand-m9-mstd0.5-inc1", "what RandAugment does, as timm names it; '' for none")
+    color_jitter: float = option(0.4, "strength of changes of colour, without RandAugment only")
+    erasing: float = option(0.0, "probability of erasing a part of an image")
+    mixup: float = option(0.8, "parameter of mixup; 0 for none")
+    cutmix: float = option(1.0, "parameter of CutMix; 0 for none")
+    repeats: int = option(1, "views of an image that follow each other, of so many fewer images in an epoch")
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        super().__post_init__()
+        for name in ("repeats", "step_images", "image_size"):
+            self._want_positive(name)
+        for name in ("mixup", "cutmix", "color_jitter"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.erasing <= 1:
+            raise ValueError(f"erasing must be from 0 to 1, got {self.erasing}")
+        if self.batch_size % 2 and (self.mixup or self.cutmix):
+            raise ValueError(f"batch_size must be even, for images are mixed in pairs, got {self.batch_size}")
+        if not self.accumulate and self.step_images % (self.batch_size * self.devices):
+            raise ValueError(
+                f"step_images {self.step_images} are no whole number of batches of {self.batch_size} on "
+                f"{self.devices} devices{self._fitting()}; or give --accumulate N for a step of another size"
+            )
+
+    def _want_positive(self, name: str) -> None:
+        if name != "accumulate" or self.accumulate:
+            super()._want_positive(name)
+
+    def _fitting(self) -> str:
+        share = self.step_images // self.devices
+        if share * self.devices != self.step_images:
+            return ""
+        sizes = [size for size in range(2, self.batch_size + 1, 2) if share % size == 0]
+        return f"; --batch-size {sizes[-1]} would do" if sizes else ""
+
+    @property
+    def batches_of_a_step(self) -> int:
+        """Batches on each device whose gradients make one step."""
+        return self.accumulate or self.step_images // (self.batch_size * self.devices)
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """What varies training images."""
+        return Augmentation(
+            self.rand_augment, self.color_jitter, self.erasing, self.mixup, self.cutmix, self.label_smoothing
+        )
+
+    def build_task(self) -> ImageNetTask:
+        """Find the images."""
+        if not self.data:
+            raise ValueError(f"{self.name} wants --data DIR: images as folders by class, parquet files or tar files")
+        return self._load()
+
+    def _load(self, **more: Any) -> ImageNetTask:
+        return imagenet.load(
+            self.data, image_size=self.image_size, augmentation=self.augmentation, seed=self.seed,
+            validation_fraction=self.validation_fraction, **more,
+        )  # fmt: skip
+
+    def read_format(self, values: dict[str, Any]) -> ImageNetFormat:
+        """The format that a run has written down."""
+        return cast("ImageNetFormat", ImageNetFormat.from_json(values))
+
+    def sampler(self, data: Any, world: int, rank: int) -> Any:
+        """Whole batches in a new order each epoch."""
+        return DrawSampler(
+            len(data), self.batch_size, world=world, rank=rank, seed=self.seed, repeats=self.repeats
+        )  # fmt: skip
+
+    @property
+    def row(self) -> str:
+        """What the published tables call this model; "" for a model of no table."""
+        changed = self.attention_options or self.patch_size or self.image_size != 224
+        return "" if changed else _ROWS.get((self.model, self.attention), "")
+
+    def published(self, task: Any) -> float | None:
+        """The published top-1 accuracy of this model, in percent; None where the images are not all of ImageNet's."""
+        return task.published.get(self.row)
+
+    def published_table(self) -> tuple[str, Mapping[str, float]] | None:
+        """The published accuracies."""
+        return "top-1 accuracy, percent (Wu et al., ICML 2022; Zhai et al., 2021)", imagenet.PUBLISHED
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnImageRecipe(ImageNetRecipe):
+    """A classifier of a user's own pictures."""
+
+    test_fraction: float = option(0.1, "part of each class held out to test on, where the data has no test part")
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        super().__post_init__()
+        if not 0 < self.test_fraction < 1:
+            raise ValueError(f"test_fraction must be above 0 and below 1, got {self.test_fraction}")
+
+    def _load(self, **more: Any) -> ImageNetTask:
+        return super()._load(test_fraction=self.test_fraction, **more)
+
+    def published_table(self) -> None:
+        """Nothing is published of a user's pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferRecipe(ImageNetRecipe):
+    """A ViT of timm's that goes on with another attention."""
+
+    weights: str = option("", "file of the ViT's weights; fetched by timm if absent", neutral=True)
+
+    def build_model(self, form: Any) -> nn.Module:
+        """The ViT with its attention replaced; with the weights it begins from, where it is to be trained."""
+        import timm
+
+        trains = form.augmentation is not None  # a model that a run has will be given the run's weights
+        options = {"num_classes": len(form.classes), "img_size": form.size, "drop_path_rate": self.drop_path}
+        try:
+            model = timm.create_model(self.model, pretrained=trains and not self.weights, **options)
+        except Exception as error:  # of timm, the hub's client, or what it uses
+            raise ValueError(f"timm cannot make {self.model}: {error}. Without a network: --weights FILE") from error
+        if trains and self.weights:
+            _load_weights(model, self.weights)
+        try:
+            report = swap_attention(model, self.attention, **read_options(self.attention_options))
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+        logger.info("%s", report)
+        return model
+
+    @property
+    def row(self) -> str:
+        """What the published table calls this model; "" for another one."""
+        published = transfer()
+        same = all(
+            getattr(self, name) == getattr(published, name)
+            for name in ("model", "attention", "attention_options", "image_size")
+        )
+        return "aft-conv-transfer" if same else ""
+
+
+def _load_weights(model: nn.Module, path: str) -> None:
+    """Weights of a file, as timm reads it; a head for other classes and positions of other sizes stay fresh."""
+    import timm.models
+
+    try:
+        given = timm.models.load_state_dict(path)
+    except Exception as error:  # of pickle, safetensors, the file system
+        raise ValueError(f"{path}: no weights that can be read: {error}") from error
+    own = model.state_dict()
+    fitting = {name: value for name, value in given.items() if name in own and value.shape == own[name].shape}
+    missing = [name for name in own if name not in fitting and not name.startswith(("head.", "pos_embed"))]
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} of the model's weights, or has others: {', '.join(missing[:5])}")
+    model.load_state_dict(fitting, strict=False)
+
+
+# Flowformer_CV, its script and its defaults; DeiT's main.py has the same but for what is in _DEIT.
+_SHARED: Mapping[str, Any] = {
+    "optimizer": "adamw", "weight_decay": 0.05, "decayed": "weights", "schedule": "cosine", "min_learning_rate": 1e-5,
+    "warmup_epochs": 5, "warmup_learning_rate": 1e-6, "label_smoothing": 0.1, "epochs": 300, "eval_every": 1,
+}  # fmt: skip
+_FLOWFORMER: Mapping[str, Any] = {
+    **_SHARED, "model": "flowformer_vision_small", "learning_rate": 7.5e-4, "step_images": 768, "batch_size": 96,
+    "clip_grad_norm": 1.0, "drop_path": 0.2,
+}  # fmt: skip
+_DEIT: Mapping[str, Any] = {
+    **_SHARED, "learning_rate": 1e-3, "step_images": 1_024, "batch_size": 128, "clip_grad_norm": 0.0, "drop_path": 0.1,
+    "erasing": 0.25, "repeats": 3,
+}  # fmt: skip
+
+
+def flowformer(row: str, attention: str, /, **fields: Any) -> ImageNetRecipe:
+    """The published experiment on ImageNet-1K (Wu et al., ICML 2022): the hierarchical Flowformer, 43.3 M parameters.
+
+    300 epochs of AdamW, cosine from 5e-4 * 768 / 512 to 1e-5 after 5 epochs of warm-up from 1e-6, weight decay 0.05,
+    gradient norm 1, float16 on a GPU; mixup 0.8, CutMix 1.0, label smoothing 0.1, RandAugment, no erasing; drop path
+    0.2 as its code has it, whatever its option says. A step is of 768 images, there 6 GPUs of 128, here batches of 96,
+    which 1, 2, 4 or 8 devices divide. The published runs go on for 10 epochs at 1e-5 (timm's cooldown); these do not.
+    The published figure is that of the best epoch on the validation set, which stands as test set here.
+    """
+    return ImageNetRecipe(**{"name": f"imagenet/{row}", **_FLOWFORMER, "attention": attention, **fields})
+
+
+def deit(row: str, model: str, attention: str, /, **fields: Any) -> ImageNetRecipe:
+    """DeiT with other attention, by DeiT's own recipe (facebookresearch/deit, main.py), which AFT's experiments follow.
+
+    300 epochs of AdamW, cosine from 5e-4 * 1,024 / 512 to 1e-5 after 5 epochs of warm-up from 1e-6, weight decay 0.05,
+    no clipping; drop path 0.1, mixup 0.8, CutMix 1.0, label smoothing 0.1, RandAugment, erasing 0.25, each image three
+    times in a row. A mean of weights over time, which DeiT's code keeps beside them, is left out: its figures are of
+    the weights themselves. Of Flow-Attention in DeiT the accuracy is published, and of Mobile-Attention that it was
+    done, but neither's recipe nor the latter's accuracy.
+    """
+    return ImageNetRecipe(**{"name": f"imagenet/{row}", **_DEIT, "model": model, "attention": attention, **fields})
+
+
+def transfer(**fields: Any) -> TransferRecipe:
+    """AFT-conv from DeiT's weights at 384 pixels (Zhai et al., 2021, table 8): 32 heads, kernel 25.
+
+    All of DeiT-base but positions, class token, and the projections of queries and keys. 100 epochs in steps of 64
+    images, as published. The learning rate is not: here it is DeiT's rule, 5e-4 * 64 / 512, as is all else. timm
+    fetches the weights, or --weights FILE has them.
+    """
+    published: dict[str, Any] = {
+        **_DEIT, "model": "deit_base_patch16_384", "attention": "aft_conv", "image_size": 384, "epochs": 100,
+        "attention_options": '{"num_heads": 32, "kernel_size": [25, 25]}',
+        "learning_rate": 6.25e-5, "min_learning_rate": 1e-6, "step_images": 64, "batch_size": 16,
+    }  # fmt: skip
+    return TransferRecipe(**{"name": "imagenet/aft-conv-transfer", **published, **fields})
+
+
+def own(**fields: Any) -> OwnImageRecipe:
+    """A small hierarchical Flowformer on pictures of your own: DIR/CLASS/PICTURE, or the same in DIR/train and DIR/val.
+
+    --data DIR also holds parquet or tar files, as ImageNet's does. Without a val or test part, a tenth of each class is
+    held out, always the same. Settings of our own: 64 x 64 pixels, crops and mirror images, 50 epochs. Larger pictures:
+    --image-size 224 --model flowformer_vision_tiny --patch-size 4.
+    """
+    ours: dict[str, Any] = {
+        "model": "flowformer_vision_micro", "attention": "flow", "image_size": 64, "patch_size": 4, "epochs": 50,
+        "optimizer": "adamw", "learning_rate": 2e-3, "weight_decay": 0.05, "decayed": "weights", "schedule": "cosine",
+        "warmup_epochs": 1, "clip_grad_norm": 1.0, "batch_size": 64, "accumulate": 1, "label_smoothing": 0.1,
+        "rand_augment": "", "color_jitter": 0.2, "mixup": 0.0, "cutmix": 0.0, "eval_every": 1,
+    }  # fmt: skip
+    return OwnImageRecipe(**{"name": "images/own", **ours, **fields})
+
+
+_FLOWFORMER_ROWS = {"flowformer": "flow", "softmax": "softmax", "linear": "linear"}
+_DEIT_ROWS: Mapping[str, tuple[str, str]] = {
+    **{row: pair for pair, row in _ROWS.items() if not pair[0].startswith("flowformer")},
+    "deit-tiny-mobile": ("deit_tiny_mobile", ""),
+    "deit-small-mobile": ("deit_small_mobile", ""),
+}
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    **{f"imagenet/{row}": partial(flowformer, row, attention) for row, attention in _FLOWFORMER_ROWS.items()},
+    **{f"imagenet/{row}": partial(deit, row, *pair) for row, pair in _DEIT_ROWS.items()},
+    "imagenet/aft-conv-transfer": transfer,
+    "images/own": own,
+}

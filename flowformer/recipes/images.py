@@ -1,0 +1,151 @@
+"""Classifiers of pictures: CIFAR-10, scikit-learn's digits, and a user's own. No published experiment is among them.
+
+Flowformer's own experiment on images is ImageNet's: :mod:`flowformer.recipes.imagenet`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from flowformer.models import create_model
+from flowformer.tasks import images
+from flowformer.tasks.images import ImageFormat, ImageTask
+from flowformer.training.recipe import EpochRecipe, Recipe, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRecipe(EpochRecipe):
+    """A classifier of pictures."""
+
+    data: str = option("", "folder or archive of the pictures", neutral=True)
+    model: str = option("flowformer_vision_micro", "shape: a model of images that `flowformer list` shows")
+    attention: str = option("", "attention mechanism: any that `flowformer list` shows; the model's own if absent")
+    attention_options: str = option("", "options of the mechanism, as JSON: '{\"competition\": null}'")
+    image_size: int = option(0, "side of a picture, in pixels; 0 for the data's own")
+    patch_size: int = option(0, "side of a patch, in pixels; 0 for the model's own")
+    drop_path: float = option(0.0, "probability of leaving out what the last block adds, less in those before")
+    dropout: float = option(0.0, "dropout, on what attention and feed-forward networks add")
+    label_smoothing: float = option(0.0, "share of the target that all classes have")
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        super().__post_init__()
+        if self.image_size < 0 or self.patch_size < 0:
+            raise ValueError(f"image_size and patch_size must not be negative, got {self.image_size, self.patch_size}")
+        for name in ("drop_path", "dropout", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        read_options(self.attention_options)
+
+    @property
+    def label(self) -> str:
+        """The default name of the run's folder."""
+        return f"{self.attention or self.model}-seed{self.seed}"
+
+    def read_format(self, values: dict[str, Any]) -> ImageFormat:
+        """The format that a run has written down."""
+        return ImageFormat.from_json(values)
+
+    def build_model(self, form: ImageFormat) -> nn.Module:
+        """The model of the recipe, with its attention."""
+        options: dict[str, Any] = {"image_size": form.size, "channels": form.channels}
+        if self.patch_size:
+            options["patch_size"] = self.patch_size
+        if self.attention:
+            options["attention"] = self.attention
+        if self.attention or self.attention_options:
+            options["attention_options"] = read_options(self.attention_options)
+        try:
+            return create_model(
+                self.model, classes=len(form.classes), drop_path=self.drop_path, dropout=self.dropout, **options
+            )
+        except TypeError as error:  # a model of another kind, an option that a mechanism does not have
+            raise ValueError(str(error)) from error
+
+
+def read_options(text: str) -> dict[str, Any]:
+    """Options of a mechanism from JSON; none from the empty text.
+
+    Raises:
+        ValueError: for what is no JSON object.
+    """
+    try:
+        options = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"attention_options must be JSON, got {text!r}: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"attention_options must be a JSON object, got {text!r}")
+    return options
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallImageRecipe(ImageRecipe):
+    """A classifier of pictures that fit in memory."""
+
+    flip: bool = option(True, "mirror half of the pictures in training")
+    crop_padding: int = option(4, "in training, shift pictures by up to so many pixels")
+    test_fraction: float = option(0.1, "part held out to test on, where the data has no test part")
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        super().__post_init__()
+        if self.crop_padding < 0 or not 0 < self.test_fraction < 1:
+            raise ValueError(
+                f"crop_padding must not be negative, and test_fraction in (0, 1), got {self.crop_padding} and "
+                f"{self.test_fraction}"
+            )
+
+    def _prepare(self, task: ImageTask) -> ImageTask:
+        task = replace(
+            task, flip=self.flip, crop_padding=self.crop_padding, label_smoothing=self.label_smoothing
+        )  # fmt: skip
+        return task.split_validation(self.validation_fraction, self.seed) if self.validation_fraction else task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cifar10Recipe(SmallImageRecipe):
+    """A classifier of CIFAR-10."""
+
+    def build_task(self) -> ImageTask:
+        """Read CIFAR-10."""
+        return self._prepare(images.load_cifar10(self.data, test_fraction=self.test_fraction))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsRecipe(SmallImageRecipe):
+    """A classifier of scikit-learn's digits."""
+
+    def build_task(self) -> ImageTask:
+        """Read the digits."""
+        return self._prepare(images.load_digits(test_fraction=self.test_fraction))
+
+
+_OURS: Mapping[str, Any] = {
+    "attention": "flow", "optimizer": "adamw", "learning_rate": 2e-3, "weight_decay": 0.05, "decayed": "weights",
+    "schedule": "cosine", "warmup_epochs": 1, "clip_grad_norm": 1.0, "batch_size": 64, "label_smoothing": 0.1,
+}  # fmt: skip
+
+
+def cifar10(**fields: Any) -> Cifar10Recipe:
+    """A small hierarchical Flowformer on CIFAR-10, from any of its forms: --data PATH. Settings of our own.
+
+    Without a test set (a part of the archive, say) a tenth of each class is held out, always the same.
+    """
+    return Cifar10Recipe(**{"name": "images/cifar10", **_OURS, "epochs": 30, **fields})
+
+
+def digits(**fields: Any) -> DigitsRecipe:
+    """The same on the digits of 8 x 8 pixels that scikit-learn ships, a fifth held out: about a minute on a laptop."""
+    ours = {"patch_size": 1, "epochs": 30, "flip": False, "crop_padding": 1, "test_fraction": 0.2, "eval_every": 5}
+    return DigitsRecipe(**{"name": "images/digits", **_OURS, **ours, **fields})
+
+
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    "images/cifar10": cifar10,
+    "images/digits": digits,
+}

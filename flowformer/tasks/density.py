@@ -1,0 +1,367 @@
+"""Density of images: a sub-pixel at a time, in bits per dimension.
+
+An image (height, width, channels) is a sequence in raster order: row by row, in a row pixel by pixel, in a pixel red,
+green and blue. A value is a token; all channels share one vocabulary, and so one embedding and one head. Source: Zhai
+et al., "An Attention Free Transformer", 2021, on CIFAR-10 (tables 2 and 3).
+
+Every sub-pixel counts, the first one too: it is foretold from :data:`START`, which stands at position 0 of what a model
+sees. Sub-pixel t stands at position t + 1, and the last one is not seen, so that a model needs as many positions as
+there are sub-pixels. Learned positions tell START from a sub-pixel of the same value: nothing else is at position 0.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from flowformer.models.generation import generate
+from flowformer.models.language import LanguageModel
+from flowformer.tasks import cifar
+from flowformer.tasks.metric import Metric
+from flowformer.tasks.series_files import DataError
+from flowformer.tasks.text import SupportsLoss
+
+START = 0  # the token that the first sub-pixel is foretold from
+
+# Test bits per dimension of CIFAR-10: Zhai et al., 2021, table 2, and table 3 for the free table of position biases.
+PUBLISHED: Mapping[str, float] = {
+    "pixelcnn": 3.14,
+    "pixelcnn++": 2.92,
+    "pixelsnail": 2.85,
+    "sparse-transformer": 2.80,
+    "image-transformer": 2.90,
+    "transformer-12": 2.88,
+    "transformer-24": 2.86,
+    "aft-local-12": 2.80,
+    "aft-local-24": 2.74,
+    "aft-local-24-free": 2.84,
+    "aft-simple": 2.89,
+}
+CIFAR10_SIZES = (50_000, 10_000)  # images to train on, and to test with
+# Sums of red, green and blue over the images to train on: the means 125.306918046875, 122.950394140625 and
+# 113.86538318359375, which many programs subtract, times 50,000 x 1,024.
+CIFAR10_SUMS = (6_415_714_204, 6_295_060_180, 5_829_907_619)
+
+BITS_PER_DIMENSION = Metric(
+    "bits per dimension", "loss", shown=lambda nats: nats / math.log(2), higher_is_better=False, digits=3
+)
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """How images are prepared for a model.
+
+    Attributes:
+        height: Rows.
+        width: Pixels of a row.
+        channels: Sub-pixels of a pixel.
+        levels: Values that a sub-pixel has, from 0; at most 256.
+    """
+
+    height: int
+    width: int
+    channels: int
+    levels: int = 256
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that mean nothing."""
+        if min(self.height, self.width, self.channels) < 1 or not 2 <= self.levels <= 256:
+            raise ValueError(f"want positive sizes and 2 to 256 levels, got {self}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels."""
+        return self.height, self.width, self.channels
+
+    @property
+    def vocab_size(self) -> int:
+        """Values that a model foretells: the levels."""
+        return self.levels
+
+    @property
+    def length(self) -> int:
+        """Sub-pixels of an image, which are the dimensions of the density."""
+        return math.prod(self.shape)
+
+    def collate(self, items: Sequence[np.ndarray]) -> dict[str, Tensor]:
+        """Make a batch of uint8 images (height, width, channels).
+
+        Returns:
+            ``targets``, the sub-pixels in raster order, and ``tokens``, what each is foretold from: START and those
+            before it; both (batch, length) int64.
+
+        Raises:
+            ValueError: for images of another shape.
+        """
+        for item in items:
+            if item.shape != self.shape:
+                raise ValueError(f"images must be {self.shape}, got {item.shape}")
+        targets = torch.from_numpy(np.stack(items).reshape(len(items), self.length).astype(np.int64))
+        return {"tokens": nn.functional.pad(targets[:, :-1], (1, 0), value=START), "targets": targets}
+
+    def to_json(self) -> dict[str, Any]:
+        """The format as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> PixelFormat:
+        """The format that :meth:`to_json` wrote."""
+        return cls(**values)
+
+
+def augment(image: np.ndarray, *, flip: bool, shift: int, levels: int, generator: np.random.Generator) -> np.ndarray:
+    """An image as it is trained on: turned left to right half of the time, then brighter or darker.
+
+    Args:
+        image: (height, width, channels) uint8.
+        flip: Whether to turn it, with probability 1/2.
+        shift: One whole number from -shift to shift, each as likely, is added to all sub-pixels.
+        levels: Results are clipped to 0 and levels - 1.
+        generator: Of the random numbers.
+
+    Returns:
+        Likewise.
+    """
+    if flip and generator.random() < 0.5:
+        image = image[:, ::-1]
+    if shift:
+        moved = image.astype(np.int64) + generator.integers(-shift, shift, endpoint=True)
+        image = moved.clip(0, levels - 1).astype(np.uint8)
+    return image
+
+
+@dataclass(frozen=True, eq=False)
+class PixelImages(Dataset[np.ndarray]):
+    """Images by number; by (number, seed), as they are trained on: with random changes that are the seed's.
+
+    Attributes:
+        images: (n, height, width, channels) uint8, below ``levels``.
+        levels: Values that a sub-pixel has.
+        flip: As in :func:`augment`.
+        shift: As in :func:`augment`.
+    """
+
+    images: np.ndarray
+    levels: int = 256
+    flip: bool = False
+    shift: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse images that are none."""
+        if self.images.ndim != 4 or self.images.dtype != np.uint8 or not len(self.images):
+            raise ValueError(
+                f"images must be (n, height, width, channels) of uint8, got {self.images.dtype} {self.images.shape}"
+            )
+        if (brightest := int(self.images.max())) >= self.levels:
+            raise ValueError(f"sub-pixels must be below {self.levels}, got {brightest}")
+        if self.shift < 0:
+            raise ValueError(f"shift must be at least 0, got {self.shift}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: int | tuple[int, Any]) -> np.ndarray:
+        if not isinstance(key, tuple):
+            return self.images[key]
+        generator = np.random.default_rng(key[1])
+        return augment(
+            self.images[key[0]], flip=self.flip, shift=self.shift, levels=self.levels, generator=generator
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class DensityTask:
+    """Images to model, and others to test the model with, in bits per dimension.
+
+    Attributes:
+        name: Of the task.
+        train: Images to train on.
+        test: Images to test with.
+        format: How they are prepared.
+        published: Published values of the metric, by method; of CIFAR-10 itself only.
+        licence: What is known of the terms of the data.
+        source: Where the data came from.
+    """
+
+    name: str
+    train: PixelImages
+    test: PixelImages
+    format: PixelFormat
+    published: Mapping[str, float] = field(default_factory=dict)
+    licence: str = ""
+    source: str = ""
+
+    @property
+    def metric(self) -> Metric:
+        """Bits per dimension: the mean over all sub-pixels of all images."""
+        return BITS_PER_DIMENSION
+
+    @property
+    def evaluated(self) -> dict[str, PixelImages]:
+        """The set evaluated during training."""
+        return {"test": self.test}
+
+    def step(self, model: nn.Module | SupportsLoss, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Mean loss of a batch's sub-pixels, in nats."""
+        return {"loss": model.loss(batch["tokens"], batch["targets"])}  # pyright: ignore[reportCallIssue] - nn.Module hides what it offers
+
+    def size(self, batch: Mapping[str, Tensor]) -> int:
+        """Sub-pixels of a batch."""
+        return batch["targets"].numel()
+
+
+def load_cifar10(path: Path, *, flip: bool = True, shift: int = 10, held_out: float = 0.1) -> DensityTask:
+    """CIFAR-10, or other images in one of its forms.
+
+    CIFAR-10 is known by its 50,000 images to train on, the sums of their red, green and blue, and 10,000 images to test
+    with; published values stand beside figures on it alone. A copy that JPEG has changed is not CIFAR-10. Without
+    images to test with, some of those given are held out, the same ones each time.
+
+    Args:
+        path: As in :func:`flowformer.tasks.cifar.read_cifar10`.
+        flip: As in :func:`augment`.
+        shift: As in :func:`augment`.
+        held_out: The part that is held out, where there are no images to test with.
+
+    Raises:
+        DataError: as :func:`flowformer.tasks.cifar.read_cifar10`, or where nothing is left to train on or test with.
+        ValueError: for a part that is none.
+    """
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out must be above 0 and below 1, got {held_out}")
+    train, test = cifar.read_cifar10(path)
+    whole = _is_cifar10(train.images, test)
+    name, source = ("cifar10" if whole else "images in a form of CIFAR-10"), str(path)
+    if test is None:
+        tested = max(1, round(held_out * len(train)))
+        source += f"; {tested} of its {len(train)} images held out to test with (no test set of CIFAR-10)"
+        images, held = split(train.images, tested)
+    else:
+        images, held = train.images, test.images
+    if not len(images) or not len(held):
+        raise DataError(f"{path}: {len(images)} images to train on and {len(held)} to test with are not enough")
+    return DensityTask(
+        name=name,
+        train=PixelImages(images, flip=flip, shift=shift),
+        test=PixelImages(held),
+        format=PixelFormat(*images.shape[1:]),
+        published=PUBLISHED if whole else {},
+        licence=cifar.LICENCE,
+        source=source,
+    )
+
+
+def _is_cifar10(train: np.ndarray, test: cifar.LabelledImages | None) -> bool:
+    if test is None or (len(train), len(test)) != CIFAR10_SIZES:
+        return False
+    return tuple(train.sum((0, 1, 2), dtype=np.int64).tolist()) == CIFAR10_SUMS
+
+
+def load_digits(*, flip: bool = False, shift: int = 0) -> DensityTask:
+    """Handwritten digits of 8 x 8 pixels and 17 grey levels, which scikit-learn ships; a fifth of them to test with."""
+    from sklearn import datasets
+
+    pixels, _ = datasets.load_digits(return_X_y=True)
+    images = np.asarray(pixels).reshape(-1, 8, 8, 1).astype(np.uint8)
+    train, test = split(images, len(images) // 5)
+    return DensityTask(
+        name="digits",
+        train=PixelImages(train, 17, flip, shift),
+        test=PixelImages(test, 17),
+        format=PixelFormat(8, 8, 1, 17),
+        licence="UCI Optical Recognition of Handwritten Digits (Alpaydin and Kaynak, 1998): CC BY 4.0",
+        source=f"sklearn.datasets.load_digits; {len(test)} of its {len(images)} images held out to test with",
+    )
+
+
+def split(images: np.ndarray, tested: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images to train on, and ``tested`` others; which ones is the same each time."""
+    order = np.random.default_rng(0).permutation(len(images))
+    return images[order[tested:]], images[order[:tested]]
+
+
+def sample(
+    model: LanguageModel,
+    form: PixelFormat,
+    count: int = 1,
+    *,
+    watch: Callable[[Iterable[Tensor]], Iterable[Tensor]] | None = None,
+    **options: Any,
+) -> np.ndarray:
+    """Draw images from a model, a sub-pixel of each at a time.
+
+    Besides the sub-pixels drawn, only the states of the attentions are kept: with flow, linear and AFT-simple as much
+    at the end as at the beginning, with AFT-local the window; with softmax and AFT-full they grow with each sub-pixel.
+
+    Args:
+        model: The model.
+        form: The format of its images.
+        count: Images, drawn together.
+        watch: Is given the steps, and hands them on: a progress bar.
+        **options: ``seed``, ``temperature``, ``top_k`` and ``top_p``, as in
+            :func:`flowformer.models.generation.generate`. Image i of ``seed`` is image 0 of ``seed + i``, but for
+            rounding.
+
+    Returns:
+        (count, height, width, channels) uint8, values below the format's levels.
+
+    Raises:
+        ValueError, TypeError: for a model of another vocabulary, and as
+            :func:`flowformer.models.generation.generate`.
+    """
+    if model.vocab_size != form.levels:
+        raise ValueError(f"the format has {form.levels} levels, and the model a vocabulary of {model.vocab_size}")
+    steps = generate(model, [[START]] * count, max_tokens=form.length, **options)
+    values = [step.to("cpu", torch.uint8) for step in (steps if watch is None else watch(steps))]
+    return torch.stack(values, 1).view(count, *form.shape).numpy()
+
+
+def write_grid(images: np.ndarray, levels: int, path: str | Path, *, gap: int = 1, scale: int = 1) -> None:
+    """Write images side by side into a PNG file, whole or not at all; as many columns as rows, or a few more.
+
+    Args:
+        images: (n, height, width, channels) uint8, 1 channel (grey) or 3 (red, green, blue).
+        levels: Values that a sub-pixel has; the brightest is white.
+        path: The file.
+        gap: Pixels of the white line between images.
+        scale: Pixels that a pixel is wide and high.
+
+    Raises:
+        ValueError: for no image, or ones of other channels.
+    """
+    from PIL import Image
+
+    if images.ndim != 4 or not len(images) or images.shape[-1] not in (1, 3):
+        raise ValueError(f"images must be (n, height, width, 1 or 3) with n positive, got {images.shape}")
+    count, height, width, channels = images.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, np.uint8)
+    for number, image in enumerate(images):
+        top, left = number // columns * (height + gap), number % columns * (width + gap)
+        grid[top : top + height, left : left + width] = np.rint(image * (255 / (levels - 1)))
+    grid = grid.repeat(scale, 0).repeat(scale, 1)
+    png = io.BytesIO()
+    Image.fromarray(grid[..., 0] if channels == 1 else grid).save(png, "PNG")
+    _write_bytes(Path(path), png.getvalue())
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(data)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
