@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from flowformer import cli
+from flowformer.cli import runs
 from flowformer.recipes import find_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +42,7 @@ def test_training_command_is_understood(command, capsys):
         assert stop.value.code == 0
         assert "--learning-rate" in capsys.readouterr().out
     else:
-        values = vars(cli._recipe_parser(name, find_recipe(name)).parse([name, *options]))
+        values = vars(runs.recipe_parser(name, find_recipe(name)).parse([name, *options]))
         assert values["recipe"] == name
 
 

@@ -237,7 +237,7 @@ def runs(tmp_path, monkeypatch):
         "text": (language(), type("Form", (pictures.TextFormat,), {})(BytesTokenizer(), 40)),
         "pixels": (language(), FORM),
     }
-    monkeypatch.setattr(cli, "_open_run", lambda folder, checkpoint: (None, *made[str(folder)]))
+    monkeypatch.setattr("flowformer.cli.runs.open_run", lambda folder, checkpoint: (None, *made[str(folder)]))
     monkeypatch.chdir(tmp_path)
     from PIL import Image
 

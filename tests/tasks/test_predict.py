@@ -28,7 +28,7 @@ def run(monkeypatch, tmp_path):
     torch.manual_seed(0)
     sizes = {"channels": 2, "classes": 2, "max_length": form.max_length}
     model = create_model("flowformer_timeseries", **sizes, dim=8, num_heads=2, num_layers=1, ffn_dim=8).eval()
-    monkeypatch.setattr(cli, "_open_run", lambda folder, checkpoint: (None, model, form))
+    monkeypatch.setattr("flowformer.cli.runs.open_run", lambda folder, checkpoint: (None, model, form))
     return model, form
 
 
