@@ -23,6 +23,7 @@ _RECORD_BYTES = 1 + 3 * SIDE * SIDE  # a label, then the red, the green and the 
 _TRAIN_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 _TEST_BATCH = "test_batch"
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 # What a pickled array of numbers is made of, by the names of NumPy 1 and 2; nothing else is unpickled.
 _PICKLED = {
     ("numpy.core.multiarray", "_reconstruct"),
@@ -62,9 +63,10 @@ def read_cifar10(path: Path) -> tuple[LabelledImages, LabelledImages | None]:
     """Read CIFAR-10, all of it or a part.
 
     Args:
-        path: A folder, or an archive (zip, tar, tar.gz) of one. It holds the binary form (``data_batch_1.bin`` to
-            ``_5.bin``, ``test_batch.bin``), the Python form (the same names without ``.bin``), or pictures, JPEG or
-            PNG, in folders named by class: ``train/airplane/0000.png``, ``test/...``, or without ``train``.
+        path: A folder, or an archive (zip, tar, tar.gz) of one, or the folder of an archive. It holds the binary form
+            (``data_batch_1.bin`` to ``_5.bin``, ``test_batch.bin``), the Python form (the same names without ``.bin``),
+            or pictures, JPEG or PNG, in folders named by class: ``train/airplane/0000.png``, ``test/...``, or without
+            ``train``.
 
     Returns:
         The training set and the test set, the latter ``None`` where there is none.
@@ -83,6 +85,9 @@ def read_cifar10(path: Path) -> tuple[LabelledImages, LabelledImages | None]:
             return parts[0], parts[1]
     train, test = _read_pictures(path, files)
     if train is None:
+        archives = [path / name for name in files if name.endswith(_ARCHIVE_SUFFIXES)]
+        if path.is_dir() and len(archives) == 1:
+            return read_cifar10(archives[0])
         raise DataError(
             f"{path} holds no CIFAR-10: want data_batch_1.bin and the others, data_batch_1 and the others (Python), or "
             f"pictures in folders named {', '.join(CLASSES)}, maybe within train and test"

@@ -151,6 +151,19 @@ def test_what_is_no_cifar10_is_refused(tmp_path):
         read_cifar10(tmp_path / "notes.txt")
 
 
+def test_the_folder_of_an_archive_will_do(batches, tmp_path):
+    write_batches(tmp_path / "made", batches, "binary")
+    (tmp_path / "data").mkdir()
+    for name in ("one.zip", "two.zip"):
+        with zipfile.ZipFile(tmp_path / "data" / name, "w") as archive:
+            for one in (tmp_path / "made").iterdir():
+                archive.write(one, one.name)
+        if name == "one.zip":
+            assert len(read_cifar10(tmp_path / "data")[0]) == 15
+    with pytest.raises(DataError, match="holds no CIFAR-10"):  # which of the two?
+        read_cifar10(tmp_path / "data")
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is not there")
 def test_twenty_thousand_real_pictures():
     train, test = read_cifar10(SHARED)
