@@ -56,7 +56,9 @@ def peak_memory_bytes() -> int | None:
 
 def environment() -> dict[str, Any]:
     """Versions, hardware and commit, as a run records them."""
-    packages = ("lightning", "numpy", "aeon", "scikit-learn", "pandas", "transformers", "tokenizers")
+    packages = (
+        "lightning", "numpy", "aeon", "scikit-learn", "pandas", "transformers", "tokenizers", "timm", "torchvision",
+    )  # fmt: skip
     return {
         "flowformer": flowformer.__version__,
         "commit": _commit(),
