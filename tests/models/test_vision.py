@@ -120,6 +120,7 @@ def test_aft_full_is_resized(options):
         model(torch.randn(2, 3, 16, 16))
     # A state dict of the resized model fits one that was built for the size.
     model.resize((48, 40))
+    assert model.stages[0].blocks[0].attention.max_length == len(model.position)
     assert model(torch.randn(2, 3, 48, 40)).shape == (2, 5)
     small(**shape, **options, **{"image_size": (48, 40)}).load_state_dict(model.state_dict())
     assert (small(**shape, **options).resize((32, 32))(images) - before).abs().max() == 0
