@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any
 from torch.utils.data import Sampler
 
 from flowformer.recipes.language import LanguageRecipe
+from flowformer.recipes.options import read_options
 from flowformer.tasks import density
 from flowformer.tasks.density import DensityTask, PixelFormat
 from flowformer.training.order import RoundSampler
@@ -81,7 +81,7 @@ class Cifar10DensityRecipe(PixelRecipe):
 
     @staticmethod
     def _shape(fields: Mapping[str, Any]) -> dict[str, Any]:
-        options = json.loads(fields["attention_options"] or "{}")
+        options = read_options(fields["attention_options"])
         return {**{name: fields[name] for name in _PLAIN}, "attention_options": options}
 
     def published_table(self) -> tuple[str, Mapping[str, float]]:

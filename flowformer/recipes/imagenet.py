@@ -20,7 +20,8 @@ from typing import Any, cast
 from torch import nn
 
 from flowformer.models.swap import swap_attention
-from flowformer.recipes.images import ImageRecipe, read_options
+from flowformer.recipes.images import ImageRecipe
+from flowformer.recipes.options import read_options
 from flowformer.tasks import imagenet
 from flowformer.tasks.imagenet import Augmentation, DrawSampler, ImageNetFormat, ImageNetTask
 from flowformer.training.recipe import Recipe, option

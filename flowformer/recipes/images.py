@@ -5,7 +5,6 @@ Flowformer's own experiment on images is ImageNet's: :mod:`flowformer.recipes.im
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from flowformer.models import create_model
+from flowformer.recipes.options import read_options
 from flowformer.tasks import images
 from flowformer.tasks.images import ImageFormat, ImageTask
 from flowformer.training.recipe import EpochRecipe, Recipe, option
@@ -66,21 +66,6 @@ class ImageRecipe(EpochRecipe):
             )
         except TypeError as error:  # a model of another kind, an option that a mechanism does not have
             raise ValueError(str(error)) from error
-
-
-def read_options(text: str) -> dict[str, Any]:
-    """Options of a mechanism from JSON; none from the empty text.
-
-    Raises:
-        ValueError: for what is no JSON object.
-    """
-    try:
-        options = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"attention_options must be JSON, got {text!r}: {error}") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"attention_options must be a JSON object, got {text!r}")
-    return options
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from torch import nn
 
 from flowformer.models import create_model
 from flowformer.models.language import LanguageModel
+from flowformer.recipes.options import read_options
 from flowformer.tasks import enwik8, text, text_files, wikitext
 from flowformer.tasks.text import TextFormat, TextTask
 from flowformer.training.recipe import Recipe, StepRecipe, option
@@ -60,16 +61,7 @@ class LanguageRecipe(StepRecipe):
         for name in _SIZES:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be positive, or 0 for the model's own, got {getattr(self, name)}")
-        self._read_options()
-
-    def _read_options(self) -> dict[str, Any]:
-        try:
-            options = json.loads(self.attention_options or "{}")
-        except json.JSONDecodeError as error:
-            raise ValueError(f"attention_options must be JSON, got {self.attention_options!r}: {error}") from error
-        if not isinstance(options, dict):
-            raise ValueError(f"attention_options must be a JSON object, got {self.attention_options!r}")
-        return options
+        read_options(self.attention_options)
 
     @property
     def label(self) -> str:
@@ -90,7 +82,7 @@ class LanguageRecipe(StepRecipe):
                 positions=None if self.positions == "none" else self.positions,
                 dropout=self.dropout,
                 attention=self.attention,
-                attention_options=self._read_options(),
+                attention_options=read_options(self.attention_options),
                 **{name: getattr(self, name) for name in _SIZES if getattr(self, name)},
             )
         except TypeError as error:  # a model of another kind, an option that a mechanism does not have
@@ -142,7 +134,7 @@ class WikiTextRecipe(TextRecipe):
     def row(self) -> str:
         """What the published table calls this model."""
         rows = {"": "", NO_COMPETITION: "-no-competition", NO_ALLOCATION: "-no-allocation"}
-        own = self._read_options()
+        own = read_options(self.attention_options)
         return self.attention + next((row for said, row in rows.items() if json.loads(said or "{}") == own), "?")
 
     def published_table(self) -> tuple[str, Mapping[str, float]]:
