@@ -170,24 +170,14 @@ class TimmVisionModel(VisionModel):
 
     def _taps(self, images: Tensor) -> Iterator[tuple[Tensor, Grid]]:
         """Tokens and their grid wherever ``feature_info`` has a map."""
-        self._check(images)
-        x = images
-        for number, stage in enumerate(cast("list[VisionStage]", list(self.stages))):
-            x = stage.patches(x)
-            grid: Grid = (x.shape[-2], x.shape[-1])
-            tokens = x.flatten(2).transpose(1, 2)
-            if number == 0:
-                tokens = self._place(tokens, grid)
-            for block in stage.blocks:
-                if self.grad_checkpointing and is_grad_enabled():
-                    tokens = cast("Tensor", checkpoint(block, tokens, grid, use_reentrant=False))
-                else:
-                    tokens = block(tokens, grid)
-                if self._by_block:
-                    yield tokens, grid
-            if not self._by_block:
+        for tokens, grid, ends in self._walk(images):
+            if ends or self._by_block:
                 yield tokens, grid
-                x = tokens.transpose(1, 2).unflatten(2, grid)
+
+    def _run_block(self, block: nn.Module, tokens: Tensor, grid: Grid) -> Tensor:
+        if self.grad_checkpointing and is_grad_enabled():
+            return cast("Tensor", checkpoint(block, tokens, grid, use_reentrant=False))
+        return super()._run_block(block, tokens, grid)
 
     # ---------------------------------------------------------------------------------------------------------- changes
 

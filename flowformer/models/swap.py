@@ -19,10 +19,9 @@ from flowformer.attention import create_attention, find_attention
 from flowformer.attention.aft_conv import AFTConv
 from flowformer.attention.base import Attention
 from flowformer.attention.registry import Mechanism
+from flowformer.models.vision import ATTENTION_DEFAULTS
 from flowformer.ops.masking import describe
 
-# AFT-conv's kernel is that of table 7 of its paper.
-_DEFAULTS: dict[str, dict[str, Any]] = {"flow": {"preset": "vision"}, "aft_conv": {"kernel_size": (11, 11)}}
 NEW_STD = 0.02  # of fresh projections, as timm's ViT begins its own
 
 
@@ -118,7 +117,7 @@ def swap_attention(
     sources = list(_find(model))
     _check_reduction(spatial_reduction, sources, mechanism)
     keep = not mechanism.linear_time if spatial_reduction is None else spatial_reduction == "keep"
-    options = {**_DEFAULTS.get(attention, {}), **options}
+    options = {**ATTENTION_DEFAULTS.get(attention, {}), **options}
     swaps = []
     for source in sources:
         limit = options.get("max_length", _count_tokens(model, source, image_size))

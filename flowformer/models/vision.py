@@ -8,7 +8,7 @@ table 7).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,12 @@ from flowformer.models.registry import register_model
 from flowformer.ops.masking import describe
 
 NORM_EPS = 1e-6  # of every LayerNorm: Flowformer_CV and DeiT alike
+
+# Options of a mechanism on images, unless others are given: the preset of Flowformer_CV, the filters of AFT's table 7.
+ATTENTION_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "flow": {"preset": "vision"},
+    "aft_conv": {"kernel_size": (11, 11)},
+}
 
 Grid = tuple[int, int]  # rows and columns of patches
 
@@ -189,11 +195,7 @@ class VisionModel(nn.Module):
         self.dims = tuple(dims)
         self.strides = tuple(patch_size * 2**stage for stage in range(len(dims)))
         self.image_size = _pair(image_size)
-        options = dict(attention_options or {})
-        if attention == "flow":
-            options.setdefault("preset", "vision")
-        if attention == "aft_conv":
-            options.setdefault("kernel_size", (11, 11))
+        options = {**ATTENTION_DEFAULTS.get(attention, {}), **(attention_options or {})}
         rates = [drop_path * block / max(sum(depths) - 1, 1) for block in range(sum(depths))]
         stages = []
         for stage, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
@@ -263,21 +265,33 @@ class VisionModel(nn.Module):
 
     def _encode(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The tokens of the last stage, and the maps of all."""
+        tokens, maps = images, []
+        for tokens, grid, ends in self._walk(images):
+            if ends:
+                maps.append(self._map(tokens, grid))
+        return tokens, maps
+
+    def _walk(self, images: Tensor) -> Iterator[tuple[Tensor, Grid, bool]]:
+        """After each block: its tokens, their grid, and whether it is the last of its stage."""
         self._check(images)
-        x, maps = images, []
-        tokens = x
+        x = images
         for number, stage in enumerate(cast("list[VisionStage]", list(self.stages))):
             x = stage.patches(x)
             grid: Grid = (x.shape[-2], x.shape[-1])
             tokens = x.flatten(2).transpose(1, 2)
             if number == 0:
                 tokens = self._place(tokens, grid)
-            for block in stage.blocks:
-                tokens = block(tokens, grid)
-            patches = tokens if self.class_token is None else tokens[:, 1:]
-            x = patches.transpose(1, 2).unflatten(2, grid)
-            maps.append(x)
-        return tokens, maps
+            for left, block in enumerate(stage.blocks, 1 - len(stage.blocks)):
+                tokens = self._run_block(block, tokens, grid)
+                yield tokens, grid, left == 0
+            x = self._map(tokens, grid)
+
+    def _run_block(self, block: nn.Module, tokens: Tensor, grid: Grid) -> Tensor:
+        return block(tokens, grid)
+
+    def _map(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Patches as an image, (batch, dim, rows, columns), without the class token."""
+        return tokens[:, self.class_token is not None :].transpose(1, 2).unflatten(2, grid)
 
     def _place(self, tokens: Tensor, grid: Grid) -> Tensor:
         """Prepend the class token and add positions."""

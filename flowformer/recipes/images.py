@@ -1,6 +1,6 @@
-"""Classifiers of pictures: CIFAR-10, scikit-learn's digits, and a user's own. No published experiment is among them.
+"""Classifiers of small pictures: CIFAR-10, and scikit-learn's digits. No published experiment is among them.
 
-Flowformer's own experiment on images is ImageNet's: :mod:`flowformer.recipes.imagenet`.
+The published one, and that on a user's own pictures, are in :mod:`flowformer.recipes.imagenet`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ class ImageRecipe(EpochRecipe):
     model: str = option("flowformer_vision_micro", "shape: a model of images that `flowformer list` shows")
     attention: str = option("", "attention mechanism: any that `flowformer list` shows; the model's own if absent")
     attention_options: str = option("", "options of the mechanism, as JSON: '{\"competition\": null}'")
-    image_size: int = option(0, "side of a picture, in pixels; 0 for the data's own")
     patch_size: int = option(0, "side of a patch, in pixels; 0 for the model's own")
     drop_path: float = option(0.0, "probability of leaving out what the last block adds, less in those before")
     dropout: float = option(0.0, "dropout, on what attention and feed-forward networks add")
@@ -35,8 +34,8 @@ class ImageRecipe(EpochRecipe):
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
         super().__post_init__()
-        if self.image_size < 0 or self.patch_size < 0:
-            raise ValueError(f"image_size and patch_size must not be negative, got {self.image_size, self.patch_size}")
+        if self.patch_size < 0:
+            raise ValueError(f"patch_size must not be negative, got {self.patch_size}")
         for name in ("drop_path", "dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")

@@ -1,4 +1,4 @@
-"""Classification of labelled pictures: preparing and varying them, loss and metric; CIFAR-10, digits, your own."""
+"""Classification of labelled pictures: preparing and varying them, loss and metric; CIFAR-10, digits."""
 
 from __future__ import annotations
 

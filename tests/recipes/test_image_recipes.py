@@ -110,6 +110,12 @@ def test_a_model_of_its_own_attention_is_named(tmp_path, capsys):
     assert "attention of flowformer_vision_micro" in capsys.readouterr().out.replace("\n", " ")
 
 
+def test_what_would_be_ignored_is_refused(capsys):
+    # Pictures of these sets have one size.
+    assert main(["train", "images/digits", "--image-size", "64"]) == 2
+    assert "unknown argument --image-size" in capsys.readouterr().err
+
+
 def test_the_command_says_what_is_missing(capsys):
     assert main(["train", "images/cifar10"]) == 2
     assert "give --data PATH" in capsys.readouterr().err
