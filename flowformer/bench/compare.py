@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from flowformer.bench.registry import BACKENDS
 from flowformer.bench.runner import Plan
 from flowformer.bench.worker import ROOT, ask
-from flowformer.ops.backend import BACKENDS
 from flowformer.training.files import RunError
 
 Record = dict[str, Any]

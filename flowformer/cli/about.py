@@ -94,11 +94,13 @@ def _info(words: Sequence[str]) -> int:
 
 
 def _info_attention(name: str) -> None:
-    from flowformer.attention import find_attention
+    from flowformer.mechanisms import LIMITS, find_attention
 
     row = find_attention(name)
     print(f"{name}: {row.module.__name__}\n\n{inspect.getdoc(row.module)}\n")
-    print(f"Time: {row.complexity}; memory {'linear' if row.linear else 'not linear'} in length\nSource: {row.source}")
+    print(f"Time: {row.cost}\nSource: {row.source}")
+    for limit, reason in row.cannot.items():
+        print(f"Not: {LIMITS[limit]}, since {reason}")
 
 
 def _info_recipe(name: str, function: Any) -> None:
@@ -118,10 +120,10 @@ def _doctor(words: Sequence[str]) -> int:
     """Show what is installed here, and what would run."""
     import torch
 
-    from flowformer.ops import backend
+    from flowformer.core import backends
 
     Parser(prog="flowformer doctor", description=_doctor.__doc__).parse(words)
-    chosen, why = usable(backend.choose_and_say_why, "flow_attention")
+    chosen, why = usable(backends.choose_and_say_why, "flow_attention")
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     rows = {
         "flowformer": f"{flowformer.__version__} in {Path(flowformer.__file__).parent}",

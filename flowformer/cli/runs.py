@@ -182,13 +182,13 @@ def _draw(values: argparse.Namespace, recipe: Any, model: Any, form: Any) -> int
     from rich.console import Console
     from rich.progress import track
 
-    from flowformer.attention import find_attention
+    from flowformer.mechanisms import find_attention
     from flowformer.tasks.density import sample, write_grid
 
     _refuse(values, "images", "prompt", "tokens", "stop")
     if values.out is None or values.out.suffix.lower() != ".png" or values.out.is_dir():
         raise UsageError(f"images want --out FILE.png, got {values.out}")
-    if not find_attention(recipe.attention).fixed_state:
+    if not find_attention(recipe.attention).can("fixed state"):
         print(f"{recipe.attention} remembers every sub-pixel: memory grows with each that is drawn", file=sys.stderr)
     watch = partial(track, total=form.length, description="sub-pixels", console=Console(stderr=True))
     images = usable(
