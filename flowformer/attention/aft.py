@@ -112,14 +112,18 @@ class _PositionedAFT(AFT):
     ) -> None:
         super().__init__(dim, num_heads, causal=causal, bias=bias, dropout=dropout, head_dim=head_dim)
         self.max_length, self.position_dim = self._check_positions(max_length, position_dim, position_std), position_dim
-
-        def fresh(channels: int) -> nn.Parameter:
-            return nn.Parameter(nn.init.normal_(torch.empty(self.max_length, channels), std=position_std))
-
+        self.position_std = position_std
         if position_dim is None:
-            self.position_table = fresh(self.max_length)
+            self.position_table = nn.Parameter(torch.empty(self.max_length, self.max_length))
         else:
-            self.query_positions, self.key_positions = fresh(position_dim), fresh(position_dim)
+            self.query_positions = nn.Parameter(torch.empty(self.max_length, position_dim))
+            self.key_positions = nn.Parameter(torch.empty(self.max_length, position_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw fresh position biases, N(0, position_std); the projections are reset as modules of their own."""
+        for parameter in self.parameters(recurse=False):
+            nn.init.normal_(parameter, std=self.position_std)
 
     @property
     def position_bias(self) -> Tensor | tuple[Tensor, Tensor]:

@@ -73,9 +73,16 @@ class AFTConv(AFT):
         self.hard = hard
         if len(self.kernel_size) == 2:
             self.axes = "batch, height, width"
-        self.kernel = nn.Parameter(nn.init.normal_(torch.empty(num_heads, *self.kernel_size)))
-        self.gamma = nn.Parameter(torch.zeros(num_heads))
-        self.beta = nn.Parameter(torch.zeros(num_heads))
+        self.kernel = nn.Parameter(torch.empty(num_heads, *self.kernel_size))
+        self.gamma = nn.Parameter(torch.empty(num_heads))
+        self.beta = nn.Parameter(torch.empty(num_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw fresh filters, which are zero; the projections are reset as modules of their own."""
+        nn.init.normal_(self.kernel)
+        nn.init.zeros_(self.gamma)
+        nn.init.zeros_(self.beta)
 
     @property
     def key_width(self) -> int:

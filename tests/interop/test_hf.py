@@ -156,7 +156,7 @@ def test_configurations_refuse():
         FlowformerModel(configure(num_hidden_layers=0))
     with pytest.raises(ValueError, match="no attention 'flwo'"):
         FlowformerModel(configure("flwo"))
-    with pytest.raises(ValueError, match="wants max_length"):
+    with pytest.raises(ValueError, match="needs max_length"):
         FlowformerModel(configure(max_position_embeddings=None))
     with pytest.raises(StrictDataclassFieldValidationError, match="hidden_size"):
         configure(hidden_size="wide")

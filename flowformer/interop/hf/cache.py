@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from flowformer.models.language import LanguageState
+from flowformer.models.decoder import LanguageState
 
 
 class FlowformerCacheLayer(CacheLayerMixin):

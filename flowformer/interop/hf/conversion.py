@@ -130,10 +130,7 @@ def _read_name(attention: Attention) -> str:
 
 
 def _read_attention(attention: Attention) -> dict[str, Any]:
-    """The options of a mechanism: each is kept under its own name, those that override a preset together.
-
-    The deviation of fresh position biases alone is not kept; weights that are there do not need it.
-    """
+    """The options of a mechanism: each is kept under its own name, those that override a preset together."""
     options: dict[str, Any] = {}
     for name, parameter in inspect.signature(type(attention)).parameters.items():
         if name in ("dim", "num_heads", "causal", "max_length"):
