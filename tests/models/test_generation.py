@@ -406,3 +406,51 @@ def test_the_likeliest_token_has_no_probabilities():
     with pytest.raises(ValueError, match="temperature must be positive to have probabilities"):
         next_probabilities(torch.zeros(3), temperature=0)
     assert generation.DONE == -1
+
+
+# ------------------------------------------------------------------------------------------------ as a method
+
+
+def test_the_method_gives_whole_rows():
+    model = build().train()
+    wanted = collect(model, PROMPTS, max_new_tokens=6, temperature=0.8, top_k=9, top_p=0.9, seed=3)
+    rows = model.generate(PROMPTS, max_new_tokens=6, temperature=0.8, top_k=9, top_p=0.9, seed=3)
+    assert [row.tolist() for row in rows] == [prompt + new for prompt, new in zip(PROMPTS, wanted, strict=True)]
+    assert {row.dtype for row in rows} == {torch.int64}
+    assert model.training
+    square = torch.tensor([PROMPTS[2], PROMPTS[2]])
+    assert [row.tolist() for row in model.generate(square, max_new_tokens=2, temperature=0)] == [
+        model.generate([PROMPTS[2]], max_new_tokens=2, temperature=0)[0].tolist()
+    ] * 2
+
+
+def test_the_method_ends_rows_at_eos():
+    model = build()
+    options = {"max_new_tokens": 12, "seed": 0, "temperature": 2.0}
+    free = [row.tolist() for row in model.generate(PROMPTS, **options)]
+    eos = free[0][len(PROMPTS[0]) + 2]
+    for given in (eos, [eos], {eos, VOCABULARY - 1}):
+        ends = {eos} if given == eos else set(given)
+        for prompt, row, whole in zip(
+            PROMPTS, model.generate(PROMPTS, eos_token_id=given, **options), free, strict=True
+        ):
+            new = whole[len(prompt) :]
+            stop = next((place + 1 for place, token in enumerate(new) if token in ends), len(new))
+            assert row.tolist() == prompt + new[:stop]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"prompts": []}, ValueError, "one sequence of tokens or more"),
+        ({"prompts": [[]]}, ValueError, r"prompts\[0\] is empty"),
+        ({"prompts": torch.tensor([1, 2])}, ValueError, "a single prompt goes in a list"),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1"),
+        ({"eos_token_id": True}, TypeError, "eos_token_id must be a whole number"),
+        ({"temperature": -1}, ValueError, "temperature must be finite and not negative"),
+    ],
+)
+def test_the_method_refuses(changes, error, message):
+    arguments = {"prompts": PROMPTS, "max_new_tokens": 4, **changes}
+    with pytest.raises(error, match=message):
+        build().generate(arguments.pop("prompts"), **arguments)
