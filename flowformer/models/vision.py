@@ -7,6 +7,7 @@ table 7).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -97,35 +98,39 @@ class VisionModel(nn.Module):
         self.img_size = _pair(img_size)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         options = {**ATTENTION_DEFAULTS.get(attention, {}), **(attention_options or {})}
-        rates = [drop_path_rate * block / max(sum(depths) - 1, 1) for block in range(sum(depths))]
-        stages = []
+        block = partial(
+            VisionBlock, attention=attention, attention_options=options, layer_scale=layer_scale, dropout=dropout,
+            **factory,
+        )  # fmt: skip
+        rates = [drop_path_rate * number / max(sum(depths) - 1, 1) for number in range(sum(depths))]
+        stages, before = [], in_chans
         for stage, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True)):
-            grid = self.grids(self.img_size)[stage]
+            length = math.prod(self.grids(self.img_size)[stage]) + class_token
             blocks = [
-                VisionBlock(
-                    dim, heads[stage], round(mlp_ratio * dim), attention=attention, attention_options=options,
-                    max_length=grid[0] * grid[1] + class_token, layer_scale=layer_scale, drop_path=rates.pop(0),
-                    dropout=dropout, **factory,
-                )
+                block(dim, heads[stage], round(mlp_ratio * dim), max_length=length, drop_path=rates.pop(0))
                 for _ in range(depth)
-            ]  # fmt: skip
-            if class_token and blocks[0].attention.axes == "batch, height, width":
-                raise ValueError(f"{attention} in two dimensions sees a grid of patches, and no class token")
-            before, side = (in_chans, patch_size) if stage == 0 else (embed_dims[stage - 1], 2)
-            stages.append(VisionStage(before, dim, side, blocks, **factory))
+            ]
+            stages.append(VisionStage(before, dim, 2 if stage else patch_size, blocks, **factory))
+            before = dim
         self.stages = nn.ModuleList(stages)
-        rows, columns = self.grids(self.img_size)[0]
-        places = rows * columns + class_token
-        self.class_token = nn.Parameter(torch.empty(1, embed_dims[0], **factory)) if class_token else None
-        self.position = nn.Parameter(torch.empty(places, embed_dims[0], **factory)) if positions else None
-        headless = features_only or num_classes == 0
-        self.norm = nn.Identity() if features_only else nn.LayerNorm(embed_dims[-1], eps=NORM_EPS, **factory)
-        self.head = nn.Identity() if headless else nn.Linear(embed_dims[-1], num_classes, **factory)
+        if class_token and stages[0].blocks[0].attention.axes == "batch, height, width":
+            raise ValueError(f"{attention} in two dimensions sees a grid of patches, and no class token")
+        self._build_ends(class_token, positions, factory)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 set_initializer(module, partial(truncated_normal, std=weight_std))
         self.reset_parameters()
         draw_parameters(self)
+
+    def _build_ends(self, class_token: bool, positions: bool, factory: dict[str, Any]) -> None:
+        """Make what comes before the blocks and after them."""
+        first, last = self.embed_dims[0], self.embed_dims[-1]
+        places = math.prod(self.grids(self.img_size)[0]) + class_token
+        self.class_token = nn.Parameter(torch.empty(1, first, **factory)) if class_token else None
+        self.position = nn.Parameter(torch.empty(places, first, **factory)) if positions else None
+        headless = self.features_only or self.num_classes == 0
+        self.norm = nn.Identity() if self.features_only else nn.LayerNorm(last, eps=NORM_EPS, **factory)
+        self.head = nn.Identity() if headless else nn.Linear(last, self.num_classes, **factory)
 
     def reset_parameters(self) -> None:
         """Draw fresh positions and a fresh class token; all else is reset as modules of their own."""
@@ -347,7 +352,7 @@ def flowformer_vision_micro(num_classes: int = 10, **options: Any) -> VisionMode
     return VisionModel(num_classes, **{**shape, **options})
 
 
-def _deit(dim: int, attention: str, attention_options: Mapping[str, Any], shape: Mapping[str, Any]) -> Any:
+def _deit(dim: int, attention: str, attention_options: Mapping[str, Any], shape: Mapping[str, Any]) -> dict[str, Any]:
     """DeiT of 12 blocks with heads of 64 channels, patches of 16 x 16 pixels, a class token and learned positions."""
     published = {
         "patch_size": 16, "embed_dims": (dim,), "depths": (12,), "num_heads": dim // 64, "class_token": True,

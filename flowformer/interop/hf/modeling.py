@@ -215,14 +215,14 @@ class FlowformerForCausalLM(FlowformerPreTrainedModel, GenerationMixin):
             cache: As there.
             inputs_embeds: As there.
             labels: (batch, length): the tokens again, or -100 for those that do not count. They are shifted here. Those
-                at padding do not count, nor does a row's first token, which has nothing to be foretold from.
+                at padding do not count, nor does a row's first token, which nothing precedes.
             use_cache: As there.
             logits_to_keep: Score the last so many positions only (0: all), or those numbered; not with ``labels``.
             **kwargs: ``num_items_in_batch`` to divide the loss by, ``shift_labels`` that are shifted already, and the
                 other arguments of :meth:`FlowformerModel.forward`.
 
         Returns:
-            ``logits`` (batch, length, vocab_size), which mean nothing at padding; ``loss`` with labels; ``cache``;
+            ``logits`` (batch, length, vocab_size), undefined at padding; ``loss`` with labels; ``cache``;
             ``hidden_states``.
 
         Raises:
