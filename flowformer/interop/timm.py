@@ -107,7 +107,7 @@ class TimmVisionModel(VisionModel):
     def forward_features(self, images: Tensor) -> Tensor:
         """All tokens after the final norm: (batch, tokens, dim), a class token first."""
         tokens = images
-        for tap in self._taps(images):  # a list of all would hold what is not needed any more
+        for tap in self._taps(images):  # a list of all would keep tensors that are not needed any more
             tokens = tap[0]
         return self.norm(tokens)
 
@@ -191,7 +191,7 @@ class TimmVisionModel(VisionModel):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Leave out what maps of these numbers do not need, the final norm and the head if so said.
+        """Remove the layers that maps of these numbers do not need, and on request the final norm and the head.
 
         Returns:
             The numbers of the maps.
@@ -238,7 +238,7 @@ class TimmVisionModel(VisionModel):
 
 
 def _cfg(name: str) -> dict[str, Any]:
-    """What timm wants to know of a model's images: ImageNet as in the published evaluation, 224 of 256 pixels."""
+    """Describe a model's images to timm: ImageNet as in the published evaluation, 224 of 256 pixels."""
     small = name == "flowformer_vision_micro"
     return {
         "input_size": (3, 32, 32) if small else (3, 224, 224), "num_classes": 10 if small else 1000,

@@ -80,6 +80,7 @@ def test_published_models(name, options):
     assert torch.equal(model(draw(2, 9), use_cache=False).logits, language(draw(2, 9)))
     assert repr(from_hf(model)) == repr(language)
     assert model.config.tie_word_embeddings is (language.head is None)
+    assert from_hf(model).initialization == language.initialization
     assert (model.lm_head.weight is model.model.embed.weight) is (language.head is None)
 
 

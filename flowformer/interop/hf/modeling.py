@@ -1,4 +1,4 @@
-"""The models: what transformers asks of one, around the blocks of :mod:`flowformer.models.language`."""
+"""Models of transformers around :class:`flowformer.models.decoder.TokenDecoder`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class FlowformerBlock(GradientCheckpointingLayer, EncoderBlock):
 
 
 class FlowformerPreTrainedModel(PreTrainedModel):
-    """What the models share: how weights begin, and what transformers may do with them."""
+    """Base class of the models: initialisation, and what transformers may do with them."""
 
     config: FlowformerConfig
     config_class = FlowformerConfig
@@ -129,9 +129,9 @@ class FlowformerModel(FlowformerPreTrainedModel, TokenDecoder):
             input_ids: (batch, length), integers below ``vocab_size``; any at padding.
             attention_mask: (batch, length), or (batch, tokens so far + length) with a cache; 1 or True = a real token,
                 padding on either side.
-            cache: What came before: a cache that the model returned, or ``DynamicCache(config=config)``. It goes on.
+            cache: What came before: a cache that the model returned, or ``DynamicCache(config=config)``. It is updated.
             inputs_embeds: (batch, length, dim), instead of ``input_ids``; as the embedding gives them.
-            use_cache: Return the cache; where not said, if one was given, or ``config.use_cache`` outside of training.
+            use_cache: Return the cache; if absent, when one was given, or ``config.use_cache`` outside of training.
                 While activations are checkpointed, none is.
             output_attentions: Refused: no mechanism but softmax has a map of weights, and it does not keep it.
             output_hidden_states: Return the embeddings and the outputs of all blocks too, or of those numbered.
@@ -163,7 +163,7 @@ class FlowformerModel(FlowformerPreTrainedModel, TokenDecoder):
         return BaseModelOutputWithPast(last_hidden_state=x, cache=cache)
 
     def _prepare_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
-        """The cache to go on with, if any."""
+        """The cache to continue from, if any."""
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if cache is not None:
                 raise ValueError("no cache while activations are checkpointed: disable one of the two")
@@ -171,12 +171,12 @@ class FlowformerModel(FlowformerPreTrainedModel, TokenDecoder):
         if use_cache is None:
             use_cache = cache is not None or (self.config.use_cache and not self.training)
         if cache is not None and not use_cache:
-            raise ValueError("a cache goes on as it is read: use_cache=False does not go with one")
+            raise ValueError("a cache that is given is updated: use_cache=False contradicts it")
         return DynamicCache(config=self.config) if use_cache and cache is None else cache
 
 
 class FlowformerForCausalLM(FlowformerPreTrainedModel, GenerationMixin):
-    """The decoder and a head that scores the vocabulary for the token that follows.
+    """The decoder and a head that scores the vocabulary for the next token.
 
     Args:
         config: The options.
@@ -207,7 +207,7 @@ class FlowformerForCausalLM(FlowformerPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Scores of the token that follows, at each position.
+        """Scores of the next token, at each position.
 
         Args:
             input_ids: As in :meth:`FlowformerModel.forward`, as are the next three and ``use_cache``.
@@ -348,7 +348,7 @@ def _countable(
     if labels.shape != sizes:
         raise ValueError(f"labels must be {sizes}, as the input is, got {describe(labels)}")
     if isinstance(logits_to_keep, Tensor) or logits_to_keep:
-        raise ValueError("logits_to_keep does not go with labels, which want the scores of all positions")
+        raise ValueError("logits_to_keep does not go with labels, which need the scores of all positions")
     if attention_mask is None:
         return labels
     real = attention_mask[:, -labels.shape[1] :].bool().to(labels.device)
