@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
+from flowformer.core.checks import describe
 from flowformer.models.cross_entropy import check_tokens
 from flowformer.models.encoder import Encoder, EncoderBlock
 from flowformer.models.initialization import GPT_STD, LanguageInit
 from flowformer.models.positions import count_positions, create_positions
-from flowformer.ops.masking import describe
 
 
 class LanguageState(NamedTuple):
@@ -61,15 +61,15 @@ class Decoder(Encoder):
         """The blocks, first one first."""
         return cast("list[EncoderBlock]", list(self.blocks))
 
-    def extend(self, x: Tensor, key_padding_mask: Tensor | None, states: tuple) -> tuple[Tensor, tuple]:
+    def extend(self, x: Tensor, mask: Tensor | None, states: tuple) -> tuple[Tensor, tuple]:
         """Transform (batch, length, dim), continuing from ``states``; None is the state before the first token."""
         after = []
         for block, state in zip(self.layers, states, strict=True):
-            x, state = block(x, key_padding_mask=key_padding_mask, initial_state=state, return_state=True)
+            x, state = block(x, mask=mask, initial_state=state, return_state=True)
             after.append(state)
         x = self.norm(x)
-        if key_padding_mask is not None:
-            x = x.masked_fill(~key_padding_mask.unsqueeze(-1), 0)
+        if mask is not None:
+            x = x.masked_fill(~mask.unsqueeze(-1), 0)
         return x, tuple(after)
 
     def step(self, x: Tensor, states: tuple) -> tuple[Tensor, tuple]:
@@ -149,14 +149,14 @@ class TokenDecoder(nn.Module):
         ]  # fmt: skip
         self.decoder = Decoder(blocks, dim, norm_first=norm_first, **factory)
 
-    def embed_tokens(self, tokens: Tensor, key_padding_mask: Tensor | None = None, *, name: str = "tokens") -> Tensor:
+    def embed_tokens(self, tokens: Tensor, mask: Tensor | None = None, *, name: str = "tokens") -> Tensor:
         """Embeddings (batch, length, dim) of tokens (batch, length), any numbers at padding.
 
         Raises:
             ValueError: for a token beyond the vocabulary; ``name`` is what the message calls the tokens.
         """
-        if key_padding_mask is not None:
-            tokens = tokens.masked_fill(~key_padding_mask, 0)
+        if mask is not None:
+            tokens = tokens.masked_fill(~mask, 0)
         check_tokens(name, tokens, self.embed.num_embeddings)
         return self.embed(tokens)
 
@@ -170,7 +170,7 @@ class TokenDecoder(nn.Module):
     def decode(
         self,
         x: Tensor,
-        key_padding_mask: Tensor | None = None,
+        mask: Tensor | None = None,
         state: LanguageState | None = None,
         *,
         return_state: bool = False,
@@ -179,7 +179,7 @@ class TokenDecoder(nn.Module):
 
         Args:
             x: Embeddings (batch, length, dim), without positions.
-            key_padding_mask: (batch, length) boolean, True = a real token.
+            mask: (batch, length) boolean, True = a real token.
             state: State to continue from.
             return_state: Return the state after the last token.
 
@@ -187,16 +187,16 @@ class TokenDecoder(nn.Module):
             Hidden states (batch, length, dim), zeros at padding; and the state, or None.
         """
         before = None if state is None else state.length
-        positions = count_positions(x[..., 0], key_padding_mask, before)
+        positions = count_positions(x[..., 0], mask, before)
         x = self.add_positions(x, positions)
         if state is None and not return_state:
-            return self.decoder(x, key_padding_mask), None
+            return self.decoder(x, mask), None
         layers = (None,) * len(self.decoder.blocks) if state is None else state.layers
-        out, layers = self.decoder.extend(x, key_padding_mask, layers)
+        out, layers = self.decoder.extend(x, mask, layers)
         if not return_state:
             return out, None
         length = torch.full_like(x[:, 0, 0], x.shape[1], dtype=torch.int64)
-        length = length if key_padding_mask is None else key_padding_mask.sum(-1)
+        length = length if mask is None else mask.sum(-1)
         return out, LanguageState(length if before is None else before + length, layers)
 
 
@@ -224,13 +224,13 @@ def check_sizes(**sizes: int) -> None:
         raise ValueError(f"{' and '.join(sizes)} must be positive, got {values}")
 
 
-def find_targets(key_padding_mask: Tensor) -> Tensor:
+def find_targets(mask: Tensor) -> Tensor:
     """Which tokens can be predicted: real ones that follow a real one. In the first column, all real ones.
 
     Args:
-        key_padding_mask: (batch, length) boolean, True = a real token; padding on either side.
+        mask: (batch, length) boolean, True = a real token; padding on either side.
 
     Returns:
         (batch, length) boolean.
     """
-    return key_padding_mask & nn.functional.pad(key_padding_mask[:, :-1], (1, 0), value=True)
+    return mask & nn.functional.pad(mask[:, :-1], (1, 0), value=True)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from flowformer.attention import create_attention
-from flowformer.attention.base import Attention
+from flowformer.mechanisms import create_attention
 
 # "gelu_tanh" is the approximation that GPT-2 and the GPT-style module of thuml/Flowformer call "new gelu".
 ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
@@ -19,13 +18,6 @@ ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "gelu_tanh": partial(nn.GELU, approximate="tanh"),
     "relu": nn.ReLU,
 }
-
-
-def build_attention(
-    name: str, dim: int, num_heads: int, *, device: Device = None, dtype: torch.dtype | None = None, **options: Any
-) -> Attention:
-    """An attention module by name, on a device and in a dtype: :func:`flowformer.create_attention`."""
-    return create_attention(name, dim, num_heads, **options).to(device=device, dtype=dtype)
 
 
 class EncoderBlock(nn.Module):
@@ -74,7 +66,7 @@ class EncoderBlock(nn.Module):
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         self.norm_first = norm_first
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.attention = build_attention(
+        self.attention = create_attention(
             attention, dim, num_heads, causal=causal, max_length=max_length, **factory, **(attention_options or {})
         )
         self.norm1 = nn.LayerNorm(dim, **factory)
@@ -100,7 +92,7 @@ class EncoderBlock(nn.Module):
         Args:
             x: (batch, length, dim).
             return_state: Return the attention's state after the last token as well (causal blocks).
-            **arguments: Other arguments of the attention: ``key_padding_mask`` or ``cu_seqlens``, and in causal blocks
+            **arguments: Other arguments of the attention: ``mask`` or ``cu_seqlens``, and in causal blocks
                 ``initial_state``.
 
         Returns:
@@ -149,18 +141,18 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Encode (batch, length, dim); ``key_padding_mask`` (batch, length), True = real. Zeros at padding."""
-        if key_padding_mask is None:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Encode (batch, length, dim); ``mask`` (batch, length), True = real. Zeros at padding."""
+        if mask is None:
             return self._run(x)
         if torch.compiler.is_compiling():
-            out = self._run(x, key_padding_mask=key_padding_mask)
-            return out.masked_fill(~key_padding_mask.unsqueeze(-1), 0)
-        if key_padding_mask.all():
+            out = self._run(x, mask=mask)
+            return out.masked_fill(~mask.unsqueeze(-1), 0)
+        if mask.all():
             return self._run(x)
-        lengths = key_padding_mask.sum(-1)
+        lengths = mask.sum(-1)
         cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        real = key_padding_mask.flatten().nonzero().squeeze(-1)
+        real = mask.flatten().nonzero().squeeze(-1)
         packed = self._run(x.flatten(0, 1).index_select(0, real).unsqueeze(0), cu_seqlens=cu_seqlens).squeeze(0)
         return packed.new_zeros(x.shape).flatten(0, 1).index_copy(0, real, packed).view(x.shape)
 

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from flowformer.core.checks import describe
+from flowformer.core.precision import state_dtype
 from flowformer.models.cross_entropy import check_tokens
 from flowformer.models.decoder import LanguageState
 from flowformer.models.positions import LearnedPositions
-from flowformer.ops.masking import describe, state_dtype
 
 if TYPE_CHECKING:
     from flowformer.models.language import LanguageModel

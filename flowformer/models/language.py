@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
+from flowformer.core.checks import describe
 from flowformer.models import generation
 from flowformer.models.cross_entropy import check_tokens, cross_entropy
 from flowformer.models.decoder import LanguageState, TokenDecoder, check_sizes, check_token_ids, find_targets
 from flowformer.models.initialization import draw_parameters
 from flowformer.models.registry import register_model
-from flowformer.ops.masking import describe
 
 
 class LanguageModel(TokenDecoder):
@@ -98,7 +98,7 @@ class LanguageModel(TokenDecoder):
     def forward(
         self,
         tokens: Tensor,
-        key_padding_mask: Tensor | None = None,
+        mask: Tensor | None = None,
         *,
         initial_state: LanguageState | None = None,
         return_state: Literal[False] = False,
@@ -108,7 +108,7 @@ class LanguageModel(TokenDecoder):
     def forward(
         self,
         tokens: Tensor,
-        key_padding_mask: Tensor | None = None,
+        mask: Tensor | None = None,
         *,
         initial_state: LanguageState | None = None,
         return_state: Literal[True],
@@ -118,7 +118,7 @@ class LanguageModel(TokenDecoder):
     def forward(
         self,
         tokens: Tensor,
-        key_padding_mask: Tensor | None = None,
+        mask: Tensor | None = None,
         *,
         initial_state: LanguageState | None = None,
         return_state: bool,
@@ -127,7 +127,7 @@ class LanguageModel(TokenDecoder):
     def forward(
         self,
         tokens: Tensor,
-        key_padding_mask: Tensor | None = None,
+        mask: Tensor | None = None,
         *,
         initial_state: LanguageState | None = None,
         return_state: bool = False,
@@ -139,7 +139,7 @@ class LanguageModel(TokenDecoder):
 
         Args:
             tokens: (batch, length), integers below ``vocab_size``; any at padding.
-            key_padding_mask: (batch, length) boolean, True = a real token; padding on either side.
+            mask: (batch, length) boolean, True = a real token; padding on either side.
             initial_state: State to continue from.
             return_state: Return the state after the last token as well.
 
@@ -149,14 +149,14 @@ class LanguageModel(TokenDecoder):
         Raises:
             ValueError, TypeError: for input that is not as said above, or a sequence beyond the learned positions.
         """
-        hidden, state = self._hidden(tokens, key_padding_mask, initial_state, return_state)
+        hidden, state = self._hidden(tokens, mask, initial_state, return_state)
         return self.logits(hidden) if state is None else (self.logits(hidden), state)
 
     @overload
     def hidden(
         self,
         tokens: Tensor,
-        key_padding_mask: Tensor | None = None,
+        mask: Tensor | None = None,
         *,
         initial_state: LanguageState | None = None,
         return_state: Literal[False] = False,
@@ -166,7 +166,7 @@ class LanguageModel(TokenDecoder):
     def hidden(
         self,
         tokens: Tensor,
-        key_padding_mask: Tensor | None = None,
+        mask: Tensor | None = None,
         *,
         initial_state: LanguageState | None = None,
         return_state: Literal[True],
@@ -176,7 +176,7 @@ class LanguageModel(TokenDecoder):
     def hidden(
         self,
         tokens: Tensor,
-        key_padding_mask: Tensor | None = None,
+        mask: Tensor | None = None,
         *,
         initial_state: LanguageState | None = None,
         return_state: bool,
@@ -185,21 +185,21 @@ class LanguageModel(TokenDecoder):
     def hidden(
         self,
         tokens: Tensor,
-        key_padding_mask: Tensor | None = None,
+        mask: Tensor | None = None,
         *,
         initial_state: LanguageState | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, LanguageState]:
         """The input of the output head: (batch, length, dim), zeros at padding. Arguments as in :meth:`forward`."""
-        hidden, state = self._hidden(tokens, key_padding_mask, initial_state, return_state)
+        hidden, state = self._hidden(tokens, mask, initial_state, return_state)
         return hidden if state is None else (hidden, state)
 
     def _hidden(
-        self, tokens: Tensor, key_padding_mask: Tensor | None, state: LanguageState | None, return_state: bool
+        self, tokens: Tensor, mask: Tensor | None, state: LanguageState | None, return_state: bool
     ) -> tuple[Tensor, LanguageState | None]:
-        self._check(tokens, key_padding_mask, state)
-        x = self.embed_tokens(tokens, key_padding_mask)
-        return self.decode(x, key_padding_mask, state, return_state=return_state)
+        self._check(tokens, mask, state)
+        x = self.embed_tokens(tokens, mask)
+        return self.decode(x, mask, state, return_state=return_state)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores (..., vocab_size) of hidden states (..., dim)."""
@@ -209,7 +209,7 @@ class LanguageModel(TokenDecoder):
         self,
         tokens: Tensor,
         targets: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
+        mask: Tensor | None = None,
         *,
         ignore_index: int = -100,
         reduction: str = "mean",
@@ -220,7 +220,7 @@ class LanguageModel(TokenDecoder):
             tokens: (batch, length).
             targets: The token that follows each, (batch, length). If absent, they are ``tokens`` shifted by one: all
                 but the last token of a row are read, all but the first are predicted.
-            key_padding_mask: (batch, length) boolean, True = a real token. Padding does not count.
+            mask: (batch, length) boolean, True = a real token. Padding does not count.
             ignore_index: Target that does not count.
             reduction: ``"mean"``, ``"sum"`` or ``"none"``: see :func:`flowformer.models.cross_entropy.cross_entropy`.
 
@@ -230,14 +230,14 @@ class LanguageModel(TokenDecoder):
         Raises:
             ValueError, TypeError: as :meth:`forward`; for rows without a second token; for unknown reductions.
         """
-        self._check(tokens, key_padding_mask, None)
-        real = seen = key_padding_mask
+        self._check(tokens, mask, None)
+        real = seen = mask
         if targets is None:
             if tokens.shape[1] < 2:
                 raise ValueError(f"without targets, tokens must be two or more in a row, got {describe(tokens)}")
             tokens, targets = tokens[:, :-1], tokens[:, 1:]
-            if key_padding_mask is not None:
-                seen, real = key_padding_mask[:, :-1], find_targets(key_padding_mask)[:, 1:]
+            if mask is not None:
+                seen, real = mask[:, :-1], find_targets(mask)[:, 1:]
         if real is not None:
             targets = targets.masked_fill(~real, ignore_index)
         return cross_entropy(
@@ -315,13 +315,13 @@ class LanguageModel(TokenDecoder):
             eos_token_id=eos_token_id,
         )  # fmt: skip
 
-    def _check(self, tokens: Tensor, key_padding_mask: Tensor | None, state: LanguageState | None) -> None:
+    def _check(self, tokens: Tensor, mask: Tensor | None, state: LanguageState | None) -> None:
         check_token_ids("tokens", tokens)
-        if key_padding_mask is not None:
-            if key_padding_mask.dtype != torch.bool:
-                raise TypeError(f"key_padding_mask must be boolean, got {describe(key_padding_mask)}")
-            if key_padding_mask.shape != tokens.shape:
-                raise ValueError(f"key_padding_mask must be {tuple(tokens.shape)}, got {describe(key_padding_mask)}")
+        if mask is not None:
+            if mask.dtype != torch.bool:
+                raise TypeError(f"mask must be boolean, got {describe(mask)}")
+            if mask.shape != tokens.shape:
+                raise ValueError(f"mask must be {tuple(tokens.shape)}, got {describe(mask)}")
         if state is not None:
             if not isinstance(state, LanguageState):
                 raise TypeError(f"the state must be a LanguageState, got {type(state).__name__}")

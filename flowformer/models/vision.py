@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from flowformer.attention.aft import AFTFull, AFTLocal
+from flowformer.core.checks import describe
+from flowformer.mechanisms.aft import AFTFull, AFTLocal
 from flowformer.models.initialization import draw_parameters, set_initializer, truncated_normal
 from flowformer.models.registry import register_model
 from flowformer.models.vision_blocks import NORM_EPS, Grid, VisionBlock, VisionStage
-from flowformer.ops.masking import describe
 
 # Options of a mechanism on images, unless others are given: the preset of Flowformer_CV, the filters of AFT's table 7.
 ATTENTION_DEFAULTS: Mapping[str, Mapping[str, Any]] = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from flowformer.models.encoder import build_attention
+from flowformer.mechanisms import create_attention
 
 NORM_EPS = 1e-6  # of every LayerNorm: Flowformer_CV and DeiT alike
 
@@ -79,7 +79,7 @@ class VisionBlock(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         options = {"dropout": dropout, **(attention_options or {})}
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS, **factory)
-        self.attention = build_attention(attention, dim, num_heads, max_length=max_length, **options, **factory)
+        self.attention = create_attention(attention, dim, num_heads, max_length=max_length, **options, **factory)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS, **factory)
         self.linear1 = nn.Linear(dim, ffn_dim, **factory)
         self.activation = nn.GELU()

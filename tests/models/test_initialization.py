@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from flowformer import create_model, list_models
-from flowformer.attention import find_attention, list_attentions
+from flowformer.mechanisms import find_attention, list_attentions
 from flowformer.models.encoder import EncoderBlock
 from flowformer.models.initialization import Linear, reset_parameters, set_initializer, truncated_normal
 from flowformer.models.language import LanguageModel
@@ -20,7 +20,7 @@ SERIES = {"in_chans": 3, "num_classes": 4, "max_length": 24, "dim": 48, "num_hea
 PYRAMID = {"img_size": 32, "embed_dims": (32, 48), "depths": (1, 2), "num_heads": 4, "layer_scale": 1e-5}
 VIT = {"img_size": 64, "embed_dims": (48,), "depths": (2,), "num_heads": 4}
 OPTIONS = {"aft_local": {"window": 4}, "aft_full": {"position_dim": 8}, "aft_conv": {"kernel_size": 3}}
-CAUSAL = [name for name in list_attentions() if find_attention(name).causal]
+CAUSAL = [name for name in list_attentions() if find_attention(name).can("causal")]
 
 
 def tiny(name: str) -> dict:

@@ -19,12 +19,12 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from flowformer.core.checks import describe
 from flowformer.interop.hf.cache import read_cache, write_cache
 from flowformer.interop.hf.configuration import FlowformerConfig
 from flowformer.models.decoder import LanguageState, TokenDecoder, check_sizes, check_token_ids, find_targets
 from flowformer.models.encoder import EncoderBlock
 from flowformer.models.initialization import LanguageInit, set_initializer
-from flowformer.ops.masking import describe
 
 # The old name of `cache`, which transformers itself understands until then.
 _old_cache_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -38,7 +38,7 @@ class FlowformerBlock(GradientCheckpointingLayer, EncoderBlock):
     ) -> Tensor | tuple[Tensor, Any]:
         """As :meth:`EncoderBlock.forward`; one token after a state is computed by ``step``, which costs less."""
         state = arguments.get("initial_state")
-        alone = x.shape[1] == 1 and arguments.get("key_padding_mask") is None
+        alone = x.shape[1] == 1 and arguments.get("mask") is None
         if alone and state is not None and return_state:
             out, state = self.step(x.squeeze(1), state)
             return out.unsqueeze(1), state
