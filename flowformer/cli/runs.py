@@ -160,7 +160,7 @@ def _generate(words: Sequence[str]) -> int:
     prompts = values.prompt or ["\n"]
     pieces = usable(
         write, model, form.tokenizer, prompts, stop=values.stop,
-        max_tokens=200 if values.tokens is None else values.tokens,
+        max_new_tokens=200 if values.tokens is None else values.tokens,
         temperature=0.8 if values.temperature is None else values.temperature,
         top_k=values.top_k, top_p=values.top_p, seed=values.seed,
     )  # fmt: skip
