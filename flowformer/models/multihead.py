@@ -102,6 +102,7 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
 
     def reset_parameters(self) -> None:
         """Draw the weights anew, as ``torch.nn.MultiheadAttention`` does."""
+        self.out_proj.reset_parameters()
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
