@@ -92,7 +92,7 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
             device=device, dtype=dtype,
         )  # fmt: skip
         self._qkv_same_embed_dim = False  # else TransformerEncoderLayer computes softmax attention by itself
-        self.mechanism = mechanism
+        self.mechanism, self.options = mechanism, options
         bidirectional = _build(name, mechanism, embed_dim, num_heads, options).to(self.out_proj.weight)
         causal = copy.copy(bidirectional)  # shares the parameters, also after .to() and load_state_dict
         causal.causal = True
@@ -174,8 +174,9 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
 
     def extra_repr(self) -> str:
         """Sizes and the mechanism, for printing."""
-        sizes = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, kdim={self.kdim}, vdim={self.vdim}"
-        return f"{sizes}, dropout={self.dropout}, batch_first={self.batch_first}, mechanism={self.mechanism!r}"
+        shown = ("embed_dim", "num_heads", "kdim", "vdim", "dropout", "batch_first", "mechanism")
+        values = {name: getattr(self, name) for name in shown} | self.options
+        return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
     def adopt(self, module: nn.MultiheadAttention) -> None:
         """Share the parameters of a module of PyTorch of the same sizes; a bias for which there is no place is left."""
