@@ -100,6 +100,11 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
         if bidirectional.state_dict():
             self.attention = bidirectional
 
+    @property
+    def bidirectional(self) -> Attention:
+        """The mechanism's module without its projections, in the form that is not causal."""
+        return self._forms[0]
+
     def reset_parameters(self) -> None:
         """Draw the weights anew, as ``torch.nn.MultiheadAttention`` does."""
         self.out_proj.reset_parameters()
@@ -301,7 +306,7 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
         self, itself: bool, causal: bool, queries: Tensor | None, keys: Tensor | None, q: Tensor, k: Tensor
     ) -> tuple[Tensor | None, dict[str, Tensor | None]]:
         """Real queries, and the masks as the operation takes them."""
-        name, attention = type(self).__name__, self._forms[0]
+        name, attention = type(self).__name__, self.bidirectional
         if itself:
             if queries is not None:
                 raise ValueError(f"{name}: query_padding_mask is for cross-attention: here key_padding_mask says both")

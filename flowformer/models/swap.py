@@ -118,6 +118,9 @@ def swap_attention(
     Returns:
         What was kept, what is gone, and what is new.
 
+    Warns:
+        UserWarning: where queries of a ``torch.nn.TransformerDecoderLayer`` would compete for the memory.
+
     Raises:
         TypeError: for a model that is none, or an option that the mechanism does not have.
         ValueError: for an unknown mechanism, a model without an attention that is known, sizes that do not fit, or what

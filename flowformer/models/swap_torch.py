@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 
 from flowformer.attention.registry import Mechanism
@@ -52,6 +55,9 @@ class MultiheadSwap:
     ) -> MultiheadSwap:
         """Build what takes over, with the parameters of the module that goes; the model stays as it is.
 
+        Warns:
+            UserWarning: where a causal decoder would not be causal any more.
+
         Raises:
             TypeError, ValueError: for what the mechanism cannot do, in words.
         """
@@ -63,6 +69,13 @@ class MultiheadSwap:
             **{"bias": module.in_proj_bias is not None, **options},
         )  # fmt: skip
         built.adopt(module)
+        if _decodes(model, names[0]) and _queries_meet(built):
+            warnings.warn(
+                f"swap_attention: in {mechanism.name} attention the queries of {names[0]} compete for the memory: in a "
+                "causal decoder later targets change earlier outputs, and padded targets real ones. "
+                f"modules='*self_attn' leaves {names[0]} as it is",
+                stacklevel=3,
+            )
         return cls(names, module, built)
 
     def carry_out(self, model: nn.Module, grid: Any = None) -> tuple[list[str], dict[str, int]]:
@@ -87,10 +100,26 @@ def _check(model: nn.Module, name: str, module: nn.MultiheadAttention, mechanism
             f"swap_attention: softmax has no place for the keys that {name} appends (add_bias_kv, add_zero_attn), and "
             "would not compute the same"
         )
-    parent, _, child = name.rpartition(".")
-    decodes = child == "multihead_attn" and isinstance(model.get_submodule(parent), nn.TransformerDecoderLayer)
-    if decodes and not mechanism.cross:
+    if _decodes(model, name) and not mechanism.cross:
         raise ValueError(
             f"swap_attention: {mechanism.name} attention is self-attention, and {name} is cross-attention; "
             "modules='*self_attn' leaves it as it is"
         )
+
+
+def _decodes(model: nn.Module, name: str) -> bool:
+    """Whether a module is the cross-attention of PyTorch's decoder layer."""
+    parent, _, child = name.rpartition(".")
+    return child == "multihead_attn" and isinstance(model.get_submodule(parent), nn.TransformerDecoderLayer)
+
+
+@torch.no_grad()
+def _queries_meet(attention: DropInMultiheadAttention) -> bool:
+    """Whether an output of cross-attention depends on other queries: found by trying, for options decide it."""
+    form = copy.deepcopy(attention.bidirectional)
+    if any(parameter.is_meta for parameter in form.parameters()):
+        return False
+    form.to("cpu", torch.float64)
+    x = form.split(torch.arange(3.0 * attention.embed_dim, dtype=torch.float64).sin().view(1, 3, -1))
+    several, alone = form.attend(x, x[:, :2], x[:, :2]), form.attend(x[:, :1], x[:, :2], x[:, :2])
+    return not torch.allclose(several[:, :1], alone)

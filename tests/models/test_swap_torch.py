@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -79,7 +80,9 @@ def test_softmax_in_the_place_of_pytorchs_is_what_it_was(build):
 def test_flow_in_the_place_of_pytorchs(build):
     model = build()
     before, parameters = call(model), dict(model.named_parameters())
-    report = swap_attention(model, "flow", preset="vision")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "swap_attention: in flow attention the queries of decoder")
+        report = swap_attention(model, "flow", preset="vision")
     assert all(isinstance(model.get_submodule(name), DropInMultiheadAttention) for name in report.modules)
     # The parameters are the same objects: an optimizer that has them goes on, and those that are shared stay so.
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
@@ -112,6 +115,30 @@ def test_what_a_call_says_is_causal_is_causal():
         for arguments in ({"mask": mask}, {"mask": mask, "is_causal": True}, {"is_causal": True}):
             torch.testing.assert_close(model(x, **arguments)[:, :4], model(x[:, :4], mask=mask[:4, :4]))
         assert (model(x)[:, :4] - model(x[:, :4])).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("attention", "options", "meet"),
+    [
+        ("flow", {}, True),
+        ("flow", {"competition": None}, True),
+        ("flow", {"competition": None, "allocation": False}, False),
+        ("linear", {}, False),
+        ("softmax", {}, False),
+        ("aft_full", {"max_length": 9}, False),
+    ],
+)
+def test_a_causal_decoder_stays_causal_or_a_warning_says_that_it_does_not(attention, options, meet):
+    model = larger(nn.TransformerDecoder(nn.TransformerDecoderLayer(16, **TRANSFORMER), 1)).double()
+    if meet:
+        with pytest.warns(UserWarning, match=r"queries of layers\.0\.multihead_attn compete .* modules='\*self_attn'"):
+            swap_attention(model, attention, **options)
+    else:
+        swap_attention(model, attention, **options)
+    x, memory = torch.randn(2, 7, 16).double(), torch.randn(2, 5, 16).double()
+    mask = nn.Transformer.generate_square_subsequent_mask(7, dtype=torch.float64)
+    difference = model(x, memory, tgt_mask=mask)[:, :4] - model(x[:, :4], memory, tgt_mask=mask[:4, :4])
+    assert bool(difference.abs().max() > 1e-6) is meet
 
 
 def test_modules_are_chosen_by_name():
