@@ -287,6 +287,8 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
     def _is_causal(self, attn_mask: Tensor | None, is_causal: bool, q: Tensor, k: Tensor) -> bool:
         """Whether a call is causal; a mask that is neither causal nor empty is refused."""
         name, length, source = type(self).__name__, q.shape[1], k.shape[1]
+        if is_causal and length != source:
+            raise ValueError(f"{name}: causal attention needs as many queries as keys, got {length} and {source}")
         if attn_mask is None or (is_causal and torch.compiler.is_compiling()):
             return is_causal
         shapes = ((length, source), (len(q) * self.num_heads, length, source))

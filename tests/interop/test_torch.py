@@ -471,7 +471,7 @@ NESTED = torch.nested.as_nested_tensor([X[0], X[1, :4]], layout=torch.jagged)
         refused("key_padding_mask must be boolean", TypeError, key_padding_mask=torch.ones(BATCH, LENGTH).int()),
         refused(r"must have shape \(2, 7\), got \(7, 2\)", key_padding_mask=padding(LENGTH, 3, 4).T),
         refused("query_padding_mask is for cross-attention", query_padding_mask=padding(LENGTH, 3, 4)),
-        refused("causal attention wants as many queries as keys", key=Y, value=Y, is_causal=True),
+        refused("causal attention needs as many queries as keys, got 7 and 5", key=Y, value=Y, is_causal=True),
         refused(
             "padding in causal attention",
             key=X.clone(),
