@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import inspect
 import os
@@ -15,6 +14,7 @@ from typing import Any
 
 import flowformer
 from flowformer.cli.parser import Parser, usable
+from flowformer.common.names import nearest
 
 _RUNS = ("lightning", "rich", "safetensors", "matplotlib")  # what training and its pictures want, whatever the data
 EXTRAS = {
@@ -88,17 +88,18 @@ def _info(words: Sequence[str]) -> int:
         _info_recipe(name, find_recipe(name))
     else:
         known = [*flowformer.list_attentions(), *flowformer.list_models(), *list_recipes()]
-        near = difflib.get_close_matches(name, known, 1)
-        parser.error(f"nothing is called {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        parser.error(f"nothing is called {name!r}{nearest(name, known)}")
     return 0
 
 
 def _info_attention(name: str) -> None:
-    from flowformer.attention import find_attention
+    from flowformer.mechanisms import LIMITS, find_attention
 
     row = find_attention(name)
     print(f"{name}: {row.module.__name__}\n\n{inspect.getdoc(row.module)}\n")
-    print(f"Time: {row.complexity}; memory {'linear' if row.linear else 'not linear'} in length\nSource: {row.source}")
+    print(f"Time: {row.cost}\nSource: {row.source}")
+    for limit, reason in row.cannot.items():
+        print(f"Not: {LIMITS[limit]}, since {reason}")
 
 
 def _info_recipe(name: str, function: Any) -> None:
@@ -118,10 +119,10 @@ def _doctor(words: Sequence[str]) -> int:
     """Show what is installed here, and what would run."""
     import torch
 
-    from flowformer.ops import backend
+    from flowformer.core import backends
 
     Parser(prog="flowformer doctor", description=_doctor.__doc__).parse(words)
-    chosen, why = usable(backend.choose_and_say_why, "flow_attention")
+    chosen, why = usable(backends.choose_and_say_why, "flow_attention")
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     rows = {
         "flowformer": f"{flowformer.__version__} in {Path(flowformer.__file__).parent}",

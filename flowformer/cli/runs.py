@@ -109,9 +109,9 @@ def _predict(words: Sequence[str]) -> int:
     import csv
     import io
 
+    from flowformer.common.files import write_whole
     from flowformer.tasks.images import ImageFormat, classify_files
     from flowformer.tasks.series import SeriesFormat, classify_tables
-    from flowformer.training.files import write_whole
 
     kinds = {SeriesFormat: ("series", classify_tables), ImageFormat: ("picture", classify_files)}
     found = next((kinds[kind] for kind in kinds if isinstance(form, kind)), None)
@@ -182,13 +182,13 @@ def _draw(values: argparse.Namespace, recipe: Any, model: Any, form: Any) -> int
     from rich.console import Console
     from rich.progress import track
 
-    from flowformer.attention import find_attention
+    from flowformer.mechanisms import find_attention
     from flowformer.tasks.density import sample, write_grid
 
     _refuse(values, "images", "prompt", "tokens", "stop")
     if values.out is None or values.out.suffix.lower() != ".png" or values.out.is_dir():
         raise UsageError(f"images want --out FILE.png, got {values.out}")
-    if not find_attention(recipe.attention).fixed_state:
+    if not find_attention(recipe.attention).can("fixed state"):
         print(f"{recipe.attention} remembers every sub-pixel: memory grows with each that is drawn", file=sys.stderr)
     watch = partial(track, total=form.length, description="sub-pixels", console=Console(stderr=True))
     images = usable(

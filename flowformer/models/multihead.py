@@ -6,17 +6,15 @@ real token.
 
 from __future__ import annotations
 
-import copy
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
-from flowformer.attention import create_attention
-from flowformer.attention.base import Attention
-from flowformer.attention.maps import _ROWS, _find
-from flowformer.ops.masking import describe
+from flowformer.core.checks import describe
+from flowformer.mechanisms.base import Attention
+from flowformer.mechanisms.registry import create_attention
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -93,22 +91,34 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
         )  # fmt: skip
         self._qkv_same_embed_dim = False  # else TransformerEncoderLayer computes softmax attention by itself
         self.mechanism, self.options = mechanism, options
-        bidirectional = _build(name, mechanism, embed_dim, num_heads, options).to(self.out_proj.weight)
-        causal = copy.copy(bidirectional)  # shares the parameters, also after .to() and load_state_dict
-        causal.causal = True
-        self._forms = (bidirectional, causal)
-        if bidirectional.state_dict():
-            self.attention = bidirectional
+        attention = self._build_attention()
+        if attention.state_dict():
+            self.attention = attention
+        else:  # no submodule: nothing to save, and nothing that is called as a module
+            self.__dict__["attention"] = attention
 
-    @property
-    def bidirectional(self) -> Attention:
-        """The mechanism's module without its projections, in the form that is not causal."""
-        return self._forms[0]
+    def _build_attention(self) -> Attention:
+        """The mechanism's module without its projections."""
+        dim, factory = self.embed_dim, {"device": self.out_proj.weight.device, "dtype": self.out_proj.weight.dtype}
+        with torch.device("meta"):  # draws no random numbers
+            attention = create_attention(self.mechanism, dim, self.num_heads, **self.options)
+        widths = [tuple(getattr(attention, projection).weight.shape) for projection in _PROJECTIONS]
+        if type(attention).forward is not Attention.forward or any(width != (dim, dim) for width in widths):
+            raise ValueError(
+                f"{type(self).__name__}: {self.mechanism} attention does not have the four projections of "
+                f"torch.nn.MultiheadAttention, {dim} to {dim} channels: got "
+                f"{dict(zip(_PROJECTIONS, widths, strict=True))}"
+            )
+        if _strip(attention).state_dict():
+            attention = _strip(create_attention(self.mechanism, dim, self.num_heads, **factory, **self.options))
+        return attention
 
     def reset_parameters(self) -> None:
         """Draw the weights anew, as ``torch.nn.MultiheadAttention`` does."""
         self.out_proj.reset_parameters()
         self._reset_parameters()
+        if self.attention.state_dict():
+            self.attention.load_state_dict(self._build_attention().state_dict())
 
     def _reset_parameters(self) -> None:
         for weight in (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
@@ -168,13 +178,14 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
         keys = self._real("key_padding_mask", key_padding_mask, k, query.ndim)
         queries = self._real("query_padding_mask", query_padding_mask, q, query.ndim)
         queries, masks = self._pair_masks(query is key or query is value, causal, queries, keys, q, k)
-        form = self._forms[causal]
-        q, k, v = form.split(q), form.split(k), form.split(v)
-        out = self.out_proj(form.join(form.attend(q, k, v, **masks)))
+        q, k, v = (self.attention.split(x) for x in (q, k, v))
+        given = {"causal": causal, **masks, **self.attention.arguments()}
+        out = self.attention.mechanism.operation(q, k, v, *self.attention.learned(), **given)
+        out = self.out_proj(self.attention.join(out))
         out = dropout(out, self.dropout, self.training)
         if queries is not None:
             out = out.masked_fill(~queries.unsqueeze(-1), 0)
-        weights = _weigh(form, q, k, masks) if need_weights else None
+        weights = self._weigh(q, k, given) if need_weights else None
         return self._unbatch(out, query.ndim), self._finish(weights, query, average_attn_weights)
 
     def extra_repr(self) -> str:
@@ -230,6 +241,16 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
         if rank == 2:
             return x.squeeze(0)
         return x if self.batch_first else x.transpose(0, 1)
+
+    @torch.no_grad()
+    def _weigh(self, q: Tensor, k: Tensor, given: dict[str, Any]) -> Tensor:
+        """Weights (N, heads, L, S) of all queries, for queries and keys as the operation takes them."""
+        rows = self.attention.mechanism.rows
+        if rows is None:
+            raise ValueError(
+                f"{type(self).__name__}: {self.mechanism} attention has no weights to return: give need_weights=False"
+            )
+        return rows(q, k, range(q.shape[1]), *self.attention.learned(), heads=self.num_heads, **given)
 
     def _finish(self, weights: Tensor | None, query: Tensor, average: bool) -> Tensor | None:
         """Weights (N, heads, L, S) as PyTorch returns them."""
@@ -287,6 +308,9 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
     def _is_causal(self, attn_mask: Tensor | None, is_causal: bool, q: Tensor, k: Tensor) -> bool:
         """Whether a call is causal; a mask that is neither causal nor empty is refused."""
         name, length, source = type(self).__name__, q.shape[1], k.shape[1]
+        limits = self.attention.mechanism.cannot
+        if is_causal and "causal" in limits:
+            raise ValueError(f"{name}: {self.mechanism} attention has no causal form, since {limits['causal']}")
         if is_causal and length != source:
             raise ValueError(f"{name}: causal attention needs as many queries as keys, got {length} and {source}")
         if attn_mask is None or (is_causal and torch.compiler.is_compiling()):
@@ -296,7 +320,7 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
             raise ValueError(f"{name}: attn_mask must have shape {shapes[0]} or {shapes[1]}, got {describe(attn_mask)}")
         hidden = self._hidden("attn_mask", attn_mask)
         if length == source and (hidden == hidden.new_ones(length, length).triu(1)).all():
-            return True
+            return self._is_causal(None, True, q, k)
         if is_causal or hidden.any():
             raise ValueError(
                 f"{name}: attn_mask must be the causal mask (everything above the diagonal hidden) or hide nothing: "
@@ -308,14 +332,14 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
         self, itself: bool, causal: bool, queries: Tensor | None, keys: Tensor | None, q: Tensor, k: Tensor
     ) -> tuple[Tensor | None, dict[str, Tensor | None]]:
         """Real queries, and the masks as the operation takes them."""
-        name, attention = type(self).__name__, self.bidirectional
+        name, limits = type(self).__name__, self.attention.mechanism.cannot
         if itself:
             if queries is not None:
                 raise ValueError(f"{name}: query_padding_mask is for cross-attention: here key_padding_mask says both")
-            return keys, {"key_padding_mask": keys}
-        if attention.self_only:
+            return keys, {"mask": keys}
+        if "cross" in limits:
             raise ValueError(
-                f"{name}: {self.mechanism} attention is self-attention, {attention.self_only}; query and key must be "
+                f"{name}: {self.mechanism} attention is self-attention, since {limits['cross']}: query and key must be "
                 "one and the same tensor"
             )
         if queries is None and keys is None:
@@ -328,35 +352,13 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
         # Both are given, for one alone could be that of self-attention.
         every = [torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) for x in (q, k)]
         queries, keys = (every[0] if queries is None else queries), (every[1] if keys is None else keys)
-        return queries, {"key_padding_mask": keys, "query_padding_mask": queries}
+        return queries, {"mask": queries, "context_mask": keys}
 
 
-def _build(name: str, mechanism: str, dim: int, num_heads: int, options: dict[str, Any]) -> Attention:
-    """A mechanism's module without its projections."""
-    with torch.device("meta"):  # draws no random numbers
-        attention = create_attention(mechanism, dim, num_heads, **options)
-    widths = [getattr(attention, projection).weight.shape for projection in _PROJECTIONS]
-    if type(attention).forward is not Attention.forward or any(width != (dim, dim) for width in widths):
-        raise ValueError(
-            f"{name}: {mechanism} attention does not have the four projections of torch.nn.MultiheadAttention, "
-            f"{dim} to {dim} channels: got {dict(zip(_PROJECTIONS, map(tuple, widths), strict=True))}"
-        )
-    _strip(attention)
-    if attention.state_dict():
-        attention = create_attention(mechanism, dim, num_heads, **options)
-        _strip(attention)
-    return attention
-
-
-def _strip(attention: Attention) -> None:
+def _strip(attention: Attention) -> Attention:
     for projection in (*_PROJECTIONS, "dropout"):
         delattr(attention, projection)
-
-
-def _weigh(form: Attention, q: Tensor, k: Tensor, masks: dict[str, Tensor | None]) -> Tensor:
-    """Weights (N, heads, L, S) of all queries."""
-    with torch.no_grad():
-        return _find(_ROWS, form)(form, q, k, range(q.shape[1]), causal=form.causal, **masks)
+    return attention
 
 
 def _pad(x: Tensor) -> tuple[Tensor, Tensor]:

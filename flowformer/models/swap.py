@@ -16,13 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowformer.attention import create_attention, find_attention
-from flowformer.attention.aft_conv import AFTConv
-from flowformer.attention.base import Attention
-from flowformer.attention.registry import Mechanism
+from flowformer.core.checks import describe
+from flowformer.mechanisms import Attention, Mechanism, create_attention, find_attention
+from flowformer.mechanisms.aft import AFTConv
 from flowformer.models.swap_torch import MultiheadSwap, find_multiheads
 from flowformer.models.vision import ATTENTION_DEFAULTS
-from flowformer.ops.masking import describe
 
 NEW_STD = 0.02  # of fresh projections, as timm's ViT begins its own
 
@@ -141,7 +139,7 @@ def swap_attention(
         raise ValueError(
             f"swap_attention: image_size does not tell the tokens of {multiheads[0][0][0]}: give max_length"
         )
-    keep = not mechanism.linear_time if spatial_reduction is None else spatial_reduction == "keep"
+    keep = not mechanism.can("linear time") if spatial_reduction is None else spatial_reduction == "keep"
     swaps: list[_Swap | MultiheadSwap] = [
         MultiheadSwap.build(model, names, old, mechanism, num_heads, options) for names, old in multiheads
     ]
@@ -259,7 +257,7 @@ def _check_reduction(wanted: str | None, sources: list[_Source], mechanism: Mech
         raise ValueError(f"swap_attention: spatial_reduction must be 'keep', 'drop' or None, got {wanted!r}")
     if wanted is not None and not any(source.reduces for source in sources):
         raise ValueError(f"swap_attention: spatial_reduction={wanted!r}, but this model has none")
-    if wanted == "keep" and not mechanism.cross:
+    if wanted == "keep" and not mechanism.can("cross"):
         raise ValueError(
             f"swap_attention: {mechanism.name} wants as many keys as queries, and spatial_reduction='keep' leaves fewer"
         )

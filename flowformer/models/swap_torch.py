@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowformer.attention.registry import Mechanism
+from flowformer.mechanisms.registry import Mechanism
 from flowformer.models.multihead import DropInMultiheadAttention
 
 
@@ -100,7 +100,7 @@ def _check(model: nn.Module, name: str, module: nn.MultiheadAttention, mechanism
             f"swap_attention: softmax has no place for the keys that {name} appends (add_bias_kv, add_zero_attn), and "
             "would not compute the same"
         )
-    if _decodes(model, name) and not mechanism.cross:
+    if _decodes(model, name) and not mechanism.can("cross"):
         raise ValueError(
             f"swap_attention: {mechanism.name} attention is self-attention, and {name} is cross-attention; "
             "modules='*self_attn' leaves it as it is"
@@ -116,10 +116,11 @@ def _decodes(model: nn.Module, name: str) -> bool:
 @torch.no_grad()
 def _queries_meet(attention: DropInMultiheadAttention) -> bool:
     """Whether an output of cross-attention depends on other queries: found by trying, for options decide it."""
-    form = copy.deepcopy(attention.bidirectional)
+    form = copy.deepcopy(attention.attention)
     if any(parameter.is_meta for parameter in form.parameters()):
         return False
     form.to("cpu", torch.float64)
     x = form.split(torch.arange(3.0 * attention.embed_dim, dtype=torch.float64).sin().view(1, 3, -1))
-    several, alone = form.attend(x, x[:, :2], x[:, :2]), form.attend(x[:, :1], x[:, :2], x[:, :2])
+    given = (x[:, :2], x[:, :2], *form.learned())
+    several, alone = (form.mechanism.operation(q, *given, **form.arguments()) for q in (x, x[:, :1]))
     return not torch.allclose(several[:, :1], alone)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -22,9 +22,10 @@ from torch import nn
 from flowformer.models.swap import swap_attention
 from flowformer.recipes.images import ImageRecipe
 from flowformer.recipes.options import read_options
+from flowformer.recipes.registry import RECIPES, register_recipe
 from flowformer.tasks import imagenet
 from flowformer.tasks.imagenet import Augmentation, DrawSampler, ImageNetFormat, ImageNetTask
-from flowformer.training.recipe import Recipe, option
+from flowformer.training.recipe import option
 
 logger = logging.getLogger(__name__)
 
@@ -253,6 +254,7 @@ def deit(row: str, model: str, attention: str, /, **fields: Any) -> ImageNetReci
     return ImageNetRecipe(**{"name": f"imagenet/{row}", **_DEIT, "model": model, "attention": attention, **fields})
 
 
+@register_recipe("imagenet/aft-conv-transfer")
 def transfer(**fields: Any) -> TransferRecipe:
     """AFT-conv from DeiT's weights at 384 pixels (Zhai et al., 2021, table 8): 32 heads, kernel 25.
 
@@ -268,6 +270,7 @@ def transfer(**fields: Any) -> TransferRecipe:
     return TransferRecipe(**{"name": "imagenet/aft-conv-transfer", **published, **fields})
 
 
+@register_recipe("images/own")
 def own(**fields: Any) -> OwnImageRecipe:
     """A small hierarchical Flowformer on pictures of your own: DIR/CLASS/PICTURE, or the same in DIR/train and DIR/val.
 
@@ -290,9 +293,7 @@ _DEIT_ROWS: Mapping[str, tuple[str, str]] = {
     "deit-tiny-mobile": ("deit_tiny_mobile", ""),
     "deit-small-mobile": ("deit_small_mobile", ""),
 }
-RECIPES: dict[str, Callable[..., Recipe]] = {
-    **{f"imagenet/{row}": partial(flowformer, row, attention) for row, attention in _FLOWFORMER_ROWS.items()},
-    **{f"imagenet/{row}": partial(deit, row, *pair) for row, pair in _DEIT_ROWS.items()},
-    "imagenet/aft-conv-transfer": transfer,
-    "images/own": own,
-}
+for _row, _attention in _FLOWFORMER_ROWS.items():
+    RECIPES.add(f"imagenet/{_row}", partial(flowformer, _row, _attention))
+for _row, _pair in _DEIT_ROWS.items():
+    RECIPES.add(f"imagenet/{_row}", partial(deit, _row, *_pair))

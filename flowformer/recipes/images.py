@@ -5,7 +5,7 @@ The published one, and that on a user's own pictures, are in :mod:`flowformer.re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import nn
 
 from flowformer.models import create_model
 from flowformer.recipes.options import read_options
+from flowformer.recipes.registry import register_recipe
 from flowformer.tasks import images
 from flowformer.tasks.images import ImageFormat, ImageTask
-from flowformer.training.recipe import EpochRecipe, Recipe, option
+from flowformer.training.recipe import EpochRecipe, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,7 @@ _OURS: Mapping[str, Any] = {
 }  # fmt: skip
 
 
+@register_recipe("images/cifar10")
 def cifar10(**fields: Any) -> Cifar10Recipe:
     """A small hierarchical Flowformer on CIFAR-10, from any of its forms: --data PATH. Settings of our own.
 
@@ -123,13 +125,8 @@ def cifar10(**fields: Any) -> Cifar10Recipe:
     return Cifar10Recipe(**{"name": "images/cifar10", **_OURS, "epochs": 30, **fields})
 
 
+@register_recipe("images/digits")
 def digits(**fields: Any) -> DigitsRecipe:
     """The same on the digits of 8 x 8 pixels that scikit-learn ships, a fifth held out: about a minute on a laptop."""
     ours = {"patch_size": 1, "epochs": 30, "flip": False, "crop_padding": 1, "test_fraction": 0.2, "eval_every": 5}
     return DigitsRecipe(**{"name": "images/digits", **_OURS, **ours, **fields})
-
-
-RECIPES: dict[str, Callable[..., Recipe]] = {
-    "images/cifar10": cifar10,
-    "images/digits": digits,
-}

@@ -8,7 +8,6 @@ reported beside the published one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,9 +16,10 @@ from typing import Any
 from torch import nn
 
 from flowformer.models import create_model
+from flowformer.recipes.registry import RECIPES, register_recipe
 from flowformer.tasks import uea
 from flowformer.tasks.series import SeriesFormat, SeriesTask, load_pair
-from flowformer.training.recipe import EpochRecipe, Recipe, option
+from flowformer.training.recipe import EpochRecipe, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +125,11 @@ def uea_subset(subset: str, **fields: Any) -> UEARecipe:
     return UEARecipe(**{"name": f"uea/{subset}", **published, **fields})
 
 
+@register_recipe("timeseries/own")
 def timeseries_own(**fields: Any) -> OwnSeriesRecipe:
     """The same classifier on a user's own series, with the hyper-parameters of the published experiments."""
     return OwnSeriesRecipe(**{"name": "timeseries/own", **fields})
 
 
-RECIPES: dict[str, Callable[..., Recipe]] = {
-    **{f"uea/{subset}": partial(uea_subset, subset) for subset in uea.SUBSETS},
-    "timeseries/own": timeseries_own,
-}
+for _subset in uea.SUBSETS:
+    RECIPES.add(f"uea/{_subset}", partial(uea_subset, _subset))

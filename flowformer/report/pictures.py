@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from flowformer.attention import find_attention, list_attentions
-from flowformer.attention.maps import LayerMaps, model_maps
+from flowformer.mechanisms import find_attention, list_attentions
+from flowformer.mechanisms.maps import LayerMaps, model_maps
 from flowformer.models.language import LanguageModel
 from flowformer.models.timeseries import SeriesClassifier
 from flowformer.models.vision import VisionModel
@@ -196,7 +196,7 @@ def _strips(
     Args:
         model: The model.
         inputs: What it is called with.
-        rows: As in :func:`flowformer.attention.maps.model_maps`.
+        rows: As in :func:`flowformer.mechanisms.maps.model_maps`.
         places: Maps (maps, tokens) of a layer as they are drawn.
         points: Name and place of each query.
         wish: What to show.

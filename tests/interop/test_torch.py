@@ -1,6 +1,8 @@
 """FlowMultiheadAttention in the place of nn.MultiheadAttention: alone, and in PyTorch's transformers."""
 
 import copy
+import doctest
+import importlib
 import inspect
 import io
 from itertools import product
@@ -44,10 +46,8 @@ def causal_mask(length: int) -> torch.Tensor:
 
 
 def attend(module: FlowAttention, x, context=None, real=None, real_context=None):
-    """Call the library's own module, which names masks otherwise."""
-    if context is None:
-        return module(x, key_padding_mask=real)
-    return module(x, context, key_padding_mask=real_context, query_padding_mask=real)
+    """Call the library's own module, where True is a real token."""
+    return module(x, context, mask=real, context_mask=real_context)
 
 
 def own(module: FlowMultiheadAttention, causal: bool = False) -> FlowAttention:
@@ -497,6 +497,12 @@ def test_calls_that_cannot_be_honoured(arguments, error, message):
 def test_nested_tensors_want_the_batch_first():
     with pytest.raises(ValueError, match="with batch_first=True"):
         build(batch_first=False)(NESTED, NESTED, NESTED)
+
+
+def test_the_example_runs():
+    outcome = doctest.testmod(importlib.import_module("flowformer.interop.torch"))
+    assert outcome.attempted
+    assert not outcome.failed
 
 
 def test_the_name_is_public():

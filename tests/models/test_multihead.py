@@ -1,6 +1,7 @@
 """How calls of nn.MultiheadAttention are translated, held to PyTorch itself: with softmax attention it is the same."""
 
 import copy
+import dataclasses
 import io
 
 import pytest
@@ -172,7 +173,7 @@ def test_every_mechanism_is_what_its_own_module_computes(mechanism, causal):
     own.load_state_dict(weights)
     x, hidden = rand(BATCH, LENGTH, DIM), padding(LENGTH, LENGTH, 4)
     got, _ = ours(x, x, x, hidden, need_weights=False, is_causal=causal)
-    torch.testing.assert_close(got, own(x, key_padding_mask=~hidden))
+    torch.testing.assert_close(got, own(x, mask=~hidden))
     (gradient,) = torch.autograd.grad(got.sum(), ours.in_proj_weight)
     assert gradient.isfinite().all()
 
@@ -187,7 +188,6 @@ def test_copies_and_files_go_on_alike(mechanism):
     buffer.seek(0)
     for again in (copy.deepcopy(ours), torch.load(buffer, weights_only=False)):
         torch.testing.assert_close(again(x, x, x, is_causal=True)[0], want, rtol=0, atol=0)
-        # The causal form shares the parameters of the copy, not those of the original.
         enlarge(again)
         again.double()
         fresh = build(mechanism, batch_first=True)
@@ -195,6 +195,8 @@ def test_copies_and_files_go_on_alike(mechanism):
         y = x.double()
         for causal in (False, True):
             torch.testing.assert_close(again(y, y, y, is_causal=causal)[0], fresh(y, y, y, is_causal=causal)[0])
+        again.to_empty(device="cpu").reset_parameters()
+        assert again(y, y, y)[0].isfinite().all()
     torch.testing.assert_close(ours(x, x, x, is_causal=True)[0], want, rtol=0, atol=0)
 
 
@@ -208,6 +210,18 @@ def test_self_attention_refuses_a_context(mechanism):
 def test_keys_of_another_width_are_refused():
     with pytest.raises(ValueError, match=r"aft_conv attention does not have the four projections .* \(4, 16\)"):
         build("aft_conv")
+
+
+def test_what_a_mechanism_does_not_have_is_refused(monkeypatch):
+    ours, x = build("flow", batch_first=True), rand(BATCH, LENGTH, DIM)
+    row = dataclasses.replace(ours.attention.mechanism, rows=None, cannot={"causal": "it is a test"})
+    monkeypatch.setattr(flowformer.FlowAttention, "mechanism", row)
+    with pytest.raises(ValueError, match="has no weights to return: give need_weights=False"):
+        ours(x, x, x)
+    for masks in ({"is_causal": True}, {"attn_mask": causal_mask(LENGTH)}):
+        with pytest.raises(ValueError, match="flow attention has no causal form, since it is a test"):
+            ours(x, x, x, need_weights=False, **masks)
+    assert ours(x, x, x, need_weights=False)[1] is None
 
 
 def test_positions_want_a_length():
