@@ -388,6 +388,12 @@ def test_masks_are_refused():
             model(images(), **arguments)
 
 
+def test_modules_are_chosen_by_name():
+    model = vit()
+    assert swap_attention(model, "flow", modules="blocks.1.*").modules == ("blocks.1.attn",)
+    assert isinstance(model.blocks[0].attn, timm.layers.Attention)
+
+
 def test_blocks_with_several_attentions():
     model = timm.create_model("vit_small_patch16_18x2_224", **VIT).eval()
     want = model(images())
