@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flowformer.recipes import density, imagenet, images, language, series, toys
+from flowformer.training.fields import check_names
 from flowformer.training.recipe import Recipe
 
 RecipeFunction = Callable[..., Recipe]
@@ -48,13 +49,20 @@ def create_recipe(name: str, **fields: Any) -> Recipe:
     """Make a recipe by name, with some of its fields overridden.
 
     Raises:
-        ValueError: for an unknown name or a value that means nothing.
-        TypeError: for a field that the recipe does not have.
+        ValueError: for an unknown name, a field that the recipe does not have, or a value that a field does not take.
     """
-    return find_recipe(name)(**fields)
+    function = find_recipe(name)
+    check_names(type(function()), fields)
+    return function(**fields)
 
 
 def read_recipe(values: dict[str, Any]) -> Recipe:
-    """The recipe whose fields a run has written down."""
+    """The recipe that :meth:`flowformer.training.recipe.Recipe.to_json` wrote, as a run's ``recipe.json`` holds it.
+
+    Raises:
+        ValueError: as :func:`create_recipe`, or where there is no name.
+    """
     fields = dict(values)
+    if "name" not in fields:
+        raise ValueError("no name among the fields of a recipe")
     return create_recipe(fields.pop("name"), **fields)

@@ -59,6 +59,11 @@ def load(data_dir: str | Path | None = None) -> Corpus:
     return Corpus("enwik8", BytesTokenizer(), train, validation, test, source, dataset.licence)
 
 
+def is_here(data_dir: str | Path | None = None) -> bool:
+    """Whether the files are where :func:`load` looks for them."""
+    return _find(search_folders(DATASETS["enwik8"], data_dir)) is not None
+
+
 def _find(folders: Iterable[Path]) -> list[Path] | None:
     for folder in folders:
         for names in (("enwik8",), ("enwik8.zip",), SPLIT_FILES):

@@ -105,7 +105,7 @@ def load(subset: str, data_dir: str | Path | None = None) -> SeriesTask:
             the message says what to put where.
     """
     _check_subset(subset)
-    folders = [folder for folder in (data_dir and Path(data_dir), _find_aeon_data(), data_folder("uea")) if folder]
+    folders = _search_folders(data_dir)
     found = _find_files(subset, folders)
     train, test = [read_table(path) for path in found] if found else _download(subset, folders, data_dir)
     note = "" if found and not _ships_with_aeon(found[0]) else f" (through aeon {metadata.version('aeon')})"
@@ -117,6 +117,15 @@ def load(subset: str, data_dir: str | Path | None = None) -> SeriesTask:
         licence=LICENCE,
         source=f"{train.origin} and {test.origin}{note}",
     )
+
+
+def find(subset: str, data_dir: str | Path | None = None) -> tuple[Path, Path] | None:
+    """The training and test file of a subset where :func:`load` looks for them; ``None`` if they are not there."""
+    return _find_files(subset, _search_folders(data_dir))
+
+
+def _search_folders(data_dir: str | Path | None) -> list[Path]:
+    return [folder for folder in (data_dir and Path(data_dir), _find_aeon_data(), data_folder("uea")) if folder]
 
 
 def _check_subset(subset: str) -> None:

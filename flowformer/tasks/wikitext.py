@@ -79,8 +79,7 @@ def load(data_dir: str | Path | None = None, *, check_counts: bool = True) -> Co
         ModuleNotFoundError: for parquet files without pyarrow.
     """
     dataset = DATASETS["wikitext"]
-    folders = search_folders(dataset, data_dir)
-    folders += [folder / "wikitext-103-v1" for folder in folders]  # as a clone of the hub's repository has it
+    folders = _search_folders(data_dir)
     found = next((found for folder in folders if (found := _find(folder))), None)
     if found is None:
         wanted = f"wiki.{{{','.join(COUNTS)}}}.tokens, {dataset.archive} or train-*.parquet"
@@ -91,6 +90,16 @@ def load(data_dir: str | Path | None = None, *, check_counts: bool = True) -> Co
     if check_counts:
         _check(found.source, [len(train), len(valid), len(test)], tokenizer.vocab_size)
     return Corpus("wikitext103", tokenizer, train, valid, test, found.source, dataset.licence)
+
+
+def is_here(data_dir: str | Path | None = None) -> bool:
+    """Whether the files are where :func:`load` looks for them."""
+    return any(_find(folder) for folder in _search_folders(data_dir))
+
+
+def _search_folders(data_dir: str | Path | None) -> list[Path]:
+    folders = search_folders(DATASETS["wikitext"], data_dir)
+    return [*folders, *(folder / "wikitext-103-v1" for folder in folders)]  # as a clone of the hub's repository has it
 
 
 def _find(folder: Path) -> _Found | None:
