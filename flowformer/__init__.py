@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from flowformer._version import __version__ as __version__
 
 # Where each public name lives; imported on first use, so that `import flowformer` costs what `import torch` costs.
 _HOME = {

@@ -199,7 +199,7 @@ def test_interrupt_tells_how_to_go_on(arguments, tmp_path, capsys, monkeypatch):
         (["train", "text/own", "--file", "no.txt"], "no file or folder no.txt"),
         (["train", "text/bytes", "--attention", "flw"], "did you mean 'flow'?"),
         (["train", "enwik8/aft-local-12", "--data-dir", "nowhere"], "flowformer data enwik8"),
-        (["data", "wikitxt"], "did you mean wikitext?"),
+        (["data", "wikitxt"], "did you mean 'wikitext'?"),
     ],
 )
 def test_mistakes_are_explained(words, message, capsys, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowformer.bench.registry import Contender, Inputs, Operation, Outputs, Shape
-from flowformer.training.files import RunError
+from flowformer.common.errors import RunError
 
 
 class WrongResultError(RunError):

@@ -15,7 +15,7 @@ from flowformer.bench.registry import CONTENDERS, OPERATIONS, load
 from flowformer.bench.results import WIDTH, claim, write_records, write_report, write_tables
 from flowformer.bench.runner import Plan, Record, run
 from flowformer.bench.tables import comparison_table, describe_run, point_tables
-from flowformer.training.files import RunError
+from flowformer.common.errors import RunError
 
 SIZES = {"batch": "sequences", "heads": "heads", "channels": "channels of a query or key of one head",
          "value_channels": "channels of a value of one head"}  # fmt: skip

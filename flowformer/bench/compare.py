@@ -6,7 +6,6 @@ libraries are measured by the same code, even a commit from before there was any
 
 from __future__ import annotations
 
-import difflib
 import shutil
 import subprocess
 import tempfile
@@ -20,8 +19,9 @@ import torch
 
 from flowformer.bench.runner import Plan
 from flowformer.bench.worker import ROOT, ask
+from flowformer.common.errors import RunError
+from flowformer.common.names import nearest
 from flowformer.ops.backend import BACKENDS
-from flowformer.training.files import RunError
 
 Record = dict[str, Any]
 PAIRS = 2  # times that each side runs
@@ -91,9 +91,7 @@ def find_commit(root: Path, revision: str) -> str:
         return _git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}").strip()
     except subprocess.CalledProcessError as error:
         known = _git(root, "for-each-ref", "--format=%(refname:short)").split()
-        near = difflib.get_close_matches(revision, known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise RunError(f"git knows no commit {revision!r}{hint}") from error
+        raise RunError(f"git knows no commit {revision!r}{nearest(revision, known)}") from error
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from flowformer.common.names import nearest
 
 Function = Callable[..., Any]
 Inputs = tuple[Any, ...]
@@ -207,6 +208,4 @@ def find_contenders(operations: Iterable[Operation], names: Iterable[str] = ()) 
 
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), 1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"no {kind} {name!r}{hint}; there is {', '.join(known)}"
+    return f"no {kind} {name!r}{nearest(name, known)}; there is {', '.join(known)}"

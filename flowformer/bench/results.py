@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from flowformer.bench.plots import draw
 from flowformer.bench.tables import describe_run, point_tables
-from flowformer.training.files import RunError, write_whole
+from flowformer.common.errors import RunError
+from flowformer.common.files import replacing, write_whole
 
 RECORDS = "results.jsonl"
 WIDTH = 132  # of tables, in characters
@@ -70,9 +70,5 @@ def write_report(folder: Path, records: list[dict[str, Any]]) -> str | None:
 
 
 def _save(figure: Any, path: Path) -> None:
-    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        figure.savefig(beside, dpi=150)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)

@@ -18,7 +18,8 @@ from flowformer.bench.memory import available_bytes
 from flowformer.bench.registry import Call, Contender, Inputs, Operation, Shape, find_contenders, find_operations, load
 from flowformer.bench.timing import estimate, interleave, schedule
 from flowformer.bench.worker import ask
-from flowformer.training.files import RunError, environment
+from flowformer.common.errors import RunError
+from flowformer.common.machine import environment
 
 Record = dict[str, Any]
 Tell = Callable[[str], None]

@@ -13,10 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import flowformer
-from flowformer.training.files import RunError
+from flowformer.common.errors import RunError
 
-ROOT = Path(flowformer.__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def ask(task: str, threads: int, root: Path = ROOT, **values: Any) -> Any:

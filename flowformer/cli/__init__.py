@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 import sys
@@ -12,6 +11,7 @@ import flowformer
 from flowformer.cli import about, runs
 from flowformer.cli.about import EXTRAS
 from flowformer.cli.parser import Parser, UsageError
+from flowformer.common.names import nearest
 
 COMMANDS = {**runs.COMMANDS, **about.COMMANDS}
 
@@ -30,9 +30,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         if not words or words[0] not in COMMANDS:
             if words and not words[0].startswith("-"):
-                near = difflib.get_close_matches(words[0], COMMANDS, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                parser.error(f"no command {words[0]!r}{hint} There is {', '.join(COMMANDS)}.")
+                parser.error(f"no command {words[0]!r}{nearest(words[0], COMMANDS)}. There is {', '.join(COMMANDS)}.")
             parser.parse(words or ["--help"])
         status = COMMANDS[words[0]](words[1:])
         sys.stdout.flush()  # where nobody reads on, say so here

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import inspect
 import os
@@ -15,6 +14,7 @@ from typing import Any
 
 import flowformer
 from flowformer.cli.parser import Parser, usable
+from flowformer.common.names import nearest
 
 _RUNS = ("lightning", "rich", "safetensors", "matplotlib")  # what training and its pictures want, whatever the data
 EXTRAS = {
@@ -88,8 +88,7 @@ def _info(words: Sequence[str]) -> int:
         _info_recipe(name, find_recipe(name))
     else:
         known = [*flowformer.list_attentions(), *flowformer.list_models(), *list_recipes()]
-        near = difflib.get_close_matches(name, known, 1)
-        parser.error(f"nothing is called {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        parser.error(f"nothing is called {name!r}{nearest(name, known)}")
     return 0
 
 

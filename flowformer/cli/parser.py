@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from flowformer.common.errors import RunError
+from flowformer.common.names import find_nearest
 
 
 class UsageError(Exception):
@@ -29,8 +31,8 @@ class Parser(argparse.ArgumentParser):
         if not unknown:
             return values
         options = [option for action in self._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], options, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = find_nearest(unknown[0].split("=")[0], options)
+        hint = f"; did you mean {near}?" if near else ""
         return self.error(f"unknown argument {unknown[0]}{hint}")
 
 
@@ -46,8 +48,6 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaults
 
 def usable(function: Any, *words: Any, **values: Any) -> Any:
     """Call a function whose ValueError or RunError is the user's to mend."""
-    from flowformer.training.files import RunError
-
     try:
         return function(*words, **values)
     except (ValueError, RunError) as error:
@@ -62,8 +62,8 @@ def run_arguments(parser: Parser) -> None:
 
 def open_run(folder: Path, checkpoint: str) -> tuple[Any, Any, Any]:
     """Recipe, model and data format of a run."""
+    from flowformer.common.files import read_json
     from flowformer.recipes import read_recipe
-    from flowformer.training.files import read_json
     from flowformer.training.fit import load
 
     if not (folder / "recipe.json").exists():

@@ -109,9 +109,9 @@ def _predict(words: Sequence[str]) -> int:
     import csv
     import io
 
+    from flowformer.common.files import write_whole
     from flowformer.tasks.images import ImageFormat, classify_files
     from flowformer.tasks.series import SeriesFormat, classify_tables
-    from flowformer.training.files import write_whole
 
     kinds = {SeriesFormat: ("series", classify_tables), ImageFormat: ("picture", classify_files)}
     found = next((kinds[kind] for kind in kinds if isinstance(form, kind)), None)

@@ -6,13 +6,14 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 
 from flowformer.recipes.series import SeriesRecipe
 from flowformer.tasks.series import SeriesFormat, SeriesSet, SeriesTask, classify, fill_missing
+from flowformer.training.recipe import Optimizer, Precision
 
 try:
     from aeon.classification.base import BaseClassifier
@@ -169,11 +170,11 @@ class FlowformerClassifier(BaseClassifier):
             dropout=float(self.dropout),
             epochs=int(self.n_epochs),
             batch_size=int(self.batch_size),
-            optimizer=self.optimizer,
+            optimizer=cast("Optimizer", self.optimizer),  # checked by the recipe
             learning_rate=float(self.learning_rate),
             weight_decay=float(self.weight_decay),
             clip_grad_norm=None if self.clip_grad_norm is None else float(self.clip_grad_norm),
-            precision=self.precision,
+            precision=cast("Precision", self.precision),
             accelerator=self.accelerator,
         )
 

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import nn
 
-_MODELS: dict[str, Callable[..., nn.Module]] = {}
-_FILES = ("language", "timeseries", "vision")  # imported on first use
+from flowformer.common.registry import Registry
+
+MODELS: Registry[Callable[..., nn.Module]] = Registry("model", package="flowformer.models")
 
 F = TypeVar("F", bound=Callable[..., nn.Module])
 
 
 def register_model(function: F) -> F:
-    """Make a function that builds a model known by its own name."""
-    _MODELS[function.__name__] = function
+    """Register a function that builds a model, under its own name."""
+    MODELS.add(function.__name__, function)
     return function
 
 
-def _models() -> dict[str, Callable[..., nn.Module]]:
-    for name in _FILES:
-        importlib.import_module(f"flowformer.models.{name}")
-    return _MODELS
-
-
 def list_models() -> list[str]:
-    """Names that :func:`create_model` knows."""
-    return sorted(_models())
+    """Names that :func:`create_model` accepts, sorted."""
+    return MODELS.names()
 
 
 def create_model(name: str, **options: Any) -> nn.Module:
@@ -55,9 +48,4 @@ def find_model(name: str) -> Callable[..., nn.Module]:
     Raises:
         ValueError: for an unknown name; the message suggests the nearest.
     """
-    models = _models()
-    if name not in models:
-        near = difflib.get_close_matches(name, models, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"no model {name!r}; there is {', '.join(sorted(models))}{hint}")
-    return models[name]
+    return MODELS.find(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,11 +12,12 @@ from torch.utils.data import Sampler
 
 from flowformer.recipes.language import LanguageRecipe
 from flowformer.recipes.mechanism import merge_fields
+from flowformer.recipes.registry import RECIPES, register_recipe
 from flowformer.tasks import density
 from flowformer.tasks.density import DensityTask, PixelFormat
 from flowformer.training.fields import option
 from flowformer.training.order import RoundSampler
-from flowformer.training.recipe import DataState, Recipe
+from flowformer.training.recipe import DataState
 
 
 class SeededRounds(Sampler[tuple[int, tuple[int, int]]]):
@@ -126,6 +127,7 @@ def cifar10(row: str, model: Mapping[str, Any], /, **fields: Any) -> Cifar10Dens
     return Cifar10DensityRecipe(**merge_fields({"name": f"density/{row}", **published}, fields))
 
 
+@register_recipe("density/digits")
 def digits(**fields: Any) -> DigitsRecipe:
     """A model of handwritten digits, 8 x 8 pixels of 17 grey levels, in minutes on a laptop: settings of ours.
 
@@ -155,7 +157,5 @@ _ROWS: Mapping[str, Mapping[str, Any]] = {
     "transformer-12": {"model": "aft_cifar_12", "attention": "softmax", "num_heads": 4},
     "transformer-24": {"attention": "softmax", "num_heads": 2},
 }
-RECIPES: dict[str, Callable[..., Recipe]] = {
-    **{f"density/{row}": partial(cifar10, row, fields) for row, fields in _ROWS.items()},
-    "density/digits": digits,
-}
+for _row, _fields in _ROWS.items():
+    RECIPES.add(f"density/{_row}", partial(cifar10, _row, _fields))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,11 @@ from torch import nn
 from flowformer.models.swap import swap_attention
 from flowformer.recipes.images import ImageRecipe
 from flowformer.recipes.mechanism import merge_fields
+from flowformer.recipes.registry import RECIPES, register_recipe
 from flowformer.tasks import imagenet
 from flowformer.tasks.imagenet import Augmentation, DrawSampler, ImageNetFormat, ImageNetTask
 from flowformer.training.fields import option
-from flowformer.training.recipe import DataState, Precision, Recipe
+from flowformer.training.recipe import DataState, Precision
 
 logger = logging.getLogger(__name__)
 
@@ -271,6 +272,7 @@ def deit(row: str, model: str, attention: str | None, /, **fields: Any) -> Image
     )
 
 
+@register_recipe("imagenet/aft-conv-transfer")
 def transfer(**fields: Any) -> TransferRecipe:
     """AFT-conv from DeiT's weights at 384 pixels (Zhai et al., 2021, table 8): 32 heads, kernel 25.
 
@@ -286,6 +288,7 @@ def transfer(**fields: Any) -> TransferRecipe:
     return TransferRecipe(**merge_fields({"name": "imagenet/aft-conv-transfer", **published}, fields))
 
 
+@register_recipe("images/own")
 def own(**fields: Any) -> OwnImageRecipe:
     """A small hierarchical Flowformer on pictures of your own: DIR/CLASS/PICTURE, or the same in DIR/train and DIR/val.
 
@@ -308,9 +311,7 @@ _DEIT_ROWS: Mapping[str, tuple[str, str | None]] = {
     "deit-tiny-mobile": ("deit_tiny_mobile", None),
     "deit-small-mobile": ("deit_small_mobile", None),
 }
-RECIPES: dict[str, Callable[..., Recipe]] = {
-    **{f"imagenet/{row}": partial(flowformer, row, attention) for row, attention in _FLOWFORMER_ROWS.items()},
-    **{f"imagenet/{row}": partial(deit, row, *pair) for row, pair in _DEIT_ROWS.items()},
-    "imagenet/aft-conv-transfer": transfer,
-    "images/own": own,
-}
+for _row, _attention in _FLOWFORMER_ROWS.items():
+    RECIPES.add(f"imagenet/{_row}", partial(flowformer, _row, _attention))
+for _row, _pair in _DEIT_ROWS.items():
+    RECIPES.add(f"imagenet/{_row}", partial(deit, _row, *_pair))

@@ -5,7 +5,7 @@ The published one, and that on a user's own pictures, are in :mod:`flowformer.re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from torch import nn
 
 from flowformer.models import create_model
 from flowformer.recipes.mechanism import check_attention, merge_fields
+from flowformer.recipes.registry import register_recipe
 from flowformer.tasks import images
 from flowformer.tasks.images import ImageFormat, ImageTask
 from flowformer.training.fields import option
-from flowformer.training.recipe import DataState, EpochRecipe, Recipe
+from flowformer.training.recipe import DataState, EpochRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +123,7 @@ _OURS: Mapping[str, Any] = {
 }  # fmt: skip
 
 
+@register_recipe("images/cifar10")
 def cifar10(**fields: Any) -> Cifar10Recipe:
     """A small hierarchical Flowformer on CIFAR-10, from any of its forms: --data PATH. Settings of our own.
 
@@ -130,13 +132,8 @@ def cifar10(**fields: Any) -> Cifar10Recipe:
     return Cifar10Recipe(**merge_fields({"name": "images/cifar10", **_OURS, "epochs": 30}, fields))
 
 
+@register_recipe("images/digits")
 def digits(**fields: Any) -> DigitsRecipe:
     """The same on the digits of 8 x 8 pixels that scikit-learn ships, a fifth held out: about a minute on a laptop."""
     ours = {"patch_size": 1, "epochs": 30, "flip": False, "crop_padding": 1, "test_fraction": 0.2, "eval_every": 5}
     return DigitsRecipe(**merge_fields({"name": "images/digits", **_OURS, **ours}, fields))
-
-
-RECIPES: dict[str, Callable[..., Recipe]] = {
-    "images/cifar10": cifar10,
-    "images/digits": digits,
-}

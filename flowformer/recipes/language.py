@@ -7,7 +7,7 @@ Enwik8 the honest protocol is the paper's: the model is chosen on the validation
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,11 @@ from torch import nn
 from flowformer.models import create_model
 from flowformer.models.language import LanguageModel
 from flowformer.recipes.mechanism import check_attention, merge_fields
+from flowformer.recipes.registry import RECIPES, register_recipe
 from flowformer.tasks import enwik8, text, text_files, wikitext
 from flowformer.tasks.text import TextFormat, TextTask
 from flowformer.training.fields import option
-from flowformer.training.recipe import DataState, Recipe, StepRecipe
+from flowformer.training.recipe import DataState, StepRecipe
 
 NO_COMPETITION: Mapping[str, Any] = {"competition": None}
 NO_ALLOCATION: Mapping[str, Any] = {"allocation": False}
@@ -248,6 +249,7 @@ _OWN_TEXT: Mapping[str, Any] = {
 }  # fmt: skip
 
 
+@register_recipe("text/bytes")
 def text_bytes(**fields: Any) -> DemoTextRecipe:
     """A language model of bytes, in minutes on a laptop: any text goes, in any language.
 
@@ -257,6 +259,7 @@ def text_bytes(**fields: Any) -> DemoTextRecipe:
     return DemoTextRecipe(**merge_fields({"name": "text/bytes", **_OWN_TEXT}, fields))
 
 
+@register_recipe("text/own")
 def text_own(**fields: Any) -> OwnTextRecipe:
     """A language model of your own text: a file or folder of it, by bytes, characters, words, or a tokenizer of yours.
 
@@ -279,9 +282,7 @@ _ENWIK8: Mapping[str, Mapping[str, Any]] = {
     "transformer": {"model": "aft_enwik8_12", "attention": "softmax", "num_heads": 8},
     "transformer-24": {"model": "aft_enwik8_24", "attention": "softmax", "num_heads": 4},
 }
-RECIPES: dict[str, Callable[..., Recipe]] = {
-    **{f"wikitext103/{row}": partial(wikitext103, row, fields) for row, fields in _WIKITEXT.items()},
-    **{f"enwik8/{row}": partial(enwik8_aft, row, fields) for row, fields in _ENWIK8.items()},
-    "text/bytes": text_bytes,
-    "text/own": text_own,
-}
+for _row, _fields in _WIKITEXT.items():
+    RECIPES.add(f"wikitext103/{_row}", partial(wikitext103, _row, _fields))
+for _row, _fields in _ENWIK8.items():
+    RECIPES.add(f"enwik8/{_row}", partial(enwik8_aft, _row, _fields))

@@ -6,8 +6,10 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from flowformer.attention import find_attention
-from flowformer.training.fields import nearest
+from flowformer.common.names import nearest
 
 # What a model or recipe decides, and no option of a mechanism can say.
 _DECIDED = ("self", "dim", "causal", "max_length")
@@ -40,7 +42,8 @@ def check_attention(name: str | None, options: Mapping[str, Any]) -> None:
 def _try_options(module: Any, options: Mapping[str, Any]) -> None:
     """Let a mechanism that takes any keyword say which of them it does not know."""
     try:
-        module(64, 1, **options)
+        with torch.device("meta"):  # no memory, and no random numbers
+            module(64, 4, **options)
     except TypeError as error:
         raise ValueError(str(error)) from error
 

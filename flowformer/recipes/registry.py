@@ -1,32 +1,40 @@
-"""Every recipe by name."""
+"""Every recipe by name: a recipe is a small function that its file registers."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from flowformer.recipes import density, imagenet, images, language, series, toys
+from flowformer.common.registry import Registry
 from flowformer.training.fields import check_names
 from flowformer.training.recipe import Recipe
 
 RecipeFunction = Callable[..., Recipe]
+F = TypeVar("F", bound=RecipeFunction)
+RECIPES: Registry[RecipeFunction] = Registry(
+    "recipe", package="flowformer.recipes", see="`flowformer list` shows all of them"
+)
 
 
-def _recipes() -> Mapping[str, RecipeFunction]:
-    return {
-        **series.RECIPES,
-        **images.RECIPES,
-        **imagenet.RECIPES,
-        **density.RECIPES,
-        **language.RECIPES,
-        **toys.RECIPES,
-    }
+def register_recipe(name: str) -> Callable[[F], F]:
+    """A decorator that registers a function that makes a recipe; its keyword arguments override fields.
+
+    Example:
+        >>> @register_recipe("text/tiny")
+        ... def tiny(**fields):
+        ...     return TextRecipe(**{"name": "text/tiny", "steps": 10, **fields})
+    """
+
+    def register(function: F) -> F:
+        RECIPES.add(name, function)
+        return function
+
+    return register
 
 
 def list_recipes() -> list[str]:
-    """Names that :func:`create_recipe` knows."""
-    return sorted(_recipes())
+    """Names that :func:`create_recipe` accepts, sorted."""
+    return RECIPES.names()
 
 
 def find_recipe(name: str) -> RecipeFunction:
@@ -35,14 +43,7 @@ def find_recipe(name: str) -> RecipeFunction:
     Raises:
         ValueError: for an unknown name; the message suggests the nearest.
     """
-    recipes = _recipes()
-    if name not in recipes:
-        # Compared without case, and with the last part alone: people type "japanesevowels".
-        plain = {known.casefold(): known for known in recipes} | {k.split("/")[-1].casefold(): k for k in recipes}
-        near = difflib.get_close_matches(name.casefold(), plain, 1)
-        hint = f"; did you mean {plain[near[0]]!r}?" if near else ""
-        raise ValueError(f"no recipe {name!r}{hint} `flowformer list` shows all of them")
-    return recipes[name]
+    return RECIPES.find(name)
 
 
 def create_recipe(name: str, **fields: Any) -> Recipe:

@@ -8,7 +8,7 @@ reported beside the published one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,11 @@ from torch import nn
 
 from flowformer.models import create_model
 from flowformer.recipes.mechanism import check_attention, merge_fields
+from flowformer.recipes.registry import RECIPES, register_recipe
 from flowformer.tasks import uea
 from flowformer.tasks.series import SeriesFormat, SeriesTask, load_pair
 from flowformer.training.fields import option
-from flowformer.training.recipe import DataState, EpochRecipe, Recipe
+from flowformer.training.recipe import DataState, EpochRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,12 +153,11 @@ def uea_subset(subset: str, **fields: Any) -> UEARecipe:
     return UEARecipe(**merge_fields(published, fields))
 
 
+@register_recipe("timeseries/own")
 def timeseries_own(**fields: Any) -> OwnSeriesRecipe:
     """The same classifier on a user's own series, with the hyper-parameters of the published experiments."""
     return OwnSeriesRecipe(**merge_fields({"name": "timeseries/own", **_FLOW}, fields))
 
 
-RECIPES: dict[str, Callable[..., Recipe]] = {
-    **{f"uea/{subset}": partial(uea_subset, subset) for subset in uea.SUBSETS},
-    "timeseries/own": timeseries_own,
-}
+for _subset in uea.SUBSETS:
+    RECIPES.add(f"uea/{_subset}", partial(uea_subset, _subset))

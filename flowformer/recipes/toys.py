@@ -6,14 +6,13 @@ Source of every default: thuml/Flowformer, Flowformer_TorchModule, trainer.py an
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from flowformer.recipes.language import DemoTextRecipe, LanguageRecipe
+from flowformer.recipes.registry import register_recipe
 from flowformer.tasks import toys
 from flowformer.training.fields import option
-from flowformer.training.recipe import Recipe
 
 _SHARED: dict[str, Any] = {
     "optimizer": "adamw", "beta1": 0.9, "beta2": 0.95, "learning_rate": 5e-4, "weight_decay": 0.1, "decayed": "linear",
@@ -44,6 +43,7 @@ class SortRecipe(LanguageRecipe):
         return toys.sorter(self.size, self.kinds)
 
 
+@register_recipe("toys/adder")
 def adder(**fields: Any) -> AdderRecipe:
     """The toy project that adds: two numbers of two digits, their sum written from its last digit on.
 
@@ -59,6 +59,7 @@ def adder(**fields: Any) -> AdderRecipe:
     )  # fmt: skip
 
 
+@register_recipe("toys/sort")
 def sort(**fields: Any) -> SortRecipe:
     """The toy project that sorts six digits of three kinds: the smallest GPT-style module, 2,000 steps (the demo)."""
     return SortRecipe(
@@ -67,6 +68,7 @@ def sort(**fields: Any) -> SortRecipe:
     )  # fmt: skip
 
 
+@register_recipe("toys/chars")
 def chars(**fields: Any) -> DemoTextRecipe:
     """The toy project of a text by characters: 6 layers of 192 channels, sequences of 128 (projects/chargpt.py).
 
@@ -77,10 +79,3 @@ def chars(**fields: Any) -> DemoTextRecipe:
         **{"name": "toys/chars", **_SHARED, "model": "flowformer_gpt_mini", "tokenizer": "characters", "length": 128,
            "steps": 5_000, "eval_every": 500, **fields}
     )  # fmt: skip
-
-
-RECIPES: dict[str, Callable[..., Recipe]] = {
-    "toys/adder": adder,
-    "toys/sort": sort,
-    "toys/chars": chars,
-}

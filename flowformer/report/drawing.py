@@ -5,7 +5,6 @@ Matplotlib is imported when something is drawn.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from flowformer.common.files import replacing
 
 if TYPE_CHECKING:
     from flowformer.report.pictures import Scene, Strip
@@ -48,16 +49,9 @@ def write(scenes: Sequence[Scene], path: Path) -> None:
     """Draw scenes and write the picture, whole or not at all."""
     figure = draw(scenes)
     dpi = min(DPI, MOST_PIXELS / max(figure.get_size_inches()))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph")  # a character that the font lacks is drawn as a box
-            figure.savefig(beside, dpi=dpi, format=path.suffix[1:].lower())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a character that the font lacks is drawn as a box
+        figure.savefig(temporary, dpi=dpi, format=path.suffix[1:].lower())
 
 
 def draw(scenes: Sequence[Scene]) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from flowformer.tasks.series_files import DataError
+from flowformer.common.errors import DataError
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32  # pixels

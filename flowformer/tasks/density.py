@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,11 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from flowformer.common.errors import DataError
+from flowformer.common.files import write_whole
 from flowformer.models.generation import generate
 from flowformer.models.language import LanguageModel
 from flowformer.tasks import cifar
 from flowformer.tasks.metric import Metric
-from flowformer.tasks.series_files import DataError
 from flowformer.tasks.text import SupportsLoss
 
 START = 0  # the token that the first sub-pixel is foretold from
@@ -353,15 +353,4 @@ def write_grid(images: np.ndarray, levels: int, path: str | Path, *, gap: int = 
     grid = grid.repeat(scale, 0).repeat(scale, 1)
     png = io.BytesIO()
     Image.fromarray(grid[..., 0] if channels == 1 else grid).save(png, "PNG")
-    _write_bytes(Path(path), png.getvalue())
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(data)
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    write_whole(Path(path), png.getvalue())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import shutil
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from flowformer.tasks.series_files import DataError
+from flowformer.common.errors import DataError
+from flowformer.common.names import nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -126,9 +126,8 @@ def find_dataset(name: str) -> Dataset:
         DataError: for an unknown one.
     """
     if name not in DATASETS:
-        near = difflib.get_close_matches(name.lower(), DATASETS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(DATASETS)}"
-        raise DataError(f"unknown data set {name!r}: {hint}")
+        hint = nearest(name, DATASETS) or f"; known are {', '.join(DATASETS)}"
+        raise DataError(f"unknown data set {name!r}{hint}")
     return DATASETS[name]
 
 

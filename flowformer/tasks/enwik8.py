@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from flowformer.common.errors import DataError
 from flowformer.tasks.corpus import Corpus
 from flowformer.tasks.downloads import DATASETS, checksum, describe_missing, search_folders
-from flowformer.tasks.series_files import DataError
 from flowformer.tasks.token_files import keep, open_bytes
 from flowformer.tasks.tokenizers import BytesTokenizer
 

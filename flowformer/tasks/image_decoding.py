@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowformer.tasks.series_files import DataError
+from flowformer.common.errors import DataError
 
 if TYPE_CHECKING:
     from PIL import Image

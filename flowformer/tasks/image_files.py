@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
+from flowformer.common.errors import DataError
 from flowformer.tasks.image_decoding import SUFFIXES, UnreadableImage, decode
 from flowformer.tasks.image_shards import Found, Label, Store, read_parquet, read_tar
-from flowformer.tasks.series_files import DataError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from flowformer.common.errors import DataError
 from flowformer.tasks.image_decoding import SUFFIXES, UnreadableImage
-from flowformer.tasks.series_files import DataError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")

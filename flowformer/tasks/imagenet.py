@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
+from flowformer.common.errors import DataError
 from flowformer.tasks.image_decoding import UnreadableImage
 from flowformer.tasks.image_files import ImageFiles, find_images
 from flowformer.tasks.images import SPLIT_SEED, ImageFormat
 from flowformer.tasks.metric import Metric
-from flowformer.tasks.series_files import DataError
 from flowformer.tasks.splits import stratify
 
 if TYPE_CHECKING:

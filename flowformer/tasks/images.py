@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flowformer.common.errors import DataError
 from flowformer.tasks import cifar
 from flowformer.tasks.cifar import LabelledImages
 from flowformer.tasks.image_decoding import SUFFIXES, UnreadableImage, decode
 from flowformer.tasks.metric import Metric
-from flowformer.tasks.series_files import DataError
 from flowformer.tasks.splits import stratify
 
 if TYPE_CHECKING:

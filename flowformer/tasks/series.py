@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from flowformer.common.errors import DataError
 from flowformer.tasks.metric import Metric
-from flowformer.tasks.series_files import DataError, SeriesTable, read_table
+from flowformer.tasks.series_files import SeriesTable, read_table
 from flowformer.tasks.splits import stratify
 
 

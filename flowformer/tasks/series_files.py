@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 import numpy as np
 
+from flowformer.common.errors import DataError
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -21,13 +23,6 @@ ACCEPTED_SUFFIXES = (".ts", ".ts.gz", ".csv", ".csv.gz")
 CSV_KEYS = ("series", "time", "label")
 # The header handed to aeon: lengths may differ, and the labels stay with us (aeon lowers their case).
 _AEON_HEADER = "@missing true\n@univariate false\n@equalLength false\n@classLabel true 0\n@data\n"
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the file, the line where there is one, and the cause."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))  # one line, whatever a library's error within it looks like
 
 
 @dataclass(frozen=True, eq=False)

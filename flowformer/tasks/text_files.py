@@ -14,8 +14,8 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import IO, Any
 
+from flowformer.common.errors import DataError
 from flowformer.tasks.corpus import Corpus
-from flowformer.tasks.series_files import DataError
 from flowformer.tasks.token_files import keep, open_bytes, open_tokens, write_tokens
 from flowformer.tasks.tokenizers import FITTED, create_tokenizer, read_tokenizer
 

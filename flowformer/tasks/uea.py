@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -10,9 +9,11 @@ from dataclasses import replace
 from importlib import metadata, util
 from pathlib import Path
 
+from flowformer.common.errors import DataError
+from flowformer.common.names import nearest
 from flowformer.tasks.downloads import data_folder
 from flowformer.tasks.series import SeriesTask, build_task
-from flowformer.tasks.series_files import DataError, SeriesTable, read_table
+from flowformer.tasks.series_files import SeriesTable, read_table
 
 logger = logging.getLogger(__name__)
 
@@ -131,10 +132,8 @@ def _search_folders(data_dir: str | Path | None) -> list[Path]:
 def _check_subset(subset: str) -> None:
     if subset in SUBSETS:
         return
-    lowered = {name.lower(): name for name in SUBSETS}
-    near = difflib.get_close_matches(subset.lower(), lowered, n=1)
-    hint = f"did you mean {lowered[near[0]]}?" if near else f"known are {', '.join(SUBSETS)}"
-    raise DataError(f"unknown UEA subset {subset!r}: {hint}")
+    hint = nearest(subset, SUBSETS) or f"; known are {', '.join(SUBSETS)}"
+    raise DataError(f"unknown UEA subset {subset!r}{hint}")
 
 
 def _find_aeon_data() -> Path | None:

@@ -11,9 +11,9 @@ from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
 
+from flowformer.common.errors import DataError
 from flowformer.tasks.corpus import Corpus
 from flowformer.tasks.downloads import DATASETS, describe_missing, search_folders
-from flowformer.tasks.series_files import DataError
 from flowformer.tasks.token_files import keep, open_tokens, write_tokens
 from flowformer.tasks.tokenizers import WordTokenizer, read_tokenizer
 

@@ -14,8 +14,9 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from flowformer.common.errors import RunError
+from flowformer.common.files import write_whole
 from flowformer.tasks.metric import Metric
-from flowformer.training.files import RunError, write_whole
 from flowformer.training.recipe import Recipe
 
 

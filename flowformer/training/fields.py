@@ -7,7 +7,6 @@ range, the group and the help text. The command line is made from both; :func:`c
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import math
@@ -18,6 +17,8 @@ from os import PathLike, fspath
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from flowformer.common.names import nearest
 
 GROUPS = ("data", "model", "attention", "optimisation", "machine")  # in the order in which help shows them
 Group = Literal["data", "model", "attention", "optimisation", "machine"]
@@ -193,12 +194,6 @@ def plain_fields(recipe: Any) -> dict[str, Any]:
         value = getattr(recipe, name)
         values[name] = str(value) if isinstance(value, Path) else value
     return values
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean X?"`` for the name nearest to a word; "" where none is near."""
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def check_names(recipe: type, given: Iterable[str]) -> None:

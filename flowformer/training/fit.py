@@ -24,8 +24,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch import nn
 
+from flowformer.common.errors import RunError
+from flowformer.common.files import read_json, write_json
+from flowformer.common.machine import environment, peak_memory_bytes
 from flowformer.training.callbacks import History, RunProgress
-from flowformer.training.files import RunError, environment, peak_memory_bytes, read_json, write_json
 from flowformer.training.module import TaskModule
 from flowformer.training.recipe import Recipe, Task
 

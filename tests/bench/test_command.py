@@ -221,7 +221,7 @@ def test_worktree_is_removed_whatever_happens(repository, small, monkeypatch, er
 
 
 def test_comparison_says_what_it_wants(repository, tmp_path):
-    with pytest.raises(results.RunError, match="git knows no commit 'trnk'; did you mean 'trunk'"):
+    with pytest.raises(results.RunError, match=r"git knows no commit 'trnk' \(did you mean 'trunk'"):
         compare.find_commit(repository, "trnk")
     with pytest.raises(results.RunError, match="git checkout"):
         compare.find_commit(tmp_path, "HEAD")

@@ -13,10 +13,10 @@ from PIL import Image
 from rich.console import Console
 
 from flowformer.cli import main
+from flowformer.common.errors import DataError
 from flowformer.recipes import create_recipe, list_recipes
 from flowformer.recipes.imagenet import RECIPES
 from flowformer.tasks import imagenet
-from flowformer.tasks.series_files import DataError
 from flowformer.training.fit import evaluate, load, train
 from flowformer.training.module import TaskModule
 

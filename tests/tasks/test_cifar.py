@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flowformer.common.errors import DataError
 from flowformer.tasks.cifar import CLASSES, LabelledImages, read_cifar10
-from flowformer.tasks.series_files import DataError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "cifar10" / "cifar10_train_20000_jpeg.zip"
 NAMES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from flowformer.common.errors import DataError
 from flowformer.models.language import LanguageModel
 from flowformer.tasks import cifar, density
 from flowformer.tasks.density import (
@@ -22,7 +23,6 @@ from flowformer.tasks.density import (
     sample,
     write_grid,
 )
-from flowformer.tasks.series_files import DataError
 
 FORM = PixelFormat(4, 5, 3, 16)
 ATTENTIONS = {

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from flowformer.common.errors import DataError
 from flowformer.tasks import downloads, enwik8, wikitext
 from flowformer.tasks.downloads import DATASETS, Dataset, checksum, data_folder, fetch, find_dataset
-from flowformer.tasks.series_files import DataError
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -251,7 +251,7 @@ def test_no_network_says_what_to_do(own, server, console, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("wikitxt", "did you mean wikitext?"), ("enwik9", "did you mean enwik8?"), ("x", "known are")],
+    [("wikitxt", "did you mean 'wikitext'?"), ("enwik9", "did you mean 'enwik8'?"), ("x", "known are")],
 )
 def test_unknown_data_sets(name, hint, console):
     for call in (find_dataset, lambda name: fetch(name, console=console)):

@@ -6,8 +6,8 @@ import zipfile
 import numpy as np
 import pytest
 
+from flowformer.common.errors import DataError
 from flowformer.tasks import enwik8
-from flowformer.tasks.series_files import DataError
 
 pytestmark = pytest.mark.usefixtures("cache")
 

@@ -11,9 +11,9 @@ from image_writers import encode, picture, png, write_folder, write_parquet, wri
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from flowformer.common.errors import DataError
 from flowformer.tasks.image_decoding import UnreadableImage, decode
 from flowformer.tasks.image_files import find_images, read_folder
-from flowformer.tasks.series_files import DataError
 
 CLASSES = ("cat", "dog")
 

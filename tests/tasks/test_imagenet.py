@@ -11,11 +11,11 @@ from image_writers import encode, picture, png, write_folder, write_parquet, wri
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from flowformer.common.errors import DataError
 from flowformer.tasks import imagenet
 from flowformer.tasks.image_files import find_images
 from flowformer.tasks.imagenet import Augmentation, DrawSampler, ImageNetFormat, seeded
 from flowformer.tasks.images import IMAGENET_MEAN, IMAGENET_STD, ImageFormat
-from flowformer.tasks.series_files import DataError
 
 WNIDS = ("n01440764", "n01443537", "n15075141")  # classes 0, 1 and 999
 

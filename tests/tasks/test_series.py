@@ -11,6 +11,7 @@ import pytest
 import torch
 from series_writers import HEADER, ROWS, write_csv, write_ts
 
+from flowformer.common.errors import DataError
 from flowformer.models import create_model
 from flowformer.tasks.series import (
     SeriesFormat,
@@ -23,7 +24,7 @@ from flowformer.tasks.series import (
     load_pair,
     match_format,
 )
-from flowformer.tasks.series_files import DataError, SeriesTable, read_table
+from flowformer.tasks.series_files import SeriesTable, read_table
 from flowformer.training.recipe import Format, Task
 
 

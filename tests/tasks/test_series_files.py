@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from series_writers import HEADER, ROWS, write_csv, write_ts
 
-from flowformer.tasks.series_files import DataError, read_csv, read_table, read_ts
+from flowformer.common.errors import DataError
+from flowformer.tasks.series_files import read_csv, read_table, read_ts
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "uea"
 

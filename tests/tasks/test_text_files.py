@@ -9,8 +9,8 @@ from importlib import util
 import numpy as np
 import pytest
 
+from flowformer.common.errors import DataError
 from flowformer.tasks import text_files
-from flowformer.tasks.series_files import DataError
 
 pytestmark = pytest.mark.usefixtures("cache")
 

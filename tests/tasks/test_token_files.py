@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from flowformer.tasks.series_files import DataError
+from flowformer.common.errors import DataError
 from flowformer.tasks.token_files import keep, open_bytes, open_tokens, write_tokens
 
 pytestmark = pytest.mark.usefixtures("cache")

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flowformer.common.errors import DataError
 from flowformer.tasks import uea
-from flowformer.tasks.series_files import DataError
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "uea"
 HEADER = "@problemName fake\n@univariate false\n@equalLength true\n@classLabel true a b\n@data\n"
@@ -172,9 +172,9 @@ def test_missing_aeon_is_no_crash(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("JapanesVowels", "did you mean JapaneseVowels?"),
-        ("pems-sf", "did you mean PEMS-SF?"),
-        ("selfregulationscp2", "did you mean SelfRegulationSCP2?"),
+        ("JapanesVowels", "did you mean 'JapaneseVowels'?"),
+        ("pems-sf", "did you mean 'PEMS-SF'?"),
+        ("selfregulationscp2", "did you mean 'SelfRegulationSCP2'?"),
         ("BasicMotions", "unknown UEA subset 'BasicMotions'"),
         ("zzz", "known are EthanolConcentration, FaceDetection"),
     ],

@@ -6,8 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from flowformer.common.errors import DataError
 from flowformer.tasks import wikitext
-from flowformer.tasks.series_files import DataError
 
 pytestmark = pytest.mark.usefixtures("cache")
 

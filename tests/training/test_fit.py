@@ -7,10 +7,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from flowformer.common.errors import RunError
 from flowformer.recipes import create_recipe, read_recipe
 from flowformer.tasks.series import SeriesTask
 from flowformer.training import fit as fit_module
-from flowformer.training.files import RunError, environment, write_whole
 from flowformer.training.fit import evaluate, load, protocols, train
 from flowformer.training.module import TaskModule
 
@@ -219,19 +219,3 @@ def test_divergence_is_said(tmp_path, monkeypatch):
 def test_meaningless_values_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         recipe(**fields)
-
-
-def test_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "file"
-    write_whole(path, "before")
-    with pytest.raises(TypeError):
-        write_whole(path, 3)  # type: ignore[arg-type]
-    assert path.read_text() == "before"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_environment_names_versions_and_hardware():
-    found = environment()
-    assert found["torch"] == torch.__version__
-    assert found["cpus"] >= 1
-    assert found["cpu"]

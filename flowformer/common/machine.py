@@ -1,8 +1,7 @@
-"""The files of a run, and the machine it ran on."""
+"""The machine that a program runs on: versions, hardware, commit, peak memory."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -13,37 +12,11 @@ from typing import Any
 
 import torch
 
-import flowformer
-
-
-class RunError(RuntimeError):
-    """A run that cannot be started, finished, resumed or read; the message says why or what to do."""
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all: beside its place first, then moved there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, whole or not at all."""
-    write_whole(path, json.dumps(value, indent=2) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+from flowformer._version import __version__
 
 
 def peak_memory_bytes() -> int | None:
-    """Most memory this process has held: of the GPU, where one was used, else of the CPU; None where unknown."""
+    """Peak memory of this process in bytes: of the GPU if one was used, else of the CPU; ``None`` if unknown."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     try:
@@ -55,12 +28,12 @@ def peak_memory_bytes() -> int | None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, hardware and commit, as a run records them."""
+    """Versions, hardware and commit, as runs and benchmarks record them."""
     packages = (
         "lightning", "numpy", "aeon", "scikit-learn", "pandas", "transformers", "tokenizers", "timm", "torchvision",
     )  # fmt: skip
     return {
-        "flowformer": flowformer.__version__,
+        "flowformer": __version__,
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -90,7 +63,7 @@ def _cpu() -> str:
 
 def _commit() -> str | None:
     """The commit of the checkout this package was imported from, with "+" if it was changed since; else ``None``."""
-    root = Path(flowformer.__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
 
