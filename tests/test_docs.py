@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from flowformer import cli
-from flowformer.cli import runs
-from flowformer.recipes import find_recipe
+from flowformer.cli.options import read_command
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,8 +41,7 @@ def test_training_command_is_understood(command, capsys):
         assert stop.value.code == 0
         assert "--learning-rate" in capsys.readouterr().out
     else:
-        values = vars(runs.recipe_parser(name, find_recipe(name)).parse([name, *options]))
-        assert values["recipe"] == name
+        assert read_command(name, options).recipe.name == name
 
 
 def test_other_commands_exist():

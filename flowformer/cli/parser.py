@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise what is wrong, with where to look."""
-        raise UsageError(f"{message}\n`{self.prog} --help` shows what there is.")
+        raise UsageError(f"{message}; see `{self.prog} --help`")
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
         """Parse all words; an unknown option is an error that names the nearest."""
@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
             return values
         options = [option for action in self._actions for option in action.option_strings]
         near = find_nearest(unknown[0].split("=")[0], options)
-        hint = f"; did you mean {near}?" if near else ""
+        hint = f" (did you mean {near}?)" if near else ""
         return self.error(f"unknown argument {unknown[0]}{hint}")
 
 

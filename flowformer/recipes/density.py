@@ -84,7 +84,7 @@ class Cifar10DensityRecipe(PixelRecipe):
     @property
     def data_state(self) -> DataState:
         """The folder or archive is the user's to name."""
-        return "yours"
+        return "unknown"
 
     @property
     def row(self) -> str:

@@ -133,7 +133,7 @@ class ImageNetRecipe(ImageRecipe):
     @property
     def data_state(self) -> DataState:
         """The folder of images is the user's to name."""
-        return "yours"
+        return "unknown"
 
     def read_format(self, values: dict[str, Any]) -> ImageNetFormat:
         """The format that a run has written down."""

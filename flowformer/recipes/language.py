@@ -197,7 +197,7 @@ class OwnTextRecipe(TextRecipe):
     def data_state(self) -> DataState:
         """The text is the user's, or that of the gensim package."""
         if self.needs_file:
-            return "yours"
+            return "unknown"
         return "here" if importlib.util.find_spec("gensim") else "absent"
 
 

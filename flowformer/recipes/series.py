@@ -131,7 +131,7 @@ class OwnSeriesRecipe(SeriesRecipe):
     @property
     def data_state(self) -> DataState:
         """The files are the user's."""
-        return "yours"
+        return "unknown"
 
 
 _FLOW: Mapping[str, Any] = {"attention": "flow", "attention_options": {"preset": "timeseries"}}

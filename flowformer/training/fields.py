@@ -139,7 +139,7 @@ class Option:
             raise self.refuse(value) from None
         if self.type in (int, float) and (kept not in self.allowed or not math.isfinite(kept)):
             words = str(self.allowed)
-            wanted = words + (" or None" if self.optional else "") if words and math.isfinite(kept) else self.wanted
+            wanted = words + self._or_none if words and math.isfinite(kept) else self.wanted
             raise ValueError(f"{self.name} must be {wanted}, got {value!r}")
         return kept
 

@@ -19,7 +19,7 @@ Optimizer = Literal["radam", "adam", "adamw"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]  # weights stay float32
 Schedule = Literal["constant", "inverse-sqrt", "cosine", "linear"]
 Decayed = Literal["all", "linear", "weights"]
-DataState = Literal["here", "absent", "yours"]  # absent: `flowformer data`, or an option, brings it; yours: give a file
+DataState = Literal["here", "absent", "unknown"]  # absent: it can be fetched; unknown: an option has to name its path
 
 
 class Task(Protocol):

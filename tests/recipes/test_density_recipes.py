@@ -78,9 +78,9 @@ def test_published_values_stand_beside_their_own_row(row, bits):
     assert recipe.published(whole) == bits
     assert recipe.published(task_of({})) is None
     assert recipe.published_table()[1][row] == bits
-    for change in ({"attention": "mobile"}, {"dim": 128}, {"positions": "none"}, {"num_heads": 8}):
+    for change in ({"attention": "mobile"}, {"dim": 128}, {"positions": None}, {"num_heads": 8}):
         assert create_recipe(f"density/{row}", **change).published(whole) is None
-    other = create_recipe(f"density/{row}", attention_options='{"window": 9}')
+    other = create_recipe(f"density/{row}", attention="aft_local", attention_options={"window": 9})
     assert other.published(whole) is None
 
 
@@ -219,7 +219,7 @@ def test_images_are_drawn_from_the_command_line(finished, tmp_path, capsys):
         (["generate", "RUN", "--out", "a.png", "--prompt", "x", "--stop", "y"], "nothing to do for --prompt, --stop"),
         (["generate", "RUN", "--out", "a.png", "--count", "0"], "one sequence of tokens or more"),
         (["export", "RUN", "--to", "hf"], "is no run of a language model, but of a LanguageModel (PixelFormat)"),
-        (["train", "density/aft-simple"], "density/aft-simple wants --data PATH"),
+        (["train", "density/aft-simple"], "density/aft-simple needs --data PATH"),
         (["train", "density/aft-simple", "--data", "nowhere"], "nowhere: no such file or folder"),
     ],
 )  # fmt: skip
@@ -243,7 +243,7 @@ def test_a_run_of_text_draws_nothing(tmp_path, capsys):
 
 
 def test_a_growing_state_is_announced(tmp_path, capsys):
-    run(tmp_path / "run", attention="softmax", attention_options="", num_heads=1, steps=1, eval_every=1)
+    run(tmp_path / "run", attention="softmax", num_heads=1, steps=1, eval_every=1)
     status, _, err = command(capsys, "generate", tmp_path / "run", "--out", tmp_path / "grid.png", "--count", 1)
     assert status == 0
     assert "softmax remembers every sub-pixel" in err

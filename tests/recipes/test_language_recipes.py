@@ -71,9 +71,9 @@ def test_published_values_stand_beside_their_own_row(name, published):
 
 
 def test_a_published_row_is_known_however_its_options_are_written():
-    ablation = create_recipe("wikitext103/flow", attention_options='{"competition":null}')
+    ablation = create_recipe("wikitext103/flow", attention_options={"competition": None})
     assert ablation.row == create_recipe("wikitext103/flow-no-competition").row == "flow-no-competition"
-    assert create_recipe("wikitext103/flow", attention_options='{"clamp": 1}').row not in wikitext.PUBLISHED
+    assert create_recipe("wikitext103/flow", attention_options={"clamp": 1}).row not in wikitext.PUBLISHED
 
 
 def test_wikitext_model_is_the_published_one():

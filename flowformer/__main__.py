@@ -1,4 +1,4 @@
-"""``python -m flowformer.cli``."""
+"""``python -m flowformer``."""
 
 import sys
 
