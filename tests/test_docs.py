@@ -44,6 +44,12 @@ def test_training_command_is_understood(command, capsys):
         assert read_command(name, options).recipe.name == name
 
 
+@pytest.mark.parametrize("command", [line for line in commands() if line.startswith("flowformer list")])
+def test_list_command_runs(command, capsys):
+    assert cli.main(shlex.split(command)[1:]) == 0
+    assert capsys.readouterr().out
+
+
 def test_other_commands_exist():
     words = [shlex.split(line) for line in commands() if line.startswith("flowformer")]
     assert {line[1] for line in words} <= set(cli.COMMANDS)
