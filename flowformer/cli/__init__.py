@@ -8,12 +8,21 @@ import sys
 from collections.abc import Sequence
 
 import flowformer
-from flowformer.cli import about, runs
+from flowformer.cli import about, data, evaluate, export, generate, predict, runs, visualize
 from flowformer.cli.about import EXTRAS
 from flowformer.cli.parser import Parser, UsageError
 from flowformer.common.names import nearest
 
-COMMANDS = {**runs.COMMANDS, **about.COMMANDS}
+COMMANDS = {
+    **runs.COMMANDS,
+    "evaluate": evaluate.main,
+    "predict": predict.main,
+    "generate": generate.main,
+    "visualize": visualize.main,
+    "export": export.main,
+    "data": data.main,
+    **about.COMMANDS,
+}
 
 
 def main(words: Sequence[str] | None = None) -> int:

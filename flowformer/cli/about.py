@@ -1,4 +1,4 @@
-"""Commands that fetch, measure and tell."""
+"""Commands that measure and describe."""
 
 from __future__ import annotations
 
@@ -25,25 +25,6 @@ EXTRAS = {
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "bench": ("matplotlib", "rich"),
 }
-
-
-def _data(words: Sequence[str]) -> int:
-    """Fetch a data set and verify it, or say what there is to fetch."""
-    from flowformer.tasks import downloads
-
-    parser = Parser(prog="flowformer data", description=_data.__doc__)
-    parser.add_argument("name", nargs="?", help="data set to fetch; none lists them", default="")
-    parser.add_argument("--dir", type=Path, help="folder to put it in; where recipes look if absent", default=None)
-    values = parser.parse(words)
-    if not values.name:
-        for dataset in downloads.DATASETS.values():
-            print(f"{dataset.name:10} {dataset.title}, {dataset.size_bytes:,} bytes from {dataset.addresses[0]}")
-        return 0
-
-    from rich.console import Console
-
-    usable(downloads.fetch, values.name, values.dir, console=Console())
-    return 0
 
 
 def _bench(words: Sequence[str]) -> int:
@@ -139,7 +120,6 @@ def _doctor(words: Sequence[str]) -> int:
 
 
 COMMANDS = {
-    "data": _data,
     "bench": _bench,
     "list": _list,
     "info": _info,

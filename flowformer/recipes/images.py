@@ -14,8 +14,9 @@ from torch import nn
 from flowformer.models import create_model
 from flowformer.recipes.options import read_options
 from flowformer.recipes.registry import register_recipe
-from flowformer.tasks import images
-from flowformer.tasks.images import ImageFormat, ImageTask
+from flowformer.tasks.images import task as images
+from flowformer.tasks.images.format import ImageFormat
+from flowformer.tasks.images.task import ImageTask
 from flowformer.training.recipe import EpochRecipe, option
 
 

@@ -15,11 +15,11 @@ from rich.console import Console
 from flowformer.cli import main
 from flowformer.common.errors import DataError
 from flowformer.recipes import create_recipe, list_recipes
-from flowformer.recipes.imagenet import RECIPES
-from flowformer.tasks import imagenet
+from flowformer.tasks.images import imagenet
 from flowformer.training.fit import evaluate, load, train
 from flowformer.training.module import TaskModule
 
+RECIPES = [name for name in list_recipes() if name == "images/own" or name.startswith("imagenet/")]
 TINY = {
     "model": "flowformer_vision_micro", "image_size": 32, "batch_size": 4, "step_images": 8, "epochs": 2,
     "warmup_epochs": 1, "workers": 0, "accelerator": "cpu", "drop_path": 0.3, "erasing": 0.5,
@@ -64,7 +64,6 @@ def finished(images, tmp_path_factory):
 def test_every_recipe_has_its_published_row():
     rows = (*imagenet.PUBLISHED, "deit-tiny-mobile", "deit-small-mobile")
     assert set(RECIPES) == {"images/own", *(f"imagenet/{row}" for row in rows)}
-    assert set(RECIPES) <= set(list_recipes())
 
     class All:
         published = imagenet.PUBLISHED
