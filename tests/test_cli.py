@@ -111,13 +111,31 @@ def test_language_run_is_resumed(language_run, capsys):
 def test_a_run_is_used_for_what_it_is(language_run, arguments, tmp_path, capsys):
     status, _, err = run(capsys, "predict", str(language_run), "no.csv")
     assert status == 2
-    assert "no run of a classifier of series or pictures, but of a LanguageModel" in err
+    assert f"`flowformer predict` does not apply to {language_run}, whose data is TextFormat" in err
+    assert "what does: evaluate, generate, visualize, export" in err
     folder = str(tmp_path / "series")
     assert run(capsys, "train", *arguments, "--epochs", "1", "--out", folder)[0] == 0
     for words in (["generate", folder], ["export", folder, "--to", "hf"]):
         status, _, err = run(capsys, *words)
         assert status == 2
-        assert "no run of a language model, but of a SeriesClassifier" in err
+        assert f"does not apply to {folder}, whose data is SeriesFormat; what does: evaluate, predict, visualize" in err
+
+
+def test_options_of_generation_are_those_of_the_run(language_run, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["generate", str(language_run), "--help"])
+    out = capsys.readouterr().out
+    for words in ("--prompt", "--tokens", "--stop", "--temperature", "default: 0.8", "default: 200"):
+        assert words in out
+    assert "--count" not in out
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--help"])
+    out = capsys.readouterr().out
+    assert "`flowformer generate RUN --help`" in out
+    assert "--prompt" not in out
+    status, _, err = run(capsys, "generate", "--tokens", "3", str(language_run), "--promt", "to be")
+    assert status == 2
+    assert f"--promt does not apply to {language_run}; its options are " in err
 
 
 def test_data_sets_are_listed(capsys):

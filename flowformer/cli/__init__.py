@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import flowformer
-from flowformer.cli import about, bench, doctor, info, runs, train
+from flowformer.cli import bench, data, doctor, evaluate, export, generate, info, predict, train, visualize
 from flowformer.cli import list as listing
 from flowformer.cli.extras import find_extra
 from flowformer.cli.parser import Parser, UsageError
@@ -16,13 +16,17 @@ from flowformer.common.names import nearest
 
 # Their modules import what they need when they run: `flowformer --help` does not wait for torch.
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "train": train.run,
-    **runs.COMMANDS,
-    **about.COMMANDS,
-    "bench": bench.run,
-    "list": listing.run,
-    "info": info.run,
-    "doctor": doctor.run,
+    "train": train.main,
+    "evaluate": evaluate.main,
+    "predict": predict.main,
+    "generate": generate.main,
+    "visualize": visualize.main,
+    "export": export.main,
+    "data": data.main,
+    "bench": bench.main,
+    "list": listing.main,
+    "info": info.main,
+    "doctor": doctor.main,
 }
 
 

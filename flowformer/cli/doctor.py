@@ -14,9 +14,9 @@ from flowformer.cli.extras import EXTRAS
 from flowformer.cli.parser import Parser, usable
 
 
-def run(words: Sequence[str]) -> int:
+def main(words: Sequence[str]) -> int:
     """Show what is installed here, and which backend would run."""
-    Parser(prog="flowformer doctor", description=run.__doc__).parse(words)
+    Parser(prog="flowformer doctor", description=main.__doc__).parse(words)
 
     import torch
 

@@ -10,9 +10,9 @@ from flowformer.cli.parser import Parser
 from flowformer.common.names import nearest
 
 
-def run(words: Sequence[str]) -> int:
+def main(words: Sequence[str]) -> int:
     """Describe a recipe, a model or an attention mechanism."""
-    parser = Parser(prog="flowformer info", description=run.__doc__)
+    parser = Parser(prog="flowformer info", description=main.__doc__)
     parser.add_argument("name", help="a name that `flowformer list` shows")
     name = parser.parse(words).name
 

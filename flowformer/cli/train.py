@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from flowformer.cli.parser import Parser, usable
 
 
-def run(words: Sequence[str]) -> int:
+def main(words: Sequence[str]) -> int:
     """Run a recipe and write its folder."""
     if not words or words[0].startswith("-"):
         parser = Parser(
@@ -19,7 +19,7 @@ def run(words: Sequence[str]) -> int:
         parser.add_argument("recipe", help="name of the recipe, for example uea/JapaneseVowels")
         parser.parse(words)
 
-    from flowformer.cli.options import read_command
+    from flowformer.cli.recipe_options import read_command
 
     asked = read_command(words[0], words[1:])
 

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from flowformer.recipes.series import SeriesRecipe
-from flowformer.tasks.series import SeriesFormat, SeriesSet, SeriesTask, classify, fill_missing
+from flowformer.tasks.series.dataset import SeriesSet
+from flowformer.tasks.series.format import SeriesFormat, classify, fill_missing
+from flowformer.tasks.series.task import SeriesTask
 from flowformer.training.recipe import Optimizer, Precision
 
 try:

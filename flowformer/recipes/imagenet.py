@@ -1,6 +1,6 @@
 """ImageNet: the experiments of Flowformer and of AFT, and Mobile-Attention in DeiT.
 
-``--data DIR`` names ImageNet, or images of your own in its manner: :func:`flowformer.tasks.imagenet.load`.
+``--data DIR`` names ImageNet, or images of your own in its manner: :func:`flowformer.tasks.images.imagenet.load`.
 
 Sources: thuml/Flowformer, Flowformer_CV (Wu et al., ICML 2022); facebookresearch/deit, main.py (Touvron et al., 2021);
 Zhai et al., "An Attention Free Transformer", 2021, section 5.3. On any number of devices a step is of the published
@@ -24,8 +24,8 @@ from flowformer.models.swap import swap_attention
 from flowformer.recipes.images import ImageRecipe
 from flowformer.recipes.mechanism import merge_fields
 from flowformer.recipes.registry import RECIPES, register_recipe
-from flowformer.tasks import imagenet
-from flowformer.tasks.imagenet import Augmentation, DrawSampler, ImageNetFormat, ImageNetTask
+from flowformer.tasks.images import imagenet
+from flowformer.tasks.images.imagenet import Augmentation, DrawSampler, ImageNetFormat, ImageNetTask
 from flowformer.training.fields import option
 from flowformer.training.recipe import DataState, Precision
 

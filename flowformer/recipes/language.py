@@ -20,8 +20,11 @@ from flowformer.models import create_model
 from flowformer.models.language import LanguageModel
 from flowformer.recipes.mechanism import check_attention, merge_fields
 from flowformer.recipes.registry import RECIPES, register_recipe
-from flowformer.tasks import enwik8, text, text_files, wikitext
-from flowformer.tasks.text import TextFormat, TextTask
+from flowformer.tasks.text import enwik8, wikitext
+from flowformer.tasks.text import files as text_files
+from flowformer.tasks.text import task as text
+from flowformer.tasks.text.format import TextFormat
+from flowformer.tasks.text.task import TextTask
 from flowformer.training.fields import option
 from flowformer.training.recipe import DataState, StepRecipe
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from flowformer.recipes.language import DemoTextRecipe, LanguageRecipe
 from flowformer.recipes.registry import register_recipe
-from flowformer.tasks import toys
+from flowformer.tasks.text import toys
 from flowformer.training.fields import option
 
 _SHARED: dict[str, Any] = {

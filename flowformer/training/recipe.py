@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DistributedSampler
 
-from flowformer.tasks.metric import Metric
+from flowformer.tasks.protocols import Task
 from flowformer.training.fields import check_fields, option, plain_fields
 from flowformer.training.order import RoundSampler
 
@@ -20,78 +20,6 @@ Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]  # weights stay
 Schedule = Literal["constant", "inverse-sqrt", "cosine", "linear"]
 Decayed = Literal["all", "linear", "weights"]
 DataState = Literal["here", "absent", "unknown"]  # absent: it can be fetched; unknown: an option has to name its path
-
-
-class Task(Protocol):
-    """Data, loss and metric of a benchmark.
-
-    A task whose :attr:`evaluated` sets have no "test" is tested once, when training is over.
-    """
-
-    @property
-    def name(self) -> str:
-        """Name of the benchmark."""
-        ...
-
-    @property
-    def metric(self) -> Metric:
-        """The figure of merit."""
-        ...
-
-    @property
-    def published(self) -> Mapping[str, float]:
-        """Published values of the metric by method."""
-        ...
-
-    @property
-    def source(self) -> str:
-        """Where the data came from."""
-        ...
-
-    @property
-    def licence(self) -> str:
-        """What is known of the terms of the data."""
-        ...
-
-    @property
-    def format(self) -> Format:
-        """How data is prepared for a model."""
-        ...
-
-    @property
-    def train(self) -> Any:
-        """The training set, a map-style dataset."""
-        ...
-
-    @property
-    def test(self) -> Any:
-        """The test set."""
-        ...
-
-    @property
-    def evaluated(self) -> Mapping[str, Any]:
-        """The sets evaluated during training, by name ("test", "validation"); none that is empty."""
-        ...
-
-    def step(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run the model on a batch; means over it of ``"loss"`` and of what the metric is made of."""
-        ...
-
-    def size(self, batch: Mapping[str, Tensor]) -> int:
-        """How many examples, or tokens, the means of a batch are over."""
-        ...
-
-
-class Format(Protocol):
-    """How data is prepared for a model: all that is needed to use a trained one on new data."""
-
-    def collate(self, items: Sequence[Any]) -> dict[str, Tensor]:
-        """Make a batch."""
-        ...
-
-    def to_json(self) -> dict[str, Any]:
-        """The format as plain values."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ import pytest
 import flowformer
 from flowformer import cli
 from flowformer.recipes import list_recipes
-from flowformer.tasks import downloads, uea
+from flowformer.tasks import downloads
+from flowformer.tasks.series import uea
 
 
 def run(capsys, *words):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from flowformer import cli
-from flowformer.cli.options import read_command
 from flowformer.cli.parser import UsageError
+from flowformer.cli.recipe_options import read_command
 from flowformer.recipes import create_recipe, list_recipes, read_recipe
 from flowformer.training.fields import GROUPS, options_of
 from flowformer.training.recipe import Schedule

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from flowformer.cli import main
 from flowformer.recipes import create_recipe
-from flowformer.tasks.cifar import CLASSES
+from flowformer.tasks.images.cifar import CLASSES
 from flowformer.training.fit import load, train
 
 # Most digits are held out: training is what takes time.

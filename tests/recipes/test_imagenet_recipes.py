@@ -15,7 +15,7 @@ from rich.console import Console
 from flowformer.cli import main
 from flowformer.common.errors import DataError
 from flowformer.recipes import create_recipe, list_recipes
-from flowformer.tasks import imagenet
+from flowformer.tasks.images import imagenet
 from flowformer.training.fit import evaluate, load, train
 from flowformer.training.module import TaskModule
 

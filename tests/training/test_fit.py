@@ -9,7 +9,7 @@ from rich.console import Console
 
 from flowformer.common.errors import RunError
 from flowformer.recipes import create_recipe, read_recipe
-from flowformer.tasks.series import SeriesTask
+from flowformer.tasks.series.task import SeriesTask
 from flowformer.training import fit as fit_module
 from flowformer.training.fit import evaluate, load, protocols, train
 from flowformer.training.module import TaskModule

@@ -10,10 +10,10 @@ from rich.console import Console
 
 from flowformer.recipes import create_recipe
 from flowformer.recipes.language import OwnTextRecipe
-from flowformer.tasks import text
-from flowformer.tasks.corpus import Corpus
-from flowformer.tasks.text import TextTask
-from flowformer.tasks.tokenizers import BytesTokenizer
+from flowformer.tasks.text import task as text
+from flowformer.tasks.text.corpus import Corpus
+from flowformer.tasks.text.task import TextTask
+from flowformer.tasks.text.tokenizers import BytesTokenizer
 from flowformer.training.fit import evaluate, load, train
 from flowformer.training.module import TaskModule
 
