@@ -14,6 +14,7 @@ from flowformer.cli.recipe_options import read_command
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -62,7 +63,7 @@ def test_make_targets_exist():
     assert wanted <= set(targets)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, CONTRIBUTING], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if "://" in link:
@@ -73,6 +74,27 @@ def test_links_lead_somewhere(page):
         if anchor:
             headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, link
+
+
+def test_contributing_shows_code_that_is_there():
+    linked = re.findall(r"\]\(([\w/]+\.py)\)", CONTRIBUTING.read_text(encoding="utf-8"))
+    there = {line.strip() for path in linked for line in (ROOT / path).read_text(encoding="utf-8").splitlines()}
+    shown = {line.strip() for block in blocks(CONTRIBUTING, "python") for line in block.splitlines()}
+    assert shown
+    assert shown - {"..."} <= there, shown - there
+
+
+def test_every_page_is_in_the_navigation():
+    listed = re.findall(r"^  - (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    assert set(listed) >= {page.name for page in PAGES} - {"README.md"}
+
+
+def test_reference_names_modules_that_are_there():
+    named = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "reference.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert named
+    for module in named:
+        importlib.import_module(module)
 
 
 def test_architecture_names_what_is_there():
