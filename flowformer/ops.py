@@ -1,7 +1,7 @@
-"""Attention as pure functions of tensors: every mechanism's operation, its step, its state and its options, by name.
+"""Functional interface: operation, step, state and options of every mechanism, by name.
 
 Layout is (batch, length, heads, channels), or (batch, length, channels) for AFT; a decoding step takes (batch, heads,
-channels). What a room in :mod:`flowformer.mechanisms` offers beside its module is found here.
+channels). All names that a mechanism in :mod:`flowformer.mechanisms` exports besides its module are available here.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from flowformer.core.backends import Explanation
 from flowformer.core.backends import explain as _explain
 from flowformer.mechanisms.weights import FlowMaps
 
-if TYPE_CHECKING:  # for type checkers; at run time the names are found in the rooms
-    from flowformer.mechanisms.aft import *  # noqa: F403 - each room says what it offers
-    from flowformer.mechanisms.flow import *  # noqa: F403 - each room says what it offers
-    from flowformer.mechanisms.linear import *  # noqa: F403 - each room says what it offers
-    from flowformer.mechanisms.mobile import *  # noqa: F403 - each room says what it offers
-    from flowformer.mechanisms.softmax import *  # noqa: F403 - each room says what it offers
+if TYPE_CHECKING:  # at run time the names come from flowformer.mechanisms
+    from flowformer.mechanisms.aft import *  # noqa: F403 - each has an __all__
+    from flowformer.mechanisms.flow import *  # noqa: F403 - each has an __all__
+    from flowformer.mechanisms.linear import *  # noqa: F403 - each has an __all__
+    from flowformer.mechanisms.mobile import *  # noqa: F403 - each has an __all__
+    from flowformer.mechanisms.softmax import *  # noqa: F403 - each has an __all__
 
 _SHARED = ("LIMITS", "Attention", "Mechanism", "create_attention", "find_attention", "list_attentions")
 
 
 def explain(op: str | Callable[..., Any], *arguments: Any, **options: Any) -> Explanation:
-    """Which implementation an operation would run for these arguments, and why; nothing is computed.
+    """Return which implementation would run for these arguments, and why, without computing anything.
 
     The operation is called, checks its arguments, and is left as soon as it has chosen.
 

@@ -935,12 +935,12 @@ def bad_inputs(q: Tensor, k: Tensor, v: Tensor) -> Bad:
         "a list": ({"q": [1.0]}, TypeError, "q must be a tensor, got list"),
         "no value": ({"v": None}, TypeError, "v must be a tensor, got NoneType"),
         "integers": ({"k": k.long()}, TypeError, "k must be float16.* got torch.int64"),
-        "mixed dtypes": ({"v": v.double()}, TypeError, "share one dtype, got .*float32.*float64"),
+        "mixed dtypes": ({"v": v.double()}, TypeError, "have the same dtype, got .*float32.*float64"),
         "no token": ({"q": q[:, :0]}, ValueError, r"at least one token.* got \(2, 0, "),
         "no channel": ({"v": v[..., :0]}, ValueError, r"at least one .* got \(2, 6, .*0\)"),
         "batch": ({"q": torch.cat([q, q[:1]])}, ValueError, r"q and k must agree .* got q \(3, 6, .*k \(2, 6, "),
         "values' length": ({"v": v[:, :5]}, ValueError, r"k and v must agree .* v \(2, 5, "),
-        "device": ({"v": v.to("meta")}, ValueError, "on one device, got .*cpu.*meta"),
+        "device": ({"v": v.to("meta")}, ValueError, "on the same device, got .*cpu.*meta"),
         "mask of integers": (
             {"mask": zeros(2, 6, dtype=torch.int64)},
             TypeError,
@@ -951,7 +951,7 @@ def bad_inputs(q: Tensor, k: Tensor, v: Tensor) -> Bad:
         "mask's shape": ({"mask": bools(2, 5)}, ValueError, r"must have shape \(2, 6\), got \(2, 5\)"),
         "mask's rank": ({"mask": bools(6)}, ValueError, r"must have shape \(2, 6\), got \(6,\)"),
         "mask's device": ({"mask": bools(2, 6).to("meta")}, ValueError, "mask must be on cpu"),
-        "backend": ({"backend": "abacus"}, ValueError, "no backend 'abacus' .*there is auto, native, torch"),
+        "backend": ({"backend": "abacus"}, ValueError, "unknown backend 'abacus' .*available: auto, native, torch"),
         "option": ({"no_such_option": 1}, TypeError, "no_such_option"),
         "packing of floats": ({"cu_seqlens": zeros(2)}, TypeError, "cu_seqlens must be an int32 tensor, got .*float32"),
         "packing as a list": ({"cu_seqlens": [0, 6]}, TypeError, "cu_seqlens must be an int32 tensor, got list"),
@@ -986,7 +986,7 @@ def bad_inputs_without_heads(q: Tensor, k: Tensor, v: Tensor) -> Bad:
         bad["keys' channels"] = ({"k": k[..., :-1]}, ValueError, "k and v must agree in batch, length and channels")
     else:
         three = torch.cat([k, k[..., :1]], -1)
-        bad["heads"] = ({"k": three}, ValueError, "heads, which k has one channel for, must divide the channels of v")
+        bad["heads"] = ({"k": three}, ValueError, "the number of heads must divide the channels of v")
     return bad
 
 
@@ -1009,9 +1009,9 @@ def every_bad_input(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Bad:
         bad |= BAD_CAUSAL
     if not case.crosses:
         longer = torch.cat([q, q[:, :1]], 1)
-        says = "self-attention, since .* as many queries as keys, got 7 and 6"
+        says = "self-attention, since .* the same length, got 7 and 6"
         bad["lengths"] = ({"q": longer}, ValueError, says)
-        says = "self-attention, since .* give mask alone, not context_mask"
+        says = "self-attention, since .* pass mask, not context_mask"
         bad["context mask"] = ({"context_mask": bools(2, 6)}, ValueError, says)
     if not case.row.can("causal"):
         bad["causal"] = ({"causal": True}, ValueError, "no causal form")
@@ -1094,7 +1094,7 @@ def test_8_bad_steps_are_refused_in_words(case: Case) -> None:
     for tensors, kind, says in (
         ((q.unsqueeze(1), k, v), ValueError, rf"q of one step must be \({axes(q, True)}\), got \(2, 1, "),
         ((q, k, v[0]), ValueError, "v of one step must be"),
-        ((q, k, v.half()), TypeError, "share one dtype"),
+        ((q, k, v.half()), TypeError, "have the same dtype"),
         ((q.long(), k, v), TypeError, "q must be float16.* got torch.int64"),
         ((q, k, [1.0]), TypeError, "v must be a tensor, got list"),
         ((q[:1], k, v), ValueError, "q and k must agree"),

@@ -98,7 +98,7 @@ def test_language_run_is_exported(language_run, tmp_path, capsys):
     assert tokenizer.decode(tokens[0]) == ours.removesuffix("\n")
     status, _, err = run(capsys, "export", str(language_run), "--to", "hf", "--out", str(tmp_path / "hf"))
     assert status == 2
-    assert "holds files already" in err
+    assert "is not empty: choose another folder" in err
 
 
 def test_language_run_is_resumed(language_run, capsys):
@@ -201,20 +201,20 @@ def test_interrupt_tells_how_to_go_on(arguments, tmp_path, capsys, monkeypatch):
         (["train", "uea/JapaneseVowel"], "did you mean 'uea/JapaneseVowels'?"),
         (["train", "japanesevowels"], "did you mean 'uea/JapaneseVowels'?"),
         (["train", "uea/JapaneseVowels", "--epoch", "3"], "did you mean --epochs?"),
-        (["train", "uea/JapaneseVowels", "--epochs", "many"], "epochs must be a whole number, at least 1, got 'many'"),
+        (["train", "uea/JapaneseVowels", "--epochs", "many"], "epochs must be an integer, at least 1, got 'many'"),
         (["train", "uea/JapaneseVowels", "--epochs", "0"], "epochs must be at least 1, got 0"),
         (["train", "uea/JapaneseVowels", "--attention", "flw", "--epochs", "1"], "did you mean 'flow'?"),
         (["train", "uea/JapaneseVowels", "--attention-options.preset", "cor", "--epochs", "1"], "did you mean 'core'?"),
         (["train", "uea/JapaneseVowels", "--precision", "8-bit"], "precision must be one of auto, 32-true"),
         (["train", "uea/JapaneseVowels", "--accelerator", "abacus"], "abacus"),
-        (["train", "timeseries/own"], "needs --train-file FILE"),
+        (["train", "timeseries/own"], "requires --train-file FILE"),
         (["train", "timeseries/own", "--train-file", "no.csv", "--test-file", "no.csv"], "no.csv: no such file"),
         (["trian"], "did you mean 'train'?"),
         (["info", "flwo"], "did you mean 'flow'?"),
-        (["evaluate", "nowhere"], "nowhere is no run's folder"),
-        (["generate", "nowhere"], "nowhere is no run's folder"),
-        (["train", "text/own"], "text/own needs --file FILE"),
-        (["train", "text/own", "--file", "no.txt"], "no file or folder no.txt"),
+        (["evaluate", "nowhere"], "nowhere is not the folder of a run"),
+        (["generate", "nowhere"], "nowhere is not the folder of a run"),
+        (["train", "text/own"], "text/own requires --file FILE"),
+        (["train", "text/own", "--file", "no.txt"], "file or folder no.txt not found"),
         (["train", "text/bytes", "--attention", "flw"], "did you mean 'flow'?"),
         (["train", "enwik8/aft-local-12", "--data-dir", "nowhere"], "flowformer data enwik8"),
         (["data", "wikitxt"], "did you mean 'wikitext'?"),
@@ -253,9 +253,9 @@ def test_list_and_info_and_doctor(capsys):
 
 def test_doctor_obeys_the_environment(capsys, monkeypatch):
     monkeypatch.setenv("FLOWFORMER_BACKEND", "torch")
-    assert "asked for by FLOWFORMER_BACKEND" in run(capsys, "doctor")[1]
+    assert "requested by FLOWFORMER_BACKEND" in run(capsys, "doctor")[1]
     monkeypatch.setenv("FLOWFORMER_BACKEND", "abacus")
-    assert "no backend 'abacus'" in run(capsys, "doctor")[2]
+    assert "unknown backend 'abacus'" in run(capsys, "doctor")[2]
 
 
 def test_missing_extra_names_the_remedy(capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""The command ``flowformer``: one file a command."""
+"""The command line ``flowformer``: one file per command."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def main(words: Sequence[str] | None = None) -> int:
         words: What follows ``flowformer``; that of this process if absent.
 
     Returns:
-        The exit status: 2 for what the user can mend, which is said in one line on standard error.
+        The exit status: 2 for errors of the user, which are printed as one line on standard error.
     """
     words = sys.argv[1:] if words is None else words
     try:
@@ -72,7 +72,7 @@ def _run(words: Sequence[str]) -> int:
         epilog="`flowformer COMMAND --help` shows the options of each.",
     )
     parser.add_argument("--version", action="version", version=f"flowformer {flowformer.__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of those above")
+    parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of the commands above")
     if words and not words[0].startswith("-"):
         parser.error(f"no command {words[0]!r}{nearest(words[0], COMMANDS)}; there is {', '.join(COMMANDS)}")
     parser.parse(words or ["--help"])

@@ -13,8 +13,10 @@ def main(words: Sequence[str]) -> int:
     from flowformer.tasks import downloads
 
     parser = Parser(prog="flowformer data", description=main.__doc__)
-    parser.add_argument("name", nargs="?", help="data set to fetch; none lists them", default="")
-    parser.add_argument("--dir", type=Path, help="folder to put it in; where recipes look if absent", default=None)
+    parser.add_argument("name", nargs="?", help="data set to download; lists all of them if absent", default="")
+    parser.add_argument(
+        "--dir", type=Path, help="folder to store it in (default: the cache, where recipes look for it)", default=None
+    )
     values = parser.parse(words)
     if not values.name:
         for dataset in downloads.DATASETS.values():

@@ -11,10 +11,10 @@ from flowformer.cli.trained import open_run, run_arguments
 
 
 def main(words: Sequence[str]) -> int:
-    """Measure a run's model on its test set again."""
+    """Evaluate the model of a run on its test set."""
     parser = Parser(prog="flowformer evaluate", description=main.__doc__)
     run_arguments(parser)
-    parser.add_argument("--data", "--data-dir", help="folder of the data, if it has moved", default="")
+    parser.add_argument("--data", "--data-dir", help="folder of the data, if it was moved", default="")
     values = parser.parse(words)
     recipe, model, _ = open_run(values.run, values.checkpoint)
     if values.data:
@@ -34,5 +34,5 @@ def _move_data(recipe: Any, data: str, written: str) -> Any:
     """The recipe with its data in another folder."""
     named = [field.name for field in dataclasses.fields(recipe) if field.name in ("data", "data_dir")]
     if not named:
-        raise UsageError(f"{recipe.name} has no folder of data; {written} says what it reads")
+        raise UsageError(f"{recipe.name} does not read a data folder; {written} lists what it reads")
     return dataclasses.replace(recipe, **{named[0]: data})

@@ -10,11 +10,11 @@ from flowformer.cli.trained import open_run, require, run_arguments
 
 
 def main(words: Sequence[str]) -> int:
-    """Write a run's model for other libraries."""
+    """Export the model of a run to other libraries."""
     parser = Parser(prog="flowformer export", description=main.__doc__)
     run_arguments(parser)
     parser.add_argument("--to", choices=["hf"], required=True, help="hf: a folder for Hugging Face's from_pretrained")
-    parser.add_argument("--out", type=Path, help="folder to write; RUN/hf if absent", default=None)
+    parser.add_argument("--out", type=Path, help="folder to write (default: RUN/hf)", default=None)
     values = parser.parse(words)
     _, model, form = open_run(values.run, values.checkpoint)
     require(values.run, form, "export")

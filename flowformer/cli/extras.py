@@ -1,4 +1,4 @@
-"""The extras of the package, and the modules that each needs."""
+"""Extras of the package, and the modules that each of them installs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ EXTRAS = {
 
 
 def find_extra(module: str) -> str | None:
-    """The first extra that a module, or a part of it, belongs to; ``None`` for a module of no extra."""
+    """Return the first extra that installs a module; ``None`` if none does."""
     name = module.split(".")[0]
     return next((extra for extra, modules in EXTRAS.items() if name in modules), None)

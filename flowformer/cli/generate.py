@@ -13,7 +13,7 @@ NOTE = "Options depend on the run: `flowformer generate RUN --help` shows them."
 
 
 def main(words: Sequence[str]) -> int:
-    """Generate data with a run's model: a language model continues text, a model of images draws."""
+    """Generate samples with the model of a run: text with a language model, images with a model of images."""
     run = find_run(words)
     parser = Parser(prog="flowformer generate", description=main.__doc__, epilog=None if run else NOTE)
     run_arguments(parser)

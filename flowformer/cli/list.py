@@ -16,9 +16,9 @@ _DATA = {"here": "here", "absent": "to be fetched", "unknown": "give its path"}
 
 
 def main(words: Sequence[str]) -> int:
-    """List recipes, models, attention mechanisms and data sets, or those that a word is about."""
+    """List recipes, models, attention mechanisms and data sets, optionally those that match a word."""
     parser = Parser(prog="flowformer list", description=main.__doc__, epilog=_EPILOG)
-    parser.add_argument("kind", nargs="?", help=f"{', '.join(_KINDS)}; all of them if absent")
+    parser.add_argument("kind", nargs="?", help=f"{', '.join(_KINDS)} (default: all)")
     parser.add_argument("word", nargs="?", help="show only rows with this word in their name or description")
     parser.add_argument("--json", action="store_true", help="print a JSON list of all fields")
     values = parser.parse(words)

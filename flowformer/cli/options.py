@@ -1,4 +1,4 @@
-"""Options of a command from the fields of a dataclass."""
+"""Command-line options made from the fields of a dataclass."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> list[str]:
 
 
 def _describe(hint: Any, help: str) -> dict[str, Any]:
-    """What argparse wants to know of a field."""
+    """Arguments of ``add_argument`` for a field."""
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction, "help": help}
     if get_origin(hint) is tuple:
@@ -41,7 +41,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def read_options(values: argparse.Namespace, kind: type) -> Any:
-    """The dataclass with the values that were parsed."""
+    """Return the dataclass with the parsed values."""
     given = {field.name: getattr(values, field.name) for field in dataclasses.fields(kind)}
     repeated = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     return kind(**{name: value for name, value in given.items() if value is not None} | repeated)

@@ -1,4 +1,4 @@
-"""What commands share: their parser, and errors that the user can mend."""
+"""Parser and user errors shared by all commands."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from flowformer.common.names import find_nearest
 
 
 class UsageError(Exception):
-    """A command line that cannot be carried out; the message says why."""
+    """Error in a command line; the message states the cause."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Argparse that takes no abbreviations and suggests the nearest option for an unknown one."""
+    """``argparse`` without abbreviations; suggests the nearest option for an unknown one."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **arguments)
 
     def error(self, message: str) -> NoReturn:
-        """Raise what is wrong, with where to look."""
+        """Raise a usage error that refers to ``--help``."""
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
-        """Parse all words; an unknown option is an error that names the nearest."""
+        """Parse all words; for an unknown option the error suggests the nearest one."""
         values, unknown = self.parse_known_args(words)
         if not unknown:
             return values
@@ -46,7 +46,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaults
 
 
 def usable(function: Any, *words: Any, **values: Any) -> Any:
-    """Call a function whose ValueError or RunError is the user's to mend."""
+    """Call a function, and raise its ValueError or RunError as a usage error."""
     try:
         return function(*words, **values)
     except (ValueError, RunError) as error:

@@ -11,10 +11,12 @@ from flowformer.cli.trained import open_run, require, run_arguments
 
 
 def main(words: Sequence[str]) -> int:
-    """Classify files with a run's model; writes CSV to standard output or a file."""
+    """Classify files with the model of a run; writes CSV to standard output or a file."""
     parser = Parser(prog="flowformer predict", description=main.__doc__)
     run_arguments(parser)
-    parser.add_argument("files", type=Path, nargs="+", metavar="file", help="files of the kind that the run was on")
+    parser.add_argument(
+        "files", type=Path, nargs="+", metavar="file", help="files of the same kind as the training data"
+    )
     parser.add_argument("--out", type=Path, help="file to write", default=None)
     values = parser.parse(words)
     _, model, form = open_run(values.run, values.checkpoint)

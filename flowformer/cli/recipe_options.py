@@ -1,4 +1,4 @@
-"""Options of a recipe on the command line, and from a YAML or JSON file: read by jsonargparse.
+"""Options of a recipe on the command line and in YAML or JSON files, parsed by jsonargparse.
 
 A field of a recipe is an option by its own name, ``--learning-rate``; its type, choices, range, group and help come
 from :mod:`flowformer.training.fields`. ``null`` stands for ``None``. An option of the mechanism is written
@@ -30,7 +30,7 @@ _MECHANISM = "--attention-options"
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What ``flowformer train`` was asked to do.
+    """A parsed ``flowformer train`` command.
 
     Attributes:
         recipe: What to run.
@@ -44,7 +44,7 @@ class Command:
 
 
 def read_command(name: str, words: Sequence[str]) -> Command:
-    """Read the words after ``flowformer train NAME``.
+    """Parse the words after ``flowformer train NAME``.
 
     Values are taken from the recipe, then from the file of ``--config``, then from the other options.
 
@@ -86,7 +86,7 @@ def _read_config(name: str, function: Callable[..., Recipe], path: Path) -> dict
     values = parser.read()
     if values.pop("name", name) != name:
         written = parser.read()["name"]
-        raise UsageError(f"{path} is for the recipe {written}, not for {name}")
+        raise UsageError(f"{path} contains options of the recipe {written}, not of {name}")
     return values
 
 
@@ -142,7 +142,7 @@ class _ConfigParser(_Parser):
     def read(self) -> dict[str, Any]:
         """The values that the file has."""
         if not self.path.is_file():
-            raise UsageError(f"no file {self.path}")
+            raise UsageError(f"file {self.path} not found")
         try:
             return vars(self.parse_path(str(self.path), defaults=False))
         except (OSError, UnicodeError) as error:

@@ -1,4 +1,4 @@
-"""Trained runs as commands use them: finding the folder, opening it, and asking its format what it can do."""
+"""Trained runs: find the folder of a run, load it, and check which commands its data format supports."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ CHECKPOINTS = "last, best-test or best-validation"
 
 
 def run_arguments(parser: Parser) -> None:
-    """Add the arguments of every command that uses one run."""
+    """Add the arguments shared by all commands that use one run."""
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--checkpoint", default="last", help=CHECKPOINTS)
 
 
 def is_run(folder: str | Path) -> bool:
-    """Whether a folder holds a run."""
+    """Return whether a folder contains a run."""
     return (Path(folder) / "recipe.json").exists()
 
 
 def find_run(words: Sequence[str]) -> Path | None:
-    """The first run among the words of a command line; ``None`` if only help is asked for.
+    """Return the first run among the words of a command line; ``None`` if only help is requested.
 
     Raises:
         UsageError: if there is none, naming the first word that could be meant.
@@ -34,12 +34,12 @@ def find_run(words: Sequence[str]) -> Path | None:
         return Path(found)
     named = [word for word in words if not word.startswith("-")]
     if named and not {"-h", "--help"} & set(words):
-        raise UsageError(f"{named[0]} is no run's folder: it has no recipe.json")
+        raise UsageError(f"{named[0]} is not the folder of a run: it has no recipe.json")
     return None
 
 
 def open_recipe(folder: Path) -> Any:
-    """The recipe of a run.
+    """Load the recipe of a run.
 
     Raises:
         UsageError: for a folder that holds no run.
@@ -48,12 +48,12 @@ def open_recipe(folder: Path) -> Any:
     from flowformer.recipes import read_recipe
 
     if not is_run(folder):
-        raise UsageError(f"{folder} is no run's folder: it has no recipe.json")
+        raise UsageError(f"{folder} is not the folder of a run: it has no recipe.json")
     return usable(read_recipe, read_json(folder / "recipe.json"))
 
 
 def open_format(folder: Path) -> Any:
-    """The data format of a run, without its model.
+    """Load the data format of a run, without its model.
 
     Raises:
         UsageError: for a folder that holds no run, or one that did not start.
@@ -62,12 +62,12 @@ def open_format(folder: Path) -> Any:
 
     recipe = open_recipe(folder)
     if not (folder / "format.json").exists():
-        raise UsageError(f"{folder} holds a run that did not start: it has no format.json")
+        raise UsageError(f"{folder} contains a run that was never started: it has no format.json")
     return usable(recipe.read_format, read_json(folder / "format.json"))
 
 
 def open_run(folder: Path, checkpoint: str) -> tuple[Any, Any, Any]:
-    """Recipe, model and data format of a run.
+    """Load recipe, model and data format of a run.
 
     Raises:
         UsageError: for a folder that holds no run, or no such checkpoint.
@@ -89,7 +89,7 @@ def require(folder: Path, form: Any, command: str) -> None:
         others = [name for name, protocol in known.items() if isinstance(form, protocol)]
         raise UsageError(
             f"`flowformer {command}` does not apply to {folder}, whose data is {type(form).__name__}; "
-            f"what does: {', '.join(['evaluate', *others])}"
+            f"available: {', '.join(['evaluate', *others])}"
         )
 
 

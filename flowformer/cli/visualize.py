@@ -15,7 +15,7 @@ NOTE = "Further options depend on the run: `flowformer visualize RUN --help` sho
 
 
 def main(words: Sequence[str]) -> int:
-    """Draw what the models of runs attend to, over an example from a file."""
+    """Plot the attention maps of one or more runs for an example from a file."""
     from flowformer.report import drawing
 
     run = find_run(words)
@@ -23,7 +23,7 @@ def main(words: Sequence[str]) -> int:
     flags = _add_arguments(parser)
     if run is None:
         parser.parse(words)
-        raise UsageError("give RUN ... FILE: a run, and what it is to look at")
+        raise UsageError("expected RUN ... FILE: one run or more, and the file to visualize")
     form = open_format(run)
     require(run, form, "visualize")
     flags += add_options(parser, form.show_options)
@@ -41,17 +41,17 @@ def _add_arguments(parser: Parser) -> list[str]:
     """Add what applies to every run; returns the options."""
     parser.usage = "%(prog)s RUN [RUN ...] [FILE] --out PICTURE [options]"
     add = parser.add_argument
-    add("paths", nargs="+", type=Path, metavar="RUN FILE", help="folders of runs, and the file to look at")
+    add("paths", nargs="+", type=Path, metavar="RUN FILE", help="folders of runs, and the file to visualize")
     actions = [
-        add("--out", type=Path, required=True, help="picture to write: .png, .pdf or .svg"),
+        add("--out", type=Path, required=True, help="figure to write: .png, .pdf or .svg"),
         add("--checkpoint", default="last", help=CHECKPOINTS),
         add("--at", action="append", metavar="PLACE", help=(
-            "query to look from; may be repeated: ROW,COLUMN of an image, else a step or token; whole numbers count "
-            "from 0 (pixels of the image as the model sees it), fractions are shares; 'class' is the class token"
+            "position of the query; may be repeated: ROW,COLUMN of an image, else a step or token; whole numbers count "
+            "from 0 (pixels of the preprocessed image), fractions are relative; 'class' is the class token"
         )),
-        add("--layer", action="append", type=int, help="layer to show, from 0; may be repeated; all if absent"),
-        add("--head", action="append", help="head to show, from 0, or mean; may be repeated; all if absent"),
-        add("--flows", action="store_true", help="show the flows of Flow- and Mobile-Attention too"),
+        add("--layer", action="append", type=int, help="layer to show, from 0; may be repeated (default: all)"),
+        add("--head", action="append", help="head to show, from 0, or mean; may be repeated (default: all)"),
+        add("--flows", action="store_true", help="also show the flows of Flow-Attention and Mobile-Attention"),
     ]  # fmt: skip
     return [action.option_strings[0] for action in actions]
 
@@ -61,9 +61,9 @@ def _split(paths: Sequence[Path]) -> tuple[list[Path], Path | None]:
     runs = [path for path in paths if is_run(path)]
     others = [path for path in paths if not is_run(path)]
     if len(others) > 1:
-        raise UsageError(f"{others[0]} is no run's folder: it has no recipe.json")
+        raise UsageError(f"{others[0]} is not the folder of a run: it has no recipe.json")
     if others and paths[-1] != others[0]:
-        raise UsageError(f"give RUN ... FILE: the file {others[0]} comes after the runs")
+        raise UsageError(f"expected RUN ... FILE: the file {others[0]} must come after the runs")
     return runs, others[0] if others else None
 
 
@@ -76,10 +76,10 @@ def _scenes(runs: Sequence[Path], file: Path | None, values: argparse.Namespace,
         _, model, form = open_run(run, values.checkpoint)
         require(run, form, "visualize")
         if form.show_options is not kind:
-            raise UsageError("give runs on one kind of data: images, series or text")
+            raise UsageError("all runs must use the same kind of data: images, series or text")
         scenes.append(usable(form.show, model, file, read_options(values, kind), view))
     if view.flows and not any(map(has_flows, scenes)):
-        raise UsageError("only Flow- and Mobile-Attention have flows: --flows has nothing to show")
+        raise UsageError("--flows requires Flow-Attention or Mobile-Attention: other mechanisms have no flows")
     titles = [scene.title for scene in scenes]
     return [
         scene._replace(title=f"{scene.title}: {run}") if titles.count(scene.title) > 1 else scene

@@ -1,1 +1,1 @@
-"""What every part of the library may use: errors, files, names, registries, facts about the machine."""
+"""Shared by all parts of the library: errors, files, names, registries, machine information."""

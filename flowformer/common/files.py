@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON."""
+"""Atomic file writes, and JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write a file whole or not at all, for writers that take a path.
+    """Write a file atomically, for writers that take a path.
 
     Args:
         path: The file. Its folder is created if necessary; an existing file is replaced.
@@ -32,7 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all; text is written as UTF-8.
+    """Write a file atomically; text is written as UTF-8.
 
     Raises:
         TypeError: if the content is neither text nor bytes.
@@ -45,7 +45,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, whole or not at all."""
+    """Write a value as indented JSON, atomically."""
     write_whole(path, json.dumps(value, indent=2) + "\n")
 
 

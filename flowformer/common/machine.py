@@ -1,4 +1,4 @@
-"""The machine that a program runs on: versions, hardware, commit, peak memory."""
+"""Information about the machine: versions, hardware, commit, peak memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flowformer._version import __version__
 
 
 def peak_memory_bytes() -> int | None:
-    """Peak memory of this process in bytes: of the GPU if one was used, else of the CPU; ``None`` if unknown."""
+    """Return the peak memory of this process in bytes, GPU memory if a GPU was used; ``None`` if unknown."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     try:
@@ -28,7 +28,7 @@ def peak_memory_bytes() -> int | None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, hardware and commit, as runs and benchmarks record them."""
+    """Return versions, hardware and commit, as recorded by runs and benchmarks."""
     packages = (
         "lightning", "numpy", "aeon", "scikit-learn", "pandas", "transformers", "tokenizers", "timm", "torchvision",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The known name that is nearest to an unknown one: "did you mean ...?"."""
+"""Suggestions for misspelled names: "did you mean ...?"."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def find_nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name nearest to another, or ``None`` if none is similar.
+    """Return the known name nearest to another, or ``None`` if none is similar.
 
     Case is ignored, and ``"japanesevowels"`` is also near ``"uea/JapaneseVowels"``: the part after the last slash
     counts as a name of its own.
@@ -20,6 +20,6 @@ def find_nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for an error message, ``" (did you mean 'flow'?)"``; empty if no known name is similar."""
+    """Return a hint for an error message, ``" (did you mean 'flow'?)"``; empty if no known name is similar."""
     near = find_nearest(name, known)
     return "" if near is None else f" (did you mean {near!r}?)"

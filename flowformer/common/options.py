@@ -1,4 +1,4 @@
-"""Options that a dataclass declares and a command line offers: `flowformer generate` asks a data format for them."""
+"""Dataclass fields that are command-line options, for example those of ``flowformer generate``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def option(default: Any, help: str) -> Any:
-    """Declare a field of a dataclass that is an option of a command.
+    """Declare a dataclass field that is a command-line option.
 
-    The field's type says what the option takes: ``str``, ``int``, ``float``, ``bool`` or ``Path``, each ``| None`` if
-    it may be absent, or a ``tuple`` of these for an option that may be given more than once.
+    The field's type determines the values of the option: ``str``, ``int``, ``float``, ``bool`` or ``Path``, each
+    ``| None`` if it may be absent, or a ``tuple`` of these for an option that may be given more than once.
 
     Args:
         default: The default.

@@ -1,4 +1,4 @@
-"""Things that are registered and found by name: recipes, models, attention mechanisms."""
+"""A registry of items by name: recipes, models, attention mechanisms."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class Registry(Generic[T]):
         self._items: dict[str, T] = {}
 
     def add(self, name: str, item: T) -> T:
-        """Register an item, and return it.
+        """Register an item and return it.
 
         Raises:
             ValueError: if the name is taken by another item.
         """
         if self._items.setdefault(name, item) is not item:
-            raise ValueError(f"the {self._kind} {name!r} is registered already")
+            raise ValueError(f"the {self._kind} {name!r} is already registered")
         return item
 
     def register(self, name: str) -> Callable[[T], T]:
-        """A decorator that registers what it decorates.
+        """Return a decorator that registers an item.
 
         Example:
             >>> recipes = Registry("recipe")
@@ -49,7 +49,7 @@ class Registry(Generic[T]):
         return lambda item: self.add(name, item)
 
     def remove(self, name: str) -> None:
-        """Remove an item, as tests do with what they registered.
+        """Remove an item.
 
         Raises:
             ValueError: for an unknown name.
@@ -58,7 +58,7 @@ class Registry(Generic[T]):
         del self._items[name]
 
     def find(self, name: str) -> T:
-        """The item of a name.
+        """Return the item with a name.
 
         Raises:
             ValueError: for an unknown name; the message suggests the nearest.
@@ -66,15 +66,15 @@ class Registry(Generic[T]):
         items = self._load()
         if name not in items:
             hint = nearest(name, items)
-            listed = f"{hint}; {self._see}" if self._see else f"; there is {', '.join(sorted(items))}{hint}"
-            raise ValueError(f"no {self._kind} {name!r}{listed}")
+            listed = f"{hint}; {self._see}" if self._see else f"; available: {', '.join(sorted(items))}{hint}"
+            raise ValueError(f"unknown {self._kind} {name!r}{listed}")
         return items[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self._load()
 
     def names(self) -> list[str]:
-        """All names, sorted."""
+        """Return all names, sorted."""
         return sorted(self._load())
 
     def _load(self) -> dict[str, T]:

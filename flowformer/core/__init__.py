@@ -1,1 +1,1 @@
-"""Pure tensor functions that mechanisms are made of."""
+"""Tensor functions shared by all attention mechanisms."""

@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs, and why.
+"""Backends: the implementations of an operation, and how one of them is chosen.
 
 A backend is a package in :mod:`flowformer.kernels` whose module ``backend`` holds one row, ``BACKEND``; plain PyTorch
 is the last row. A mechanism offers its function for a backend with :func:`implements`, in a file of its room that is
@@ -28,7 +28,7 @@ ENVIRONMENT_VARIABLE = "FLOWFORMER_BACKEND"
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute operations.
+    """A backend: one way to compute operations.
 
     Attributes:
         name: What ``backend=`` and ``FLOWFORMER_BACKEND`` call it.
@@ -57,14 +57,14 @@ TORCH = Backend(
 
 @functools.cache
 def list_backends() -> tuple[Backend, ...]:
-    """All backends, the preferred one first, plain PyTorch last."""
+    """Return all backends, the preferred one first, plain PyTorch last."""
     names = [found.name for found in pkgutil.iter_modules(kernels.__path__)]
     rows = [importlib.import_module(f"{kernels.__name__}.{name}.backend").BACKEND for name in names]
     return tuple(sorted([*rows, TORCH], key=lambda row: row.rank))
 
 
 def find_backend(name: str) -> Backend:
-    """The row of a backend.
+    """Return a backend by name.
 
     Raises:
         ValueError: for an unknown name.
@@ -72,14 +72,14 @@ def find_backend(name: str) -> Backend:
     for row in list_backends():
         if row.name == name:
             return row
-    raise ValueError(f"no backend {name!r}; there is {', '.join(row.name for row in list_backends())}")
+    raise ValueError(f"unknown backend {name!r}; available: {', '.join(row.name for row in list_backends())}")
 
 
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {}
 
 
 def implements(op: str, backend: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Enter a function as a backend's implementation of an operation: what :func:`flowformer.core.run.run` calls."""
+    """Register a function as a backend's implementation of an operation; :func:`flowformer.core.run.run` calls it."""
 
     def enter(function: Callable[..., Any]) -> Callable[..., Any]:
         _IMPLEMENTATIONS.setdefault(op, {})[backend] = function
@@ -89,18 +89,18 @@ def implements(op: str, backend: str) -> Callable[[Callable[..., Any]], Callable
 
 
 def implementation(op: str, backend: str) -> Callable[..., Any]:
-    """The function that a backend has for an operation; KeyError where it has none."""
+    """Return a backend's implementation of an operation; raises KeyError if it has none."""
     return _IMPLEMENTATIONS[op][backend]
 
 
 def backends_of(op: str) -> list[Backend]:
-    """The backends that have an operation, whether or not they run here; the preferred one first."""
+    """Return the backends that implement an operation, available here or not; the preferred one first."""
     return [row for row in list_backends() if row is TORCH or row.name in _IMPLEMENTATIONS.get(op, ())]
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which implementation would run.
+    """The implementation that would run, and the reason.
 
     Attributes:
         op: The operation asked about.
@@ -119,12 +119,12 @@ class Explanation:
 
 
 def choose(op: str, backend: str = "auto", like: Tensor | None = None) -> str:
-    """The name of the backend that runs an operation; arguments and errors as :func:`choose_and_say_why`."""
+    """Choose the backend of an operation; arguments and errors as in :func:`choose_and_say_why`."""
     return _decide(op, backend, like)[0]
 
 
 def choose_and_say_why(op: str, backend: str = "auto", like: Tensor | None = None) -> tuple[str, str]:
-    """Pick the backend of an operation.
+    """Choose the backend of an operation, and report the reason.
 
     Args:
         op: Name of the operation.
@@ -151,7 +151,7 @@ def _decide(op: str, backend: str, like: Tensor | None) -> tuple[str, str]:
 
 
 def is_transformed() -> bool:
-    """Whether torch.func, or forward-mode differentiation, is active: they need plain operations of PyTorch."""
+    """Return whether torch.func or forward-mode differentiation is active: they require plain PyTorch operations."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -161,13 +161,13 @@ def is_transformed() -> bool:
 def _choose(
     op: str, backend: str, device: str, dtype: torch.dtype, exporting: bool, transformed: bool
 ) -> tuple[str, str]:
-    source = "asked for by the backend argument"
+    source = "requested by the backend argument"
     if backend == "auto":
         backend = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
-        source = f"asked for by {ENVIRONMENT_VARIABLE}"
+        source = f"requested by {ENVIRONMENT_VARIABLE}"
     names = ["auto", *(row.name for row in list_backends())]
     if backend not in names:
-        raise ValueError(f"{op}: no backend {backend!r} ({source}); there is {', '.join(names)}")
+        raise ValueError(f"{op}: unknown backend {backend!r} ({source}); available: {', '.join(names)}")
     if backend == TORCH.name:
         return backend, source
     reasons = []
@@ -176,7 +176,7 @@ def _choose(
             continue
         reason = _refusal(op, row, device, dtype, exporting, transformed)
         if not reason:
-            return row.name, ""  # described where somebody asks
+            return row.name, ""  # the description is added on request
         reasons.append(reason)
     if backend != "auto":
         raise ValueError(f"{op}: backend {backend!r} ({source}) cannot run here: {reasons[0]}")
@@ -184,21 +184,21 @@ def _choose(
 
 
 def _refusal(op: str, row: Backend, device: str, dtype: torch.dtype, exporting: bool, transformed: bool) -> str:
-    """Why a backend does not compute an operation; empty where it does."""
+    """Return why a backend cannot compute an operation; empty if it can."""
     if row.name not in _IMPLEMENTATIONS.get(op, ()):
         return f"{op} has no {row.name} kernels"
-    reason = row.refuses(device, dtype) if dtype in FLOAT_DTYPES else f"{dtype} is no floating dtype"
+    reason = row.refuses(device, dtype) if dtype in FLOAT_DTYPES else f"{dtype} is not a floating-point dtype"
     if reason:
         return reason
     if exporting:
-        return "an exported graph has to run where this package is not installed"
+        return "an exported graph must run without this package"
     if transformed:
-        return f"the {row.name} kernels support no torch.func transforms and no forward-mode differentiation"
+        return f"the {row.name} kernels do not support torch.func transforms and forward-mode differentiation"
     return ""
 
 
 class _OnlyAskedError(Exception):
-    """Leaves an operation that is only asked which backend it chooses."""
+    """Leaves an operation as soon as it has chosen a backend: see :func:`explain`."""
 
     def __init__(self, op: str, like: Tensor | None, backend: str, why: str) -> None:
         super().__init__(op)
@@ -216,7 +216,7 @@ _asking = _Asking()
 
 
 def explain(operation: Callable[..., Any], *arguments: Any, **options: Any) -> Explanation:
-    """Which implementation an operation would run for these arguments, and why; nothing is computed.
+    """Return which implementation would run for these arguments, and why, without computing anything.
 
     The operation is called, checks its arguments, and is left as soon as it has chosen.
 
@@ -236,4 +236,4 @@ def explain(operation: Callable[..., Any], *arguments: Any, **options: Any) -> E
         return answer.explanation
     finally:
         _asking.now = before
-    raise ValueError(f"{operation.__name__} has one implementation, in plain PyTorch")
+    raise ValueError(f"{operation.__name__} has only one implementation, in plain PyTorch")

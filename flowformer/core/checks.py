@@ -1,4 +1,4 @@
-"""Checks of what an attention operation is given; each raises an error that says what came and what was wanted.
+"""Argument checks of attention operations; each error states the expected value and the one passed.
 
 An operation calls :func:`check` once. After that it may trust shapes, dtypes and devices.
 """
@@ -15,27 +15,27 @@ from flowformer.core.precision import FLOAT_DTYPES
 
 
 class Masks(NamedTuple):
-    """Which tokens are real: ``key`` (batch, S) and ``query`` (batch, L), boolean; ``None`` where all of them are."""
+    """Masks of real tokens: ``key`` (batch, S) and ``query`` (batch, L), boolean; ``None`` if all tokens are real."""
 
     key: Tensor | None
     query: Tensor | None
 
 
 def describe(tensor: Any) -> str:
-    """What a value is, for an error message: shape, dtype and device of a tensor, else its type."""
+    """Describe a value in an error message: shape, dtype and device of a tensor, else its type."""
     if not isinstance(tensor, Tensor):
         return type(tensor).__name__
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
 def check_dtype(what: str, dtype: torch.dtype) -> None:
-    """Refuse a dtype that is not a supported floating one."""
+    """Raise TypeError unless a dtype is a supported floating-point dtype."""
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"{what} must be float16, bfloat16, float32 or float64, got {dtype}")
 
 
 class Layout(NamedTuple):
-    """What an operation takes.
+    """The axes of an operation's inputs.
 
     Attributes:
         axes: Names of the axes of q, k and v.
@@ -64,7 +64,7 @@ def check(
     context_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Masks:
-    """Check everything an attention operation is given and resolve its masks.
+    """Check the arguments of an attention operation and resolve its masks.
 
     Args:
         op: Name of the operation, for messages.
@@ -89,17 +89,17 @@ def check(
     reason = layout.self_only or ("it is causal" if causal else "")
     if length != source_length and reason:
         raise ValueError(
-            f"{op}: this is self-attention, since {reason}: there must be as many queries as keys, "
+            f"{op}: this is self-attention, since {reason}: q and k must have the same length, "
             f"got {length} and {source_length}"
         )
     for name, given, size in (("mask", mask, length), ("context_mask", context_mask, source_length)):
         if given is not None:
             _check_mask(op, name, given, (batch, size), q.device)
     if reason and context_mask is not None:
-        raise ValueError(f"{op}: this is self-attention, since {reason}: give mask alone, not context_mask")
+        raise ValueError(f"{op}: this is self-attention, since {reason}: pass mask, not context_mask")
     if cu_seqlens is not None:
         if mask is not None or context_mask is not None:
-            raise ValueError(f"{op}: a packed batch has no padding: give cu_seqlens or masks, not both")
+            raise ValueError(f"{op}: a packed batch has no padding: pass cu_seqlens or masks, not both")
         _check_packing(op, cu_seqlens, q, k, layout)
     if length == source_length and context_mask is None:
         context_mask = mask
@@ -119,9 +119,9 @@ def _check_tensors(op: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> 
             raise ValueError(f"{op}: {name} must have at least one {what}, got {describe(tensor)}")
     shown = f"got q {describe(q)}, k {describe(k)}, v {describe(v)}"
     if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"{op}: q, k and v must share one dtype, {shown}")
+        raise TypeError(f"{op}: q, k and v must have the same dtype, {shown}")
     if not q.device == k.device == v.device:
-        raise ValueError(f"{op}: q, k and v must be on one device, {shown}")
+        raise ValueError(f"{op}: q, k and v must be on the same device, {shown}")
     if layout.axes == HEADS.axes:
         if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
             raise ValueError(f"{op}: q and k must agree in batch, heads and channels, {shown}")
@@ -134,7 +134,9 @@ def _check_tensors(op: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> 
         what = "batch and length" if layout.heads else "batch, length and channels"
         raise ValueError(f"{op}: k and v must agree in {what}, {shown}")
     if layout.heads and v.shape[-1] % k.shape[-1]:
-        raise ValueError(f"{op}: the heads, which k has one channel for, must divide the channels of v, {shown}")
+        raise ValueError(
+            f"{op}: k has one channel per head, and the number of heads must divide the channels of v, {shown}"
+        )
 
 
 def _check_mask(op: str, name: str, mask: Tensor, shape: tuple[int, int], device: torch.device) -> None:
@@ -160,7 +162,7 @@ def _check_packing(op: str, cu_seqlens: Tensor, q: Tensor, k: Tensor, layout: La
 
 
 def check_step(op: str, q: Tensor, k: Tensor, v: Tensor, state: Any, state_type: type, layout: Layout = HEADS) -> None:
-    """Check one decoding step: q, k and v without the axis of length, and the state they continue.
+    """Check the arguments of a decoding step: q, k and v without the axis of length, and the state.
 
     Raises:
         TypeError: for a wrong type or dtype, the state's included.
@@ -178,7 +180,7 @@ def check_step(op: str, q: Tensor, k: Tensor, v: Tensor, state: Any, state_type:
 
 
 def check_state(op: str, state: Any, fresh: Any) -> None:
-    """Check that ``state`` has the type, shapes, dtypes and device of a fresh state for the same inputs.
+    """Check that ``state`` has the type, shapes, dtypes and device of an initial state for the same inputs.
 
     Where the fresh state has no tokens yet, (batch, 0, ...), ``state`` may have any number of them.
     """
@@ -198,6 +200,6 @@ def check_state(op: str, state: Any, fresh: Any) -> None:
 
 
 def check_state_use(op: str, has_state: bool, initial_state: Any, return_state: bool) -> None:
-    """Refuse a state where there is none: bidirectional attention has no past to continue."""
+    """Raise ValueError for a state of a bidirectional operation, or of a mechanism without state."""
     if not has_state and (initial_state is not None or return_state):
-        raise ValueError(f"{op}: initial_state and return_state require causal=True, and a mechanism that has a state")
+        raise ValueError(f"{op}: initial_state and return_state require causal=True and a mechanism that has a state")

@@ -1,4 +1,4 @@
-"""Padding and packing: hiding padded tokens, and running an operation on the sequences of a packed batch.
+"""Padding and packing: mask padded tokens, and run an operation on the sequences of a packed batch.
 
 A mask is boolean, ``True`` marks a real token. A packed batch has batch 1, all sequences end to end, and
 ``cu_seqlens``, the N + 1 boundaries of N sequences.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def fill(x: Tensor, mask: Tensor | None, value: float = 0.0) -> Tensor:
-    """Put ``value`` at padded positions of x (batch, length, ...), NaN included; mask is (batch, length)."""
+    """Set padded positions of x (batch, length, ...) to ``value``, also where they are NaN; mask is (batch, length)."""
     if mask is None:
         return x
     return x.masked_fill(~mask.view(*mask.shape, *(1,) * (x.ndim - 2)), value)
@@ -90,7 +90,7 @@ def run_packed(
 
 
 def close_up(tensors: Sequence[Tensor], mask: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Move the real tokens of each row to its front, in their order, for what goes by their places.
+    """Move the real tokens of each row to its start, in their order, for operations that depend on positions.
 
     Args:
         tensors: Each (batch, length, ...).
@@ -110,6 +110,6 @@ def close_up(tensors: Sequence[Tensor], mask: Tensor) -> tuple[list[Tensor], Ten
 
 
 def spread(x: Tensor, places: Tensor, length: int) -> Tensor:
-    """Put tokens (batch, width, ...) that :func:`close_up` moved back to their places; zeros elsewhere."""
+    """Move tokens (batch, width, ...) back to their positions before :func:`close_up`; zeros elsewhere."""
     whole = x.new_zeros(len(x) * length, *x.shape[2:])
     return whole.index_copy(0, places.flatten(), x.flatten(0, 1)).unflatten(0, (len(x), length))

@@ -1,4 +1,4 @@
-"""In which precision operations compute, and what keeps autocast out of them."""
+"""Precision of operations: dtypes of sums and states, and autocast switched off."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ LOG_ZERO = -1e30
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype an operation computes in: float32 for half precision, else its own."""
+    """Return the dtype in which an operation computes: float32 for half precision, else its own."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def state_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of running sums: float64, because a float32 sum of a million like terms is off by one percent.
+    """Return the dtype of running sums: float64, since a float32 sum of a million like terms is off by one percent.
 
     Adding 0.35 to a float32 sum of 300,000 rounds every addend to a multiple of 1/32. Devices without float64
     (Apple's GPUs) keep float32.
@@ -31,7 +31,7 @@ def state_dtype(device: torch.device) -> torch.dtype:
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Switch autocast off: the operations choose the precision of their sums themselves."""
+    """Switch autocast off: operations choose the precision of their sums themselves."""
     if not torch.amp.is_autocast_available(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)

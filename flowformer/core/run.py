@@ -1,4 +1,4 @@
-"""Check once, choose once, compute: the way of every attention operation."""
+"""Run an attention operation: check its arguments, choose a backend, compute."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Dense = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Any], tu
 
 
 class Given(NamedTuple):
-    """What every attention operation is given, before it is checked; see :func:`flowformer.ops.flow_attention`."""
+    """Arguments of an attention operation, not yet checked; see :func:`flowformer.ops.flow_attention`."""
 
     q: Tensor
     k: Tensor
@@ -32,12 +32,12 @@ class Given(NamedTuple):
 
     @property
     def sequences(self) -> int:
-        """How many sequences there are, packed or not."""
+        """Number of sequences, packed or not."""
         return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
 
 
 class Checked(NamedTuple):
-    """What a backend's implementation is given.
+    """Checked arguments, passed to the implementation of a backend.
 
     Attributes:
         q: Queries.
@@ -67,7 +67,7 @@ def run(
     layout: Layout = HEADS,
     options: Sequence[Any] = (),
 ) -> Any:
-    """Run an operation: by the chosen backend's implementation, or by ``dense`` in plain PyTorch.
+    """Run an operation with the chosen backend, or with ``dense`` in plain PyTorch.
 
     Args:
         op: Name of the operation, for messages and for the table of implementations.
@@ -106,7 +106,7 @@ def run(
 
 
 def scanned(block: Step, whole: Callable[..., Tensor], causal: bool) -> Dense:
-    """The dense form of a linear mechanism.
+    """Return the plain PyTorch form of a mechanism in linear time.
 
     Args:
         block: The causal form on a block of tokens (q, k, v, mask): see :func:`flowformer.core.scan.scan`.

@@ -1,4 +1,4 @@
-"""The chunked scan of causal mechanisms whose past is a sum of outer products.
+"""Chunked scan for causal mechanisms whose state is a sum of outer products.
 
 Computed token by token, causal linear attention is a recurrence over a K x V matrix; computed for all tokens at once
 with cumulative sums it needs L such matrices. The scan takes a middle way: within a chunk the tokens meet in a
@@ -24,7 +24,7 @@ Step = Callable[[Sequence[Any], Any], tuple[Tensor, Any]]
 
 
 def scan(step: Step, tokens: Sequence[Tensor | None], state: Any, *, block: int = BLOCK) -> tuple[Tensor, Any]:
-    """Run a causal recurrence over blocks of tokens, in memory linear in length, forward and backward.
+    """Run a causal recurrence over blocks of tokens; forward and backward take memory linear in length.
 
     Autograd sees one node: it keeps the inputs and the state before each block, and recomputes a block when it comes to
     differentiate it. Gradients of gradients are refused. While a graph is traced (compile, export), under torch.func
@@ -109,7 +109,7 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, *grads_out: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             # once_differentiable would drop them in silence where grads_out is a constant.
-            raise RuntimeError("a causal operation has no gradients of gradients: leave out create_graph=True")
+            raise RuntimeError("causal operations do not support second-order gradients: omit create_graph=True")
         grad_out, *grad_state = grads_out
         layout, count = ctx.layout, sum(ctx.layout.given)
         saved = ctx.saved_tensors
@@ -144,19 +144,19 @@ def _floating(state: Sequence[Tensor]) -> list[Tensor]:
 
 
 def split_chunks(x: Tensor, chunk: int) -> Tensor:
-    """(batch, length, heads, channels) to (batch, heads, chunks, chunk, channels); length is a multiple of chunk."""
+    """Split (batch, length, heads, channels) into (batch, heads, chunks, chunk, channels); chunk divides length."""
     batch, length, heads, channels = x.shape
     return x.view(batch, length // chunk, chunk, heads, channels).permute(0, 3, 1, 2, 4).contiguous()
 
 
 def join_chunks(x: Tensor, length: int) -> Tensor:
-    """(batch, heads, chunks, chunk, channels) to (batch, length, heads, channels); what is longer is dropped."""
+    """Join (batch, heads, chunks, chunk, channels) to (batch, length, heads, channels), cut to ``length``."""
     batch, heads, chunks, chunk, channels = x.shape
     return x.permute(0, 2, 3, 1, 4).reshape(batch, chunks * chunk, heads, channels)[:, :length]
 
 
 def pad_to_chunks(tokens: Sequence[Tensor], mask: Tensor | None, chunk: int) -> tuple[list[Tensor], Tensor | None]:
-    """Lengthen (batch, length, ...) tensors with masked zeros to a multiple of ``chunk``."""
+    """Pad (batch, length, ...) tensors with masked zeros to a multiple of ``chunk``."""
     batch, length = tokens[0].shape[:2]
     missing = -length % chunk
     if not missing:
@@ -168,7 +168,7 @@ def pad_to_chunks(tokens: Sequence[Tensor], mask: Tensor | None, chunk: int) -> 
 
 
 def carry(sums: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums before each chunk, and after the last.
+    """Return the sums before each chunk and after the last one.
 
     Args:
         sums: One sum per chunk, (batch, heads, chunks, ...).
@@ -183,7 +183,7 @@ def carry(sums: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def causal_product(scores: Tensor, Q: Tensor, K: Tensor, V: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """sum_{j <= i} (Q_i . K_j) V_j over chunks.
+    """Return sum_{j <= i} (Q_i . K_j) V_j, computed in chunks.
 
     Args:
         scores: Q K^T within each chunk, lower triangle, (batch, heads, chunks, chunk, chunk).

@@ -1,4 +1,4 @@
-"""Matrix products that are sums over tokens, taken so that float32 keeps its digits at any length."""
+"""Matrix products that sum over tokens, accurate in float32 at any length."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RUN = 128  # tokens summed by one matrix product
 
 
 def sum_over_tokens(A: Tensor, B: Tensor) -> Tensor:
-    """A^T B for A (..., tokens, a) and B (..., tokens, b), a sum over tokens in runs, which are then added up.
+    """Return A^T B for A (..., tokens, a) and B (..., tokens, b), summed in runs of tokens that are then added.
 
     In float32 a matrix product over 300,000 like tokens may be wrong by 3e-3; torch.sum, which adds pairwise, is not.
     """
@@ -52,5 +52,5 @@ class _TimesSum(torch.autograd.Function):
 
 
 def times_sum(A: Tensor, M: Tensor) -> Tensor:
-    """A M for A (..., tokens, a) and M (..., a, b), a sum over tokens, as is its gradient: taken in runs too."""
+    """Return A M for A (..., tokens, a) and M (..., a, b), whose gradient is summed over tokens in runs."""
     return A @ M if torch.compiler.is_compiling() else _TimesSum.apply(A, M)

@@ -1,1 +1,1 @@
-"""Where the library meets others: published weights, and estimators in the manner of scikit-learn and aeon."""
+"""Interoperability: published weights, Hugging Face, timm, torch.nn.MultiheadAttention, scikit-learn and aeon."""

@@ -1,4 +1,4 @@
-"""Weights published for the original code, and those of GPT-2, loaded into our models."""
+"""Load weights published for the original code, and GPT-2's, into the models of this library."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ _GPT2_FIXED = {
 
 
 def timeseries_state_dict(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Translate a published time-series classifier's state dict to our names and shapes.
+    """Convert the state dict of a published time-series classifier to the names and shapes of this library.
 
     Args:
         published: Names and tensors as in thuml/Flowformer, Flowformer_TimeSeries.
@@ -105,7 +105,7 @@ def timeseries_state_dict(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_timeseries(published: Mapping[str, Tensor], *, num_heads: int = 8, **options: Any) -> SeriesClassifier:
-    """Build our classifier from a published state dict, sizes read from its tensors.
+    """Build a time-series classifier from a published state dict; sizes are read from its tensors.
 
     Args:
         published: As in :func:`timeseries_state_dict`.
@@ -136,7 +136,7 @@ def load_timeseries(published: Mapping[str, Tensor], *, num_heads: int = 8, **op
 
 
 def vision_state_dict(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Translate a published hierarchical Flowformer's state dict to our names and shapes.
+    """Convert the state dict of a published hierarchical Flowformer to the names and shapes of this library.
 
     Args:
         published: Names and tensors as in thuml/Flowformer, Flowformer_CV.
@@ -159,7 +159,7 @@ def vision_state_dict(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_vision(published: Mapping[str, Tensor], *, num_heads: int = 12, **options: Any) -> VisionModel:
-    """Build our hierarchical Flowformer from a published state dict, sizes read from its tensors.
+    """Build a hierarchical Flowformer from a published state dict; sizes are read from its tensors.
 
     Args:
         published: As in :func:`vision_state_dict`.
@@ -195,7 +195,7 @@ def load_vision(published: Mapping[str, Tensor], *, num_heads: int = 12, **optio
 
 
 def load_gpt(published: Mapping[str, Tensor], *, num_heads: int, **options: Any) -> LanguageModel:
-    """Build our language model from a state dict of the published GPT-style module, sizes read from its tensors.
+    """Build a language model from a state dict of the published GPT-style module; sizes are read from its tensors.
 
     Args:
         published: Names and tensors as in thuml/Flowformer, Flowformer_TorchModule.
@@ -214,7 +214,7 @@ def load_gpt(published: Mapping[str, Tensor], *, num_heads: int, **options: Any)
 
 
 def gpt2_state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Translate the weights of transformers' GPT-2 to our names and shapes.
+    """Convert the weights of a GPT-2 of transformers to the names and shapes of this library.
 
     Its linear layers are stored transposed, and its queries, keys and values as one.
 
@@ -244,7 +244,7 @@ def gpt2_state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_gpt2(source: Any, *, attention: str = "flow", **options: Any) -> LanguageModel:
-    """Build our language model from a GPT-2 of transformers, of any size, with another attention.
+    """Build a language model with any attention from a GPT-2 of transformers of any size.
 
     Embeddings, feed-forward networks, norms and the head are GPT-2's. So are the projections of the attention, where
     the mechanism has ones of the same shape (flow, softmax, linear, mobile and all of AFT but the keys of aft_conv);
@@ -303,7 +303,7 @@ def _check_gpt2(config: Mapping[str, Any]) -> None:
         raise ValueError(f"the model must be a GPT-2, got model_type {config.get('model_type')!r}")
     for name, wanted in _GPT2_FIXED.items():
         if config.get(name, wanted) != wanted:
-            raise ValueError(f"{name} = {config[name]} is not supported: only {wanted} is")
+            raise ValueError(f"{name} = {config[name]} is not supported, only {wanted}")
     activation = config.get("activation_function", "gelu_new")
     if activation not in _GPT2_ACTIVATIONS:
         raise ValueError(f"activation_function must be one of {', '.join(_GPT2_ACTIVATIONS)}, got {activation!r}")
@@ -318,7 +318,7 @@ def _read_model(model: Any) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
 def _read_folder(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
     """Settings and weights as ``save_pretrained`` writes them: in one file or in parts, as safetensors or by torch."""
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}/config.json: there is no such file; the folder of a GPT-2 has one")
+        raise FileNotFoundError(f"{folder}/config.json not found: source must be the folder of a GPT-2")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
@@ -327,7 +327,7 @@ def _read_folder(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]
             return config, {key: tensor for part in parts for key, tensor in _read_weights(folder / part).items()}
         if (folder / name).is_file():
             return config, _read_weights(folder / name)
-    raise FileNotFoundError(f"{folder} has neither model.safetensors nor pytorch_model.bin, whole or in parts")
+    raise FileNotFoundError(f"{folder} has neither model.safetensors nor pytorch_model.bin, whole or sharded")
 
 
 def _read_weights(file: Path) -> Mapping[str, Tensor]:
@@ -356,7 +356,7 @@ def _rename(name: str, names: Names, what: str) -> str:
     for pattern, replacement in names:
         if re.fullmatch(pattern, name):
             return re.sub(pattern, replacement, name)
-    raise ValueError(f"{name!r} is no parameter of {what}")
+    raise ValueError(f"{name!r} is not a parameter of {what}")
 
 
 def _require(state: Mapping[str, Tensor], *names: str) -> None:

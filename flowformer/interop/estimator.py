@@ -1,4 +1,4 @@
-"""The published classifier of time series as an estimator in the manner of scikit-learn and aeon."""
+"""The published time-series classifier as an estimator for scikit-learn and aeon."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ try:
     from sklearn.utils import check_random_state
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"FlowformerClassifier needs {error.name}: pip install 'flowformer[timeseries]'", name=error.name
+        f"FlowformerClassifier requires {error.name}: pip install 'flowformer[timeseries]'", name=error.name
     ) from error
 
 
 class FlowformerClassifier(BaseClassifier):
-    """Classifier of time series: the Flowformer of the published UEA experiments (Wu et al., ICML 2022).
+    """Time-series classifier: the Flowformer of the published UEA experiments (Wu et al., ICML 2022).
 
     It takes what aeon's classifiers take: arrays of shape (n, channels, length) or, for one channel, (n, length), and
     lists of n arrays of shape (channels, length) whose lengths differ. Missing values (NaN) are interpolated in time,

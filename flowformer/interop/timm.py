@@ -1,4 +1,4 @@
-"""Flowformer's image models in timm: importing this module makes them known to ``timm.create_model``.
+"""Image models in timm: importing this module registers them with ``timm.create_model``.
 
 They have the same names in both libraries, have parameters of the same names, and can read each other's state dicts.
 timm's arguments have the meaning that they have in its own models. Source: timm 1.0, models/vision_transformer.py and
@@ -31,7 +31,7 @@ HEAD_STD = 0.02  # of a fresh head: timm's ViT and ours alike
 
 
 class TimmVisionModel(VisionModel):
-    """A :class:`flowformer.models.vision.VisionModel` with all that timm asks of a model.
+    """A :class:`flowformer.models.vision.VisionModel` with the methods of timm's models.
 
     Args:
         name: The model's name in :func:`flowformer.list_models`.
@@ -62,7 +62,7 @@ class TimmVisionModel(VisionModel):
     ) -> None:
         nn.Module.__init__(self)
         if "dropout" in options:
-            raise TypeError("timm's word for dropout is proj_drop_rate")
+            raise TypeError("unknown argument dropout: timm calls it proj_drop_rate")
         # The model is what the function of that name builds: all that it has becomes this one's.
         vars(self).update(vars(find_model(name)(num_classes, dropout=proj_drop_rate, **options)))
         self.grad_checkpointing = False
@@ -101,18 +101,18 @@ class TimmVisionModel(VisionModel):
     # ---------------------------------------------------------------------------------------------------------- forward
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (batch, num_classes) of images (batch, channels, height, width), or what goes without a head."""
+        """Return logits (batch, num_classes) of images (batch, channels, height, width); features without a head."""
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """All tokens after the final norm: (batch, tokens, dim), a class token first."""
+        """Return all tokens after the final norm: (batch, tokens, dim), the class token first."""
         tokens = images
         for tap in self._taps(images):  # a list of all would keep tensors that are not needed any more
             tokens = tap[0]
         return self.norm(tokens)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """From :meth:`forward_features` to logits, or with ``pre_logits`` to what the head sees."""
+        """Return logits from the output of :meth:`forward_features`; with ``pre_logits`` the input of the head."""
         if self.global_pool == "token":
             x = x[:, 0]
         elif self.global_pool == "avg":
@@ -129,7 +129,7 @@ class TimmVisionModel(VisionModel):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps along the way: see ``feature_info``.
+        """Return intermediate feature maps: see ``feature_info``.
 
         Args:
             x: Images (batch, channels, height, width).
@@ -172,11 +172,11 @@ class TimmVisionModel(VisionModel):
     # ---------------------------------------------------------------------------------------------------------- changes
 
     def get_classifier(self) -> nn.Module:
-        """The head."""
+        """Return the head."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Have a fresh head for another number of classes, or none for 0; and maybe another pooling."""
+        """Replace the head by a new one for ``num_classes``, 0 for none; optionally change the pooling."""
         if global_pool is not None:
             self.global_pool = self._pooling(global_pool)
         self.num_classes = num_classes
@@ -191,7 +191,7 @@ class TimmVisionModel(VisionModel):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the layers that maps of these numbers do not need, and on request the final norm and the head.
+        """Remove layers after the requested feature maps, and optionally the final norm and the head.
 
         Returns:
             The numbers of the maps.
@@ -212,21 +212,21 @@ class TimmVisionModel(VisionModel):
         return wanted
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks are computed again in the backward pass, and their insides not kept until then."""
+        """Switch gradient checkpointing of the blocks on or off."""
         self.grad_checkpointing = enable
 
     def set_input_size(self, img_size: int | Grid, patch_size: None = None) -> None:
-        """Make the model one for another size of images: see :meth:`VisionModel.resize`.
+        """Adapt the model to another image size: see :meth:`VisionModel.resize`.
 
         Raises:
             ValueError: for a size of patches, which are what they were made as.
         """
         if patch_size is not None:
-            raise ValueError(f"the patches of this model keep their size, got patch_size={patch_size}")
+            raise ValueError(f"the patch size of this model cannot be changed, got patch_size={patch_size}")
         self.resize(img_size)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Which layer a parameter belongs to, for learning rates that decay with depth."""
+        """Return patterns that group parameters by layer, for layer-wise learning rate decay."""
         blocks = [(r"^stages\.(\d+)\.embed", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
         return {
             "stem": r"^class_token|^position|^stages\.0\.embed",

@@ -1,4 +1,4 @@
-"""``FlowMultiheadAttention``: Flow-Attention in the place of ``torch.nn.MultiheadAttention``.
+"""``FlowMultiheadAttention``: Flow-Attention as a drop-in replacement for ``torch.nn.MultiheadAttention``.
 
 In ``torch.nn.TransformerEncoderLayer``, ``TransformerDecoderLayer`` and ``Transformer`` it takes the place of
 ``self_attn`` and ``multihead_attn``; :func:`flowformer.swap_attention` replaces them in a model that is there.
@@ -18,7 +18,7 @@ from flowformer.models.multihead import DropInMultiheadAttention
 class FlowMultiheadAttention(DropInMultiheadAttention):
     """Flow-Attention with the constructor, forward, masks, layouts and weights of ``torch.nn.MultiheadAttention``.
 
-    How masks and padding are read is said in :class:`flowformer.models.multihead.DropInMultiheadAttention`, which does
+    Masks and padding are described in :class:`flowformer.models.multihead.DropInMultiheadAttention`, which does
     the same for other mechanisms.
 
     In cross-attention all queries compete for the keys, later ones too: as ``multihead_attn`` of a causal decoder, give
@@ -80,7 +80,7 @@ class FlowMultiheadAttention(DropInMultiheadAttention):
     def from_torch(
         cls, module: nn.MultiheadAttention, *, preset: str = "core", **overrides: Any
     ) -> FlowMultiheadAttention:
-        """Flow-Attention with copies of the weights of a ``torch.nn.MultiheadAttention``.
+        """Build Flow-Attention with a copy of the weights of a ``torch.nn.MultiheadAttention``.
 
         Args:
             module: The module, which is left as it is. Its probability of dropout is taken over.
@@ -92,7 +92,7 @@ class FlowMultiheadAttention(DropInMultiheadAttention):
             ValueError: if it appends keys (``add_bias_kv``, ``add_zero_attn``); for an unknown preset.
         """
         if not isinstance(module, nn.MultiheadAttention):
-            raise TypeError(f"from_torch: want a torch.nn.MultiheadAttention, got {type(module).__name__}")
+            raise TypeError(f"from_torch: expected a torch.nn.MultiheadAttention, got {type(module).__name__}")
         built = cls(
             module.embed_dim, module.num_heads, module.dropout, module.in_proj_bias is not None,
             module.bias_k is not None, module.add_zero_attn, module.kdim, module.vdim, module.batch_first,
@@ -102,7 +102,7 @@ class FlowMultiheadAttention(DropInMultiheadAttention):
         return built
 
     def to_torch(self) -> nn.MultiheadAttention:
-        """Softmax attention, as PyTorch computes it, with copies of these weights."""
+        """Build a ``torch.nn.MultiheadAttention`` with a copy of these weights."""
         weight = self.out_proj.weight
         module = nn.MultiheadAttention(
             self.embed_dim, self.num_heads, self.dropout, self.in_proj_bias is not None, kdim=self.kdim, vdim=self.vdim,

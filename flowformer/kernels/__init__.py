@@ -1,1 +1,1 @@
-"""Compiled kernels, one package for each backend; each names itself in a module ``backend``."""
+"""Compiled kernels: one package per backend, described by its module ``backend``."""

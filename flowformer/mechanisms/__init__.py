@@ -1,8 +1,8 @@
-"""Attention mechanisms, one room each: a file, or a folder where there is more.
+"""Attention mechanisms, one file or folder each.
 
-A room holds the operation, its float64 truth as rows of weights, its callers of native kernels, its module, and its row
-of the registry. All rooms are imported here, and with them the files that are named after backends; a new file is found
-without a change elsewhere.
+Each contains the operation, its float64 reference as rows of weights, calls of native kernels, its module, and its row
+of the registry. All of them are imported here, together with the files named after backends; a new file needs no change
+elsewhere.
 """
 
 import importlib
@@ -16,7 +16,7 @@ __all__ = ["LIMITS", "Attention", "Mechanism", "create_attention", "find_attenti
 
 
 def _import_rooms() -> None:
-    """Import every room, and offer what its ``__all__`` names from here."""
+    """Import every mechanism, and re-export what its ``__all__`` names."""
     backends = {row.name for row in list_backends()}
     for found in pkgutil.iter_modules(__path__, f"{__name__}."):
         room = importlib.import_module(found.name)

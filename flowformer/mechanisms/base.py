@@ -1,4 +1,4 @@
-"""What every attention module shares: projections, heads, padding, and the protocol of states."""
+"""Base class of attention modules: projections, heads, padding and states."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flowformer.mechanisms.registry import Mechanism
 
 
 class Attention(nn.Module, ABC):
-    """Attention of one or more heads around an operation of :mod:`flowformer.ops`.
+    """Base class of multi-head attention modules around an operation of :mod:`flowformer.ops`.
 
     Queries, keys and values are linear projections of the input, split as the operation takes them; its outputs are
     joined and projected once more, and dropout follows.
@@ -62,7 +62,9 @@ class Attention(nn.Module, ABC):
         if dim < 1 or num_heads < 1 or (head_dim is not None and head_dim < 1):
             raise ValueError(f"dim, num_heads and head_dim must be positive, got {dim}, {num_heads}, {head_dim}")
         if head_dim is None and dim % num_heads:
-            raise ValueError(f"num_heads must divide dim, got dim {dim} and num_heads {num_heads}; or give head_dim")
+            raise ValueError(
+                f"num_heads must divide dim unless head_dim is given, got dim {dim} and num_heads {num_heads}"
+            )
         if causal and not self.mechanism.can("causal"):
             name, reason = type(self).__name__, self.mechanism.cannot["causal"]
             raise ValueError(f"{name} has no causal form, since {reason}: build it with causal=False")
@@ -76,7 +78,7 @@ class Attention(nn.Module, ABC):
         self.dropout = nn.Dropout(dropout)
 
     def reset_parameters(self) -> None:
-        """Draw fresh parameters, as a new module has them."""
+        """Re-initialize all parameters."""
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             projection.reset_parameters()
 
@@ -84,23 +86,23 @@ class Attention(nn.Module, ABC):
 
     @property
     def key_width(self) -> int:
-        """Channels that keys are projected to."""
+        """Channels of the projected keys."""
         return self.num_heads * self.head_dim
 
     def split(self, x: Tensor) -> Tensor:
-        """Queries, keys or values (..., width) as the operation takes them: (..., heads, channels)."""
+        """Split queries, keys or values (..., width) into heads: (..., heads, channels)."""
         return x.unflatten(-1, (self.num_heads, self.head_dim))
 
     def join(self, out: Tensor) -> Tensor:
-        """The operation's output (..., heads, channels) as the output projection takes it: (..., width)."""
+        """Join the heads of the operation's output: (..., heads, channels) to (..., width)."""
         return out.flatten(-2)
 
     def learned(self) -> tuple[Any, ...]:
-        """Tensors that the operation takes after v, and the step after the state."""
+        """Return the learned tensors, which the operation takes after v, and the step after the state."""
         return ()
 
     def arguments(self) -> dict[str, Any]:
-        """Options of the operation, and of its step, state, truth and rows."""
+        """Return the options of the operation, and of its step, state, reference and rows."""
         return {}
 
     # ----------------------------------------------------------------------------------------------- use
@@ -144,7 +146,7 @@ class Attention(nn.Module, ABC):
             (batch, L, dim), zeros at padded positions; with ``return_state`` also the state.
 
         Raises:
-            TypeError, ValueError: for arguments of another form.
+            TypeError, ValueError: for invalid arguments.
         """
         context, masks = self.resolve(x, context, mask, context_mask)
         source = x if context is None else context
@@ -164,7 +166,7 @@ class Attention(nn.Module, ABC):
     def resolve(
         self, x: Tensor, context: Tensor | None, mask: Tensor | None, context_mask: Tensor | None
     ) -> tuple[Tensor | None, dict[str, Tensor | None]]:
-        """The context, ``None`` for self-attention, and the masks as the operation takes them.
+        """Return the context, ``None`` for self-attention, and the masks for the operation.
 
         Raises:
             ValueError: for inputs that do not fit.
@@ -178,7 +180,7 @@ class Attention(nn.Module, ABC):
         return context, {"mask": mask, "context_mask": context_mask}
 
     def init_state(self, batch_size: int) -> Any:
-        """The state before the first token, for a batch of ``batch_size`` sequences."""
+        """Return the state before the first token, for a batch of ``batch_size`` sequences."""
         self._check_state("init_state")
         assert self.mechanism.init_state is not None  # there is a state
         weight = self.q_proj.weight
@@ -188,7 +190,7 @@ class Attention(nn.Module, ABC):
         )
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """One token: x (batch, dim) and the state before it, to output (batch, dim) and the state after it."""
+        """Process one token: x (batch, dim) and the state before it, to output (batch, dim) and the state after it."""
         self._check_state("step")
         assert self.mechanism.step is not None  # there is a state
         if x.ndim != 2 or x.shape[-1] != self.dim:
@@ -198,31 +200,31 @@ class Attention(nn.Module, ABC):
         return self.dropout(self.out_proj(self.join(out))), state
 
     def extra_repr(self) -> str:
-        """Sizes, for printing."""
+        """Return the sizes, for printing."""
         return f"dim={self.dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, causal={self.causal}"
 
     def _cast(self, state: Any, dtype: torch.dtype) -> Any:
-        """A state that is kept in the dtype of inputs, in the one that autocast has given them since."""
+        """Cast a state that is kept in the dtype of inputs, which autocast may have changed."""
         if self.mechanism.can("fixed state") or not isinstance(state, tuple) or not hasattr(state, "_fields"):
-            return state  # the operation says what is wrong
+            return state  # the operation raises the error
         cast = (part.to(dtype) if isinstance(part, Tensor) and part.is_floating_point() else part for part in state)
         return type(state)(*cast)
 
     def _check(self, x: Tensor, context: Tensor | None, context_mask: Tensor | None) -> None:
         name, rank, reason = type(self).__name__, self.axes.count(",") + 2, self.mechanism.layout.self_only
         if context is not None and reason:
-            raise ValueError(f"{name}: no context, since {reason}")
+            raise ValueError(f"{name}: context is not supported, since {reason}")
         for label, tensor in (("x", x), ("context", context)):
             if tensor is not None and (tensor.ndim != rank or tensor.shape[-1] != self.dim):
                 raise ValueError(f"{name}: {label} must be ({self.axes}, {self.dim}), got {describe(tensor)}")
         if context is not None and self.causal:
-            raise ValueError(f"{name}: a causal module attends to itself; build it with causal=False to give a context")
+            raise ValueError(f"{name}: a causal module does not support context; build it with causal=False")
         if context is None and context_mask is not None:
-            raise ValueError(f"{name}: context_mask goes with a context; in self-attention give mask alone")
+            raise ValueError(f"{name}: context_mask requires context; in self-attention, pass mask")
 
     def _check_state(self, what: str) -> None:
         name = type(self).__name__
         if not self.causal:
             raise ValueError(f"{name}.{what}: only a causal module has a state; build it with causal=True")
         if not self.mechanism.can("state"):
-            raise ValueError(f"{name}.{what}: there is no state, since {self.mechanism.cannot['state']}")
+            raise ValueError(f"{name}.{what}: no state is available, since {self.mechanism.cannot['state']}")

@@ -29,7 +29,7 @@ __all__ = ["LinearAttention", "LinearState", "init_linear_state", "linear_attent
 
 
 class LinearState(NamedTuple):
-    """What causal linear attention remembers of the past.
+    """State of causal linear attention.
 
     Attributes:
         key_sum: sum phi(k), (batch, heads, K).
@@ -49,7 +49,7 @@ def init_linear_state(
     dtype: torch.dtype = torch.float32,
     device: Any = None,
 ) -> LinearState:
-    """The state before the first token, for inputs of ``dtype``; sums are in float64 whatever it is."""
+    """Return the state before the first token, with sums in float64 for inputs of any ``dtype``."""
     check_dtype("init_linear_state", dtype)
     device = torch.device("cpu") if device is None else torch.device(device)
     zeros = {"dtype": state_dtype(device), "device": device}
@@ -78,7 +78,7 @@ def linear_attention(
     backend: str = "auto",
     eps: float = 1e-6,
 ) -> Tensor | tuple[Tensor, LinearState]:
-    """Attention of the Linear Transformer (Katharopoulos et al., 2020), feature map elu + 1.
+    """Linear attention (Katharopoulos et al., 2020) with feature map elu + 1.
 
     Args:
         q: Queries (batch, L, heads, K).
@@ -98,7 +98,7 @@ def linear_attention(
         Output (batch, L, heads, V), zeros at padded queries; with ``return_state`` also the state.
 
     Raises:
-        TypeError, ValueError: for arguments of another form.
+        TypeError, ValueError: for invalid arguments.
     """
     given = Given(q, k, v, causal, mask, context_mask, cu_seqlens, initial_state, return_state, backend)
     dense = scanned(
@@ -143,7 +143,7 @@ def _causal_block(tokens: Sequence[Any], state: LinearState, eps: float, chunk: 
 def linear_attention_step(
     q: Tensor, k: Tensor, v: Tensor, state: LinearState, *, eps: float = 1e-6
 ) -> tuple[Tensor, LinearState]:
-    """One token of causal linear attention.
+    """Compute one token of causal linear attention.
 
     Args:
         q: Query (batch, heads, K).
@@ -156,7 +156,7 @@ def linear_attention_step(
         Output (batch, heads, V) and the state after the token.
 
     Raises:
-        TypeError, ValueError: for input that is not as said above.
+        TypeError, ValueError: for invalid input.
     """
     op = "linear_attention_step"
     check_step(op, q, k, v, state, LinearState)
@@ -173,7 +173,7 @@ def linear_attention_step(
 
 
 def linear_weights(q: Tensor, k: Tensor, *, causal: bool = False, eps: float = 1e-6) -> Rows:
-    """Rows phi(q_i) . phi(k_j) / (phi(q_i) . sum_j phi(k_j) + eps) of one sequence, in float64."""
+    """Return rows phi(q_i) . phi(k_j) / (phi(q_i) . sum_j phi(k_j) + eps) of one sequence, in float64."""
     Q, K = (torch.where(x > 0, x + 1, x.clamp(max=0).exp()) for x in (q, k))
 
     def rows(places: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ def linear_weights(q: Tensor, k: Tensor, *, causal: bool = False, eps: float = 1
     cost="L K V",
 )
 class LinearAttention(Attention):
-    """Attention of the Linear Transformer (Katharopoulos et al., 2020), in linear time.
+    """Linear attention of the Linear Transformer (Katharopoulos et al., 2020), in linear time.
 
     Args:
         dim: Channels of input and output.

@@ -1,4 +1,4 @@
-"""What attention modules attend to: rows of weights, and flows, of a module or of all modules in a model.
+"""Attention maps: rows of weights, and flows, of a module or of all attention modules of a model.
 
 See :mod:`flowformer.mechanisms.weights` for what a weight is. Rows of softmax and AFT add up to 1, those of linear
 attention nearly so. Those of Flow- and Mobile-Attention do not: allocation is part of them, and in Mobile-Attention the
@@ -31,7 +31,7 @@ def attention_rows(
     context_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """What some queries of a module take from each source: the factor of its value in the query's output.
+    """Return the attention weights of some queries of a module: the factor of each value in the query's output.
 
     The sum of values under these weights, head by head, is what the output projection sees; for AFT, what its gate
     sees. Cost is rows x S x channels, never L x S.
@@ -51,7 +51,7 @@ def attention_rows(
         (N, heads, rows, longest sequence). Zeros from and to padding.
 
     Raises:
-        TypeError, ValueError: for arguments of another form.
+        TypeError, ValueError: for invalid arguments.
     """
     row = _row(module)
     if row is None or row.rows is None:
@@ -74,7 +74,7 @@ def flow_maps(
     context_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> FlowMaps:
-    """The flows within a module of Flow- or Mobile-Attention, in time and memory linear in length.
+    """Return the flows of a Flow-Attention or Mobile-Attention module, in time and memory linear in length.
 
     Args:
         module: The module.
@@ -100,13 +100,13 @@ def flow_maps(
 
 
 def has_flows(module: nn.Module) -> bool:
-    """Whether :func:`flow_maps` has something to say of a module."""
+    """Return whether :func:`flow_maps` supports a module."""
     row = _row(module)
     return row is not None and row.flows is not None
 
 
 class LayerMaps(NamedTuple):
-    """What one attention module of a model did with an input.
+    """Attention maps of one attention module for an input.
 
     Attributes:
         module: The module.
@@ -128,7 +128,7 @@ def model_maps(
     flows: bool = False,
     **arguments: Any,
 ) -> dict[str, LayerMaps]:
-    """Run a model, and see what each of its attention modules attends to.
+    """Run a model and return the attention maps of all its attention modules.
 
     Works for any model that holds modules of the library. It is run as it is: call ``model.eval()`` before.
 
@@ -150,7 +150,7 @@ def model_maps(
     found: dict[str, LayerMaps] = {}
     named = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
     if not named:
-        raise ValueError(f"{type(model).__name__} holds no attention module of this library")
+        raise ValueError(f"{type(model).__name__} contains no attention module of this library")
     with ExitStack() as hooks, torch.no_grad():
         for name, module in named.items():
             watch = _watch(name, rows, flows, found)
@@ -168,7 +168,7 @@ def _watch(
     def hook(module: Attention, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> None:
         given = signature.bind(module, *inputs, **arguments).arguments
         if given.get("initial_state") is not None:
-            raise ValueError(f"{name} continues from a state: give the model the whole sequence at once")
+            raise ValueError(f"{name} continues from a state: pass the whole sequence to the model at once")
         wanted = ("x", "context", "mask", "context_mask", "cu_seqlens")
         given = {key: given[key] for key in wanted if key in given}
         x = given.pop("x")
@@ -202,7 +202,7 @@ def _unpack(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[
     if cu_seqlens is None:
         return x, mask
     if mask is not None:
-        raise ValueError("a packed batch has no padding: give cu_seqlens or mask, not both")
+        raise ValueError("a packed batch has no padding: pass cu_seqlens or mask, not both")
     lengths = cu_seqlens.diff().long()
     parts = x.squeeze(0).split(lengths.tolist())
     mask = torch.arange(int(lengths.max()), device=x.device) < lengths.unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Every attention mechanism by name: one row each, entered by the mechanism's own file."""
+"""Registry of attention mechanisms: one row each, registered by the mechanism's own file."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Mechanism:
-    """One row of the registry: what models, laws, benchmarks, pictures and the command line know of a mechanism.
+    """A row of the registry: what models, laws, benchmarks, maps and the command line use of a mechanism.
 
     Attributes:
         name: The name it is called by.
         module: The module class.
         operation: ``operation(q, k, v, *learned, causal=..., mask=..., **options)``.
-        truth: The same in float64, written to be read.
+        truth: The float64 reference of the operation.
         source: The paper.
         cost: Time in terms of length L, key channels K and value channels V.
         step: The operation for one token, ``step(q, k, v, state, *learned, **options)``; ``None`` where there is none.
@@ -64,7 +64,7 @@ class Mechanism:
     cannot: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Add the limits that follow from the rest, and refuse unknown ones."""
+        """Add implied limits, and raise for unknown ones."""
         cannot = dict(self.cannot)
         if self.layout.self_only:
             cannot["cross"] = self.layout.self_only
@@ -76,11 +76,11 @@ class Mechanism:
             cannot["fixed state"] = cannot["state"]
         unknown = sorted(set(cannot) - set(LIMITS))
         if unknown:
-            raise ValueError(f"{self.name}: no limit {unknown[0]!r}; there is {', '.join(LIMITS)}")
+            raise ValueError(f"{self.name}: unknown limit {unknown[0]!r}; available: {', '.join(LIMITS)}")
         object.__setattr__(self, "cannot", cannot)
 
     def can(self, *limits: str) -> bool:
-        """Whether it can do all of some things, of :data:`LIMITS`."""
+        """Return whether the mechanism has none of the given :data:`LIMITS`."""
         return not any(limit in self.cannot for limit in limits)
 
 
@@ -90,7 +90,7 @@ M = TypeVar("M", bound="type[Attention]")
 
 
 def register(name: str, **row: Any) -> Callable[[M], M]:
-    """Enter a module class as a mechanism; see :class:`Mechanism` for what a row says."""
+    """Register a module class as a mechanism; see :class:`Mechanism` for the fields of a row."""
 
     def enter(module: M) -> M:
         module.mechanism = _MECHANISMS.add(name, Mechanism(name, module, **row))
@@ -100,7 +100,7 @@ def register(name: str, **row: Any) -> Callable[[M], M]:
 
 
 def by_sizes(init_state: Callable[..., Any]) -> Callable[..., Any]:
-    """``init_state`` for a row, where the state depends on (batch, heads, key channels, value channels) alone."""
+    """Return ``init_state`` for a row, for states that depend on (batch, heads, key and value channels) only."""
 
     def init(*sizes_and_learned: Any, dtype: Any = torch.float32, device: Any = None, **options: Any) -> Any:
         return init_state(*sizes_and_learned[:4], dtype=dtype, device=device)
@@ -109,17 +109,17 @@ def by_sizes(init_state: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def unregister(name: str) -> None:
-    """Remove a mechanism, as tests do with what they registered."""
+    """Remove a mechanism from the registry."""
     _MECHANISMS.remove(name)
 
 
 def list_attentions() -> list[str]:
-    """Names that :func:`create_attention` knows."""
+    """Return the names that :func:`create_attention` accepts."""
     return _MECHANISMS.names()
 
 
 def find_attention(name: str) -> Mechanism:
-    """The registry's row of a mechanism.
+    """Return the registry's row of a mechanism.
 
     Raises:
         ValueError: for an unknown name; the message suggests the nearest.

@@ -1,4 +1,4 @@
-"""Softmax attention, the mechanism that all others are compared with, by PyTorch's fused implementation.
+"""Softmax attention by PyTorch's fused implementation, the baseline of all comparisons.
 
 Source: Vaswani et al., "Attention is all you need", 2017: out_i = sum_j softmax_j(q_i . k_j / sqrt(K)) v_j.
 """
@@ -23,7 +23,7 @@ __all__ = ["SoftmaxAttention", "SoftmaxState", "init_softmax_state", "softmax_at
 
 
 class SoftmaxState(NamedTuple):
-    """The keys and values so far: softmax attention remembers everything, and its state grows by a token each step.
+    """State of causal softmax attention: all keys and values so far, one token more after each step.
 
     Attributes:
         key: (batch, tokens, heads, K).
@@ -45,7 +45,7 @@ def init_softmax_state(
     dtype: torch.dtype = torch.float32,
     device: Any = None,
 ) -> SoftmaxState:
-    """The state before the first token, for inputs of ``dtype``."""
+    """Return the state before the first token, for inputs of ``dtype``."""
     check_dtype("init_softmax_state", dtype)
     empty = torch.empty(batch, 0, heads, key_channels, dtype=dtype, device=device)
     return SoftmaxState(
@@ -85,7 +85,7 @@ def softmax_attention(
         Output (batch, L, heads, V), zeros at padded queries; with ``return_state`` also the state.
 
     Raises:
-        TypeError, ValueError: for arguments of another form.
+        TypeError, ValueError: for invalid arguments.
     """
     op = "softmax_attention"
     if return_state and cu_seqlens is not None:
@@ -134,7 +134,7 @@ def _dense(
 
 
 def _attention_mask(length: int, sources: int, key_mask: Tensor | None, causal: bool, past: int) -> Tensor | None:
-    """Who may see whom, (batch, 1, L, S), True = may; ``None`` where the fused kernel's own causal mask does."""
+    """Return the mask (batch, 1, L, S), True = visible; ``None`` if the fused kernel's causal mask suffices."""
     if key_mask is None:
         return None
     mask = key_mask[:, None, None, :].expand(-1, 1, length, -1)
@@ -146,7 +146,7 @@ def _attention_mask(length: int, sources: int, key_mask: Tensor | None, causal: 
 
 
 def softmax_attention_step(q: Tensor, k: Tensor, v: Tensor, state: SoftmaxState) -> tuple[Tensor, SoftmaxState]:
-    """One token of causal softmax attention, in time and memory that grow with the tokens before it.
+    """Compute one token of causal softmax attention, in time and memory linear in the number of tokens before it.
 
     Args:
         q: Query (batch, heads, K).
@@ -158,7 +158,7 @@ def softmax_attention_step(q: Tensor, k: Tensor, v: Tensor, state: SoftmaxState)
         Output (batch, heads, V) and the state after the token.
 
     Raises:
-        TypeError, ValueError: for arguments of another form.
+        TypeError, ValueError: for invalid arguments.
     """
     op = "softmax_attention_step"
     check_step(op, q, k, v, state, SoftmaxState)
@@ -169,7 +169,7 @@ def softmax_attention_step(q: Tensor, k: Tensor, v: Tensor, state: SoftmaxState)
 
 
 def softmax_weights(q: Tensor, k: Tensor, *, causal: bool = False) -> Rows:
-    """Rows softmax_j(q_i . k_j / sqrt(K)) of one sequence, in float64."""
+    """Return rows softmax_j(q_i . k_j / sqrt(K)) of one sequence, in float64."""
 
     def rows(places: Tensor) -> Tensor:
         scores = torch.einsum("ihk,jhk->hij", q[places], k) / q.shape[-1] ** 0.5
@@ -194,7 +194,7 @@ def softmax_weights(q: Tensor, k: Tensor, *, causal: bool = False) -> Rows:
     },
 )
 class SoftmaxAttention(Attention):
-    """The Transformer's attention (Vaswani et al., 2017), by PyTorch's fused implementation.
+    """Softmax attention (Vaswani et al., 2017) by PyTorch's fused implementation.
 
     The attention weights themselves are not dropped; ``dropout`` follows the output projection. Arguments are those of
     :class:`flowformer.mechanisms.Attention`.

@@ -1,7 +1,7 @@
-r"""Rows of weights: what a mechanism attends to, in float64; its truth and its pictures are both made of them.
+r"""Rows of attention weights in float64, from which references and attention maps are made.
 
-Given queries and keys, every mechanism is linear in its values: out_i = sum_j W_ij v_j. A mechanism says what W is by
-one function, written to be read beside its equations:
+Given queries and keys, every mechanism is linear in its values: out_i = sum_j W_ij v_j. A mechanism defines W by one
+function, written like its equations:
 
     weights(q, k, *learned, causal=..., **options) -> rows
 
@@ -9,11 +9,11 @@ for one sequence without padding, q (L, heads, K) and k (S, heads, K) in float64
 heads). ``rows(places)`` are the rows of W of the queries at ``places``, (groups, rows, S), where a group of values
 shares its weights: a head, or a channel. From it this module makes
 
-* the truth, :func:`truth_of`: rows times values, in quadratic time, what every fast path is tested against;
-* rows of a batch, :func:`rows_of`: rows x S x channels of time and memory, never L x S, for pictures.
+* the float64 reference, :func:`truth_of`: rows times values, in quadratic time; every fast path is tested against it;
+* rows of a batch, :func:`rows_of`: rows x S x channels of time and memory, never L x S, for attention maps.
 
-Padding is what the word says: padded tokens are taken out, the mechanism runs on the rest, and results go back to their
-places. Gradients come from autograd.
+Padded tokens are removed, the mechanism runs on the rest, and results are moved back to their positions. Gradients come
+from autograd.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class FlowMaps(NamedTuple):
 
 
 def lower(scores: Tensor, places: Tensor, elsewhere: float = 0.0) -> Tensor:
-    """Keep (groups, rows, S) at keys no later than the queries at ``places``; put ``elsewhere`` at the others."""
+    """Mask (groups, rows, S) causally: set keys later than the queries at ``places`` to ``elsewhere``."""
     future = torch.arange(scores.shape[-1], device=scores.device) > places.unsqueeze(1)
     return scores.masked_fill(future, elsewhere)
 
@@ -71,7 +71,7 @@ def lower(scores: Tensor, places: Tensor, elsewhere: float = 0.0) -> Tensor:
 
 
 def truth_of(weights: Weights, *, gate: Callable[[Tensor], Tensor] | None = None) -> Callable[..., Tensor]:
-    """The float64 truth of a mechanism: its rows of weights times the values.
+    """Return the float64 reference of a mechanism: its rows of weights times the values.
 
     Args:
         weights: The mechanism's rows of weights.
@@ -142,7 +142,7 @@ def _per_sequence(
 
 
 def real_places(mask: Tensor | None, row: int, tokens: Tensor) -> Tensor:
-    """Places of the real tokens in one row of a batch (batch, length, ...)."""
+    """Return the positions of the real tokens in one row of a batch (batch, length, ...)."""
     if mask is None:
         return torch.arange(tokens.shape[1], device=tokens.device)
     return mask[row].nonzero().squeeze(-1)
@@ -152,7 +152,7 @@ def real_places(mask: Tensor | None, row: int, tokens: Tensor) -> Tensor:
 
 
 def rows_of(op: str, weights: Weights, layout: Layout = HEADS) -> Callable[..., Tensor]:
-    """Rows of weights of a batch, for pictures.
+    """Return a function that computes rows of weights of a batch, for attention maps.
 
     Args:
         op: Name of the operation, for messages.
@@ -209,17 +209,17 @@ def _take(rows: Rows, places: Tensor, heads: int | None) -> Tensor:
 
 
 def check_places(op: str, places: Places, queries: int) -> Tensor:
-    """Places of queries as a tensor (rows,), if there are such queries."""
+    """Return positions of queries as a tensor (rows,), and raise for invalid ones."""
     found = torch.as_tensor(places)
     if found.ndim != 1 or not len(found) or found.is_floating_point() or found.dtype == torch.bool:
-        raise ValueError(f"{op}: rows must be one or more places of queries, whole numbers, got {places}")
+        raise ValueError(f"{op}: rows must be one or more positions of queries, integers, got {places}")
     if int(found.min()) < 0 or int(found.max()) >= queries:
         raise ValueError(f"{op}: rows must be from 0 to {queries - 1}, got {places}")
     return found.long()
 
 
 def flows_of(op: str, flows: Callable[..., FlowMaps], layout: Layout = HEADS) -> Callable[..., FlowMaps]:
-    """Flows of a batch, from a function of one sequence without padding whose flows are (length, heads)."""
+    """Return a function that computes flows of a batch, from a function of one sequence without padding."""
 
     def maps(
         q: Tensor,

@@ -1,4 +1,4 @@
-"""The models the mechanisms were published in, and their attention in models of others."""
+"""The models of the published experiments, and the replacement of attention in other models."""
 
 from flowformer.models.registry import create_model, list_models
 from flowformer.models.swap import SwapReport, swap_attention

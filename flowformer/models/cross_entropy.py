@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary, in little memory.
+"""Memory-efficient cross-entropy over a large vocabulary.
 
 The scores of 2,048 tokens over the 267,735 words of WikiText-103 are 2.2 GB in float32, their gradient as much again.
 Here a chunk of tokens is scored at a time, and again in the backward pass: what is kept is one number per token.
@@ -27,7 +27,7 @@ def cross_entropy(
     reduction: str = "mean",
     chunk_scores: int = CHUNK_SCORES,
 ) -> Tensor:
-    """``cross_entropy(hidden @ weight.T, targets)`` without ever holding (tokens x vocabulary) scores.
+    """Compute ``cross_entropy(hidden @ weight.T, targets)`` without storing (tokens x vocabulary) logits.
 
     Loss and gradients are exact: only the order of sums differs. Scores are summed in float32 where the inputs are of
     lower precision. Under autocast the products are in its dtype, as those of a linear layer.
@@ -44,7 +44,7 @@ def cross_entropy(
         The loss: a number, or with ``"none"`` the loss of each token, (...), 0 where it does not count.
 
     Raises:
-        TypeError, ValueError: for input that is not as said above.
+        TypeError, ValueError: for invalid input.
     """
     _check(hidden, weight, targets, ignore_index, reduction, chunk_scores)
     if torch.is_autocast_enabled(hidden.device.type):
@@ -118,11 +118,11 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, r
             f"hidden must be (..., dim) and weight (vocabulary, dim), got {describe(hidden)} and {describe(weight)}"
         )
     if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
-        raise TypeError(f"hidden and weight must be of one dtype, got {hidden.dtype} and {weight.dtype}")
+        raise TypeError(f"hidden and weight must have the same dtype, got {hidden.dtype} and {weight.dtype}")
     if targets.is_floating_point() or targets.dtype == torch.bool:
         raise TypeError(f"targets must be integers, got {describe(targets)}")
     if targets.shape != hidden.shape[:-1]:
-        raise ValueError(f"targets must be {tuple(hidden.shape[:-1])}, as hidden is, got {describe(targets)}")
+        raise ValueError(f"targets must be {tuple(hidden.shape[:-1])} like hidden, got {describe(targets)}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     if scores < 1:
@@ -131,7 +131,7 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, r
 
 
 def check_tokens(what: str, tokens: Tensor, vocabulary: int, ignore_index: int | None = None) -> None:
-    """Refuse tokens beyond the vocabulary: on the CPU, for elsewhere it would wait for the device.
+    """Raise ValueError for tokens beyond the vocabulary; on the CPU only, since it would synchronise a GPU.
 
     Raises:
         ValueError: naming the vocabulary and the token.

@@ -1,4 +1,4 @@
-"""The part of a language model before its head: embeddings, positions and causal blocks.
+"""A language model without its head: embeddings, positions and causal blocks.
 
 :class:`flowformer.models.language.LanguageModel` and the models of :mod:`flowformer.interop.hf` are built on it.
 """
@@ -21,7 +21,7 @@ from flowformer.models.positions import count_positions, create_positions
 
 
 class LanguageState(NamedTuple):
-    """The state of a language model after the tokens it has read.
+    """State of a language model after the tokens so far.
 
     Attributes:
         length: Real tokens so far, (batch,), int64.
@@ -33,7 +33,7 @@ class LanguageState(NamedTuple):
 
 
 class Decoder(Encoder):
-    """A stack of causal blocks that can continue from a state. Post-norm blocks need no norm after the last.
+    """A stack of causal blocks that can continue from a state. Post-norm blocks need no final norm.
 
     Args:
         blocks: The blocks.
@@ -58,7 +58,7 @@ class Decoder(Encoder):
 
     @property
     def layers(self) -> list[EncoderBlock]:
-        """The blocks, first one first."""
+        """The blocks, in order."""
         return cast("list[EncoderBlock]", list(self.blocks))
 
     def extend(self, x: Tensor, mask: Tensor | None, states: tuple) -> tuple[Tensor, tuple]:
@@ -73,7 +73,7 @@ class Decoder(Encoder):
         return x, tuple(after)
 
     def step(self, x: Tensor, states: tuple) -> tuple[Tensor, tuple]:
-        """One token: (batch, dim) and the states before it, to the same after it."""
+        """Process one token: (batch, dim) and the states before it, to output and states after it."""
         after = []
         for block, state in zip(self.layers, states, strict=True):
             x, state = block.step(x, state)
@@ -127,7 +127,7 @@ class TokenDecoder(nn.Module):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make the modules; their parameters are not yet drawn as ``init`` has them.
+        """Create the modules; their parameters are not yet initialized by ``init``.
 
         Args: as those of :class:`flowformer.models.language.LanguageModel`, and
 
@@ -150,7 +150,7 @@ class TokenDecoder(nn.Module):
         self.decoder = Decoder(blocks, dim, norm_first=norm_first, **factory)
 
     def embed_tokens(self, tokens: Tensor, mask: Tensor | None = None, *, name: str = "tokens") -> Tensor:
-        """Embeddings (batch, length, dim) of tokens (batch, length), any numbers at padding.
+        """Return embeddings (batch, length, dim) of tokens (batch, length), which may be any numbers at padding.
 
         Raises:
             ValueError: for a token beyond the vocabulary; ``name`` is what the message calls the tokens.
@@ -161,7 +161,7 @@ class TokenDecoder(nn.Module):
         return self.embed(tokens)
 
     def add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Scale embeddings (..., dim), add their positions (...), the first of which is 0, and apply dropout."""
+        """Scale embeddings (..., dim), add position vectors of positions (...) from 0, and apply dropout."""
         x = x * self.scale
         if self.position is not None:
             x = x + self.position(positions).to(x.dtype)
@@ -201,7 +201,7 @@ class TokenDecoder(nn.Module):
 
 
 def check_token_ids(name: str, tokens: Tensor) -> None:
-    """Refuse what is not a batch of sequences of token ids.
+    """Raise unless tokens are a batch of sequences of token ids.
 
     Raises:
         TypeError: for a tensor that is not of integers.
@@ -210,11 +210,11 @@ def check_token_ids(name: str, tokens: Tensor) -> None:
     if tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, got {describe(tokens)}")
     if tokens.ndim != 2 or not tokens.shape[1]:
-        raise ValueError(f"{name} must be (batch, length) with one token or more, got {describe(tokens)}")
+        raise ValueError(f"{name} must be (batch, length) with at least one token, got {describe(tokens)}")
 
 
 def check_sizes(**sizes: int) -> None:
-    """Refuse sizes below 1.
+    """Raise ValueError for sizes below 1.
 
     Raises:
         ValueError: naming all of them.
@@ -225,7 +225,7 @@ def check_sizes(**sizes: int) -> None:
 
 
 def find_targets(mask: Tensor) -> Tensor:
-    """Which tokens can be predicted: real ones that follow a real one. In the first column, all real ones.
+    """Return which tokens can be predicted: real ones after a real one; in the first column, all real ones.
 
     Args:
         mask: (batch, length) boolean, True = a real token; padding on either side.

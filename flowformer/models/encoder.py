@@ -1,4 +1,4 @@
-"""The Transformer block and the encoder that models of series and of language share."""
+"""The Transformer block and the encoder, shared by models of series and language."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
 
 
 class EncoderBlock(nn.Module):
-    """Attention and a feed-forward network, each added to its input; normalised before (pre-norm) or after (post-norm).
+    """Transformer block: attention and a feed-forward network with residual connections, pre-norm or post-norm.
 
     Source: the encoder layer of thuml/Flowformer, Flowformer_TimeSeries; its 1 x 1 convolutions are linear layers.
 
@@ -105,7 +105,7 @@ class EncoderBlock(nn.Module):
         return self._add(x, out), state
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """One token of a causal block: (batch, dim) and the state before it, to the same after it."""
+        """Process one token in a causal block: (batch, dim) and the state before it, to output and state after it."""
         out, state = self.attention.step(self.norm1(x) if self.norm_first else x, state)
         return self._add(x, out), state
 
@@ -121,7 +121,7 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of blocks and a final norm that computes real tokens only.
+    """A stack of blocks and a final norm, computed on real tokens only.
 
     A padded batch is packed before the first block and unpacked after the last, so that projections, feed-forward
     networks and norms see real tokens only. While a graph is traced (compile, export), where shapes must not depend on

@@ -1,4 +1,4 @@
-"""Sampling from language models, token by token: what :meth:`LanguageModel.generate` does, and its streaming form.
+"""Sampling from language models token by token: :meth:`LanguageModel.generate` and its streaming form.
 
 A prompt is read in pieces, each continuing from the state of the one before, and only its last position is scored.
 After that only the state is kept: with flow, linear, mobile and the forms of AFT except AFT-full, the ten-thousandth
@@ -42,7 +42,7 @@ def stream_tokens(
     eos_token_id: int | Collection[int] | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> Iterator[Tensor]:
-    """Continue prompts and yield each token as soon as it is chosen.
+    """Continue prompts, and yield each token as soon as it is sampled.
 
     Arguments are checked in the call; the prompts are read when the first token is asked for, and a token is computed
     when it is asked for. The model computes in evaluation mode and without gradients; between tokens it is as the
@@ -70,7 +70,7 @@ def stream_tokens(
         too; -1 in rows that have ended. It stops after ``max_new_tokens``, or when all rows have ended.
 
     Raises:
-        TypeError, ValueError: in the call, for arguments that are not as said above, and for more tokens than the model
+        TypeError, ValueError: in the call, for invalid arguments, and for more tokens than the model
             has positions; while iterating, for scores that are not finite.
 
     Example:
@@ -93,7 +93,7 @@ def stream_tokens(
 
 
 def complete(model: LanguageModel, prompts: Sequence[Tensor | Sequence[int]] | Tensor, **options: Any) -> list[Tensor]:
-    """Prompts and what follows them, row by row: see :meth:`LanguageModel.generate`.
+    """Continue prompts, and return prompts with new tokens: see :meth:`LanguageModel.generate`.
 
     Args:
         model: The model.
@@ -108,7 +108,7 @@ def complete(model: LanguageModel, prompts: Sequence[Tensor | Sequence[int]] | T
 def next_probabilities(
     scores: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """The probabilities that the next token is drawn with: temperature first, then top-k, then top-p.
+    """Return the probabilities of the next token after temperature, top-k and top-p, in this order.
 
     Args:
         scores: Logits, (..., vocabulary), finite.
@@ -121,11 +121,13 @@ def next_probabilities(
         (..., vocabulary), float64 where the device has it; each row sums to 1.
 
     Raises:
-        TypeError, ValueError: for options that are not as said above.
+        TypeError, ValueError: for invalid options.
     """
     _check_sampling(temperature, top_k, top_p)
     if temperature == 0:
-        raise ValueError("temperature must be positive to have probabilities, got 0, which takes the likeliest token")
+        raise ValueError(
+            "temperature must be positive for probabilities, got 0, which always selects the most likely token"
+        )
     scores = scores.to(state_dtype(scores.device))
     # Differences first: they are 0 for the likeliest token, and no temperature, however low, makes that infinite.
     scores = (scores - scores.amax(-1, keepdim=True)) / temperature
@@ -153,7 +155,7 @@ class _Sampler:
     def __call__(self, scores: Tensor) -> Tensor:
         """Tokens (batch,) by scores (batch, vocabulary)."""
         if not scores.isfinite().all():
-            raise ValueError("the model's scores of the next token are not finite: nothing can be chosen by them")
+            raise ValueError("the model's logits of the next token are not finite")
         if self._options[0] == 0:
             return scores.argmax(-1)
         sums = next_probabilities(scores, *self._options).cumsum(-1)
@@ -222,14 +224,14 @@ def _make_generators(seed: int | None, rows: int) -> list[torch.Generator]:
 
 
 def check_prompts(prompts: Sequence[Tensor | Sequence[int]] | Tensor, model: LanguageModel) -> list[Tensor]:
-    """Prompts as (length,) int64 tensors on the model's device.
+    """Check prompts, and return them as (length,) int64 tensors on the model's device.
 
     Raises:
         TypeError, ValueError: for what is no prompt, an empty one, or a token beyond the vocabulary.
     """
     rows = [_check_prompt(number, prompt, model) for number, prompt in enumerate(prompts)]
     if not rows:
-        raise ValueError("prompts must be one sequence of tokens or more, got none")
+        raise ValueError("prompts must contain at least one sequence of tokens, got none")
     return rows
 
 
@@ -243,7 +245,7 @@ def _check_prompt(number: int, prompt: Any, model: LanguageModel) -> Tensor:
         hint = "; a single prompt goes in a list" if tokens.ndim == 0 else ""
         raise ValueError(f"{name} must be (length,), got {describe(tokens)}{hint}")
     if not len(tokens):
-        raise ValueError(f"{name} is empty: a prompt has one token or more")
+        raise ValueError(f"{name} is empty: a prompt must have at least one token")
     if tokens.dtype == torch.bool or tokens.is_floating_point() or tokens.is_complex():
         raise TypeError(f"{name} must be integers, got {describe(tokens)}")
     check_tokens(name, tokens, model.vocab_size)
@@ -252,7 +254,7 @@ def _check_prompt(number: int, prompt: Any, model: LanguageModel) -> Tensor:
 
 def _check_whole(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
+        raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 

@@ -1,4 +1,4 @@
-"""How the layers of a model draw fresh parameters, when they are built and when they are reset.
+"""Initialization of parameters, when layers are built and when they are reset.
 
 Each layer knows how: ``reset_parameters()`` of a layer inside a model draws what the model's constructor draws, in
 whatever order the layers are reset. So a model can be built without memory and filled later, as FSDP does it::
@@ -31,27 +31,27 @@ GPT_STD = 0.02  # Flowformer_TorchModule, flowformergpt/model.py
 
 
 class Linear(nn.Linear):
-    """A linear layer whose fresh parameters an initializer draws; PyTorch's own where there is none."""
+    """A linear layer with an optional initializer, by default PyTorch's initialization."""
 
     initializer: Initializer | None = None
 
     def reset_parameters(self) -> None:
-        """Draw fresh parameters."""
+        """Re-initialize the parameters."""
         super().reset_parameters() if self.initializer is None else self.initializer(self)
 
 
 class Embedding(nn.Embedding):
-    """An embedding whose fresh parameters an initializer draws; PyTorch's own where there is none."""
+    """An embedding with an optional initializer, by default PyTorch's initialization."""
 
     initializer: Initializer | None = None
 
     def reset_parameters(self) -> None:
-        """Draw fresh parameters."""
+        """Re-initialize the parameters."""
         super().reset_parameters() if self.initializer is None else self.initializer(self)
 
 
 def set_initializer(layer: nn.Module, initializer: Initializer) -> None:
-    """Have ``layer.reset_parameters()`` draw with an initializer. The parameters stay as they are.
+    """Set the initializer that ``layer.reset_parameters()`` uses. The parameters are not changed.
 
     Args:
         layer: A linear layer or an embedding. One of PyTorch's becomes one of this module's.
@@ -64,12 +64,12 @@ def set_initializer(layer: nn.Module, initializer: Initializer) -> None:
     if ours is not None:
         layer.__class__ = ours
     if not isinstance(layer, (Linear, Embedding)):
-        raise TypeError(f"the layer must be a linear layer or an embedding, got {type(layer).__name__}")
+        raise TypeError(f"layer must be a linear layer or an embedding, got {type(layer).__name__}")
     layer.initializer = initializer
 
 
 def draw_parameters(model: nn.Module) -> None:
-    """Draw the parameters of the layers that have an initializer, and of no others."""
+    """Re-initialize the layers that have an initializer, and no others."""
     for module in model.modules():
         if isinstance(module, (Linear, Embedding)) and module.initializer is not None:
             module.reset_parameters()
@@ -77,7 +77,7 @@ def draw_parameters(model: nn.Module) -> None:
 
 @torch.no_grad()
 def reset_parameters(model: nn.Module) -> None:
-    """Give a model fresh parameters, by ``reset_parameters()`` of every module in it that has one.
+    """Re-initialize a model, by ``reset_parameters()`` of every module that has it.
 
     Args:
         model: The model, for example one that ``to_empty`` has just moved from the meta device.
@@ -91,26 +91,26 @@ def reset_parameters(model: nn.Module) -> None:
 
 
 def normal(layer: Any, std: float) -> None:
-    """Weights N(0, std), biases zero."""
+    """Initialize weights from N(0, std^2), biases with zero."""
     nn.init.normal_(layer.weight, std=std)
     _zero_bias(layer)
 
 
 def truncated_normal(layer: Any, std: float | None) -> None:
-    """Weights of a normal distribution cut off at two deviations, biases zero; std 1 / sqrt(inputs) if None."""
+    """Initialize weights normal, truncated at 2 std, biases with zero; std is 1 / sqrt(inputs) if None."""
     std = std or 1 / math.sqrt(layer.in_features)
     nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
     _zero_bias(layer)
 
 
 def xavier_uniform(layer: Any, gain: float) -> None:
-    """Xavier-uniform weights; the bias as PyTorch draws it."""
+    """Initialize weights Xavier-uniform, biases like PyTorch."""
     nn.Linear.reset_parameters(layer)
     nn.init.xavier_uniform_(layer.weight, gain=gain)
 
 
 def xavier_output(layer: Any) -> None:
-    """Xavier-uniform weights, the bias zero: fairseq's output projection."""
+    """Initialize weights Xavier-uniform, biases with zero, like fairseq's output projection."""
     nn.init.xavier_uniform_(layer.weight)
     _zero_bias(layer)
 
@@ -125,7 +125,7 @@ def _zero_bias(layer: Any) -> None:
 
 @dataclass(frozen=True)
 class LanguageInit:
-    """Fresh parameters of a language model.
+    """Initialization of a language model.
 
     ``"gpt"`` is the GPT-style module of thuml/Flowformer: weights N(0, std), no biases, the second layer of each
     feed-forward network scaled down by 1 / sqrt(2 num_layers). The published code scales the layers named ``c_proj``,
@@ -160,7 +160,7 @@ class LanguageInit:
         return partial(normal, std=self.std if self.kind == "gpt" else self.dim**-0.5)
 
     def set_on(self, layers: nn.Module) -> None:
-        """Set the initializers of embeddings and linear layers; their parameters stay as they are.
+        """Set the initializers of embeddings and linear layers; their parameters are not changed.
 
         Args:
             layers: A module that holds them; linear layers outside of blocks count as output heads.
@@ -187,7 +187,7 @@ class LanguageInit:
 
 
 def check_language_init(kind: str) -> None:
-    """Refuse an unknown initialisation.
+    """Raise ValueError for an unknown initialization.
 
     Raises:
         ValueError: naming those that are known.

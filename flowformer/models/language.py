@@ -1,4 +1,4 @@
-"""Language models: one decoder, and the published variants of it.
+"""Language models: a decoder with any causal attention, and its published variants.
 
 Sources: thuml/Flowformer, Flowformer_TorchModule (the GPT-style module) and Flowformer_NLP (WikiText-103, on fairseq's
 transformer_lm); Zhai et al., "An Attention Free Transformer", 2021 (Enwik8, CIFAR-10).
@@ -22,7 +22,7 @@ from flowformer.models.registry import register_model
 
 
 class LanguageModel(TokenDecoder):
-    """A causal language model: token embeddings, positions, blocks, and a head that scores the vocabulary.
+    """A causal language model: token embeddings, positions, blocks, and a language modeling head.
 
     Padding is invisible, on either side: positions count real tokens only, and a row of a batch gives what it gives
     alone.
@@ -91,7 +91,7 @@ class LanguageModel(TokenDecoder):
 
     @property
     def head_weight(self) -> Tensor:
-        """The output head, (vocab_size, dim)."""
+        """Weight of the output head, (vocab_size, dim)."""
         return self.embed.weight if self.head is None else self.head.weight
 
     @overload
@@ -132,7 +132,7 @@ class LanguageModel(TokenDecoder):
         initial_state: LanguageState | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, LanguageState]:
-        """Scores of the next token, at each position.
+        """Return the logits of the next token at each position.
 
         Over a large vocabulary they take much memory: :meth:`loss` does without them, and :meth:`logits` scores a
         selection of hidden states.
@@ -147,7 +147,7 @@ class LanguageModel(TokenDecoder):
             Logits (batch, length, vocab_size), undefined at padding; with ``return_state`` also the state.
 
         Raises:
-            ValueError, TypeError: for input that is not as said above, or a sequence beyond the learned positions.
+            ValueError, TypeError: for invalid input, or a sequence beyond the learned positions.
         """
         hidden, state = self._hidden(tokens, mask, initial_state, return_state)
         return self.logits(hidden) if state is None else (self.logits(hidden), state)
@@ -190,7 +190,7 @@ class LanguageModel(TokenDecoder):
         initial_state: LanguageState | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, LanguageState]:
-        """The input of the output head: (batch, length, dim), zeros at padding. Arguments as in :meth:`forward`."""
+        """Return the input of the head: (batch, length, dim), zeros at padding. Arguments as in :meth:`forward`."""
         hidden, state = self._hidden(tokens, mask, initial_state, return_state)
         return hidden if state is None else (hidden, state)
 
@@ -202,7 +202,7 @@ class LanguageModel(TokenDecoder):
         return self.decode(x, mask, state, return_state=return_state)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores (..., vocab_size) of hidden states (..., dim)."""
+        """Return logits (..., vocab_size) of hidden states (..., dim)."""
         return nn.functional.linear(hidden, self.head_weight)
 
     def loss(
@@ -214,7 +214,7 @@ class LanguageModel(TokenDecoder):
         ignore_index: int = -100,
         reduction: str = "mean",
     ) -> Tensor:
-        """Cross-entropy of the next tokens, in nats, without ever holding (tokens x vocabulary) scores.
+        """Return the cross-entropy of the next tokens in nats, without storing (tokens x vocabulary) logits.
 
         Args:
             tokens: (batch, length).
@@ -234,7 +234,7 @@ class LanguageModel(TokenDecoder):
         real = seen = mask
         if targets is None:
             if tokens.shape[1] < 2:
-                raise ValueError(f"without targets, tokens must be two or more in a row, got {describe(tokens)}")
+                raise ValueError(f"without targets, each row must have at least two tokens, got {describe(tokens)}")
             tokens, targets = tokens[:, :-1], tokens[:, 1:]
             if mask is not None:
                 seen, real = mask[:, :-1], find_targets(mask)[:, 1:]
@@ -245,12 +245,12 @@ class LanguageModel(TokenDecoder):
         )
 
     def init_state(self, batch_size: int) -> LanguageState:
-        """The state before the first token, for a batch of ``batch_size`` sequences."""
+        """Return the state before the first token, for a batch of ``batch_size`` sequences."""
         length = torch.zeros(batch_size, dtype=torch.int64, device=self.embed.weight.device)
         return LanguageState(length, tuple(block.attention.init_state(batch_size) for block in self.decoder.layers))
 
     def step(self, tokens: Tensor, state: LanguageState) -> tuple[Tensor, LanguageState]:
-        """One token of each row.
+        """Process one token of each row.
 
         Args:
             tokens: (batch,).
@@ -260,7 +260,7 @@ class LanguageModel(TokenDecoder):
             Logits (batch, vocab_size) of the tokens that follow, and the state after these.
 
         Raises:
-            ValueError, TypeError: for input that is not as said above, or a sequence beyond the learned positions.
+            ValueError, TypeError: for invalid input, or a sequence beyond the learned positions.
         """
         if tokens.ndim != 1:
             raise ValueError(f"step: tokens must be (batch,), got {describe(tokens)}")
@@ -280,7 +280,7 @@ class LanguageModel(TokenDecoder):
         seed: int | None = None,
         eos_token_id: int | Collection[int] | None = None,
     ) -> list[Tensor]:
-        """Continue prompts.
+        """Generate text after prompts.
 
         The model computes in evaluation mode and without gradients, and is left in the mode that it was in. To get each
         token as soon as it is chosen, iterate over :func:`flowformer.models.generation.stream_tokens`.
@@ -301,14 +301,15 @@ class LanguageModel(TokenDecoder):
             ended it included.
 
         Raises:
-            TypeError, ValueError: for arguments that are not as said above, for more tokens than the model has
+            TypeError, ValueError: for invalid arguments, for more tokens than the model has
                 positions, and for scores that are not finite.
 
         Example:
             >>> import flowformer
             >>> model = flowformer.create_model("flowformer_gpt_nano", vocab_size=65, max_length=64)
-            >>> [len(row) for row in model.generate([[1, 2, 3], [4]], max_new_tokens=5, temperature=0.8, seed=0)]
-            [8, 6]
+            >>> rows = model.generate([[1, 2, 3], [4]], max_new_tokens=5, temperature=0.8, seed=0)
+            >>> print(*(len(row) for row in rows))
+            8 6
         """
         return generation.complete(
             self, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
@@ -327,7 +328,7 @@ class LanguageModel(TokenDecoder):
                 raise TypeError(f"the state must be a LanguageState, got {type(state).__name__}")
             if len(state.layers) != len(self.decoder.blocks) or state.length.shape != tokens.shape[:1]:
                 raise ValueError(
-                    f"the state must be of {len(self.decoder.blocks)} layers and {tokens.shape[0]} rows, got"
+                    f"the state must have {len(self.decoder.blocks)} layers and {tokens.shape[0]} rows, got"
                     f" {len(state.layers)} layers and length {describe(state.length)}"
                 )
 
@@ -417,7 +418,7 @@ def flowformer_wikitext(vocab_size: int = 267_735, **options: Any) -> LanguageMo
 
 @register_model
 def flowformer_text(vocab_size: int, **options: Any) -> LanguageModel:
-    """A model of our own for a text of one's own: 4 layers, 4 heads, 192 channels, positions without end.
+    """A small model for your own text: 4 layers, 4 heads, 192 channels, sinusoidal positions.
 
     Embeddings are scaled to the size of the sinusoidal positions, and the projections of Xavier's size: with GPT's
     initial weights of 0.02, positions would hide the tokens, and queries and keys be near zero.
@@ -436,7 +437,7 @@ def flowformer_text(vocab_size: int, **options: Any) -> LanguageModel:
 def _aft(
     num_layers: int, dim: int, local: Mapping[str, Any], vocab_size: int, max_length: int | None, options: Any
 ) -> LanguageModel:
-    """Source: Zhai et al., tables 2 and 4. It does not say which GELU or ReLU, nor how parameters start."""
+    """Source: Zhai et al., tables 2 and 4. It specifies neither which GELU or ReLU, nor the initialization."""
     shape = {"num_layers": num_layers, "num_heads": 1, "dim": dim, "max_length": max_length}
     return _published(vocab_size, "aft_local", local, shape, options)
 
@@ -447,7 +448,7 @@ _AFT_CIFAR = {"window": 256, "position_dim": 64}
 
 @register_model
 def aft_enwik8_12(vocab_size: int = 256, max_length: int | None = 1_024, **options: Any) -> LanguageModel:
-    """AFT-local's model of Enwik8, bytes: 12 layers of 512 channels, window 32. Options as in :class:`LanguageModel`.
+    """AFT-local for Enwik8, byte by byte: 12 layers of 512 channels, window 32. Options as in :class:`LanguageModel`.
 
     The Transformer beside it has 8 heads: ``attention="softmax", num_heads=8``.
     """
@@ -456,7 +457,7 @@ def aft_enwik8_12(vocab_size: int = 256, max_length: int | None = 1_024, **optio
 
 @register_model
 def aft_enwik8_24(vocab_size: int = 256, max_length: int | None = 1_024, **options: Any) -> LanguageModel:
-    """AFT-local's model of Enwik8, bytes: 24 layers of 256 channels, window 32. Options as in :class:`LanguageModel`.
+    """AFT-local for Enwik8, byte by byte: 24 layers of 256 channels, window 32. Options as in :class:`LanguageModel`.
 
     The Transformer beside it has 4 heads: ``attention="softmax", num_heads=4``.
     """
@@ -465,7 +466,7 @@ def aft_enwik8_24(vocab_size: int = 256, max_length: int | None = 1_024, **optio
 
 @register_model
 def aft_cifar_12(vocab_size: int = 256, max_length: int | None = 3_072, **options: Any) -> LanguageModel:
-    """AFT-local's model of CIFAR-10, sub-pixels: 12 layers of 512 channels, window 256.
+    """AFT-local for CIFAR-10, sub-pixel by sub-pixel: 12 layers of 512 channels, window 256.
 
     Options as in :class:`LanguageModel`. The Transformer beside it has 4 heads: ``attention="softmax", num_heads=4``.
     """
@@ -474,7 +475,7 @@ def aft_cifar_12(vocab_size: int = 256, max_length: int | None = 3_072, **option
 
 @register_model
 def aft_cifar_24(vocab_size: int = 256, max_length: int | None = 3_072, **options: Any) -> LanguageModel:
-    """AFT-local's model of CIFAR-10, sub-pixels: 24 layers of 256 channels, window 256.
+    """AFT-local for CIFAR-10, sub-pixel by sub-pixel: 24 layers of 256 channels, window 256.
 
     Options as in :class:`LanguageModel`. The Transformer beside it has 2 heads: ``attention="softmax", num_heads=2``.
     """

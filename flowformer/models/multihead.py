@@ -1,4 +1,4 @@
-"""``torch.nn.MultiheadAttention`` computed by a mechanism of this library: same weights, same calls.
+"""``torch.nn.MultiheadAttention`` with a mechanism of this library: the same weights and arguments.
 
 The masks of PyTorch are translated here: in ``key_padding_mask`` True is padding, in the rest of this library True is a
 real token.
@@ -20,7 +20,7 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 class DropInMultiheadAttention(nn.MultiheadAttention):
-    """``torch.nn.MultiheadAttention`` with another mechanism in the place of softmax attention.
+    """``torch.nn.MultiheadAttention`` with another mechanism instead of softmax attention.
 
     Constructor, forward, layouts and names of weights are those of :class:`torch.nn.MultiheadAttention`, so a state
     dict of one loads into the other. Parameters of the mechanism itself, such as the position biases of AFT, come in
@@ -82,9 +82,11 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
             )
         for label, given in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
             if given:
-                raise ValueError(f"{name}: {label}=True adds a key without a query: only softmax attention has that")
+                raise ValueError(
+                    f"{name}: {label}=True adds a key without a query, which only softmax attention supports"
+                )
         if "causal" in options:
-            raise TypeError(f"{name}: causal is not an option: give is_causal=True or a causal attn_mask to the call")
+            raise TypeError(f"{name}: causal is not an option: pass is_causal=True or a causal attn_mask in the call")
         super().__init__(
             embed_dim, num_heads, dropout=dropout, bias=bias, kdim=kdim, vdim=vdim, batch_first=batch_first,
             device=device, dtype=dtype,
@@ -114,7 +116,7 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
         return attention
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew, as ``torch.nn.MultiheadAttention`` does."""
+        """Re-initialize the weights, like ``torch.nn.MultiheadAttention``."""
         self.out_proj.reset_parameters()
         self._reset_parameters()
         if self.attention.state_dict():
@@ -164,7 +166,7 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
             needed. A weight is what a query takes of a value: rows of Flow-Attention do not add up to 1.
 
         Raises:
-            TypeError, ValueError: for input that is not as said above.
+            TypeError, ValueError: for invalid input.
         """
         if query.is_nested or key.is_nested or value.is_nested:
             masks = (key_padding_mask, query_padding_mask)
@@ -189,13 +191,13 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
         return self._unbatch(out, query.ndim), self._finish(weights, query, average_attn_weights)
 
     def extra_repr(self) -> str:
-        """Sizes and the mechanism, for printing."""
+        """Return sizes and the mechanism, for printing."""
         shown = ("embed_dim", "num_heads", "kdim", "vdim", "dropout", "batch_first", "mechanism")
         values = {name: getattr(self, name) for name in shown} | self.options
         return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
     def adopt(self, module: nn.MultiheadAttention) -> None:
-        """Share the parameters of a module of PyTorch of the same sizes; a bias for which there is no place is left."""
+        """Share the parameters of a ``torch.nn.MultiheadAttention`` of equal sizes; an unsupported bias is left out."""
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"):
             if getattr(self, name) is not None:
                 setattr(self, name, getattr(module, name))
@@ -248,7 +250,7 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
         rows = self.attention.mechanism.rows
         if rows is None:
             raise ValueError(
-                f"{type(self).__name__}: {self.mechanism} attention has no weights to return: give need_weights=False"
+                f"{type(self).__name__}: {self.mechanism} attention has no weights to return: pass need_weights=False"
             )
         return rows(q, k, range(q.shape[1]), *self.attention.learned(), heads=self.num_heads, **given)
 
@@ -265,11 +267,9 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
         """Nested tensors by way of padded ones; weights stay padded."""
         name = type(self).__name__
         if not (query.is_nested and key.is_nested and value.is_nested and self.batch_first):
-            raise ValueError(
-                f"{name}: nested tensors must be given for query, key and value alike, with batch_first=True"
-            )
+            raise ValueError(f"{name}: query, key and value must all be nested tensors, with batch_first=True")
         if any(mask is not None for mask in masks):
-            raise ValueError(f"{name}: nested tensors have no padding: give no padding mask with them")
+            raise ValueError(f"{name}: nested tensors have no padding: padding masks are not supported with them")
         dense = {id(x): _pad(x) for x in (query, key, value)}
         (q, queries), (k, keys), (v, _) = dense[id(query)], dense[id(key)], dense[id(value)]
         other = None if query is key or query is value else queries
@@ -298,10 +298,10 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
         hidden = mask == -torch.inf
         binary = (hidden | (mask == 0)).all()
         if torch.compiler.is_compiling():  # a graph cannot look at numbers
-            torch._assert_async(binary, f"{label} may only hold 0 and -inf")  # pyright: ignore[reportPrivateImportUsage]
+            torch._assert_async(binary, f"{label} must contain only 0 and -inf")  # pyright: ignore[reportPrivateImportUsage]
         elif not binary:
             raise ValueError(
-                f"{name}: {label} may only hold 0 and -inf: there are no scores that other numbers could be added to"
+                f"{name}: {label} must contain only 0 and -inf: there are no scores to which others could be added"
             )
         return hidden
 
@@ -312,7 +312,7 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
         if is_causal and "causal" in limits:
             raise ValueError(f"{name}: {self.mechanism} attention has no causal form, since {limits['causal']}")
         if is_causal and length != source:
-            raise ValueError(f"{name}: causal attention needs as many queries as keys, got {length} and {source}")
+            raise ValueError(f"{name}: causal attention requires as many queries as keys, got {length} and {source}")
         if attn_mask is None or (is_causal and torch.compiler.is_compiling()):
             return is_causal
         shapes = ((length, source), (len(q) * self.num_heads, length, source))
@@ -335,20 +335,19 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
         name, limits = type(self).__name__, self.attention.mechanism.cannot
         if itself:
             if queries is not None:
-                raise ValueError(f"{name}: query_padding_mask is for cross-attention: here key_padding_mask says both")
+                raise ValueError(
+                    f"{name}: query_padding_mask is for cross-attention: in self-attention, pass key_padding_mask"
+                )
             return keys, {"mask": keys}
         if "cross" in limits:
             raise ValueError(
                 f"{name}: {self.mechanism} attention is self-attention, since {limits['cross']}: query and key must be "
-                "one and the same tensor"
+                "the same tensor"
             )
         if queries is None and keys is None:
             return None, {}
         if causal:
-            raise ValueError(
-                f"{name}: padding in causal attention is that of queries and keys alike; query and key must be one and "
-                "the same tensor"
-            )
+            raise ValueError(f"{name}: in causal attention with padding, query and key must be the same tensor")
         # Both are given, for one alone could be that of self-attention.
         every = [torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) for x in (q, k)]
         queries, keys = (every[0] if queries is None else queries), (every[1] if keys is None else keys)

@@ -1,4 +1,4 @@
-"""Positions of tokens in a sequence, as vectors."""
+"""Position embeddings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flowformer.models.initialization import Embedding
 
 
 class LearnedPositions(Embedding):
-    """A learned vector for each position, up to ``max_length`` of them.
+    """Learned position embedding, up to ``max_length`` positions.
 
     Args:
         max_length: Positions.
@@ -36,14 +36,14 @@ class LearnedPositions(Embedding):
             last = int(input.max()) + 1
             if last > self.num_embeddings:
                 raise ValueError(
-                    f"token {last} of a sequence: the learned positions of this model end at max_length ="
-                    f" {self.num_embeddings}; sinusoidal ones have no end"
+                    f"position {last} is too large: the learned positions of this model end at max_length ="
+                    f" {self.num_embeddings}; sinusoidal positions have no limit"
                 )
         return super().forward(input)
 
 
 class SinusoidalPositions(nn.Module):
-    """Sines, then cosines, of frequencies from 1 to 1 / 10,000: any position has its vector.
+    """Sinusoidal position embedding: sines, then cosines, of frequencies from 1 to 1 / 10,000; any length.
 
     The angles are found in float64: a float32 one is off by 0.06 after a million tokens.
 
@@ -59,7 +59,7 @@ class SinusoidalPositions(nn.Module):
         self.dim, self.first = dim, first
 
     def forward(self, positions: Tensor) -> Tensor:
-        """The vectors (..., dim) of positions (...), the first of which is 0."""
+        """Return the vectors (..., dim) of positions (...), counted from 0."""
         half = self.dim // 2
         numbers = torch.arange(half, dtype=state_dtype(positions.device), device=positions.device)
         frequencies = torch.exp(numbers * (-math.log(10_000) / max(half - 1, 1)))
@@ -76,7 +76,7 @@ def create_positions(
     device: Device = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module | None:
-    """The module of a kind: ``"learned"``, ``"sinusoidal"`` (which has no parameters), or None for none.
+    """Create a position embedding: ``"learned"``, ``"sinusoidal"`` (without parameters), or None.
 
     Raises:
         ValueError: for another kind, or learned positions without ``max_length``.
@@ -88,12 +88,12 @@ def create_positions(
     if kind != "learned":
         raise ValueError(f'positions must be "learned", "sinusoidal" or None, got {kind!r}')
     if max_length is None:
-        raise ValueError('positions="learned" needs max_length; positions="sinusoidal" takes any length')
+        raise ValueError('positions="learned" requires max_length; positions="sinusoidal" takes any length')
     return LearnedPositions(max_length, dim, device=device, dtype=dtype)
 
 
 def count_positions(tokens: Tensor, mask: Tensor | None, before: Tensor | None) -> Tensor:
-    """How many real tokens come before each.
+    """Count the real tokens before each token.
 
     Args:
         tokens: (batch, length).

@@ -1,4 +1,4 @@
-"""Every model by name: a model is a small function that its file registers."""
+"""Registry of models: each is a function that builds the model, registered under its name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def register_model(function: F) -> F:
 
 
 def list_models() -> list[str]:
-    """Names that :func:`create_model` accepts, sorted."""
+    """Return the names that :func:`create_model` accepts, sorted."""
     return MODELS.names()
 
 
@@ -43,7 +43,7 @@ def create_model(name: str, **options: Any) -> nn.Module:
 
 
 def find_model(name: str) -> Callable[..., nn.Module]:
-    """The function that builds a model.
+    """Return the function that builds a model.
 
     Raises:
         ValueError: for an unknown name; the message suggests the nearest.

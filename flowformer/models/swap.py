@@ -1,4 +1,4 @@
-"""Replace the attention of a model: that of timm's ViT, DeiT and PVT-v2, and ``torch.nn.MultiheadAttention``.
+"""Replace the attention of a model: timm's ViT, DeiT and PVT-v2, and ``torch.nn.MultiheadAttention``.
 
 timm is not imported: its modules are known by what they are made of.
 """
@@ -27,7 +27,7 @@ NEW_STD = 0.02  # of fresh projections, as timm's ViT begins its own
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What became of the weights of a model. Print it for a short table.
+    """Report of kept, dropped and new weights. Print it for a short table.
 
     Attributes:
         attention: The mechanism that the model has now.
@@ -45,7 +45,7 @@ class SwapReport:
     new: Mapping[str, int]
 
     def __str__(self) -> str:
-        """Numbers of weights, and what is gone and new, a line for all blocks together."""
+        """Format counts of weights, and dropped and new ones, in one line for all blocks."""
         lines = [f"{self.attention} in {len(self.modules)} attention modules"]
         for label in ("kept", "dropped", "new"):
             weights = getattr(self, label)
@@ -74,7 +74,7 @@ def swap_attention(
     img_size: int | tuple[int, int] | None = None,
     **options: Any,
 ) -> SwapReport:
-    """Replace the attention of a model in place, keeping all weights that have a counterpart.
+    """Replace the attention of a model in place, and keep all weights that have a counterpart.
 
     Known are the attention of timm's ViT, DeiT and PVT-v2, and ``torch.nn.MultiheadAttention`` in any model, such as
     torchvision's ViT or ``torch.nn.Transformer``.
@@ -129,8 +129,8 @@ def swap_attention(
     mechanism = find_attention(attention)
     if options.get("causal"):
         raise ValueError(
-            "swap_attention: the patches of an image all see each other: there is no causal form; in the place of "
-            "torch.nn.MultiheadAttention attention is causal where a call says so"
+            "swap_attention: causal is not supported for patches of images; in place of "
+            "torch.nn.MultiheadAttention, attention is causal if a call requests it"
         )
     sources, multiheads = _find(model, modules), find_multiheads(model, modules)
     _check_found(model, modules, bool(sources or multiheads))
@@ -243,10 +243,10 @@ def _find(model: nn.Module, pattern: str) -> list[_Source]:
 
 def _check_found(model: nn.Module, pattern: str, found: bool) -> None:
     if not found:
-        where = "" if pattern == "*" else f" by a name like {pattern!r}"
+        where = "" if pattern == "*" else f" with a name like {pattern!r}"
         raise ValueError(
-            f"swap_attention: {type(model).__name__} has no attention that is known{where}; that of timm's ViT, DeiT "
-            "and PVT-v2 is, and torch.nn.MultiheadAttention, unless they were replaced before"
+            f"swap_attention: {type(model).__name__} has no supported attention{where}; supported are timm's ViT, DeiT "
+            "and PVT-v2, and torch.nn.MultiheadAttention, unless already replaced"
         )
 
 
@@ -254,10 +254,10 @@ def _check_reduction(wanted: str | None, sources: list[_Source], mechanism: Mech
     if wanted not in (None, "keep", "drop"):
         raise ValueError(f"swap_attention: spatial_reduction must be 'keep', 'drop' or None, got {wanted!r}")
     if wanted is not None and not any(source.reduces for source in sources):
-        raise ValueError(f"swap_attention: spatial_reduction={wanted!r}, but this model has none")
+        raise ValueError(f"swap_attention: spatial_reduction={wanted!r}, but this model has no spatial reduction")
     if wanted == "keep" and not mechanism.can("cross"):
         raise ValueError(
-            f"swap_attention: {mechanism.name} wants as many keys as queries, and spatial_reduction='keep' leaves fewer"
+            f"swap_attention: {mechanism.name} requires as many keys as queries; spatial_reduction='keep' leaves fewer"
         )
 
 
@@ -279,7 +279,7 @@ def _count_tokens(model: Any, source: _Source, img_size: int | tuple[int, int] |
 
 
 class SwappedAttention(nn.Module):
-    """Attention of ours, called as the blocks of a ViT call theirs.
+    """An attention module with the interface of timm's ViT attention.
 
     Args:
         attention: The attention.
@@ -298,14 +298,14 @@ class SwappedAttention(nn.Module):
         """
         if attn_mask is not None or is_causal:
             raise ValueError(
-                f"{type(self.attention).__name__} in the place of timm's attention takes no mask: "
+                f"{type(self.attention).__name__} in place of timm's attention does not support masks: "
                 f"got attn_mask {describe(attn_mask)} and is_causal {is_causal}"
             )
         return self.attention(x) if self.grid is None else _attend_on_grid(self.attention, x, self.grid.size)
 
 
 class SwappedSpatialAttention(nn.Module):
-    """Attention of ours, called as the blocks of a PVT-v2 call theirs.
+    """An attention module with the interface of timm's PVT-v2 attention.
 
     Args:
         attention: The attention.
@@ -319,7 +319,7 @@ class SwappedSpatialAttention(nn.Module):
         self.pool, self.sr, self.norm, self.act = (reduction.get(name) for name in ("pool", "sr", "norm", "act"))
 
     def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
-        """Attend from tokens x (batch, height * width, dim) of a map of (height, width) to it, or to it reduced."""
+        """Attend from tokens x (batch, height * width, dim) of a (height, width) map to it, or to its reduction."""
         if self.attention.axes != "batch, length":
             return _attend_on_grid(self.attention, x, feat_size)
         return self.attention(x, self._reduce(x, feat_size) if self.sr is not None else None)
@@ -336,12 +336,12 @@ class SwappedSpatialAttention(nn.Module):
 
 def _attend_on_grid(attention: nn.Module, x: Tensor, size: tuple[int, int] | None) -> Tensor:
     if size is None or math.prod(size) != x.shape[1]:
-        raise ValueError(f"{type(attention).__name__}: x must be the tokens of a grid {size}, got {describe(x)}")
+        raise ValueError(f"{type(attention).__name__}: x must contain the tokens of a grid {size}, got {describe(x)}")
     return attention(x.unflatten(1, tuple(size))).flatten(1, 2)
 
 
 class Grid:
-    """Rows and columns of patches of the images that a model was last called with, for all its attentions.
+    """Rows and columns of patches in the latest images of a model, shared by all its attention modules.
 
     Attributes:
         size: (rows, columns); ``None`` before the first image.
@@ -350,7 +350,7 @@ class Grid:
     size: tuple[int, int] | None = None
 
     def __call__(self, patch_embed: Any, inputs: tuple[Tensor, ...]) -> None:
-        """Read it off the images (batch, channels, height, width) that timm's patch embedding is about to get."""
+        """Read the grid from images (batch, channels, height, width), as a forward pre-hook of the patch embedding."""
         self.size = tuple(patch_embed.dynamic_feat_size(tuple(inputs[0].shape[-2:])))
 
 
@@ -364,7 +364,9 @@ def _build(source: _Source, name: str, num_heads: int | None, options: Mapping[s
     if heads < 1 or width % heads:
         raise ValueError(f"swap_attention: num_heads must divide {width} in {source.name}, got {heads}")
     if name == "softmax" and source.kind is _FUSED and (lost := source.optional_weights()):
-        raise ValueError(f"swap_attention: softmax has no place for {', '.join(lost)}, and would not compute the same")
+        raise ValueError(
+            f"swap_attention: softmax does not support {', '.join(lost)}, and would compute different outputs"
+        )
     options = {"dropout": module.proj_drop.p, **options}
     built = create_attention(name, dim, heads, head_dim=width // heads, **options)
     return built.to(query.weight.device, query.weight.dtype).train(module.training)
@@ -458,16 +460,16 @@ def _check_patches(model: Any) -> None:
     name = "swap_attention: AFT-conv over images"
     if hasattr(model, "dist_token"):
         raise ValueError(
-            f"{name} has no class and distillation tokens, which are all that the two heads of a distilled model read; "
-            "take the model that is not distilled, or kernel_size=N for AFT-conv over the sequence"
+            f"{name} removes class and distillation tokens, which the two heads of a distilled model require; "
+            "use a model that is not distilled, or kernel_size=N for AFT-conv over the sequence"
         )
     wanted = ("cls_token", "pos_embed", "num_prefix_tokens", "has_class_token", "global_pool", "patch_drop")
     lacking = [attribute for attribute in wanted if not hasattr(model, attribute)]
     if lacking or not hasattr(getattr(model, "patch_embed", None), "dynamic_feat_size"):
         raise ValueError(
-            f"{name} wants a VisionTransformer of timm, to take its tokens away, got {type(model).__name__}"
+            f"{name} requires a VisionTransformer of timm, to remove its tokens, got {type(model).__name__}"
         )
     if not isinstance(model.patch_drop, nn.Identity):
-        raise ValueError(f"{name} wants all patches: this model drops some (patch_drop_rate)")
+        raise ValueError(f"{name} requires all patches, but this model drops some (patch_drop_rate)")
     if model.global_pool == "prr" and model.has_class_token:
-        raise ValueError(f"{name} has no class token, which this model's pooling (global_pool='prr') reads")
+        raise ValueError(f"{name} removes the class token, which this model's pooling (global_pool='prr') requires")

@@ -1,4 +1,4 @@
-"""Replace ``torch.nn.MultiheadAttention`` in a model: what :func:`flowformer.swap_attention` does there."""
+"""Replace ``torch.nn.MultiheadAttention`` in a model, for :func:`flowformer.swap_attention`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flowformer.models.multihead import DropInMultiheadAttention
 
 
 def find_multiheads(model: nn.Module, pattern: str) -> list[tuple[list[str], nn.MultiheadAttention]]:
-    """Modules of PyTorch's attention, each with all its names that match a pattern.
+    """Find ``torch.nn.MultiheadAttention`` modules, each with all its names that match a pattern.
 
     A subclass with a forward of its own computes something else, and is not among them.
     """
@@ -32,7 +32,7 @@ def find_multiheads(model: nn.Module, pattern: str) -> list[tuple[list[str], nn.
 
 @dataclass(frozen=True)
 class MultiheadSwap:
-    """An attention of PyTorch, by its names in a model, and the one that takes over."""
+    """A ``torch.nn.MultiheadAttention`` of a model and its replacement."""
 
     names: list[str]
     module: nn.MultiheadAttention
@@ -53,7 +53,7 @@ class MultiheadSwap:
         num_heads: int | None,
         options: Mapping[str, Any],
     ) -> MultiheadSwap:
-        """Build what takes over, with the parameters of the module that goes; the model stays as it is.
+        """Build the replacement with the parameters of the old module; the model is not changed.
 
         Warns:
             UserWarning: where a causal decoder would not be causal any more.
@@ -94,11 +94,13 @@ class MultiheadSwap:
 
 def _check(model: nn.Module, name: str, module: nn.MultiheadAttention, mechanism: Mechanism) -> None:
     if not name:
-        raise ValueError("swap_attention: the model itself is an attention: use FlowMultiheadAttention.from_torch")
+        raise ValueError(
+            "swap_attention: the model itself is an attention module: use FlowMultiheadAttention.from_torch"
+        )
     if mechanism.name == "softmax" and (module.bias_k is not None or module.add_zero_attn):
         raise ValueError(
-            f"swap_attention: softmax has no place for the keys that {name} appends (add_bias_kv, add_zero_attn), and "
-            "would not compute the same"
+            f"swap_attention: softmax does not support the keys that {name} appends (add_bias_kv, add_zero_attn), and "
+            "would compute different outputs"
         )
     if _decodes(model, name) and not mechanism.can("cross"):
         raise ValueError(

@@ -85,11 +85,11 @@ class SeriesClassifier(nn.Module):
         self.head = nn.Linear(max_length * dim, num_classes, **factory)
 
     def reset_parameters(self) -> None:
-        """Draw fresh positions, uniform in +-0.02; all else is reset as modules of their own."""
+        """Re-initialize positions, uniform in +-0.02; submodules are reset separately."""
         nn.init.uniform_(self.position, -0.02, 0.02)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Class scores of a batch of series.
+        """Return class logits of a batch of series.
 
         Args:
             x: (batch, length, in_chans) with length at most ``max_length``; padding on the right.
@@ -118,7 +118,9 @@ class SeriesClassifier(nn.Module):
         if x.ndim != 3 or x.shape[-1] != self.in_chans:
             raise ValueError(f"x must be (batch, length, {self.in_chans}), got {describe(x)}")
         if x.shape[1] > self.max_length:
-            raise ValueError(f"x is {x.shape[1]} steps long; this model takes at most max_length = {self.max_length}")
+            raise ValueError(
+                f"x has {x.shape[1]} steps, but this model supports at most max_length = {self.max_length}"
+            )
         if mask is not None and mask.shape != x.shape[:2]:
             raise ValueError(f"mask must be {tuple(x.shape[:2])}, got {describe(mask)}")
 

@@ -1,4 +1,4 @@
-"""Models of images: the hierarchical Flowformer, and DeiT with any attention.
+"""Image models: the hierarchical Flowformer, and DeiT with any attention.
 
 Sources: thuml/Flowformer, Flowformer_CV (the ImageNet experiments of Wu et al., ICML 2022); Touvron et al., "Training
 data-efficient image transformers", 2021 (DeiT); Zhai et al., "An Attention Free Transformer", 2021 (section 5.3,
@@ -30,7 +30,7 @@ ATTENTION_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 
 class VisionModel(nn.Module):
-    """Images to class scores: stages of blocks on ever fewer, ever wider patches, or one stage as in ViT and DeiT.
+    """Image classifier: a hierarchy of stages with fewer and wider patches, or one stage as in ViT and DeiT.
 
     An image may have any size: learned positions, which exist for ``img_size``, are interpolated, and an image that
     is no whole number of patches is padded below and to the right. With a mechanism in linear time, cost is linear in
@@ -48,7 +48,7 @@ class VisionModel(nn.Module):
         attention: Name of the mechanism: :func:`flowformer.list_attentions`.
         attention_options: Options of the mechanism; for ``"flow"`` the preset ``"vision"`` unless one is given, for
             ``"aft_conv"`` filters of 11 x 11 patches.
-        class_token: Classify by a token of its own, and not by the mean over patches; with one stage only.
+        class_token: Classify by a class token instead of the mean over patches; requires a single stage.
         positions: Learned positions, added to the first stage's patches.
         layer_scale: As in :class:`VisionBlock`.
         drop_path_rate: Probability of stochastic depth in the last block; in those before it grows linearly from 0.
@@ -91,7 +91,7 @@ class VisionModel(nn.Module):
         heads = (num_heads,) * len(embed_dims) if isinstance(num_heads, int) else tuple(num_heads)
         _check_sizes(num_classes, in_chans, patch_size, tuple(embed_dims), tuple(depths), heads, drop_path_rate)
         if class_token and len(embed_dims) > 1:
-            raise ValueError(f"a class token goes with one stage, got {len(embed_dims)}: class_token=False")
+            raise ValueError(f"class_token=True requires a single stage, got {len(embed_dims)}")
         self.num_classes, self.in_chans, self.features_only = num_classes, in_chans, features_only
         self.embed_dims = tuple(embed_dims)
         self.strides = tuple(patch_size * 2**stage for stage in range(len(embed_dims)))
@@ -114,7 +114,7 @@ class VisionModel(nn.Module):
             before = dim
         self.stages = nn.ModuleList(stages)
         if class_token and stages[0].blocks[0].attention.axes == "batch, height, width":
-            raise ValueError(f"{attention} in two dimensions sees a grid of patches, and no class token")
+            raise ValueError(f"{attention} in two dimensions requires a grid of patches without class token")
         self._build_ends(class_token, positions, factory)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -133,7 +133,7 @@ class VisionModel(nn.Module):
         self.head = nn.Identity() if headless else nn.Linear(last, self.num_classes, **factory)
 
     def reset_parameters(self) -> None:
-        """Draw fresh positions and a fresh class token; all else is reset as modules of their own."""
+        """Re-initialize positions and class token; submodules are reset separately."""
         for parameter in (self.class_token, self.position):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02)
@@ -144,16 +144,16 @@ class VisionModel(nn.Module):
         return self.embed_dims[-1]
 
     def grids(self, img_size: int | Grid) -> list[Grid]:
-        """Rows and columns of patches in each stage, for images of a size in pixels."""
+        """Return rows and columns of patches in each stage, for an image size in pixels."""
         height, width = _pair(img_size)
         return [(-(-height // stride), -(-width // stride)) for stride in self.strides]
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters, besides those of one axis, that weight decay leaves alone in the published recipes."""
+        """Return names of parameters without weight decay in the published recipes, besides one-dimensional ones."""
         return {"position", "class_token"}
 
     def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        """Class scores of a batch of images.
+        """Return class logits of a batch of images.
 
         Args:
             images: (batch, in_chans, height, width).
@@ -168,12 +168,12 @@ class VisionModel(nn.Module):
         return self.features(images) if self.features_only else self.head(self.pool_features(images))
 
     def pool_features(self, images: Tensor) -> Tensor:
-        """The input of the head, the class token or the mean over patches: (batch, channels of the last stage)."""
+        """Return the input of the head, class token or mean over patches: (batch, channels of the last stage)."""
         tokens = self.norm(self._encode(images)[0])
         return tokens[:, 0] if self.class_token is not None else tokens.mean(1)
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """The map of each stage: (batch, channels, rows, columns), without the final norm."""
+        """Return the feature map of each stage: (batch, channels, rows, columns), without the final norm."""
         return self._encode(images)[1]
 
     def _encode(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -224,7 +224,7 @@ class VisionModel(nn.Module):
         return torch.cat([first, image.squeeze(0).flatten(1).T])
 
     def resize(self, img_size: int | Grid) -> VisionModel:
-        """Make the model one for another size of images, in place: everything learned of positions is interpolated.
+        """Adapt the model to another image size in place: all learned positions are interpolated.
 
         Only AFT-full and AFT-local need it; what else there is takes images of any size as it is.
 
@@ -312,7 +312,7 @@ def flowformer_vision_small(num_classes: int = 1000, **options: Any) -> VisionMo
 
 @register_model
 def flowformer_vision_tiny(num_classes: int = 1000, **options: Any) -> VisionModel:
-    """A smaller hierarchical Flowformer, a shape of our own, 28.6 M parameters: 2, 2, 6 and 2 blocks.
+    """A smaller hierarchical Flowformer (not published), 28.6 M parameters: 2, 2, 6 and 2 blocks.
 
     Args:
         num_classes: Number of classes.
@@ -323,7 +323,7 @@ def flowformer_vision_tiny(num_classes: int = 1000, **options: Any) -> VisionMod
 
 @register_model
 def flowformer_vision_base(num_classes: int = 1000, **options: Any) -> VisionModel:
-    """A larger hierarchical Flowformer, a shape of our own, 76.5 M parameters: 128 to 1,024 channels, 16 heads.
+    """A larger hierarchical Flowformer (not published), 76.5 M parameters: 128 to 1,024 channels, 16 heads.
 
     Args:
         num_classes: Number of classes.
@@ -335,7 +335,7 @@ def flowformer_vision_base(num_classes: int = 1000, **options: Any) -> VisionMod
 
 @register_model
 def flowformer_vision_micro(num_classes: int = 10, **options: Any) -> VisionModel:
-    """A hierarchical Flowformer for pictures of 32 x 32 pixels, a shape of our own, 0.6 M parameters.
+    """A hierarchical Flowformer for images of 32 x 32 pixels (not published), 0.6 M parameters.
 
     Patches of 2 x 2 pixels, 2 blocks each of 32, 64 and 128 channels in 4 heads. Fresh weights are larger than the
     published ones (the root of 1 / inputs): with 0.02, narrow layers begin with attention that tells no token from

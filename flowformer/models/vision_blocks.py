@@ -1,4 +1,4 @@
-"""What image models are made of: patches, blocks with attention, stochastic depth."""
+"""Building blocks of image models: patches, attention blocks, stochastic depth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Grid = tuple[int, int]  # rows and columns of patches
 
 
 class DropPath(nn.Module):
-    """Drops the residual branch of a block, image by image, in training: stochastic depth (Huang et al., 2016).
+    """Stochastic depth (Huang et al., 2016): drops the residual branch of a block per image in training.
 
     Args:
         probability: Of dropping. What stays is scaled up, so that the mean does not change.
@@ -36,12 +36,12 @@ class DropPath(nn.Module):
         return x * (mask / kept)
 
     def extra_repr(self) -> str:
-        """The probability, for printing."""
+        """Return the probability, for printing."""
         return f"probability={self.probability}"
 
 
 class VisionBlock(nn.Module):
-    """A pre-norm block: attention, and a feed-forward network under LayerScale, each added to its input.
+    """A pre-norm block: attention and a feed-forward network with LayerScale and residual connections.
 
     Source: the block of Flowformer_CV/flowformer.py, which scales the feed-forward network only; without
     ``layer_scale`` it is DeiT's.
@@ -90,12 +90,12 @@ class VisionBlock(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the factors of LayerScale; the layers are reset as modules of their own."""
+        """Reset the factors of LayerScale; submodules are reset separately."""
         if self.gamma is not None and self.layer_scale is not None:
             nn.init.constant_(self.gamma, self.layer_scale)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        """Transform (batch, tokens, dim), the tokens being the patches of ``grid``, and maybe a class token first."""
+        """Transform (batch, tokens, dim): patches of ``grid``, optionally after a class token."""
         x = x + self.drop_path(self._attend(self.norm1(x), grid))
         out = self.dropout(self.linear2(self.dropout(self.activation(self.linear1(self.norm2(x))))))
         return x + self.drop_path(out if self.gamma is None else out * self.gamma)
@@ -107,7 +107,7 @@ class VisionBlock(nn.Module):
 
 
 class VisionStage(nn.Module):
-    """Patches of an image, or of the stage before, embedded by a convolution, and blocks.
+    """A stage: patch embedding of an image, or of the previous stage's map, followed by blocks.
 
     Args:
         in_chans: Channels of the input.
@@ -134,7 +134,7 @@ class VisionStage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def patches(self, x: Tensor) -> Tensor:
-        """Embed (batch, channels, height, width), padded with zeros to whole patches: (batch, dim, rows, columns)."""
+        """Embed (batch, channels, height, width), zero-padded to whole patches: (batch, dim, rows, columns)."""
         height, width = x.shape[-2:]
         missing = (-width % self.patch_size, -height % self.patch_size)
         return self.embed(nn.functional.pad(x, (0, missing[0], 0, missing[1])) if any(missing) else x)

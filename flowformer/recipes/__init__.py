@@ -1,4 +1,4 @@
-"""Published experiments, each a small function that returns a typed recipe."""
+"""Recipes of published experiments: functions that return typed dataclasses."""
 
 from flowformer.recipes.registry import create_recipe, find_recipe, list_recipes, read_recipe
 

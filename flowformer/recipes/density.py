@@ -1,4 +1,4 @@
-"""Density of images, a sub-pixel at a time: CIFAR-10 (AFT), images of a user's, and digits to try it with."""
+"""Recipes for the density of images, sub-pixel by sub-pixel: CIFAR-10 (AFT), your own images, and digits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flowformer.training.recipe import DataState
 
 
 class SeededRounds(Sampler[tuple[int, tuple[int, int]]]):
-    """The order of a :class:`RoundSampler`, each example with a seed for its random changes.
+    """A :class:`RoundSampler` that yields each example with a seed for its augmentation.
 
     The seed is the order's and the place in it: the changes are others each time an example is seen, and the same for
     any length of rounds, number of workers, and in a run that is resumed.
@@ -35,7 +35,7 @@ class SeededRounds(Sampler[tuple[int, tuple[int, int]]]):
         self.order = order
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the round, the first of which is 0; Lightning calls this."""
+        """Set the round, counted from 0; called by Lightning."""
         self.order.set_epoch(epoch)
 
     def __len__(self) -> int:
@@ -49,19 +49,19 @@ class SeededRounds(Sampler[tuple[int, tuple[int, int]]]):
 
 @dataclass(frozen=True, kw_only=True)
 class PixelRecipe(LanguageRecipe):
-    """A model of images, a sub-pixel at a time."""
+    """A model of images, sub-pixel by sub-pixel."""
 
-    flip: bool = option(True, "mirror half of the images in training", group="data")
+    flip: bool = option(True, "flip half of the images horizontally in training", group="data")
     shift: int = option(
-        10, "largest number that is added to, or subtracted from, all sub-pixels of an image", group="data", at_least=0
+        10, "largest value added to or subtracted from all sub-pixels of an image in training", group="data", at_least=0
     )
 
     def read_format(self, values: dict[str, Any]) -> Any:
-        """The format that a run has written down."""
+        """Read the format saved by a run."""
         return PixelFormat.from_json(values)
 
     def sampler(self, data: Any, world: int, rank: int) -> Any:
-        """The training set in one order after another, with a seed for the changes of each image."""
+        """Return the training set in repeated random order, with a seed for the augmentation of each image."""
         return SeededRounds(super().sampler(data, world, rank))
 
 
@@ -73,23 +73,23 @@ class Cifar10DensityRecipe(PixelRecipe):
         None, "folder or archive of CIFAR-10, or of PNG images in folders named by its classes", group="data"
     )
     held_out: float = option(
-        0.1, "part of the images to test with, where the data has no test part", group="data", above=0, below=1
+        0.1, "fraction of the images used as test set if the data has none", group="data", above=0, below=1
     )
 
     def build_task(self) -> DensityTask:
         """Read the images."""
         if self.data is None:
-            raise ValueError(f"{self.name} needs --data PATH: a folder or archive of CIFAR-10")
+            raise ValueError(f"{self.name} requires --data PATH: a folder or archive of CIFAR-10")
         return density.load_cifar10(self.data, flip=self.flip, shift=self.shift, held_out=self.held_out)
 
     @property
     def data_state(self) -> DataState:
-        """The folder or archive is the user's to name."""
+        """Unknown: the user specifies the folder or archive."""
         return "unknown"
 
     @property
     def row(self) -> str:
-        """The name of this model in the published tables; "" for a model that is in none of them."""
+        """The name of this model in the published tables; "" if it is in none of them."""
         own = self._shape(vars(self))
         return next((row for row, fields in _ROWS.items() if self._shape({**_PLAIN, **fields}) == own), "")
 
@@ -130,7 +130,7 @@ def cifar10(row: str, model: Mapping[str, Any], /, **fields: Any) -> Cifar10Dens
 
 @register_recipe("density/digits")
 def digits(**fields: Any) -> DigitsRecipe:
-    """A model of handwritten digits, 8 x 8 pixels of 17 grey levels, in minutes on a laptop: settings of ours.
+    """A model of handwritten digits, 8 x 8 pixels of 17 grey levels, in minutes on a laptop (not published).
 
     The digits come with scikit-learn: nothing is downloaded. AFT-local with a window of two rows.
     """

@@ -1,4 +1,4 @@
-"""ImageNet: the experiments of Flowformer and of AFT, and Mobile-Attention in DeiT.
+"""Recipes for ImageNet: the experiments of Flowformer and AFT, and Mobile-Attention in DeiT.
 
 ``--data DIR`` names ImageNet, or images of your own in its manner: :func:`flowformer.tasks.images.imagenet.load`.
 
@@ -52,50 +52,49 @@ _ROWS: Mapping[tuple[str, str | None], str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ImageNetRecipe(ImageRecipe):
-    """A classifier of ImageNet's images."""
+    """A classifier of ImageNet images."""
 
     data: Path | None = option(
         None, "folder of the images: folders by class, parquet files or tar files", group="data", neutral=True
     )
-    image_size: int = option(224, "side of an image, in pixels", group="data", at_least=1)
+    image_size: int = option(224, "image size in pixels", group="data", at_least=1)
     step_images: int = option(
-        1_024, "images of one step, over all devices, where accumulate is null", group="optimisation", at_least=1
+        1_024, "images per step, over all devices, if accumulate is null", group="optimisation", at_least=1
     )
     accumulate: int | None = option(
         None,
-        "batches whose gradients make one step; null for as many as make up step_images",
+        "batches per step (gradient accumulation); null for as many as give step_images",
         group="optimisation",
         at_least=1,
     )
-    precision: Precision = option(
-        "auto", "precision of training; auto: 16-mixed on a GPU, else 32-true", group="machine"
-    )
+    precision: Precision = option("auto", "training precision; auto: 16-mixed on a GPU, else 32-true", group="machine")
     workers: int = option(
-        min(8, os.cpu_count() or 1), "processes that prepare batches; 0 for the main process alone", group="machine",
+        min(8, os.cpu_count() or 1), "worker processes for data loading; 0 for the main process", group="machine",
         neutral=True, at_least=0,
     )  # fmt: skip
     rand_augment: str | None = option(
-        "rand-m9-mstd0.5-inc1", "RandAugment's setting, as timm names it; null for none", group="data"
+        "rand-m9-mstd0.5-inc1", "RandAugment policy, in the notation of timm; null for none", group="data"
     )
-    color_jitter: float = option(
-        0.4, "strength of changes of colour, without RandAugment only", group="data", at_least=0
-    )
-    erasing: float = option(0.0, "probability of erasing a part of an image", group="data", at_least=0, at_most=1)
-    mixup: float | None = option(0.8, "parameter of mixup; null for none", group="data", above=0)
-    cutmix: float | None = option(1.0, "parameter of CutMix; null for none", group="data", above=0)
+    color_jitter: float = option(0.4, "strength of color jitter, used without RandAugment", group="data", at_least=0)
+    erasing: float = option(0.0, "probability of random erasing", group="data", at_least=0, at_most=1)
+    mixup: float | None = option(0.8, "alpha of mixup; null for none", group="data", above=0)
+    cutmix: float | None = option(1.0, "alpha of CutMix; null for none", group="data", above=0)
     repeats: int = option(
-        1, "consecutive views of an image, with as many times fewer images in an epoch", group="data", at_least=1
+        1,
+        "consecutive views of each image (repeated augmentation); an epoch has as many times fewer images",
+        group="data",
+        at_least=1,
     )
 
     def __post_init__(self) -> None:
         """Check every field."""
         super().__post_init__()
         if self.batch_size % 2 and (self.mixup or self.cutmix):
-            raise ValueError(f"batch_size must be even, for images are mixed in pairs, got {self.batch_size}")
+            raise ValueError(f"batch_size must be even, since images are mixed in pairs, got {self.batch_size}")
         if self.accumulate is None and self.step_images % (self.batch_size * self.devices):
             raise ValueError(
-                f"step_images {self.step_images} are no whole number of batches of {self.batch_size} on "
-                f"{self.devices} devices{self._fitting()}; or give --accumulate N for a step of another size"
+                f"step_images {self.step_images} is not a multiple of batch_size {self.batch_size} on "
+                f"{self.devices} devices{self._fitting()}; or pass --accumulate N for a step of another size"
             )
 
     def _fitting(self) -> str:
@@ -107,12 +106,12 @@ class ImageNetRecipe(ImageRecipe):
 
     @property
     def batches_of_a_step(self) -> int:
-        """Batches on each device whose gradients make one step."""
+        """Batches per device and step (gradient accumulation)."""
         return self.accumulate or self.step_images // (self.batch_size * self.devices)
 
     @property
     def augmentation(self) -> Augmentation:
-        """What varies training images."""
+        """Augmentation of training images."""
         return Augmentation(
             rand_augment=self.rand_augment or "", color_jitter=self.color_jitter, erasing=self.erasing,
             mixup=self.mixup or 0.0, cutmix=self.cutmix or 0.0, smoothing=self.label_smoothing,
@@ -121,7 +120,7 @@ class ImageNetRecipe(ImageRecipe):
     def build_task(self) -> ImageNetTask:
         """Find the images."""
         if self.data is None:
-            raise ValueError(f"{self.name} needs --data DIR: images as folders by class, parquet files or tar files")
+            raise ValueError(f"{self.name} requires --data DIR: images as folders by class, parquet files or tar files")
         return self._load(self.data)
 
     def _load(self, data: Path, **more: Any) -> ImageNetTask:
@@ -132,11 +131,11 @@ class ImageNetRecipe(ImageRecipe):
 
     @property
     def data_state(self) -> DataState:
-        """The folder of images is the user's to name."""
+        """Unknown: the user specifies the folder of images."""
         return "unknown"
 
     def read_format(self, values: dict[str, Any]) -> ImageNetFormat:
-        """The format that a run has written down."""
+        """Read the format saved by a run."""
         return cast("ImageNetFormat", ImageNetFormat.from_json(values))
 
     def sampler(self, data: Any, world: int, rank: int) -> Any:
@@ -147,7 +146,7 @@ class ImageNetRecipe(ImageRecipe):
 
     @property
     def row(self) -> str:
-        """What the published tables call this model; "" for a model of no table."""
+        """The name of this model in the published tables; "" if it is in none of them."""
         changed = self.attention_options or self.patch_size is not None or self.image_size != 224
         return "" if changed else _ROWS.get((self.model, self.attention), "")
 
@@ -158,35 +157,35 @@ class ImageNetRecipe(ImageRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class OwnImageRecipe(ImageNetRecipe):
-    """A classifier of a user's own pictures."""
+    """A classifier of your own images."""
 
     test_fraction: float = option(
-        0.1, "part of each class held out to test on, where the data has no test part", group="data", above=0, below=1
+        0.1, "fraction of each class used as test set if the data has none", group="data", above=0, below=1
     )
 
     def _load(self, data: Path, **more: Any) -> ImageNetTask:
         return super()._load(data, test_fraction=self.test_fraction, **more)
 
     def published_table(self) -> None:
-        """Nothing is published of a user's pictures."""
+        """None: there are no published results on a user's images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransferRecipe(ImageNetRecipe):
-    """A ViT of timm's that goes on with another attention."""
+    """A ViT of timm that is trained further with another attention."""
 
     weights: Path | None = option(
-        None, "file of the ViT's weights; null for timm to fetch them", group="model", neutral=True
+        None, "file with the weights of the ViT; null to download them with timm", group="model", neutral=True
     )
 
     def __post_init__(self) -> None:
         """Check every field."""
         super().__post_init__()
         if self.attention is None:
-            raise ValueError("attention must be the mechanism that replaces the ViT's own, got None")
+            raise ValueError("attention must be the mechanism that replaces the ViT's attention, got None")
 
     def build_model(self, form: Any) -> nn.Module:
-        """The ViT with its attention replaced; with the weights it begins from, where it is to be trained."""
+        """Build the ViT with replaced attention; for training, with its pretrained weights."""
         import timm
 
         trains = form.augmentation is not None  # a model that a run has will be given the run's weights
@@ -194,7 +193,9 @@ class TransferRecipe(ImageNetRecipe):
         try:
             model = timm.create_model(self.model, pretrained=trains and self.weights is None, **options)
         except Exception as error:  # of timm, the hub's client, or what it uses
-            raise ValueError(f"timm cannot make {self.model}: {error}. Without a network: --weights FILE") from error
+            raise ValueError(
+                f"timm cannot create {self.model}: {error}. Without a network, pass --weights FILE"
+            ) from error
         if trains and self.weights is not None:
             _load_weights(model, self.weights)
         try:
@@ -206,7 +207,7 @@ class TransferRecipe(ImageNetRecipe):
 
     @property
     def row(self) -> str:
-        """What the published table calls this model; "" for another one."""
+        """The name of this model in the published table; "" if it is not in it."""
         published = transfer()
         same = all(
             getattr(self, name) == getattr(published, name)
@@ -222,12 +223,12 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     try:
         given = timm.models.load_state_dict(str(path))
     except Exception as error:  # of pickle, safetensors, the file system
-        raise ValueError(f"{path}: no weights that can be read: {error}") from error
+        raise ValueError(f"{path}: cannot read weights: {error}") from error
     own = model.state_dict()
     fitting = {name: value for name, value in given.items() if name in own and value.shape == own[name].shape}
     missing = [name for name in own if name not in fitting and not name.startswith(("head.", "pos_embed"))]
     if missing:
-        raise ValueError(f"{path} lacks {len(missing)} of the model's weights, or has others: {', '.join(missing[:5])}")
+        raise ValueError(f"{path}: {len(missing)} missing or unexpected weights: {', '.join(missing[:5])}")
     model.load_state_dict(fitting, strict=False)
 
 
@@ -252,7 +253,7 @@ def flowformer(row: str, attention: str, /, **fields: Any) -> ImageNetRecipe:
     300 epochs of AdamW, cosine from 5e-4 * 768 / 512 to 1e-5 after 5 epochs of warm-up from 1e-6, weight decay 0.05,
     gradient norm 1, float16 on a GPU; mixup 0.8, CutMix 1.0, label smoothing 0.1, RandAugment, no erasing; drop path
     0.2 as its code has it, whatever its option says. A step is of 768 images, there 6 GPUs of 128, here batches of 96,
-    which 1, 2, 4 or 8 devices divide. The published runs go on for 10 epochs at 1e-5 (timm's cooldown); these do not.
+    which 1, 2, 4 or 8 devices divide. The published runs add 10 epochs at 1e-5 (timm's cooldown); these do not.
     The published figure is that of the best epoch on the validation set, which stands as test set here.
     """
     return ImageNetRecipe(**merge_fields({"name": f"imagenet/{row}", **_FLOWFORMER, "attention": attention}, fields))
@@ -290,7 +291,7 @@ def transfer(**fields: Any) -> TransferRecipe:
 
 @register_recipe("images/own")
 def own(**fields: Any) -> OwnImageRecipe:
-    """A small hierarchical Flowformer on pictures of your own: DIR/CLASS/PICTURE, or the same in DIR/train and DIR/val.
+    """A small hierarchical Flowformer on your own images: DIR/CLASS/IMAGE, or the same in DIR/train and DIR/val.
 
     --data DIR also holds parquet or tar files, as ImageNet's does. Without a val or test part, a tenth of each class is
     held out, always the same. Settings of our own: 64 x 64 pixels, crops and mirror images, 50 epochs. Larger pictures:

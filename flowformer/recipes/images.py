@@ -1,4 +1,4 @@
-"""Classifiers of small pictures: CIFAR-10, and scikit-learn's digits. No published experiment is among them.
+"""Recipes for classifiers of small images: CIFAR-10 and scikit-learn's digits. None of them is published.
 
 The published one, and that on a user's own pictures, are in :mod:`flowformer.recipes.imagenet`.
 """
@@ -24,26 +24,24 @@ from flowformer.training.recipe import DataState, EpochRecipe
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRecipe(EpochRecipe):
-    """A classifier of pictures."""
+    """An image classifier."""
 
-    model: str = option("flowformer_vision_micro", "shape: an image model, see `flowformer list models`", group="model")
+    model: str = option("flowformer_vision_micro", "image model, see `flowformer list models`", group="model")
     attention: str | None = option(
-        None, "attention mechanism, see `flowformer list attentions`; null for the model's own", group="attention"
+        None, "attention mechanism, see `flowformer list attentions`; null for the model's default", group="attention"
     )
-    attention_options: dict[str, Any] = option({}, "options of the mechanism", group="attention")
+    attention_options: dict[str, Any] = option({}, "options of the attention mechanism", group="attention")
     patch_size: int | None = option(
-        None, "side of a patch, in pixels; null for the model's own", group="model", at_least=1
+        None, "patch size in pixels; null for the model's default", group="model", at_least=1
     )
     drop_path: float = option(
-        0.0, "probability of skipping the last block's branches, less in those before", group="model", at_least=0,
+        0.0, "stochastic depth: drop probability of the last block, less in earlier ones", group="model", at_least=0,
         below=1,
     )  # fmt: skip
     dropout: float = option(
-        0.0, "dropout, on the outputs of attention and feed-forward networks", group="model", at_least=0, below=1
+        0.0, "dropout on the outputs of attention and feed-forward networks", group="model", at_least=0, below=1
     )
-    label_smoothing: float = option(
-        0.0, "share of the target that is spread over all classes", group="optimisation", at_least=0, below=1
-    )
+    label_smoothing: float = option(0.0, "label smoothing", group="optimisation", at_least=0, below=1)
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -52,11 +50,11 @@ class ImageRecipe(EpochRecipe):
 
     @property
     def label(self) -> str:
-        """The default name of the run's folder."""
+        """Default name of the run's folder."""
         return f"{self.attention or self.model}-seed{self.seed}"
 
     def read_format(self, values: dict[str, Any]) -> ImageFormat:
-        """The format that a run has written down."""
+        """Read the format saved by a run."""
         return ImageFormat.from_json(values)
 
     def build_model(self, form: ImageFormat) -> nn.Module:
@@ -82,13 +80,11 @@ class ImageRecipe(EpochRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class SmallImageRecipe(ImageRecipe):
-    """A classifier of pictures that fit in memory."""
+    """A classifier of images that fit in memory."""
 
-    flip: bool = option(True, "mirror half of the images in training", group="data")
-    crop_padding: int = option(4, "in training, shift images by up to this many pixels", group="data", at_least=0)
-    test_fraction: float = option(
-        0.1, "part held out to test on, where the data has no test part", group="data", above=0, below=1
-    )
+    flip: bool = option(True, "flip half of the images horizontally in training", group="data")
+    crop_padding: int = option(4, "largest random shift in training, in pixels", group="data", at_least=0)
+    test_fraction: float = option(0.1, "fraction used as test set if the data has none", group="data", above=0, below=1)
 
     def _prepare(self, task: ImageTask) -> ImageTask:
         task = replace(
@@ -109,7 +105,7 @@ class Cifar10Recipe(SmallImageRecipe):
 
     @property
     def data_state(self) -> DataState:
-        """The folder or archive is the user's to name."""
+        """Unknown: the user specifies the folder or archive."""
         return "unknown"
 
 
@@ -130,7 +126,7 @@ _OURS: Mapping[str, Any] = {
 
 @register_recipe("images/cifar10")
 def cifar10(**fields: Any) -> Cifar10Recipe:
-    """A small hierarchical Flowformer on CIFAR-10, from any of its forms: --data PATH. Settings of our own.
+    """A small hierarchical Flowformer on CIFAR-10, in any of its forms: --data PATH (not published).
 
     Without a test set (a part of the archive, say) a tenth of each class is held out, always the same.
     """
@@ -139,6 +135,6 @@ def cifar10(**fields: Any) -> Cifar10Recipe:
 
 @register_recipe("images/digits")
 def digits(**fields: Any) -> DigitsRecipe:
-    """The same on the digits of 8 x 8 pixels that scikit-learn ships, a fifth held out: about a minute on a laptop."""
+    """The same on scikit-learn's digits of 8 x 8 pixels, a fifth held out: about a minute on a laptop."""
     ours = {"patch_size": 1, "epochs": 30, "flip": False, "crop_padding": 1, "test_fraction": 0.2, "eval_every": 5}
     return DigitsRecipe(**merge_fields({"name": "images/digits", **_OURS, **ours}, fields))

@@ -1,4 +1,4 @@
-"""Language models: WikiText-103 (Flowformer), Enwik8 (AFT), and a user's own text.
+"""Recipes for language models: WikiText-103 (Flowformer), Enwik8 (AFT), and your own text.
 
 What the papers and their code leave open is chosen here, and said in the docstring of each recipe. Of WikiText-103 and
 Enwik8 the honest protocol is the paper's: the model is chosen on the validation set, and tested once.
@@ -45,26 +45,32 @@ _SIZES = ("num_layers", "num_heads", "dim", "ffn_dim")
 class LanguageRecipe(StepRecipe):
     """A language model."""
 
-    attention: str = option(
-        "flow", "attention mechanism, a causal one of `flowformer list attentions`", group="attention"
-    )
-    attention_options: dict[str, Any] = option({}, "options of the mechanism", group="attention")
+    attention: str = option("flow", "causal attention mechanism, see `flowformer list attentions`", group="attention")
+    attention_options: dict[str, Any] = option({}, "options of the attention mechanism", group="attention")
     model: str = option(
-        "flowformer_wikitext", "shape and initial weights: a language model, see `flowformer list models`",
+        "flowformer_wikitext", "language model (sizes and initialization), see `flowformer list models`",
         group="model",
     )  # fmt: skip
-    num_layers: int | None = option(None, "blocks; null for the model's own", group="model", at_least=1)
-    num_heads: int | None = option(None, "attention heads; null for the model's own", group="attention", at_least=1)
-    dim: int | None = option(None, "channels; null for the model's own", group="model", at_least=1)
-    ffn_dim: int | None = option(
-        None, "channels inside the feed-forward networks; null for the model's own", group="model", at_least=1
+    num_layers: int | None = option(None, "number of blocks; null for the model's default", group="model", at_least=1)
+    num_heads: int | None = option(
+        None, "number of attention heads; null for the model's default", group="attention", at_least=1
     )
-    query_key_gain: float = option(1.0, "factor on the initial weights of queries and keys", group="attention")
+    dim: int | None = option(None, "model dimension; null for the model's default", group="model", at_least=1)
+    ffn_dim: int | None = option(
+        None, "hidden dimension of the feed-forward networks; null for the model's default", group="model", at_least=1
+    )
+    query_key_gain: float = option(1.0, "factor of the initial query and key weights", group="attention")
     positions: Literal["learned", "sinusoidal"] | None = option(
-        "learned", "learned (which end with the training length), sinusoidal, or null for none", group="model"
+        "learned",
+        "position embedding: learned (limited to the training length), sinusoidal, or null for none",
+        group="model",
     )
     dropout: float = option(
-        0.1, "dropout, on embeddings and the outputs of each block's parts", group="model", at_least=0, below=1
+        0.1,
+        "dropout on embeddings and on the outputs of attention and feed-forward networks",
+        group="model",
+        at_least=0,
+        below=1,
     )
 
     def __post_init__(self) -> None:
@@ -74,11 +80,11 @@ class LanguageRecipe(StepRecipe):
 
     @property
     def label(self) -> str:
-        """The default name of the run's folder."""
+        """Default name of the run's folder."""
         return f"{self.attention}-seed{self.seed}"
 
     def read_format(self, values: dict[str, Any]) -> TextFormat:
-        """The format that a run has written down."""
+        """Read the format saved by a run."""
         return TextFormat.from_json(values)
 
     def build_model(self, form: Any) -> nn.Module:
@@ -107,7 +113,7 @@ class LanguageRecipe(StepRecipe):
 class TextRecipe(LanguageRecipe):
     """A language model of running text."""
 
-    length: int = option(512, "tokens of a sequence", group="data", at_least=1)
+    length: int = option(512, "sequence length in tokens", group="data", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +121,16 @@ class WikiTextRecipe(TextRecipe):
     """A language model of WikiText-103, word by word."""
 
     data_dir: Path | None = option(
-        None, "folder of wiki.train.tokens and the others, or of their archive; null for the cache", group="data",
+        None, "folder with wiki.train.tokens and the other files, or their archive; null for the cache", group="data",
         neutral=True,
     )  # fmt: skip
     context_window: int = option(
-        400, "tokens at the start of a test sequence that are seen but not scored", group="data", at_least=0
+        400,
+        "tokens at the start of each test sequence that serve as context and are not scored",
+        group="data",
+        at_least=0,
     )
-    check_counts: bool = option(True, "refuse a text with other counts of tokens than the published ones", group="data")
+    check_counts: bool = option(True, "raise an error if token counts differ from the published ones", group="data")
 
     def build_task(self) -> TextTask:
         """Read the corpus."""
@@ -132,12 +141,12 @@ class WikiTextRecipe(TextRecipe):
 
     @property
     def data_state(self) -> DataState:
-        """Whether the corpus is on this machine."""
+        """Return whether the corpus is on this machine."""
         return "here" if wikitext.is_here(self.data_dir) else "absent"
 
     @property
     def row(self) -> str:
-        """The name of this model in the published table; "" for a model that is not in it."""
+        """The name of this model in the published table; "" if it is not in it."""
         rows = {"": {}, "-no-competition": NO_COMPETITION, "-no-allocation": NO_ALLOCATION}
         found = [self.attention + row for row, options in rows.items() if options == self.attention_options]
         return found[0] if found else ""
@@ -152,7 +161,7 @@ class Enwik8Recipe(TextRecipe):
     """A language model of Enwik8, byte by byte."""
 
     data_dir: Path | None = option(
-        None, "folder of enwik8 or enwik8.zip; null for the cache", group="data", neutral=True
+        None, "folder with enwik8 or enwik8.zip; null for the cache", group="data", neutral=True
     )
 
     def build_task(self) -> TextTask:
@@ -162,12 +171,12 @@ class Enwik8Recipe(TextRecipe):
 
     @property
     def data_state(self) -> DataState:
-        """Whether the corpus is on this machine."""
+        """Return whether the corpus is on this machine."""
         return "here" if enwik8.is_here(self.data_dir) else "absent"
 
     @property
     def row(self) -> str:
-        """The name of this model in the published table; "" for a model that is not in it."""
+        """The name of this model in the published table; "" if it is not in it."""
         return _ENWIK8_ROWS.get((self.model, self.attention), "")
 
     def published_table(self) -> tuple[str, Mapping[str, float]]:
@@ -177,28 +186,28 @@ class Enwik8Recipe(TextRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class OwnTextRecipe(TextRecipe):
-    """A language model of a user's own text."""
+    """A language model of your own text."""
 
     needs_file: ClassVar[bool] = True
 
     file: Path | None = option(None, "file or folder of text", group="data")
     tokenizer: str = option(
-        "bytes", "bytes, characters, words, or one of Hugging Face: folder, tokenizer.json or name", group="data"
+        "bytes", "bytes, characters, words, or a Hugging Face tokenizer: folder, tokenizer.json or name", group="data"
     )
     held_out: float = option(
-        0.02, "end of the text to test with: a share below 1, or a number of bytes", group="data", above=0
+        0.02, "end of the text used as test set: a fraction below 1, or a number of bytes", group="data", above=0
     )
 
     def build_task(self) -> TextTask:
         """Read the text."""
         if self.needs_file and self.file is None:
-            raise ValueError(f"{self.name} needs --file FILE: a file or folder of text")
+            raise ValueError(f"{self.name} requires --file FILE: a file or folder of text")
         corpus = text_files.load(self.file, tokenizer=self.tokenizer, held_out=self.held_out)
         return text.build_task(corpus, self.length)
 
     @property
     def data_state(self) -> DataState:
-        """The text is the user's, or that of the gensim package."""
+        """Unknown: the text is the user's, or that of the gensim package."""
         if self.needs_file:
             return "unknown"
         return "here" if importlib.util.find_spec("gensim") else "absent"
@@ -206,7 +215,7 @@ class OwnTextRecipe(TextRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoTextRecipe(OwnTextRecipe):
-    """The same, or without a file of a slice of the English Wikipedia."""
+    """A language model of your own text, by default of a slice of the English Wikipedia."""
 
     needs_file: ClassVar[bool] = False
 
@@ -254,17 +263,17 @@ _OWN_TEXT: Mapping[str, Any] = {
 
 @register_recipe("text/bytes")
 def text_bytes(**fields: Any) -> DemoTextRecipe:
-    """A language model of bytes, in minutes on a laptop: any text goes, in any language.
+    """A byte-level language model, in minutes on a laptop, of any text in any language.
 
-    Without a file: a slice of the English Wikipedia that the gensim package ships. Positions have no end, so that the
-    model goes on for as long as it is asked to.
+    Without a file: a slice of the English Wikipedia that the gensim package ships. Sinusoidal positions, so that the
+    length of generated text is not limited.
     """
     return DemoTextRecipe(**merge_fields({"name": "text/bytes", **_OWN_TEXT}, fields))
 
 
 @register_recipe("text/own")
 def text_own(**fields: Any) -> OwnTextRecipe:
-    """A language model of your own text: a file or folder of it, by bytes, characters, words, or a tokenizer of yours.
+    """A language model of your own text, a file or folder, by bytes, characters, words or a tokenizer of your own.
 
     As text/bytes otherwise. A tokenizer of Hugging Face is a folder, a tokenizer.json or a name on the hub.
     """

@@ -1,4 +1,4 @@
-"""The attention of a recipe: a mechanism by name, and its options."""
+"""The attention mechanism of a recipe, by name, and its options."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from flowformer.common.names import nearest
 from flowformer.mechanisms import find_attention
 
-# What a model or recipe decides, and no option of a mechanism can say.
+# Arguments set by the model or recipe, which are not options of a mechanism.
 _DECIDED = ("self", "dim", "causal", "max_length")
 
 
 def check_attention(name: str | None, options: Mapping[str, Any]) -> None:
-    """Refuse a mechanism or an option that does not exist, before any data is read.
+    """Check the name and options of a mechanism before any data is read.
 
     Args:
         name: The mechanism; ``None`` for the model's own, whose options the model checks.
@@ -49,7 +49,7 @@ def _try_options(module: Any, options: Mapping[str, Any]) -> None:
 
 
 def merge_fields(published: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a recipe: the published ones, and those that replace them.
+    """Merge the published fields of a recipe with those that override them.
 
     The published options of the mechanism are left out where another mechanism is asked for: they are not its own.
     """

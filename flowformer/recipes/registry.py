@@ -1,4 +1,4 @@
-"""Every recipe by name: a recipe is a small function that its file registers."""
+"""Registry of recipes: each is a function that returns a recipe, registered under its name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RECIPES: Registry[RecipeFunction] = Registry(
 
 
 def register_recipe(name: str) -> Callable[[F], F]:
-    """A decorator that registers a function that makes a recipe; its keyword arguments override fields.
+    """Return a decorator that registers a function which returns a recipe; its keyword arguments override fields.
 
     Example:
         >>> @register_recipe("text/tiny")
@@ -33,12 +33,12 @@ def register_recipe(name: str) -> Callable[[F], F]:
 
 
 def list_recipes() -> list[str]:
-    """Names that :func:`create_recipe` accepts, sorted."""
+    """Return the names that :func:`create_recipe` accepts, sorted."""
     return RECIPES.names()
 
 
 def find_recipe(name: str) -> RecipeFunction:
-    """The function that makes a recipe.
+    """Return the function that makes a recipe.
 
     Raises:
         ValueError: for an unknown name; the message suggests the nearest.
@@ -47,7 +47,7 @@ def find_recipe(name: str) -> RecipeFunction:
 
 
 def create_recipe(name: str, **fields: Any) -> Recipe:
-    """Make a recipe by name, with some of its fields overridden.
+    """Create a recipe by name, with some of its fields overridden.
 
     Raises:
         ValueError: for an unknown name, a field that the recipe does not have, or a value that a field does not take.
@@ -58,12 +58,12 @@ def create_recipe(name: str, **fields: Any) -> Recipe:
 
 
 def read_recipe(values: dict[str, Any]) -> Recipe:
-    """The recipe that :meth:`flowformer.training.recipe.Recipe.to_json` wrote, as a run's ``recipe.json`` holds it.
+    """Read a recipe from the output of :meth:`flowformer.training.recipe.Recipe.to_json`, saved in ``recipe.json``.
 
     Raises:
         ValueError: as :func:`create_recipe`, or where there is no name.
     """
     fields = dict(values)
     if "name" not in fields:
-        raise ValueError("no name among the fields of a recipe")
+        raise ValueError("the fields of a recipe must include name")
     return create_recipe(fields.pop("name"), **fields)

@@ -1,4 +1,4 @@
-"""Classification of time series: the ten UEA subsets of the Flowformer paper, and a user's own files.
+"""Recipes for time-series classification: the ten UEA subsets of the Flowformer paper, and your own files.
 
 Source of every default: thuml/Flowformer, Flowformer_TimeSeries, options.py and scripts/flowformer.sh. Three things
 depart from the published code, the first two with an option that restores it: padding is invisible to attention
@@ -28,18 +28,20 @@ from flowformer.training.recipe import DataState, EpochRecipe
 
 @dataclass(frozen=True, kw_only=True)
 class SeriesRecipe(EpochRecipe):
-    """A classifier of time series."""
+    """A time-series classifier."""
 
     attention: str = option("flow", "attention mechanism, see `flowformer list attentions`", group="attention")
-    attention_options: dict[str, Any] = option({}, "options of the mechanism", group="attention")
-    dim: int = option(512, "channels of the encoder", group="model", at_least=1)
-    num_heads: int = option(8, "attention heads", group="attention", at_least=1)
-    num_layers: int = option(2, "encoder blocks", group="model", at_least=1)
-    ffn_dim: int = option(2048, "channels inside the feed-forward networks", group="model", at_least=1)
-    dropout: float = option(0.1, "dropout, throughout", group="model", at_least=0, below=1)
-    mask_padding: bool = option(True, "hide padding from attention; the published code does not", group="attention")
+    attention_options: dict[str, Any] = option({}, "options of the attention mechanism", group="attention")
+    dim: int = option(512, "model dimension", group="model", at_least=1)
+    num_heads: int = option(8, "number of attention heads", group="attention", at_least=1)
+    num_layers: int = option(2, "number of encoder blocks", group="model", at_least=1)
+    ffn_dim: int = option(2048, "hidden dimension of the feed-forward networks", group="model", at_least=1)
+    dropout: float = option(0.1, "dropout", group="model", at_least=0, below=1)
+    mask_padding: bool = option(True, "mask padding in attention; the published code does not", group="attention")
     trim_batches: bool = option(
-        True, "pad to the longest series of a batch; the published code pads to that of the set", group="data"
+        True,
+        "pad to the longest series of the batch; the published code pads to that of the training set",
+        group="data",
     )
 
     def __post_init__(self) -> None:
@@ -49,15 +51,15 @@ class SeriesRecipe(EpochRecipe):
 
     @property
     def label(self) -> str:
-        """The default name of the run's folder."""
+        """Default name of the run's folder."""
         return f"{self.attention}-seed{self.seed}"
 
     def read_format(self, values: dict[str, Any]) -> SeriesFormat:
-        """The format that a run has written down."""
+        """Read the format saved by a run."""
         return SeriesFormat.from_json(values)
 
     def build_model(self, form: SeriesFormat) -> nn.Module:
-        """The published classifier, with the attention of the recipe."""
+        """Build the published classifier with the attention of the recipe."""
         return create_model(
             "flowformer_timeseries",
             in_chans=form.channels,
@@ -75,7 +77,7 @@ class SeriesRecipe(EpochRecipe):
 
     @property
     def row(self) -> str:
-        """The name of this model in the published table: that of its attention."""
+        """The name of this model in the published table, which is that of its attention."""
         return self.attention
 
     def _prepare(self, task: SeriesTask) -> SeriesTask:
@@ -89,7 +91,7 @@ class UEARecipe(SeriesRecipe):
 
     data_dir: Path | None = option(
         None,
-        "folder that holds <Subset>/<Subset>_TRAIN.ts and _TEST.ts; null for aeon's, or the cache",
+        "folder with <Subset>/<Subset>_TRAIN.ts and _TEST.ts; null for aeon's files or the cache",
         group="data",
         neutral=True,
     )
@@ -105,7 +107,7 @@ class UEARecipe(SeriesRecipe):
 
     @property
     def data_state(self) -> DataState:
-        """Whether both files of the subset are on this machine."""
+        """Return whether both files of the subset are on this machine."""
         return "here" if uea.find(self.subset, self.data_dir) else "absent"
 
     def published_table(self) -> tuple[str, dict[str, float]]:
@@ -115,7 +117,7 @@ class UEARecipe(SeriesRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class OwnSeriesRecipe(SeriesRecipe):
-    """A classifier of a user's own series."""
+    """A classifier of your own series."""
 
     train_file: Path | None = option(
         None, "training series: .ts, or .csv in long form (columns series, time, label, values)", group="data"
@@ -126,12 +128,12 @@ class OwnSeriesRecipe(SeriesRecipe):
         """Read the two files."""
         if self.train_file is None or self.test_file is None:
             flag = "--test-file" if self.train_file else "--train-file"
-            raise ValueError(f"{self.name} needs {flag} FILE: series as .ts, or as .csv in long form")
+            raise ValueError(f"{self.name} requires {flag} FILE: series as .ts, or as .csv in long form")
         return self._prepare(load_pair(self.train_file, self.test_file))
 
     @property
     def data_state(self) -> DataState:
-        """The files are the user's."""
+        """Unknown: the user specifies the files."""
         return "unknown"
 
 
@@ -156,7 +158,7 @@ def uea_subset(subset: str, **fields: Any) -> UEARecipe:
 
 @register_recipe("timeseries/own")
 def timeseries_own(**fields: Any) -> OwnSeriesRecipe:
-    """The same classifier on a user's own series, with the hyper-parameters of the published experiments."""
+    """The same classifier on your own series, with the hyper-parameters of the published experiments."""
     return OwnSeriesRecipe(**merge_fields({"name": "timeseries/own", **_FLOW}, fields))
 
 

@@ -1,4 +1,4 @@
-"""The toy projects of the GPT-style module: adding, sorting, and a text by characters.
+"""Recipes of the toy projects of the GPT-style module: addition, sorting, and character-level text.
 
 Source of every default: thuml/Flowformer, Flowformer_TorchModule, trainer.py and projects, which are minGPT's: AdamW
 (0.9, 0.95) at 5e-4, weight decay 0.1 on the weights of linear layers, gradient norm 1, batches of 64, dropout 0.1.
@@ -24,10 +24,10 @@ _SHARED: dict[str, Any] = {
 class AdderRecipe(LanguageRecipe):
     """A model that adds two numbers."""
 
-    digits: int = option(2, "digits of a number", group="data", at_least=1)
+    digits: int = option(2, "number of digits", group="data", at_least=1)
 
     def build_task(self) -> toys.ToyTask:
-        """Make the problems."""
+        """Create the problems."""
         return toys.adder(self.digits)
 
 
@@ -35,17 +35,17 @@ class AdderRecipe(LanguageRecipe):
 class SortRecipe(LanguageRecipe):
     """A model that sorts digits."""
 
-    size: int = option(6, "digits to sort", group="data", at_least=1)
-    kinds: int = option(3, "kinds of digits", group="data", at_least=1)
+    size: int = option(6, "length of the list to sort", group="data", at_least=1)
+    kinds: int = option(3, "number of different digits", group="data", at_least=1)
 
     def build_task(self) -> toys.ToyTask:
-        """Make the problems."""
+        """Create the problems."""
         return toys.sorter(self.size, self.kinds)
 
 
 @register_recipe("toys/adder")
 def adder(**fields: Any) -> AdderRecipe:
-    """The toy project that adds: two numbers of two digits, their sum written from its last digit on.
+    """Toy project: add two numbers of two digits; the sum is written from its last digit on.
 
     The smallest GPT-style module (projects/adder.py), which trains there until it is stopped. With the source's
     settings Flow-Attention finds all digits of the sum but the last one, which depends on two of four tokens at once:
@@ -61,7 +61,7 @@ def adder(**fields: Any) -> AdderRecipe:
 
 @register_recipe("toys/sort")
 def sort(**fields: Any) -> SortRecipe:
-    """The toy project that sorts six digits of three kinds: the smallest GPT-style module, 2,000 steps (the demo)."""
+    """Toy project: sort six digits of three kinds with the smallest GPT-style module, 2,000 steps (the demo)."""
     return SortRecipe(
         **{"name": "toys/sort", **_SHARED, "model": "flowformer_gpt_nano", "steps": 2_000,
            "eval_every": 500, **fields}
@@ -70,7 +70,7 @@ def sort(**fields: Any) -> SortRecipe:
 
 @register_recipe("toys/chars")
 def chars(**fields: Any) -> DemoTextRecipe:
-    """The toy project of a text by characters: 6 layers of 192 channels, sequences of 128 (projects/chargpt.py).
+    """Toy project: character-level text, 6 layers of 192 channels, sequences of 128 (projects/chargpt.py).
 
     There the text is tiny-shakespeare: --file input.txt. Without a file it is a slice of the English Wikipedia. The
     source trains until it is stopped and tests nothing.

@@ -1,1 +1,1 @@
-"""Results as tables, the published numbers beside ours."""
+"""Results as tables next to published numbers, and attention maps as figures."""

@@ -1,4 +1,4 @@
-"""Scenes on paper: maps over an image as tiles, maps over time or tokens as bands. Sizes are in inches.
+"""Figures of attention maps: over an image as tiles, over time or tokens as bands. Sizes are in inches.
 
 Matplotlib is imported when something is drawn.
 """
@@ -31,7 +31,7 @@ LABELLED_TOKENS, LEVEL = 160, 2  # of more, none is written; longer ones are tur
 
 
 def check_path(path: Path) -> None:
-    """Refuse a path that no picture can be written to.
+    """Raise for a path that a figure cannot be written to.
 
     Raises:
         ValueError: for an unknown suffix.
@@ -40,11 +40,11 @@ def check_path(path: Path) -> None:
     import matplotlib  # noqa: F401 - said now, not when the models have run
 
     if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"a picture is written as {', '.join(FORMATS)}, got {path}")
+        raise ValueError(f"the format of a figure must be {', '.join(FORMATS)}, got {path}")
 
 
 def write(scenes: Sequence[Scene], path: Path) -> None:
-    """Draw scenes and write the picture, whole or not at all."""
+    """Draw scenes and write the figure atomically."""
     figure = draw(scenes)
     dpi = min(DPI, MOST_PIXELS / max(figure.get_size_inches()))
     with replacing(path) as temporary, warnings.catch_warnings():
@@ -53,7 +53,7 @@ def write(scenes: Sequence[Scene], path: Path) -> None:
 
 
 def draw(scenes: Sequence[Scene]) -> Any:
-    """A matplotlib figure of scenes, which are all of one kind.
+    """Return a matplotlib figure of scenes, which must be of the same kind.
 
     Raises:
         ModuleNotFoundError: without matplotlib.

@@ -1,4 +1,4 @@
-"""Results as tables for a terminal."""
+"""Results as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 def protocol_table(result: dict[str, Any]) -> Table:
-    """One run under each protocol, with the published value.
+    """Return a table of a run's results under each protocol, with the published value.
 
     Args:
         result: What a run's ``result.json`` holds.

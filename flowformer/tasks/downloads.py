@@ -1,4 +1,4 @@
-"""Data sets to download: where they are, how large, their checksums, and fetching them whole or not at all."""
+"""Downloadable data sets: addresses, sizes, checksums, and atomic downloads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TIMEOUT_SECONDS = 60
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set that is one zip file.
+    """A data set distributed as one zip file.
 
     Attributes:
         name: What it is called on the command line.
@@ -54,7 +54,7 @@ class Dataset:
 
     @property
     def archive(self) -> str:
-        """Name of the zip file."""
+        """File name of the zip file."""
         return self.addresses[0].rsplit("/", 1)[1]
 
 
@@ -100,13 +100,13 @@ DATASETS: Mapping[str, Dataset] = {
 
 
 def data_folder(name: str) -> Path:
-    """The folder ``name`` of the cache: in the folder that FLOWFORMER_DATA names, else in ~/.cache/flowformer."""
+    """Return the folder ``name`` of the cache, which is FLOWFORMER_DATA or ~/.cache/flowformer."""
     root = os.environ.get("FLOWFORMER_DATA")
     return (Path(root) if root else Path.home() / ".cache" / "flowformer") / name
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder for data, and those it is in.
+    """Create a folder for data, with its parents.
 
     Raises:
         DataError: where it cannot be made.
@@ -115,7 +115,7 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(
-            f"no folder {folder} can be made: {error}; FLOWFORMER_DATA names another for the cache"
+            f"cannot create the folder {folder}: {error}; set FLOWFORMER_DATA to another folder for the cache"
         ) from error
 
 
@@ -132,13 +132,13 @@ def find_dataset(name: str) -> Dataset:
 
 
 def search_folders(dataset: Dataset, data_dir: str | Path | None) -> list[Path]:
-    """Folders that a data set's files may be in, in the order to look: those of ``data_dir`` first, then the cache."""
+    """Return the folders in which a data set is searched, in order: in ``data_dir`` first, then in the cache."""
     given = [Path(data_dir), Path(data_dir) / dataset.folder] if data_dir else []
     return [*given, data_folder(dataset.folder)]
 
 
 def is_here(dataset: Dataset, data_dir: str | Path | None = None) -> bool:
-    """Whether all files of a data set, or its zip file, are in one of the folders to look in."""
+    """Return whether all files of a data set, or its zip file, are in one of the searched folders."""
     return any(
         (folder / dataset.archive).is_file() or all((folder / name).is_file() for name in dataset.files.values())
         for folder in search_folders(dataset, data_dir)
@@ -146,7 +146,7 @@ def is_here(dataset: Dataset, data_dir: str | Path | None = None) -> bool:
 
 
 def describe_missing(dataset: Dataset, wanted: str, looked_in: Iterable[Path]) -> str:
-    """Say what is missing, where it was sought, and how to get it.
+    """Return an error message: what is missing, where it was searched, and how to get it.
 
     Args:
         dataset: The data set.
@@ -154,14 +154,14 @@ def describe_missing(dataset: Dataset, wanted: str, looked_in: Iterable[Path]) -
         looked_in: Folders.
     """
     return (
-        f"{dataset.title}: no {wanted} in {', '.join(map(str, looked_in))}. `flowformer data {dataset.name}` fetches "
+        f"{dataset.title}: no {wanted} in {', '.join(map(str, looked_in))}. `flowformer data {dataset.name}` downloads "
         f"it; or get {dataset.addresses[0]} ({dataset.size_bytes:,} bytes, SHA-256 {dataset.sha256}) and put it into "
-        f"{data_folder(dataset.folder)}, or into any folder DIR and say --data-dir DIR."
+        f"{data_folder(dataset.folder)}, or into any folder DIR and pass --data-dir DIR."
     )
 
 
 def checksum(paths: Iterable[Path], algorithm: str = "sha256") -> str:
-    """Checksum of files, one after the other, as hexadecimal digits."""
+    """Return the checksum of the concatenation of files, in hexadecimal."""
     digest = hashlib.new(algorithm, usedforsecurity=False)
     for path in paths:
         with path.open("rb") as file:
@@ -171,10 +171,10 @@ def checksum(paths: Iterable[Path], algorithm: str = "sha256") -> str:
 
 
 def fetch(name: str, folder: str | Path | None = None, *, console: Console) -> Path:
-    """Download a data set, verify it, and unpack it; where it is there already, only say so.
+    """Download a data set, verify and unpack it, unless it is already there.
 
-    What has come of a download that breaks off is kept, and the next one goes on from there. Two processes may fetch
-    the same: the second waits, and finds it there.
+    An interrupted download is kept and continued by the next call. If two processes download the same data set, the
+    second waits for the first.
 
     Args:
         name: One of :data:`DATASETS`.
@@ -193,7 +193,7 @@ def fetch(name: str, folder: str | Path | None = None, *, console: Console) -> P
     make_folder(place)
     with FileLock(place / f".{dataset.archive}.lock"):
         if _is_there(dataset, place):
-            console.print(f"{dataset.title} is in {place} already", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{dataset.title} is already in {place}", highlight=False, markup=False, soft_wrap=True)
             return place
         archive = place / f".{dataset.archive}.part"
         _download(dataset, archive, console)
@@ -234,13 +234,13 @@ def _download(dataset: Dataset, archive: Path, console: Console) -> None:
                 failures.append(f"{address}: {type(error).__name__}: {error}")
                 bar.remove_task(task)
     raise DataError(
-        f"{dataset.title} could not be fetched. {'. '.join(failures)}. Get {dataset.archive} by other means "
+        f"{dataset.title} could not be downloaded. {'. '.join(failures)}. Download {dataset.archive} by other means "
         f"({dataset.size_bytes:,} bytes, SHA-256 {dataset.sha256}) and put it into {archive.parent}."
     )
 
 
 def _receive(address: str, archive: Path, size_bytes: int, bar: Progress, task: TaskID) -> None:
-    """Receive what is missing of a file; from its beginning, if the server cannot go on in the middle."""
+    """Download the missing part of a file, or all of it if the server does not support ranges."""
     start = archive.stat().st_size if archive.exists() else 0
     if start >= size_bytes:  # whole, or of something else: its checksum tells
         return
@@ -265,10 +265,10 @@ def _ask(request: urllib.request.Request, archive: Path) -> Any:
 
 
 def _verify(dataset: Dataset, archive: Path) -> None:
-    """Raise if the file is not the data set's; one that is cut short stays, to be gone on with."""
+    """Raise if the file is not the data set's; an incomplete file is kept, so that the download can continue."""
     size = archive.stat().st_size
     if size < dataset.size_bytes:
-        raise DataError(f"got {size:,} of {dataset.size_bytes:,} bytes, which are kept: fetch again to go on")
+        raise DataError(f"got {size:,} of {dataset.size_bytes:,} bytes, which are kept: repeat the command to continue")
     found = checksum([archive]) if size == dataset.size_bytes else None
     if found != dataset.sha256:
         archive.unlink()

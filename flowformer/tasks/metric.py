@@ -1,4 +1,4 @@
-"""Figures of merit."""
+"""Evaluation metrics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of merit.
+    """An evaluation metric.
 
     Attributes:
         name: Its name.
@@ -28,9 +28,9 @@ class Metric:
     digits: int = 2
 
     def __str__(self) -> str:
-        """Name and unit."""
+        """Return name and unit."""
         return f"{self.name}, {self.unit}" if self.unit else self.name
 
     def best(self, records: Sequence[Mapping[str, Any]], split: str) -> Mapping[str, Any]:
-        """The record in which a set's value is best; the first of equals."""
+        """Return the record with the best value on a set; the first one of equals."""
         return (max if self.higher_is_better else min)(records, key=lambda record: record[f"{split}/{self.key}"])

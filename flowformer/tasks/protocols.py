@@ -1,4 +1,4 @@
-"""What a benchmark offers to training, and what its data format offers to the commands.
+"""Protocols of benchmarks: tasks for training, and data formats for the commands.
 
 A command asks a format what it can do and knows no kind of data: ``flowformer predict`` runs where the format is a
 :class:`Classifies`, ``generate`` where it is a :class:`Generates`, ``visualize`` where it is a :class:`Shows`, and
@@ -34,7 +34,7 @@ class Task(Protocol):
 
     @property
     def metric(self) -> Metric:
-        """The figure of merit."""
+        """The evaluation metric."""
         ...
 
     @property
@@ -44,17 +44,17 @@ class Task(Protocol):
 
     @property
     def source(self) -> str:
-        """Where the data came from."""
+        """Origin of the data."""
         ...
 
     @property
     def licence(self) -> str:
-        """What is known of the terms of the data."""
+        """Terms of the data, as far as known."""
         ...
 
     @property
     def format(self) -> Format:
-        """How data is prepared for a model."""
+        """The data format."""
         ...
 
     @property
@@ -69,35 +69,35 @@ class Task(Protocol):
 
     @property
     def evaluated(self) -> Mapping[str, Any]:
-        """The sets evaluated during training, by name ("test", "validation"); none that is empty."""
+        """The evaluation sets used during training, by name ("test", "validation"), if not empty."""
         ...
 
     def step(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run the model on a batch; means over it of ``"loss"`` and of what the metric is made of."""
+        """Run the model on a batch, and return means of ``"loss"`` and of the quantities of the metric."""
         ...
 
     def size(self, batch: Mapping[str, Tensor]) -> int:
-        """How many examples, or tokens, the means of a batch are over."""
+        """Return the number of examples, or tokens, in the means of a batch."""
         ...
 
 
 class Format(Protocol):
-    """How data is prepared for a model: all that is needed to use a trained one on new data."""
+    """A data format: everything needed to use a trained model on new data."""
 
     def collate(self, items: Sequence[Any]) -> dict[str, Tensor]:
         """Make a batch."""
         ...
 
     def to_json(self) -> dict[str, Any]:
-        """The format as plain values."""
+        """Return the format as JSON values."""
         ...
 
 
 class SupportsLoss(Protocol):
-    """What a language model must offer: its loss, without the scores of a whole batch."""
+    """A language model with a loss that does not store the logits of a whole batch."""
 
     def loss(self, tokens: Tensor, targets: Tensor | None = None, mask: Tensor | None = None, **options: Any) -> Tensor:
-        """Mean cross-entropy of the targets that count, in nats."""
+        """Return the mean cross-entropy of the targets, without ignored ones, in nats."""
         ...
 
 
@@ -129,7 +129,7 @@ class Classifies(Protocol):
         ...
 
     def classify_files(self, model: Any, paths: Sequence[Path]) -> tuple[list[str], np.ndarray]:
-        """Class probabilities of the examples in files.
+        """Return class probabilities of the examples in files.
 
         Args:
             model: A trained model, in evaluation mode.
@@ -158,7 +158,7 @@ class Generates(Protocol):
         ...
 
     def generate(self, model: Any, options: Any, *, track: Track) -> Iterator[str]:
-        """Generate, and write what is generated to a file if it is not text.
+        """Generate samples; samples that are not text are written to a file.
 
         Args:
             model: A trained model, in evaluation mode.
@@ -176,10 +176,10 @@ class Generates(Protocol):
 
 @runtime_checkable
 class Shows(Protocol):
-    """A format whose models' attention can be drawn over an example.
+    """A format that supports attention maps of an example.
 
     Attributes:
-        show_options: A dataclass whose fields say which example, declared by
+        show_options: A dataclass whose fields select an example, declared by
             :func:`flowformer.common.options.option`.
     """
 
@@ -188,7 +188,7 @@ class Shows(Protocol):
         ...
 
     def show(self, model: Any, file: Path | None, options: Any, view: View) -> Scene:
-        """What a model attends to.
+        """Return the attention maps of a model for an example.
 
         Args:
             model: A trained model, in evaluation mode.

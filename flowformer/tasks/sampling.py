@@ -1,4 +1,4 @@
-"""Options of how tokens are drawn from a model, which formats of text and of images share."""
+"""Sampling options shared by text and image formats."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from flowformer.common.options import option
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How tokens are drawn: see :func:`flowformer.models.generation.stream_tokens`."""
+    """Sampling options, see :func:`flowformer.models.generation.stream_tokens`."""
 
-    temperature: float = option(1.0, "what scores are divided by; 0 always takes the likeliest token")
-    top_k: int | None = option(None, "choose among so many likeliest tokens only")
-    top_p: float | None = option(None, "choose among the likeliest tokens of this probability together")
-    seed: int | None = option(None, "seed of the random numbers; another each time if absent")
+    temperature: float = option(1.0, "sampling temperature; 0 always selects the most likely token")
+    top_k: int | None = option(None, "sample from the K most likely tokens only")
+    top_p: float | None = option(None, "sample from the most likely tokens with this total probability")
+    seed: int | None = option(None, "random seed (default: a different one in each run)")
 
     def as_arguments(self) -> dict[str, Any]:
-        """The options as arguments of :func:`flowformer.models.generation.stream_tokens`."""
+        """Return the options as arguments of :func:`flowformer.models.generation.stream_tokens`."""
         return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "seed")}

@@ -1,4 +1,4 @@
-"""What a model attends to, ready to be drawn: one scene for each run, one strip of maps for each layer and query.
+"""Attention maps ready to be plotted: one scene per run, one strip of maps per layer and query.
 
 A data format makes a :class:`Scene` of a model and an example (:class:`flowformer.tasks.protocols.Shows`);
 :mod:`flowformer.report.drawing` draws it.
@@ -31,7 +31,7 @@ Point = tuple[float, ...]  # an int is a position; a float is a share of the len
 
 
 class Strip(NamedTuple):
-    """One map for each head of one layer: what one query attends to, or one kind of flow.
+    """One map per head of a layer: the attention weights of one query, or one kind of flow.
 
     Attributes:
         label: What it shows.
@@ -47,7 +47,7 @@ class Strip(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """All that is drawn of one run. At most one of ``image``, ``series`` and ``tokens`` is given.
+    """Everything plotted for one run. At most one of ``image``, ``series`` and ``tokens`` is set.
 
     Attributes:
         title: The mechanism.
@@ -66,7 +66,7 @@ class Scene(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """Which queries, layers and heads to show.
+    """Selection of queries, layers and heads.
 
     Attributes:
         at: Queries: (row, column) of an image, else (position,), each an int, or a share from 0.0 to 1.0; an empty
@@ -85,7 +85,7 @@ class View:
 def line_strips(
     model: nn.Module, inputs: tuple[Any, ...], length: int, view: View, *, default: float, name: Callable[[int], str]
 ) -> list[Strip]:
-    """Strips over the positions of a sequence.
+    """Return strips over the positions of a sequence.
 
     Args:
         model: The model, in evaluation mode.
@@ -111,7 +111,7 @@ def model_strips(
     points: Sequence[tuple[str, Point | None]],
     view: View,
 ) -> list[Strip]:
-    """Strips of all layers of a model.
+    """Return strips of all layers of a model.
 
     Args:
         model: The model, in evaluation mode.
@@ -128,7 +128,7 @@ def model_strips(
     strips = []
     for number in view.layers or range(len(found)):
         if not 0 <= number < len(found):
-            raise ValueError(f"no layer {number}: there are {len(found)}, from 0 to {len(found) - 1}")
+            raise ValueError(f"no layer {number}: the model has {len(found)}, from 0 to {len(found) - 1}")
         name, layer = list(found.items())[number]
         for index, (query, point) in enumerate(points):
             heads, maps = _pick(number, _weights(layer, index), view)
@@ -160,7 +160,7 @@ def _pick(layer: int, maps: np.ndarray, view: View) -> tuple[tuple[str, ...], np
 
 
 def locate(point: Point, size: Sequence[int], *, class_token: bool = False) -> tuple[int, ...]:
-    """The position of a point, counted from 0 on each axis; an empty tuple for the class token.
+    """Return the indices of a point on each axis; an empty tuple for the class token.
 
     Args:
         point: The point.
@@ -173,8 +173,8 @@ def locate(point: Point, size: Sequence[int], *, class_token: bool = False) -> t
     if not point and class_token:
         return ()
     if len(point) != len(size):
-        wanted = ("a place", "ROW,COLUMN")[len(size) - 1] + (f" or {CLASS_TOKEN}" if class_token else "")
-        raise ValueError(f"want {wanted} to look from, got {format_point(point)}")
+        wanted = ("a position", "ROW,COLUMN")[len(size) - 1] + (f" or {CLASS_TOKEN}" if class_token else "")
+        raise ValueError(f"expected {wanted} as query, got {format_point(point)}")
     position = []
     for share, length in zip(point, size, strict=True):
         if isinstance(share, int):
@@ -182,13 +182,15 @@ def locate(point: Point, size: Sequence[int], *, class_token: bool = False) -> t
         else:
             index = min(math.floor(share * length), length - 1) if 0 <= share <= 1 else -1
         if not 0 <= index < length:
-            raise ValueError(f"{format_point(point)} is no place: want 0 to {length - 1}, or a share from 0.0 to 1.0")
+            raise ValueError(
+                f"{format_point(point)} is out of range: expected 0 to {length - 1}, or a fraction from 0.0 to 1.0"
+            )
         position.append(index)
     return tuple(position)
 
 
 def parse_point(text: str) -> Point:
-    """A point from ``"112,40"`` (positions), ``"0.5,0.2"`` (shares), ``"17"`` or ``"class"``.
+    """Parse a point: ``"112,40"`` (indices), ``"0.5,0.2"`` (fractions), ``"17"`` or ``"class"``.
 
     Raises:
         ValueError: for anything else.
@@ -198,34 +200,34 @@ def parse_point(text: str) -> Point:
     try:
         return tuple(int(part) if part.strip().lstrip("-").isdigit() else float(part) for part in text.split(","))
     except ValueError as error:
-        raise ValueError(f"want ROW,COLUMN or a place, got {text!r}") from error
+        raise ValueError(f"expected ROW,COLUMN or a position, got {text!r}") from error
 
 
 def format_point(point: Point) -> str:
-    """A point as :func:`parse_point` reads it."""
+    """Format a point for :func:`parse_point`."""
     return ",".join(map(str, point)) or CLASS_TOKEN
 
 
 def has_flows(scene: Scene) -> bool:
-    """Whether a scene shows the flows of any layer."""
+    """Return whether a scene contains flows of any layer."""
     return any(strip.label.endswith(FLOWS["allocation"]) for strip in scene.strips)
 
 
 def find_mechanisms(model: nn.Module) -> list[str]:
-    """Names of the registered attention mechanisms in a model."""
+    """Return the names of the registered attention mechanisms in a model."""
     kinds = {type(module) for module in model.modules()}
     return [name for name in list_attentions() if find_attention(name).module in kinds]
 
 
 def read_example(file: Path | None, what: str) -> bytes:
-    """The bytes of the file that an example is read from.
+    """Read the file of an example.
 
     Raises:
         ValueError: without a file, saying ``what`` is needed.
         DataError: for a file that cannot be read.
     """
     if file is None:
-        raise ValueError(f"give a file to look at: {what}")
+        raise ValueError(f"a file is required: {what}")
     try:
         return file.read_bytes()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Setting a part of labelled data aside."""
+"""Stratified splits of labelled data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def stratify(labels: np.ndarray, classes: Sequence[str], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Choose examples to set aside, the same share of each class.
+    """Choose examples to hold out, the same fraction of each class.
 
     Args:
         labels: (n,) indices of classes.
@@ -23,13 +23,13 @@ def stratify(labels: np.ndarray, classes: Sequence[str], fraction: float, seed: 
         ValueError: `fraction` is out of range, or a class has fewer than two examples.
     """
     if not 0 < fraction < 1:
-        raise ValueError(f"want a fraction to set aside in (0, 1), got {fraction}")
+        raise ValueError(f"the held-out fraction must be above 0 and below 1, got {fraction}")
     generator = np.random.default_rng(seed)
     held: list[int] = []
     for index, name in enumerate(classes):
         members = np.flatnonzero(labels == index)
         if len(members) < 2:
-            raise ValueError(f"class {name!r} has {len(members)} examples to train on; a split needs at least 2")
+            raise ValueError(f"class {name!r} has {len(members)} training examples; a split requires at least 2")
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
         held.extend(generator.permutation(members)[:count])
     return np.setdiff1d(np.arange(len(labels)), held), np.sort(held)

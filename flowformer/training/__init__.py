@@ -1,1 +1,1 @@
-"""Training by Lightning: fit, evaluate, predict, resume."""
+"""Training with Lightning: fit, evaluate, resume."""

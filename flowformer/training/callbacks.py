@@ -1,4 +1,4 @@
-"""What happens around training: the metrics file and the progress bar."""
+"""Lightning callbacks: metrics file and progress bar."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flowformer.training.recipe import Recipe
 
 
 class History(Callback):
-    """Keeps one record of metrics per round, and writes them as JSON lines.
+    """Record the metrics of each round, and write them as JSON lines.
 
     Args:
         recipe: The recipe, which knows how rounds are counted.
@@ -38,12 +38,12 @@ class History(Callback):
         self._start = 0.0
 
     def load(self) -> None:
-        """Read the records of a run that is about to go on."""
+        """Read the records of a run that is about to be resumed."""
         if self.path is not None and self.path.exists():
             self.records = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Forget rounds that the checkpoint does not know of: they will be run again."""
+        """Drop records after the checkpoint: these rounds are run again."""
         done = self.recipe.count(trainer.current_epoch)
         self.records = [record for record in self.records if record[self.recipe.unit] <= done]
 
@@ -52,7 +52,7 @@ class History(Callback):
         self._start = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """Record the round. Evaluations older than it are left out: they stand in their own records."""
+        """Record the round. Metrics of earlier evaluations are left out, since they have their own records."""
         ended = trainer.current_epoch + 1
         evaluated = ended in self.recipe.evaluated_rounds
         values = {
@@ -74,7 +74,7 @@ class History(Callback):
 
 
 class RunProgress(Callback):
-    """A bar over the whole run with loss, metric and time left; one line a round where there is no terminal.
+    """A progress bar with loss, metric and remaining time; without a terminal, one line per round.
 
     Args:
         console: Where to draw.
@@ -100,7 +100,7 @@ class RunProgress(Callback):
         self._first = 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Draw the bar, advanced by what an earlier part of the run has done."""
+        """Show the bar, starting from the progress of the resumed run."""
         batches = int(trainer.num_training_batches)
         self._first, self._start = trainer.current_epoch, time.perf_counter()
         self.progress.start()
@@ -115,7 +115,7 @@ class RunProgress(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Advance; now and then, for it makes a GPU wait, show the batch's loss before the last round's figures."""
+        """Advance the bar; occasionally, since it synchronises a GPU, show the batch's loss."""
         self.progress.update(self._bar, advance=1)
         if self.console.is_terminal and time.perf_counter() - self._shown > 0.5:
             self._shown = time.perf_counter()
@@ -123,7 +123,7 @@ class RunProgress(Callback):
             self.progress.update(self._bar, values=values)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Show the round's figures; without a terminal print them, every few seconds at most."""
+        """Show the metrics of the round; without a terminal, print them every few seconds at most."""
         self.progress.update(self._bar, values=self._values(trainer))
         now, done = time.perf_counter(), trainer.current_epoch + 1
         if self.console.is_terminal or (now - self._shown < 5 and done < (trainer.max_epochs or 0)):
@@ -133,11 +133,11 @@ class RunProgress(Callback):
         self.console.print(f"{self._reached(done)}  {self._values(trainer)}  {left:.0f} s left")
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Put the bar away."""
+        """Remove the bar."""
         self.progress.stop()
 
     def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Put the bar away."""
+        """Remove the bar."""
         self.progress.stop()
 
     def _reached(self, round_: int) -> str:

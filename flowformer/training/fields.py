@@ -1,6 +1,6 @@
-"""Fields of recipes: what each is for, which values it takes, and the check of a recipe's values.
+"""Fields of recipes: their types, ranges and help texts, and the checks of their values.
 
-A field's type says what its values are: ``int``, ``float``, ``bool``, ``str``, ``Path``, ``Literal[...]`` for choices,
+A field's type determines its values: ``int``, ``float``, ``bool``, ``str``, ``Path``, ``Literal[...]`` for choices,
 ``dict[str, Any]`` for the options of a mechanism, and ``... | None`` where it may be absent. :func:`option` adds the
 range, the group and the help text. The command line is made from both; :func:`check_fields` enforces both in Python.
 """
@@ -26,7 +26,7 @@ Group = Literal["data", "model", "attention", "optimisation", "machine"]
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a field takes; ``None`` for no bound.
+    """The range of a numeric field; ``None`` for no bound.
 
     Attributes:
         at_least: The smallest number.
@@ -87,7 +87,7 @@ def option(
 
 @dataclass(frozen=True)
 class Option:
-    """A field of a recipe as the command line and the checks see it.
+    """A field of a recipe: type, range, choices, group and help text.
 
     Attributes:
         name: Of the field.
@@ -111,7 +111,7 @@ class Option:
 
     @property
     def wanted(self) -> str:
-        """The values it takes, in words: "a whole number, at least 1, or None"."""
+        """Describe valid values: "an integer, at least 1, or None"."""
         words = f"one of {', '.join(self.choices)}" if self.choices else _KINDS[self.type]
         words = ", ".join(part for part in (words, str(self.allowed)) if part)
         return words + self._or_none
@@ -121,7 +121,7 @@ class Option:
         return (", or None" if str(self.allowed) or self.choices else " or None") if self.optional else ""
 
     def convert(self, value: Any) -> Any:
-        """The value as the field keeps it: numbers as int and float, paths as Path, options as plain JSON values.
+        """Convert a value: numbers to int and float, paths to Path, options to plain JSON values.
 
         Raises:
             ValueError: for a value of the wrong type, of no choice, or out of range; the message names the field, what
@@ -144,12 +144,12 @@ class Option:
         return kept
 
     def refuse(self, value: Any) -> ValueError:
-        """The error for a value of the wrong kind."""
+        """Raise the error for an invalid value."""
         return ValueError(f"{self.name} must be {self.wanted}, got {value!r}")
 
 
 def options_of(recipe: type) -> dict[str, Option]:
-    """The options of a recipe's class by name, in the order of its fields, ``name`` left out."""
+    """Return the options of a recipe class by name, in the order of its fields, without ``name``."""
     return dict(_options_of(recipe))
 
 
@@ -165,12 +165,12 @@ def _read_option(one: Any, hint: Any) -> Option:
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     kinds = [member for member in members if member is not NoneType]
     if len(kinds) != 1:
-        raise TypeError(f"{one.name}: a field of a recipe has one type, or None; got {hint}")
+        raise TypeError(f"{one.name}: a field of a recipe must have one type, optionally None; got {hint}")
     kind = kinds[0]
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     kind = dict if get_origin(kind) is dict else kind
     if not choices and kind not in _KINDS:
-        raise TypeError(f"{one.name}: a field of a recipe is one of {', '.join(map(str, _KINDS))}; got {hint}")
+        raise TypeError(f"{one.name}: the type of a field must be one of {', '.join(map(str, _KINDS))}; got {hint}")
     meta = one.metadata
     return Option(
         one.name, kind, NoneType in members, choices, meta["range"], meta["help"], meta["group"], hint
@@ -178,7 +178,7 @@ def _read_option(one: Any, hint: Any) -> Option:
 
 
 def check_fields(recipe: Any) -> None:
-    """Check all options of a recipe, and convert their values as :meth:`Option.convert` does.
+    """Check and convert all options of a recipe, see :meth:`Option.convert`.
 
     Raises:
         ValueError: for a value that the field does not take.
@@ -188,7 +188,7 @@ def check_fields(recipe: Any) -> None:
 
 
 def plain_fields(recipe: Any) -> dict[str, Any]:
-    """All fields of a recipe as values that JSON has, its name first."""
+    """Return all fields of a recipe as JSON values, its name first."""
     values = {"name": recipe.name}
     for name in options_of(type(recipe)):
         value = getattr(recipe, name)
@@ -197,7 +197,7 @@ def plain_fields(recipe: Any) -> dict[str, Any]:
 
 
 def check_names(recipe: type, given: Iterable[str]) -> None:
-    """Refuse names that are no fields of a recipe.
+    """Raise for names that are not fields of a recipe.
 
     Raises:
         ValueError: for the first such name; the message suggests the nearest.
@@ -205,7 +205,7 @@ def check_names(recipe: type, given: Iterable[str]) -> None:
     known = options_of(recipe)
     for name in given:
         if name not in known:
-            raise ValueError(f"no field {name!r}{nearest(name, known)}")
+            raise ValueError(f"unknown field {name!r}{nearest(name, known)}")
 
 
 def _to_int(value: Any) -> int:
@@ -246,12 +246,12 @@ def _to_options(value: Any) -> dict[str, Any]:
 
 
 _KINDS: Mapping[Any, str] = {
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
     bool: "true or false",
-    str: "a text that is not empty",
+    str: "a non-empty string",
     Path: "a path",
-    dict: "a mapping from names of options to values that JSON has",
+    dict: "a mapping from option names to JSON values",
 }
 _CONVERT: Mapping[Any, Callable[[Any], Any]] = {
     int: _to_int, float: _to_float, bool: _to_bool, str: _to_str, Path: _to_path, dict: _to_options,

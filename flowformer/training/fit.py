@@ -1,7 +1,7 @@
 """Train, resume and evaluate; every run writes one folder.
 
 A run's folder holds ``recipe.json`` (the resolved recipe), ``format.json`` (how data is prepared for the model),
-``metrics.jsonl`` (one record per round), ``checkpoints/`` (``last.ckpt`` with everything needed to go on, and
+``metrics.jsonl`` (one record per round), ``checkpoints/`` (``last.ckpt`` with everything needed to resume, and
 ``best-test.ckpt`` and ``best-validation.ckpt``, where there are such sets to choose by) and, when it is complete,
 ``result.json``.
 """
@@ -33,12 +33,12 @@ from flowformer.training.recipe import Recipe, Task
 
 
 def train(recipe: Recipe, folder: Path, *, resume: bool = False, command: str = "", console: Console) -> dict[str, Any]:
-    """Run a recipe, or go on with it, and write its folder.
+    """Run or resume a recipe, and write the folder of the run.
 
     Args:
         recipe: What to run.
         folder: Where to write. Must not hold a run unless ``resume``.
-        resume: Go on with the run in ``folder``, if there is one. A complete run is not run again.
+        resume: Continue the run in ``folder``, if there is one. A complete run is not run again.
         command: The command that started it, for the record.
         console: Where to show progress.
 
@@ -83,14 +83,14 @@ def _check_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
     if not path.exists():
         return
     if not resume:
-        raise RunError(f"{folder} holds a run already: go on with it by --resume, or give another folder by --out")
+        raise RunError(f"{folder} already contains a run: pass --resume to continue it, or --out for another folder")
     before, now = read_json(path), recipe.to_json()
     binding = [field.name for field in fields(recipe) if not field.metadata.get("neutral")]
     differ = [
         f"{name} was {before.get(name)!r}, now {now[name]!r}" for name in binding if before.get(name) != now[name]
     ]
     if differ:
-        raise RunError(f"{folder} holds the run of another recipe: {'; '.join(differ)}. Give another folder by --out")
+        raise RunError(f"{folder} contains a run of another recipe: {'; '.join(differ)}. Pass --out for another folder")
 
 
 def fit(
@@ -107,7 +107,7 @@ def fit(
         recipe: How.
         task: On what.
         model: The model; left with the weights of the last round.
-        folder: Where checkpoints and metrics go; training goes on from the last checkpoint there. ``None`` writes none.
+        folder: For checkpoints and metrics; training resumes from its last checkpoint. ``None`` writes none.
         console: Where to show progress; ``None`` for nowhere.
 
     Returns:
@@ -167,7 +167,7 @@ def _arguments(recipe: Recipe, callbacks: list[Callback], folder: Path | None, e
 
 
 def _checkpoints(folder: Path, task: Task) -> list[Callback]:
-    """The last round with everything needed to go on; and the weights of the best evaluations."""
+    """The last round with everything needed to resume, and the weights of the best evaluations."""
     where: dict[str, Any] = {
         "dirpath": folder / "checkpoints",
         "save_on_train_epoch_end": True,
@@ -206,7 +206,7 @@ def _quiet() -> Iterator[None]:
 
 
 def protocols(recipe: Recipe, task: Task, records: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
-    """The result of a run under the paper's protocol and under an honest one, which chooses nothing on test data.
+    """Return the result of a run under the paper's protocol and under an honest one, without selection on test data.
 
     Where the test set is evaluated during training, the paper's is its best value; the honest one is that of the last
     round, or of the round that is best on a validation set. Where it is not, both are the test, made once, of the round
@@ -252,7 +252,7 @@ def protocols(recipe: Recipe, task: Task, records: list[dict[str, Any]], folder:
 
 
 def load(recipe: Recipe, folder: Path, checkpoint: str = "last") -> tuple[nn.Module, Any]:
-    """The model of a run and the format of its data.
+    """Load the model of a run and the format of its data.
 
     Args:
         recipe: The run's recipe.
@@ -265,7 +265,7 @@ def load(recipe: Recipe, folder: Path, checkpoint: str = "last") -> tuple[nn.Mod
     path = folder / "checkpoints" / f"{checkpoint}.ckpt"
     if not path.exists():
         there = sorted(found.stem for found in path.parent.glob("*.ckpt"))
-        raise RunError(f"no checkpoint {checkpoint!r} in {path.parent}; there is {', '.join(there) or 'none'}")
+        raise RunError(f"no checkpoint {checkpoint!r} in {path.parent}; available: {', '.join(there) or 'none'}")
     form = recipe.read_format(read_json(folder / "format.json"))
     model = recipe.build_model(form)
     state = torch.load(path, map_location="cpu", weights_only=False)["state_dict"]
@@ -274,7 +274,7 @@ def load(recipe: Recipe, folder: Path, checkpoint: str = "last") -> tuple[nn.Mod
 
 
 def evaluate(recipe: Recipe, task: Task, model: nn.Module) -> dict[str, float]:
-    """Loss and what the metric is made of, on the test set of a task."""
+    """Evaluate a model on the test set of a task: loss and the quantities of the metric."""
     module = TaskModule(recipe, task, model, {"test": task.test})
     with _quiet():
         trainer = _trainer(recipe, [], None)

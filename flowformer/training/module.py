@@ -1,4 +1,4 @@
-"""The Lightning module: it joins a model, a task and a recipe."""
+"""Lightning module that trains a model on a task with the settings of a recipe."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from flowformer.training.schedules import learning_rate_factor
 
 
 class TaskModule(lightning.LightningModule):
-    """Trains ``model`` on ``task`` as ``recipe`` says.
+    """Lightning module that trains ``model`` on ``task`` with the settings of ``recipe``.
 
-    Randomness is a function of the seed and the round alone, so that a run resumed at any round goes on as if it had
+    Randomness is a function of the seed and the round alone, so that a run resumed at any round continues as if it had
     never stopped.
 
     Args:
@@ -35,7 +35,7 @@ class TaskModule(lightning.LightningModule):
         self.evaluated = task.evaluated if evaluated is None else evaluated
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over all parameters, and its learning rate over time."""
+        """Return the optimizer and its learning rate schedule."""
         classes = {"radam": torch.optim.RAdam, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
         recipe = self.recipe
         options: dict[str, Any] = {"lr": recipe.learning_rate, "betas": (recipe.beta1, recipe.beta2)}
@@ -70,9 +70,9 @@ class TaskModule(lightning.LightningModule):
         return {id(one) for name, one in self.model.named_parameters() if one.ndim > 1 and name not in spared}
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Batches of the training set, in another order each round."""
+        """Return batches of the training set, in a new order each round."""
         sampler = self._sampler()
-        # Lightning does so too, but in a resumed run only after workers have begun with what the sampler says.
+        # Lightning does so too, but in a resumed run only after workers have started on the sampler's order.
         progress: Any = self.trainer.fit_loop.epoch_progress.current
         sampler.set_epoch(progress.processed)
         return self._loader(self.task.train, sampler)
@@ -86,7 +86,7 @@ class TaskModule(lightning.LightningModule):
         return self.recipe.rounds * -(-batches // self.recipe.batches_of_a_step)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """One loader for each of the sets to evaluate on, in their order."""
+        """Return one loader for each evaluation set, in order."""
         return [self._loader(data) for data in self.evaluated.values()]
 
     def _loader(self, data: Any, sampler: Any = None) -> DataLoader[Any]:
@@ -102,17 +102,17 @@ class TaskModule(lightning.LightningModule):
         )
 
     def on_train_epoch_start(self) -> None:
-        """Restart the random numbers from the seed and the round, and say whether this round ends in an evaluation."""
+        """Seed random numbers from the seed and the round, and set whether this round ends with an evaluation."""
         torch.manual_seed(self.recipe.seed * 1_000_003 + self.current_epoch)
         due = self.current_epoch + 1 in self.recipe.evaluated_rounds
         self.trainer.check_val_every_n_epoch = 1 if due else self.current_epoch + 2  # which does not divide epoch + 1
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
-        """The loss of a batch."""
+        """Return the loss of a batch."""
         return self._step("train", batch)["loss"]
 
     def validation_step(self, batch: dict[str, Tensor], index: int, dataloader_idx: int = 0) -> None:
-        """Loss and metric of a batch of a set to evaluate on."""
+        """Log loss and metric of a batch of an evaluation set."""
         self._step(list(self.evaluated)[dataloader_idx], batch)
 
     def _step(self, split: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:

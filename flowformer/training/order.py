@@ -1,4 +1,4 @@
-"""The order in which a training set is seen."""
+"""Order of training examples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils.data import Sampler
 
 
 class RoundSampler(Sampler[int]):
-    """One permutation of a set after another, cut into rounds of equal length.
+    """Sampler of repeated random permutations, cut into rounds of equal length.
 
     Each example is seen once before any is seen twice, whatever a round's length. Rounds are a function of the seed and
     their number: one that is run again sees the same.
@@ -32,7 +32,7 @@ class RoundSampler(Sampler[int]):
         self.round = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the round, the first of which is 0; Lightning calls this."""
+        """Set the round, counted from 0; called by Lightning."""
         self.round = epoch
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""What a recipe and a task must offer to be trained."""
+"""Base classes of recipes."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ DataState = Literal["here", "absent", "unknown"]  # absent: it can be fetched; u
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(ABC):
-    """How an experiment is run. Every field is an option of the command line.
+    """Base class of recipes: how an experiment is run. Every field is an option of the command line.
 
-    A run is a number of rounds; each ends in a record of metrics and a checkpoint that training can go on from. A
+    A run is a number of rounds; each ends in a record of metrics and a checkpoint to resume from. A
     round is an epoch (:class:`EpochRecipe`) or a number of steps (:class:`StepRecipe`).
 
     Two protocols are reported for each run, the paper's and an honest one, which chooses nothing on test data: see
@@ -36,40 +36,40 @@ class Recipe(ABC):
     unit: ClassVar[str]  # what the length of a run is counted in
 
     name: str = ""  # of the experiment
-    seed: int = option(0, "seed of initial weights, order of data and dropout", group="optimisation", at_least=0)
-    batch_size: int = option(16, "examples in a batch, on each device", group="optimisation", at_least=1)
+    seed: int = option(0, "random seed of initialization, data order and dropout", group="optimisation", at_least=0)
+    batch_size: int = option(16, "batch size per device", group="optimisation", at_least=1)
     accumulate: int | None = option(
-        1, "batches whose gradients make one step; null for 1", group="optimisation", at_least=1
+        1, "batches per step (gradient accumulation); null for 1", group="optimisation", at_least=1
     )
     optimizer: Optimizer = option("radam", "optimizer", group="optimisation")
-    learning_rate: float = option(1e-3, "largest learning rate", group="optimisation", above=0)
-    schedule: Schedule = option("constant", "learning rate after warm-up", group="optimisation")
+    learning_rate: float = option(1e-3, "peak learning rate", group="optimisation", above=0)
+    schedule: Schedule = option("constant", "learning rate schedule after warm-up", group="optimisation")
     min_learning_rate: float = option(
-        0.0, "learning rate at the end of the schedules cosine and linear", group="optimisation", at_least=0
+        0.0, "final learning rate of the schedules cosine and linear", group="optimisation", at_least=0
     )
-    warmup_steps: int = option(0, "steps in which the learning rate rises", group="optimisation", at_least=0)
-    warmup_learning_rate: float = option(0.0, "learning rate that it rises from", group="optimisation", at_least=0)
-    beta1: float = option(0.9, "decay of the optimizer's mean of gradients", group="optimisation", at_least=0, below=1)
+    warmup_steps: int = option(0, "warm-up steps", group="optimisation", at_least=0)
+    warmup_learning_rate: float = option(0.0, "learning rate at the start of warm-up", group="optimisation", at_least=0)
+    beta1: float = option(0.9, "decay rate of the optimizer's first moment", group="optimisation", at_least=0, below=1)
     beta2: float = option(
-        0.999, "decay of the optimizer's mean of squared gradients", group="optimisation", at_least=0, below=1
+        0.999, "decay rate of the optimizer's second moment", group="optimisation", at_least=0, below=1
     )
-    weight_decay: float = option(0.0, "weight decay of the optimizer", group="optimisation", at_least=0)
+    weight_decay: float = option(0.0, "weight decay", group="optimisation", at_least=0)
     decayed: Decayed = option(
         "all",
-        "parameters that weight decay acts on: all; the weights of linear layers (linear); all but biases, norms, "
+        "parameters with weight decay: all; weights of linear layers (linear); all but biases, norms, "
         "positions and class token (weights)",
         group="optimisation",
     )
     clip_grad_norm: float | None = option(
-        4.0, "gradients are scaled down to this norm; null for no clipping", group="optimisation", above=0
+        4.0, "maximum gradient norm; null for no clipping", group="optimisation", above=0
     )
     precision: Precision = option(
-        "32-true", "precision of training; auto: 16-mixed on a GPU, else 32-true", group="machine"
+        "32-true", "training precision; auto: 16-mixed on a GPU, else 32-true", group="machine"
     )
-    accelerator: str = option("auto", "auto, cpu, gpu or another that Lightning knows", group="machine")
+    accelerator: str = option("auto", "auto, cpu, gpu or another accelerator of Lightning", group="machine")
     devices: int = option(1, "number of devices", group="machine", at_least=1)
     workers: int = option(
-        0, "processes that prepare batches; 0 for the main process alone", group="machine", neutral=True, at_least=0
+        0, "worker processes for data loading; 0 for the main process", group="machine", neutral=True, at_least=0
     )
 
     def __post_init__(self) -> None:
@@ -85,15 +85,15 @@ class Recipe(ABC):
                     f"{name} must be at most learning_rate {self.learning_rate}, got {getattr(self, name)}"
                 )
         if self.schedule == "inverse-sqrt" and not self.warmup_steps:
-            raise ValueError(f"warmup_steps must be positive for the schedule inverse-sqrt, got {self.warmup_steps}")
+            raise ValueError(f"warmup_steps must be positive with the schedule inverse-sqrt, got {self.warmup_steps}")
 
     def to_json(self) -> dict[str, Any]:
-        """All fields as plain values: what ``recipe.json`` holds, and :func:`flowformer.recipes.read_recipe` reads."""
+        """Return all fields as JSON values: the ``recipe.json`` that :func:`flowformer.recipes.read_recipe` reads."""
         return plain_fields(self)
 
     @property
     def used_precision(self) -> str:
-        """The precision on this machine: what ``"auto"`` stands for, or the one that was asked for."""
+        """The precision on this machine, with ``"auto"`` resolved."""
         if self.precision != "auto":
             return self.precision
         on_gpu = self.accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available()
@@ -101,17 +101,17 @@ class Recipe(ABC):
 
     @property
     def batches_of_a_step(self) -> int:
-        """Batches on each device whose gradients make one step."""
+        """Batches per device and step (gradient accumulation)."""
         return self.accumulate or 1
 
     def count_warmup_steps(self, steps: int) -> int:
-        """Steps in which the learning rate rises, in a run of so many steps of the optimizer."""
+        """Return the number of warm-up steps in a run of so many optimizer steps."""
         return self.warmup_steps
 
     @property
     @abstractmethod
     def label(self) -> str:
-        """What tells this run from others of the same experiment: the default name of its folder."""
+        """Default name of the run's folder, which distinguishes it from other runs of the experiment."""
 
     @property
     @abstractmethod
@@ -125,11 +125,11 @@ class Recipe(ABC):
 
     @abstractmethod
     def count(self, round_: int) -> int:
-        """Length of the run up to the end of a round, in its ``unit``."""
+        """Return the length of the run up to the end of a round, in its ``unit``."""
 
     @abstractmethod
     def sampler(self, data: Any, world: int, rank: int) -> Any:
-        """The order in which device ``rank`` of ``world`` sees the training set, given anew by ``set_epoch(round)``."""
+        """Return the sampler of device ``rank`` of ``world``, which ``set_epoch(round)`` reorders."""
 
     @abstractmethod
     def build_task(self) -> Task:
@@ -137,7 +137,7 @@ class Recipe(ABC):
 
     @abstractmethod
     def read_format(self, values: dict[str, Any]) -> Any:
-        """The format that :meth:`Format.to_json` wrote."""
+        """Read the format that :meth:`Format.to_json` wrote."""
 
     @abstractmethod
     def build_model(self, form: Any) -> nn.Module:
@@ -145,46 +145,44 @@ class Recipe(ABC):
 
     @property
     def row(self) -> str:
-        """The name of this model in the published table; "" for a model that is not in it."""
+        """The name of this model in the published table; "" if it is not in it."""
         return ""
 
     def published(self, task: Task) -> float | None:
-        """The published value of the metric for this recipe on the data of a task; ``None`` where there is none."""
+        """Return the published value of the metric for this recipe and task; ``None`` if there is none."""
         return task.published.get(self.row)
 
     def published_table(self) -> tuple[str, Mapping[str, float]] | None:
-        """The published values of this experiment: the name of the figure, and its value by method."""
+        """Return the published values of this experiment: the name of the metric, and its value by method."""
         return None
 
     @property
     def data_state(self) -> DataState:
-        """Whether the data is on this machine, as far as that is known without reading it."""
+        """Whether the data is on this machine, if that is known without reading it."""
         return "here"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochRecipe(Recipe):
-    """A recipe that counts passes over its training set: a round is an epoch."""
+    """Base class of recipes whose length is given in epochs: a round is an epoch."""
 
     unit: ClassVar[str] = "epoch"
 
-    epochs: int = option(100, "passes over the training set", group="optimisation", at_least=1)
+    epochs: int = option(100, "number of epochs", group="optimisation", at_least=1)
     eval_every: int = option(
         2,
-        "epochs between evaluations, besides those before training and after the first epoch",
+        "epochs between evaluations, in addition to those before training and after the first epoch",
         group="optimisation",
         at_least=1,
     )
     validation_fraction: float | None = option(
         None,
-        "part of the training set held out to choose the epoch by; null for none",
+        "fraction of the training set held out to select the best epoch; null for none",
         group="data",
         above=0,
         below=1,
     )
-    warmup_epochs: int = option(
-        0, "epochs in which the learning rate rises, before warmup_steps are counted", group="optimisation", at_least=0
-    )
+    warmup_epochs: int = option(0, "warm-up epochs, in addition to warmup_steps", group="optimisation", at_least=0)
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -193,7 +191,7 @@ class EpochRecipe(Recipe):
             raise ValueError(f"warmup_epochs must be at most epochs {self.epochs}, got {self.warmup_epochs}")
 
     def count_warmup_steps(self, steps: int) -> int:
-        """Steps in which the learning rate rises, in a run of so many steps of the optimizer."""
+        """Return the number of warm-up steps in a run of so many optimizer steps."""
         return self.warmup_steps + round(steps * self.warmup_epochs / self.epochs)
 
     @property
@@ -203,29 +201,29 @@ class EpochRecipe(Recipe):
 
     @property
     def evaluated_rounds(self) -> list[int]:
-        """Before training (0), after the first epoch, regularly, at the end."""
+        """Before training (0), after the first epoch, at regular intervals, at the end."""
         regular = range(self.eval_every, self.epochs + 1, self.eval_every)
         return sorted({0, 1, *regular, self.epochs})
 
     def count(self, round_: int) -> int:
-        """Epochs up to the end of a round."""
+        """Return the number of epochs up to the end of a round."""
         return round_
 
     def sampler(self, data: Any, world: int, rank: int) -> DistributedSampler[Any]:
-        """The training set in a new order each epoch."""
+        """Return a sampler with a new order each epoch."""
         return DistributedSampler(data, world, rank, seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecipe(Recipe):
-    """A recipe that counts steps of its optimizer: a round is the steps between two evaluations."""
+    """Base class of recipes whose length is given in optimizer steps: a round lies between two evaluations."""
 
     unit: ClassVar[str] = "step"
 
-    steps: int = option(10_000, "steps of the optimizer", group="optimisation", at_least=1)
+    steps: int = option(10_000, "number of optimizer steps", group="optimisation", at_least=1)
     eval_every: int = option(
         1_000,
-        "steps between evaluations, each of which ends in a checkpoint; divides steps",
+        "steps between evaluations and checkpoints; must divide steps",
         group="optimisation",
         at_least=1,
     )
@@ -248,14 +246,14 @@ class StepRecipe(Recipe):
 
     @property
     def evaluated_rounds(self) -> list[int]:
-        """All, and before training."""
+        """All rounds, and before training."""
         return list(range(self.rounds + 1))
 
     def count(self, round_: int) -> int:
-        """Steps up to the end of a round."""
+        """Return the number of steps up to the end of a round."""
         return round_ * self.steps_of_a_round
 
     def sampler(self, data: Any, world: int, rank: int) -> RoundSampler:
-        """The training set in one order after another, as much of it as the steps of a round take."""
+        """Return a sampler over repeated permutations of the training set, cut to the steps of a round."""
         length = self.steps_of_a_round * self.batches_of_a_step * self.batch_size
         return RoundSampler(len(data), length, world=world, rank=rank, seed=self.seed)

@@ -1,4 +1,4 @@
-"""Learning rates over time, as factors of the largest."""
+"""Learning rate schedules, as factors of the peak learning rate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCHEDULES: Mapping[str, Callable[[int, int, int], float]] = {
 def learning_rate_factor(
     schedule: str, warmup_steps: int, steps: int, *, first: float = 0.0, last: float = 0.0
 ) -> Callable[[int], float]:
-    """The factor of the learning rate at each step, the first of which is 0.
+    """Return the factor of the learning rate as a function of the step, counted from 0.
 
     In warm-up it rises by as much each step, and is 1 at step ``warmup_steps``. Afterwards: ``constant``;
     ``inverse-sqrt`` falls with the root of the step (Vaswani et al., 2017); ``cosine`` and ``linear`` fall to ``last``

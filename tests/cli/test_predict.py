@@ -64,7 +64,7 @@ def test_predict_takes_ts_without_labels(run, tmp_path, capsys):
     ("name", "text", "cause"),
     [
         ("gone.csv", None, "gone.csv: no such file"),
-        ("new.txt", "", "unknown kind of file"),
+        ("new.txt", "", "unknown file type"),
         ("new.csv", "series,time,x\ns,1,1\n", "channels ['y'] of the training data are missing"),
         ("new.ts", "@classLabel false\n@data\n1,2\n", "1 channels, but the training data has 2"),
         ("new.csv", "series,time,x,y\ns,1,1,?\ns,soon,1,2\n", "line 3: time 'soon' is neither"),

@@ -50,7 +50,7 @@ def test_every_operation_is_explained(call: str) -> None:
         if op not in WITH_KERNELS:
             assert told.why == f"plain PyTorch, since {op} has no native kernels"
         assert ops.explain(getattr(ops, op), *change(arguments, dtype)) == told
-    assert ops.explain(op, *arguments, backend="torch").why == "asked for by the backend argument"
+    assert ops.explain(op, *arguments, backend="torch").why == "requested by the backend argument"
     if "images" not in call:
         assert ops.explain(op, *arguments, causal=True).op == op
 
@@ -76,7 +76,7 @@ def test_a_step_is_explained() -> None:
     token, state = HEADS[:, 0], ops.init_flow_state(2, 2, 4, 4)
     assert ops.explain("flow_attention_step", token, token, token, state).op == "flow_attention_step"
     token = CHANNELS[:, 0]
-    with pytest.raises(ValueError, match="aft_simple_step has one implementation, in plain PyTorch"):
+    with pytest.raises(ValueError, match="aft_simple_step has only one implementation, in plain PyTorch"):
         ops.explain("aft_simple_step", token, token, token, ops.init_aft_simple_state(2, 8))
 
 

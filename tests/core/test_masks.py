@@ -67,13 +67,13 @@ def test_the_mask_is_of_keys_too_in_self_attention_only() -> None:
         (
             {"causal": True, "context_mask": torch.ones(2, 6).bool()},
             ValueError,
-            "self-attention, since it is causal: give mask alone, not context_mask",
+            "self-attention, since it is causal: pass mask, not context_mask",
         ),
         ({"cu_seqlens": bounds(0, 6)}, ValueError, r"a packed batch is \(1, total length.*got q \(2, 6, 2, 4\)"),
         (
             {"cu_seqlens": bounds(0, 6), "context_mask": torch.ones(2, 6).bool()},
             ValueError,
-            "give cu_seqlens or masks, not both",
+            "pass cu_seqlens or masks, not both",
         ),
     ],
 )
@@ -120,16 +120,14 @@ def test_self_attention_requires_as_many_queries_as_keys(layout: Layout) -> None
     axes = (2, 4) if layout is HEADS else (4,)
     q, k = torch.zeros(2, 7, *axes), torch.zeros(2, 6, *axes)
     check("op", q, k, k, layout=layout)
-    with pytest.raises(
-        ValueError, match=r"self-attention, since it has a window: .* as many queries as keys, got 7 and 6"
-    ):
+    with pytest.raises(ValueError, match=r"self-attention, since it has a window: .* the same length, got 7 and 6"):
         check("op", q, k, k, layout=layout._replace(self_only="it has a window"))
     check("op", k, k, k, layout=layout._replace(self_only="it has a window"))
     mask = torch.ones(2, 6, dtype=torch.bool)
     assert check("op", k, k, k, layout=layout, mask=mask).query is mask
-    with pytest.raises(ValueError, match="since it has a window: give mask alone"):
+    with pytest.raises(ValueError, match="since it has a window: pass mask"):
         check("op", k, k, k, layout=layout._replace(self_only="it has a window"), context_mask=mask)
-    with pytest.raises(ValueError, match=r"since it is causal: .* as many queries as keys, got 7 and 6"):
+    with pytest.raises(ValueError, match=r"since it is causal: .* the same length, got 7 and 6"):
         check("op", q, k, k, layout=layout, causal=True)
 
 
@@ -143,7 +141,7 @@ def test_self_attention_requires_as_many_queries_as_keys(layout: Layout) -> None
         (CHANNELS, [(2, 6, 4), (2, 6, 2), (2, 6, 4)], "k and v must agree in batch, length and channels, got q"),
         (CHANNELS, [(2, 6, 4), (2, 5, 4), (2, 6, 4)], "k and v must agree in batch, length and channels, got q"),
         (KEYS_PER_HEAD, [(2, 6, 4), (2, 5, 2), (2, 6, 4)], "k and v must agree in batch and length, got q"),
-        (KEYS_PER_HEAD, [(2, 6, 4), (2, 6, 3), (2, 6, 4)], "heads, which k has one channel for, must divide"),
+        (KEYS_PER_HEAD, [(2, 6, 4), (2, 6, 3), (2, 6, 4)], "the number of heads must divide"),
         (HEADS, [(2, 6, 4)] * 3, r"q must be \(batch, length, heads, channels\), got \(2, 6, 4\)"),
     ],
 )

@@ -110,8 +110,8 @@ def test_conversion_refuses_what_it_cannot_say():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"input_ids": None}, ValueError, "input_ids or inputs_embeds, and not both"),
-        ({"inputs_embeds": torch.zeros(2, 5, 16)}, ValueError, "input_ids or inputs_embeds, and not both"),
+        ({"input_ids": None}, ValueError, "either input_ids or inputs_embeds"),
+        ({"inputs_embeds": torch.zeros(2, 5, 16)}, ValueError, "either input_ids or inputs_embeds"),
         ({"input_ids": None, "inputs_embeds": torch.zeros(2, 16)}, ValueError, r"must be \(batch, length, dim\)"),
         ({"input_ids": torch.zeros(2, 5)}, TypeError, "input_ids must be integers"),
         ({"input_ids": draw(5)}, ValueError, r"input_ids must be \(batch, length\)"),
@@ -122,7 +122,7 @@ def test_conversion_refuses_what_it_cannot_say():
         ({"output_attentions": True}, ValueError, "no attention weights"),
         ({"position_ids": torch.arange(5)}, TypeError, "position_ids"),
         ({"labels": draw(2, 4)}, ValueError, r"labels must be \(2, 5\)"),
-        ({"labels": draw(2, 5), "logits_to_keep": 1}, ValueError, "logits_to_keep does not go with labels"),
+        ({"labels": draw(2, 5), "logits_to_keep": 1}, ValueError, "logits_to_keep is not supported with labels"),
         ({"cache": DynamicCache()}, TypeError, "DynamicCache"),
         ({"cache": DynamicCache(config=configure(num_hidden_layers=3))}, TypeError, "of 2 layers"),
         ({"cache": DynamicCache(config=configure()), "use_cache": False}, ValueError, "use_cache=False"),
@@ -136,13 +136,13 @@ def test_forward_refuses(arguments, error, message):
 def test_a_cache_refuses_what_contradicts_it():
     model = build()
     cache = model(*padded("left")).cache
-    with pytest.raises(ValueError, match="the cache is of 3 rows, and the input of 2"):
+    with pytest.raises(ValueError, match="the batch size of the cache is 3, that of the input 2"):
         model(draw(2, 1), cache=cache)
     with pytest.raises(ValueError, match=r"attention_mask must be \(3, 1\) or \(3, 10\), got"):
         model(draw(3, 1), torch.ones(3, 9), cache)
-    with pytest.raises(ValueError, match=r"says that \[9, 9, 9\] of the earlier tokens were real.*\[9, 4, 1\]"):
+    with pytest.raises(ValueError, match=r"marks \[9, 9, 9\] of the earlier tokens as real.*\[9, 4, 1\]"):
         model(draw(3, 1), torch.ones(3, 10), cache)
-    with pytest.raises(ValueError, match="cannot go back, by -2 tokens"):
+    with pytest.raises(ValueError, match="cannot remove -2 tokens"):
         cache.crop(-2)
     with pytest.raises(TypeError, match="states, not keys and values"):
         cache.update(torch.zeros(1), torch.zeros(1), 0)
@@ -155,9 +155,9 @@ def test_configurations_refuse():
         configure(init="xavier")
     with pytest.raises(ValueError, match="num_hidden_layers must be positive"):
         FlowformerModel(configure(num_hidden_layers=0))
-    with pytest.raises(ValueError, match="no attention 'flwo'"):
+    with pytest.raises(ValueError, match="unknown attention 'flwo'"):
         FlowformerModel(configure("flwo"))
-    with pytest.raises(ValueError, match="needs max_length"):
+    with pytest.raises(ValueError, match="requires max_length"):
         FlowformerModel(configure(max_position_embeddings=None))
     with pytest.raises(StrictDataclassFieldValidationError, match="hidden_size"):
         configure(hidden_size="wide")
@@ -226,7 +226,7 @@ def test_checkpointed_gradients_are_the_same(attention, reentrant):
     assert len(calls) == 2
     for name, gradient in wanted.items():
         close(found[name], gradient)
-    with pytest.raises(ValueError, match="no cache while activations are checkpointed"):
+    with pytest.raises(ValueError, match="use_cache is not supported with gradient checkpointing"):
         model(draw(1, 3), cache=DynamicCache(config=model.config))
     assert model(draw(1, 3), use_cache=True).cache is None
     assert model(draw(2, 9), labels=draw(2, 9), output_hidden_states=True).hidden_states[1].shape == (2, 9, 16)

@@ -108,7 +108,7 @@ def test_timms_arguments_mean_what_they_say():
     ("options", "error", "message"),
     [
         ({"attn_drop_rate": 0.1}, TypeError, "attn_drop_rate"),
-        ({"dropout": 0.1}, TypeError, "timm's word for dropout is proj_drop_rate"),
+        ({"dropout": 0.1}, TypeError, "timm calls it proj_drop_rate"),
         ({"image_size": 64}, TypeError, "image_size"),
         ({"global_pool": "map"}, ValueError, "global_pool must be one of 'token', 'avg', '' in this model, got 'map'"),
         ({"num_classes": -1}, ValueError, "num_classes must not be negative"),
@@ -273,7 +273,7 @@ def test_another_size(name, options):
         assert model(images(64)).shape == (2, 5)
     model.set_input_size((64, 64))
     assert model(images(64)).shape == (2, 5)
-    with pytest.raises(ValueError, match="keep their size, got patch_size=4"):
+    with pytest.raises(ValueError, match="cannot be changed, got patch_size=4"):
         model.set_input_size(64, patch_size=4)
     assert model.pretrained_cfg["fixed_input_size"] is ("aft_full" in name)
 

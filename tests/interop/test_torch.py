@@ -225,7 +225,7 @@ def test_weights_of_pytorch_and_back():
     with torch.no_grad():
         ours.out_proj.bias.add_(1)
     assert torch.equal(again(query, key, value)[0], theirs(query, key, value)[0])
-    with pytest.raises(TypeError, match=r"want a torch\.nn\.MultiheadAttention, got Linear"):
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.MultiheadAttention, got Linear"):
         FlowMultiheadAttention.from_torch(nn.Linear(2, 2))
 
 
@@ -423,7 +423,7 @@ def test_compiled_encoder_layer(mask):
     weight = layer.self_attn.in_proj_weight
     torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), weight)[0] for out in (got, want)))
     if mask == "padding":
-        with pytest.raises(RuntimeError, match="key_padding_mask may only hold 0 and -inf"):
+        with pytest.raises(RuntimeError, match="key_padding_mask must contain only 0 and -inf"):
             compiled(x, src_key_padding_mask=padding(LENGTH, LENGTH, 4).double())
 
 
@@ -439,7 +439,7 @@ def test_compiled_encoder_layer(mask):
         ({"num_heads": 0}, ValueError, "num_heads must divide embed_dim"),
         ({"preset": "visoin"}, ValueError, "visoin"),
         ({"window": 3}, TypeError, "window"),
-        ({"causal": True}, TypeError, "causal is not an option: give is_causal=True"),
+        ({"causal": True}, TypeError, "causal is not an option: pass is_causal=True"),
         ({"head_dim": 8}, ValueError, "does not have the four projections"),
     ],
     ids=str,
@@ -461,19 +461,19 @@ NESTED = torch.nested.as_nested_tensor([X[0], X[1, :4]], layout=torch.jagged)
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        refused("attn_mask may only hold 0 and -inf", attn_mask=BIAS),
+        refused("attn_mask must contain only 0 and -inf", attn_mask=BIAS),
         refused("attn_mask must be the causal mask", attn_mask=torch.ones(LENGTH, LENGTH).tril(-1).bool()),
         refused("attn_mask must be the causal mask", attn_mask=torch.eye(LENGTH).bool(), is_causal=True),
         refused("attn_mask must be the causal mask", attn_mask=torch.zeros(LENGTH, LENGTH), is_causal=True),
         refused(r"attn_mask must have shape \(7, 7\) or \(8, 7, 7\), got \(6, 6\)", attn_mask=causal_mask(LENGTH - 1)),
         refused("attn_mask must be boolean", TypeError, attn_mask=torch.ones(LENGTH, LENGTH, dtype=torch.int64)),
-        refused("key_padding_mask may only hold 0 and -inf", key_padding_mask=torch.ones(BATCH, LENGTH)),
+        refused("key_padding_mask must contain only 0 and -inf", key_padding_mask=torch.ones(BATCH, LENGTH)),
         refused("key_padding_mask must be boolean", TypeError, key_padding_mask=torch.ones(BATCH, LENGTH).int()),
         refused(r"must have shape \(2, 7\), got \(7, 2\)", key_padding_mask=padding(LENGTH, 3, 4).T),
         refused("query_padding_mask is for cross-attention", query_padding_mask=padding(LENGTH, 3, 4)),
-        refused("causal attention needs as many queries as keys, got 7 and 5", key=Y, value=Y, is_causal=True),
+        refused("causal attention requires as many queries as keys, got 7 and 5", key=Y, value=Y, is_causal=True),
         refused(
-            "padding in causal attention",
+            "in causal attention with padding",
             key=X.clone(),
             value=X.clone(),
             is_causal=True,
@@ -484,8 +484,14 @@ NESTED = torch.nested.as_nested_tensor([X[0], X[1, :4]], layout=torch.jagged)
         refused("query and key must agree in batch", query=X[:1], key=Y, value=Y),
         refused("must all have 3 axes, or 2", query=X[0], key=X, value=X),
         refused("must all have 3 axes, or 2", query=X[None], key=X[None], value=X[None]),
-        refused("give no padding mask", query=NESTED, key=NESTED, value=NESTED, key_padding_mask=padding(LENGTH, 7, 4)),
-        refused("nested tensors must be given for query, key and value alike", query=NESTED, key=X, value=X),
+        refused(
+            "padding masks are not supported",
+            query=NESTED,
+            key=NESTED,
+            value=NESTED,
+            key_padding_mask=padding(LENGTH, 7, 4),
+        ),
+        refused("query, key and value must all be nested tensors", query=NESTED, key=X, value=X),
     ],
 )
 def test_calls_that_cannot_be_honoured(arguments, error, message):

@@ -149,7 +149,7 @@ def test_bad_input_is_refused() -> None:
         attention_rows(build("flow", {}, False), x[0], [0])
     with pytest.raises(ValueError, match="from 0 to 13"):
         attention_rows(build("flow", {}, False), x, [14])
-    with pytest.raises(ValueError, match="no attention module"):
+    with pytest.raises(ValueError, match="contains no attention module"):
         model_maps(nn.Linear(2, 2), x, rows=[0])
 
 

@@ -324,7 +324,7 @@ def test_bad_input_is_refused() -> None:
         mobile_rows(q, q[:, :5], [0])
     with pytest.raises(TypeError, match="boolean"):
         ROWS["linear"](q, q, [0], mask=torch.ones(1, 10))
-    with pytest.raises(ValueError, match="no preset"):
+    with pytest.raises(ValueError, match="unknown preset"):
         flow_maps(q, q, preset="cor")
     with pytest.raises(ValueError, match="has 4 places"):
         ROWS["aft_full"](x, x, [0], torch.zeros(4, 4))
@@ -332,7 +332,7 @@ def test_bad_input_is_refused() -> None:
         ROWS["aft_simple"](x, x, [0], heads=3)
     with pytest.raises(ValueError, match="window"):
         ROWS["aft_local"](x, x, [0], torch.zeros(10, 10), 0)
-    with pytest.raises(ValueError, match="as many as heads"):
+    with pytest.raises(ValueError, match="one filter for each of"):
         ROWS["aft_conv"](x, x[..., :2], [0], torch.zeros(3, 5))
     with pytest.raises(ValueError, match="heads, taps"):
         ROWS["aft_conv"](x, x[..., :2], [0], torch.zeros(2, 5, 5), causal=True)

@@ -142,7 +142,7 @@ def test_the_loss_of_a_model_holds_a_chunk_of_scores(tied):
 
 def test_refuses_what_does_not_fit():
     hidden, weight, targets = inputs()
-    with pytest.raises(ValueError, match=r"targets must be \(3, 7\), as hidden is, got \(21,\) int64"):
+    with pytest.raises(ValueError, match=r"targets must be \(3, 7\), like hidden, got \(21,\) int64"):
         cross_entropy(hidden, weight, targets.flatten())
     with pytest.raises(TypeError, match="targets must be integers"):
         cross_entropy(hidden, weight, targets.double())
@@ -150,7 +150,7 @@ def test_refuses_what_does_not_fit():
         cross_entropy(hidden, weight, targets.masked_fill(targets == 4, 11))
     with pytest.raises(ValueError, match=r"weight \(vocabulary, dim\), got .* and \(11, 4\)"):
         cross_entropy(hidden, weight[:, :4], targets)
-    with pytest.raises(TypeError, match="of one dtype"):
+    with pytest.raises(TypeError, match="have the same dtype"):
         cross_entropy(hidden, weight.float(), targets)
     with pytest.raises(ValueError, match="reduction must be"):
         cross_entropy(hidden, weight, targets, reduction="max")

@@ -327,7 +327,7 @@ def test_the_model_is_left_as_it_was_when_it_fails():
     next(tokens)
     with torch.no_grad():
         model.head.weight[3] = torch.nan
-    with pytest.raises(ValueError, match="scores of the next token are not finite"):
+    with pytest.raises(ValueError, match="logits of the next token are not finite"):
         list(tokens)
     assert all(module.training for module in model.modules())
     assert not torch.is_inference_mode_enabled()
@@ -362,7 +362,7 @@ def test_learned_positions_are_used_to_the_last_and_no_further(attention, positi
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"prompts": []}, ValueError, "one sequence of tokens or more, got none"),
+        ({"prompts": []}, ValueError, "at least one sequence of tokens, got none"),
         ({"prompts": [[1], []]}, ValueError, r"prompts\[1\] is empty"),
         ({"prompts": [torch.zeros(0)]}, ValueError, r"prompts\[0\] is empty"),
         ({"prompts": [1, 2]}, ValueError, r"prompts\[0\] must be \(length,\), got \(\) int64 .* goes in a list"),
@@ -375,7 +375,7 @@ def test_learned_positions_are_used_to_the_last_and_no_further(attention, positi
         ({"prompts": [[1], [31]]}, ValueError, r"prompts\[1\] must be from 0 to 30, got 31"),
         ({"prompts": [[-1]]}, ValueError, "must be from 0 to 30, got -1"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1, got 0"),
-        ({"max_new_tokens": 2.0}, TypeError, "max_new_tokens must be a whole number, got 2.0"),
+        ({"max_new_tokens": 2.0}, TypeError, "max_new_tokens must be an integer, got 2.0"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
         ({"temperature": -0.1}, ValueError, "temperature must be finite and not negative, got -0.1"),
         ({"temperature": math.inf}, ValueError, "temperature must be finite"),
@@ -383,17 +383,17 @@ def test_learned_positions_are_used_to_the_last_and_no_further(attention, positi
         ({"temperature": None}, TypeError, "temperature must be a number, got None"),
         ({"temperature": "1"}, TypeError, "temperature must be a number, got '1'"),
         ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
-        ({"top_k": 1.5}, TypeError, "top_k must be a whole number, got 1.5"),
+        ({"top_k": 1.5}, TypeError, "top_k must be an integer, got 1.5"),
         ({"top_p": 0}, ValueError, "top_p must be above 0 and at most 1, got 0"),
         ({"top_p": 1.01}, ValueError, "top_p must be above 0 and at most 1, got 1.01"),
         ({"top_p": math.nan}, ValueError, "top_p must be above 0"),
         ({"top_p": True}, TypeError, "top_p must be a number, got True"),
         ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
         ({"seed": 2**32 - 2}, ValueError, "seed must be at most 4294967293 for 3 rows, got 4294967294"),
-        ({"seed": 1.0}, TypeError, "seed must be a whole number, got 1.0"),
+        ({"seed": 1.0}, TypeError, "seed must be an integer, got 1.0"),
         ({"eos_token_id": [31]}, ValueError, "eos_token_id must be from 0 to 30, got 31"),
         ({"eos_token_id": [-1]}, ValueError, "eos_token_id must be at least 0, got -1"),
-        ({"eos_token_id": "x"}, TypeError, "eos_token_id must be a whole number, got 'x'"),
+        ({"eos_token_id": "x"}, TypeError, "eos_token_id must be an integer, got 'x'"),
     ],
 )
 def test_refuses_what_does_not_fit(changes, error, message):
@@ -403,7 +403,7 @@ def test_refuses_what_does_not_fit(changes, error, message):
 
 
 def test_the_likeliest_token_has_no_probabilities():
-    with pytest.raises(ValueError, match="temperature must be positive to have probabilities"):
+    with pytest.raises(ValueError, match="temperature must be positive for probabilities"):
         next_probabilities(torch.zeros(3), temperature=0)
     assert generation.DONE == -1
 
@@ -442,11 +442,11 @@ def test_the_method_ends_rows_at_eos():
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"prompts": []}, ValueError, "one sequence of tokens or more"),
+        ({"prompts": []}, ValueError, "at least one sequence of tokens"),
         ({"prompts": [[]]}, ValueError, r"prompts\[0\] is empty"),
         ({"prompts": torch.tensor([1, 2])}, ValueError, "a single prompt goes in a list"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1"),
-        ({"eos_token_id": True}, TypeError, "eos_token_id must be a whole number"),
+        ({"eos_token_id": True}, TypeError, "eos_token_id must be an integer"),
         ({"temperature": -1}, ValueError, "temperature must be finite and not negative"),
     ],
 )

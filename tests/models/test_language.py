@@ -140,7 +140,7 @@ def test_a_state_is_not_changed():
 def test_learned_positions_end():
     model = build()
     tokens = draw(1, LENGTH + 1)
-    message = f"token {LENGTH + 1} of a sequence: the learned positions of this model end at max_length = {LENGTH}"
+    message = f"position {LENGTH + 1} is too large: the learned positions of this model end at max_length = {LENGTH}"
     with pytest.raises(ValueError, match=message):
         model(tokens)
     _, state = model(tokens[:, :-1], return_state=True)
@@ -343,18 +343,18 @@ def test_refuses_what_does_not_fit():
     state = model.init_state(3)
     cases = [
         (TypeError, "tokens must be integers, got", lambda: model(tokens.double())),
-        (ValueError, r"tokens must be \(batch, length\) with one token or more", lambda: model(tokens[0])),
-        (ValueError, r"tokens must be \(batch, length\) with one token or more", lambda: model(tokens[:, :0])),
+        (ValueError, r"tokens must be \(batch, length\) with at least one token", lambda: model(tokens[0])),
+        (ValueError, r"tokens must be \(batch, length\) with at least one token", lambda: model(tokens[:, :0])),
         (ValueError, "tokens must be from 0 to 30, got 31", lambda: model(tokens + 31 - tokens[0, 0])),
         (TypeError, "mask must be boolean", lambda: model(tokens, tokens)),
         (ValueError, r"mask must be \(2, 4\)", lambda: model(tokens, torch.ones(2, 5, dtype=torch.bool))),
         (ValueError, r"step: tokens must be \(batch,\)", lambda: model.step(tokens, state)),
-        (ValueError, "the state must be of 2 layers and 2 rows", lambda: model.step(tokens[:, 0], state)),
+        (ValueError, "the state must have 2 layers and 2 rows", lambda: model.step(tokens[:, 0], state)),
         (TypeError, "the state must be a LanguageState, got tuple", lambda: model(tokens, initial_state=())),
-        (ValueError, "of 2 layers", lambda: model(tokens, initial_state=LanguageState(torch.zeros(2), ()))),
-        (ValueError, "without targets, tokens must be two or more", lambda: model.loss(tokens[:, :1])),
+        (ValueError, "have 2 layers", lambda: model(tokens, initial_state=LanguageState(torch.zeros(2), ()))),
+        (ValueError, "without targets, each row must have at least two tokens", lambda: model.loss(tokens[:, :1])),
         (ValueError, "reduction must be", lambda: model.loss(tokens, reduction="max")),
-        (ValueError, "needs max_length", lambda: build(max_length=None)),
+        (ValueError, "requires max_length", lambda: build(max_length=None)),
         (ValueError, "positions must be", lambda: build(positions="rotary")),
         (ValueError, "activation must be one of", lambda: build(activation="swish")),
         (ValueError, "init must be", lambda: build(init="zeros")),

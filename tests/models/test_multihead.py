@@ -216,7 +216,7 @@ def test_what_a_mechanism_does_not_have_is_refused(monkeypatch):
     ours, x = build("flow", batch_first=True), rand(BATCH, LENGTH, DIM)
     row = dataclasses.replace(ours.attention.mechanism, rows=None, cannot={"causal": "it is a test"})
     monkeypatch.setattr(flowformer.FlowAttention, "mechanism", row)
-    with pytest.raises(ValueError, match="has no weights to return: give need_weights=False"):
+    with pytest.raises(ValueError, match="has no weights to return: pass need_weights=False"):
         ours(x, x, x)
     for masks in ({"is_causal": True}, {"attn_mask": causal_mask(LENGTH)}):
         with pytest.raises(ValueError, match="flow attention has no causal form, since it is a test"):
@@ -225,5 +225,5 @@ def test_what_a_mechanism_does_not_have_is_refused(monkeypatch):
 
 
 def test_positions_want_a_length():
-    with pytest.raises(ValueError, match="give max_length"):
+    with pytest.raises(ValueError, match="max_length is required"):
         DropInMultiheadAttention(DIM, HEADS, mechanism="aft_full")

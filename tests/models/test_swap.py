@@ -223,7 +223,7 @@ def test_norms_without_a_place_are_dropped_or_refused():
     names = [f"blocks.0.attn.{norm}.{what}" for norm in ("q_norm", "k_norm", "norm") for what in ("weight", "bias")]
     assert [name for name in report.dropped if "blocks.0" in name] == names
     model = vit("vit_tiny_patch16_224", **options)
-    with pytest.raises(ValueError, match=r"softmax has no place for blocks\.0\.attn\.q_norm\.weight"):
+    with pytest.raises(ValueError, match=r"softmax does not support blocks\.0\.attn\.q_norm\.weight"):
         swap_attention(model, "softmax")
     assert not any(isinstance(module, SwappedAttention) for module in model.modules())
 
@@ -259,7 +259,7 @@ def test_another_resolution(attention):
     if attention not in LEARN_POSITIONS:
         assert model(images(128)).shape == (2, 5)
         return
-    with pytest.raises(ValueError, match="position_bias has 17 places, and there are 65 tokens"):
+    with pytest.raises(ValueError, match="position_bias has 17 positions, got 65 tokens"):
         model(images(128))
     model = vit(dynamic_img_size=True)
     swap_attention(model, attention, img_size=(128, 96))
@@ -384,7 +384,7 @@ def test_masks_are_refused():
     model = vit()
     swap_attention(model, "flow")
     for arguments in ({"attn_mask": torch.ones(17, 17, dtype=torch.bool)}, {"is_causal": True}):
-        with pytest.raises(ValueError, match="takes no mask"):
+        with pytest.raises(ValueError, match="does not support masks"):
             model(images(), **arguments)
 
 
@@ -420,20 +420,20 @@ def test_heads_wider_than_their_share(attention):
 @pytest.mark.parametrize(
     ("build", "attention", "options", "message"),
     [
-        (vit, "flw", {}, "no attention 'flw'"),
+        (vit, "flw", {}, "unknown attention 'flw'"),
         (vit, "flow", {"num_heads": 5}, r"num_heads must divide 32 in blocks\.0\.attn, got 5"),
         (vit, "flow", {"preset": "visoin"}, "visoin"),
-        (vit, "flow", {"spatial_reduction": "keep"}, "this model has none"),
+        (vit, "flow", {"spatial_reduction": "keep"}, "this model has no spatial reduction"),
         (vit, "flow", {"causal": True}, "no causal form"),
         (narrowing, "flow", {}, r"blocks\.1\.attn makes 16 channels of 32"),
         (pvt, "flow", {"spatial_reduction": "leave"}, "must be 'keep', 'drop' or None, got 'leave'"),
-        (pvt, "mobile", {"spatial_reduction": "keep"}, "mobile wants as many keys as queries"),
+        (pvt, "mobile", {"spatial_reduction": "keep"}, "mobile requires as many keys as queries"),
         (lambda: vit("deit_tiny_distilled_patch16_224"), "aft_conv", {}, "two heads of a distilled model"),
         (lambda: vit(patch_drop_rate=0.5), "aft_conv", {}, "patch_drop_rate"),
-        (lambda: timm.create_model("resnet18"), "flow", {}, "ResNet has no attention that is known"),
-        (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "flow", {}, "no attention that is known"),
-        (lambda: timm.create_model("xcit_nano_12_p16_224"), "flow", {}, "no attention that is known"),
-        (lambda: timm.create_model("pit_ti_224"), "aft_conv", {}, "wants a VisionTransformer of timm"),
+        (lambda: timm.create_model("resnet18"), "flow", {}, "ResNet has no supported attention"),
+        (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "flow", {}, "no supported attention"),
+        (lambda: timm.create_model("xcit_nano_12_p16_224"), "flow", {}, "no supported attention"),
+        (lambda: timm.create_model("pit_ti_224"), "aft_conv", {}, "requires a VisionTransformer of timm"),
     ],
 )
 def test_what_does_not_fit_is_said_and_changes_nothing(build, attention, options, message):
@@ -456,7 +456,7 @@ def test_wrong_types_are_said():
 def test_a_model_is_swapped_once():
     model = vit()
     swap_attention(model, "flow")
-    with pytest.raises(ValueError, match="unless they were replaced before"):
+    with pytest.raises(ValueError, match="unless already replaced"):
         swap_attention(model, "mobile")
 
 

@@ -103,7 +103,7 @@ def test_a_module_in_two_places_is_replaced_in_both():
     assert model.mix is model.again
     assert (model.mix.num_heads, model.pool.num_heads, model.pool.kdim) == (8, 8, 8)
     assert type(model.own) is Pooling.Counted  # it may compute something else
-    with pytest.raises(ValueError, match="unless they were replaced before"):
+    with pytest.raises(ValueError, match="unless already replaced"):
         swap_attention(model, "flow")
 
 
@@ -149,14 +149,14 @@ def test_modules_are_chosen_by_name():
         type(model.encoder.layers[0].self_attn) is type(model.decoder.layers[0].multihead_attn) is nn.MultiheadAttention
     )
     assert call(model).shape == (2, 7, 16)
-    with pytest.raises(ValueError, match=r"no attention that is known by a name like 'head\*'"):
+    with pytest.raises(ValueError, match=r"no supported attention with a name like 'head\*'"):
         swap_attention(model, "flow", modules="head*")
 
 
 def test_what_pytorchs_attention_has_besides_is_dropped():
     model = Pooling(dropout=0.25, add_bias_kv=True, add_zero_attn=True)
     before = copy.deepcopy(model)
-    with pytest.raises(ValueError, match=r"softmax has no place for the keys that mix appends"):
+    with pytest.raises(ValueError, match=r"softmax does not support the keys that mix appends"):
         swap_attention(model, "softmax")
     report = swap_attention(model, "flow", bias=False, modules="[mp]*")
     gone = {"in_proj_bias": 48, "out_proj.bias": 16, "bias_k": 16, "bias_v": 16, "dropout": 0, "add_zero_attn": 0}
@@ -187,7 +187,7 @@ def test_position_biases_of_aft_are_new():
         (lambda: nn.MultiheadAttention(16, 4), "flow", {}, r"use FlowMultiheadAttention\.from_torch"),
         (transformer, "mobile", {}, r"decoder\.layers\.0\.multihead_attn is cross-attention; modules='\*self_attn'"),
         (transformer, "aft_conv", {}, "aft_conv attention does not have the four projections"),
-        (transformer, "aft_full", {}, "give max_length"),
+        (transformer, "aft_full", {}, "max_length is required"),
         (
             transformer,
             "aft_full",
@@ -195,8 +195,8 @@ def test_position_biases_of_aft_are_new():
             "image_size does not tell the tokens of encoder.*: give max_length",
         ),
         (transformer, "flow", {"num_heads": 3}, "num_heads must divide embed_dim"),
-        (transformer, "flow", {"spatial_reduction": "keep"}, "this model has none"),
-        (transformer, "flow", {"causal": True}, "attention is causal where a call says so"),
+        (transformer, "flow", {"spatial_reduction": "keep"}, "this model has no spatial reduction"),
+        (transformer, "flow", {"causal": True}, "attention is causal if a call requests it"),
     ],
 )
 def test_what_does_not_fit_is_said_and_changes_nothing(build, attention, options, message):

@@ -107,7 +107,7 @@ def test_compiles_in_one_graph():
 
 def test_refuses_what_does_not_fit():
     model = build()
-    with pytest.raises(ValueError, match=r"21 steps long; this model takes at most max_length = 20"):
+    with pytest.raises(ValueError, match=r"x has 21 steps, but this model supports at most max_length = 20"):
         model(torch.zeros(1, 21, 3))
     with pytest.raises(ValueError, match=r"x must be \(batch, length, 3\), got \(1, 5, 4\)"):
         model(torch.zeros(1, 5, 4))

@@ -147,7 +147,7 @@ def test_flow_is_the_preset_of_vision_unless_said():
 
 def test_filters_of_images_have_two_dimensions():
     assert small(attention="aft_conv").stages[0].blocks[0].attention.kernel_size == (11, 11)
-    with pytest.raises(ValueError, match="no class token"):
+    with pytest.raises(ValueError, match="without class token"):
         small(attention="aft_conv", class_token=True, embed_dims=(16,), depths=(1,))
 
 
@@ -185,7 +185,7 @@ def test_fresh_weights():
         ({"depths": (1, 0)}, "must be positive"),
         ({"drop_path_rate": 1.0}, "drop_path_rate must be at least 0 and below 1, got 1.0"),
         ({"img_size": 0}, "at least one pixel, got 0 x 0"),
-        ({"class_token": True}, "goes with one stage, got 2"),
+        ({"class_token": True}, "requires a single stage, got 2"),
         ({"attention": "flwo"}, "did you mean 'flow'"),
     ],
 )

@@ -92,7 +92,7 @@ def test_cifar10_by_command(tmp_path, pictures, capsys, caplog):
     header, *rows = csv.reader(capsys.readouterr().out.splitlines())
     assert header == ["picture", "label", *(f"p_{name}" for name in CLASSES)]
     assert [row[0] for row in rows] == [str(tmp_path / "new" / "grey.png"), str(tmp_path / "one.png")]
-    assert "broken.jpg is left out: no image of a known kind" in caplog.text
+    assert "broken.jpg is left out: not an image of a known format" in caplog.text
     for row in rows:
         probabilities = [float(cell) for cell in row[2:]]
         assert sum(probabilities) == pytest.approx(1, abs=1e-4)
@@ -118,13 +118,13 @@ def test_what_would_be_ignored_is_refused(capsys):
 
 def test_the_command_says_what_is_missing(capsys):
     assert main(["train", "images/cifar10"]) == 2
-    assert "give --data PATH" in capsys.readouterr().err
+    assert "--data PATH is required" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"attention_options": "{window: 3}"}, "attention_options must be a mapping from names of options to values"),
+        ({"attention_options": "{window: 3}"}, "attention_options must be a mapping from option names to JSON values"),
         ({"attention_options": {"clmp": 1}}, "Flow-Attention has no option 'clmp'"),
         ({"drop_path": 1.0}, "drop_path must be at least 0 and below 1"),
         ({"label_smoothing": -0.1}, "label_smoothing must be at least 0 and below 1"),

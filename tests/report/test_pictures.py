@@ -79,7 +79,7 @@ def test_class_token_is_no_place_of_an_image():
         weights = model_maps(model, x, rows=[row])["stages.0.blocks.1.attention"].weights[0, 1, 0]
         assert np.allclose(scene.strips[1].maps, weights[1:].reshape(1, 8, 8))
         assert (scene.strips[1].point is None) == (at == ())
-    with pytest.raises(ValueError, match="ROW,COLUMN to look from, got class"):
+    with pytest.raises(ValueError, match="ROW,COLUMN as query, got class"):
         FORM.scene(vision(), PIXELS, View(at=((),)))
 
 
@@ -120,18 +120,18 @@ def test_scene_of_a_text():
 def test_what_is_not_there_is_refused():
     model = vision()
     for view, message in (
-        (View(layers=(3,)), "no layer 3: there are 3, from 0 to 2"),
+        (View(layers=(3,)), "no layer 3: the model has 3, from 0 to 2"),
         (View(heads=(2,)), "no head 2: layer 0 has 2, from 0 to 1"),
         (View(heads=("all",)), "no head 'all'"),
-        (View(at=((16, 0),)), "16,0 is no place: want 0 to 15"),
-        (View(at=((0.5, 1.5),)), "0.5,1.5 is no place"),
-        (View(at=((0.5,),)), "want ROW,COLUMN to look from, got 0.5"),
+        (View(at=((16, 0),)), "16,0 is out of range: expected 0 to 15"),
+        (View(at=((0.5, 1.5),)), "0.5,1.5 is out of range"),
+        (View(at=((0.5,),)), "expected ROW,COLUMN as query, got 0.5"),
     ):
         with pytest.raises(ValueError, match=message):
             FORM.scene(model, PIXELS, view)
-    with pytest.raises(ValueError, match="a place to look from, got 1,2"):
+    with pytest.raises(ValueError, match="a position as query, got 1,2"):
         SERIES.scene(series(), STEPS, View(at=((1, 2),)))
-    with pytest.raises(ValueError, match="a token or more"):
+    with pytest.raises(ValueError, match="at least one token"):
         TEXT.scene(language(), "", View())
     with pytest.raises(ValueError, match="max_length = 40"):
         TEXT.scene(language(), 41 * "a", View())
@@ -144,7 +144,7 @@ def test_points_are_read():
     assert parse_point("class") == ()
     assert isinstance(parse_point("1.0")[0], float)
     for text in ("", "a,b", "1;2"):
-        with pytest.raises(ValueError, match="want ROW,COLUMN or a place"):
+        with pytest.raises(ValueError, match="expected ROW,COLUMN or a position"):
             parse_point(text)
 
 
@@ -287,25 +287,25 @@ def test_runs_of_one_mechanism_are_told_apart_by_their_folders(runs, capsys, mon
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["image.png"], "image.png is no run's folder"),
-        (["flow", "nowhere", "image.png"], "nowhere is no run's folder"),
-        (["image.png", "flow"], "the file image.png comes after the runs"),
-        (["flow"], "give a file to look at: a picture"),
-        (["flow", "series", "image.png"], "give runs on one kind of data"),
+        (["image.png"], "image.png is not the folder of a run"),
+        (["flow", "nowhere", "image.png"], "nowhere is not the folder of a run"),
+        (["image.png", "flow"], "the file image.png must come after the runs"),
+        (["flow"], "a file is required: a picture"),
+        (["flow", "series", "image.png"], "all runs must use the same kind of data"),
         (["flow", "image.png", "--out", "a.jpg"], "written as .png, .pdf, .svg"),
         (["flow", "no.png"], "no.png cannot be read: No such file"),
         (["flow", "text.txt"], "text.txt: no image"),
         (["flow", "--text", "a"], "--text does not apply to flow; its options are --out, --checkpoint, --at, --layer"),
         (["flow", "image.png", "--index", "1"], "--index does not apply to flow"),
-        (["series"], "give a file to look at: series as .ts"),
+        (["series"], "a file is required: series as .ts"),
         (["text"], "or give --text TEXT"),
-        (["text", "text.txt", "--text", "a"], "give a file or --text, got both"),
-        (["softmax", "image.png", "--flows"], "--flows has nothing to show"),
-        (["flow", "image.png", "--at", "here"], "want ROW,COLUMN or a place, got 'here'"),
+        (["text", "text.txt", "--text", "a"], "pass either a file or --text, got both"),
+        (["softmax", "image.png", "--flows"], "--flows requires Flow-Attention or Mobile-Attention"),
+        (["flow", "image.png", "--at", "here"], "expected ROW,COLUMN or a position, got 'here'"),
         (["flow", "image.png", "--layer", "9"], "no layer 9"),
         (["series", "series.csv", "--index", "1"], "has 1 series, from 0 to 0; got --index 1"),
         (["series", "no.csv"], "no such file"),
-        (["text", "bytes"], "no text in UTF-8"),
+        (["text", "bytes"], "is not UTF-8 text"),
         (["text", "no.txt"], "cannot be read"),
         (["pixels", "image.png"], "does not apply to pixels, whose data is PixelFormat; what does: evaluate, generate"),
     ],

@@ -124,7 +124,7 @@ def test_is_fetched_once_and_unpacked(server, console, cache, tmp_path, given):
     assert f"Own is in {place}" in console.file.getvalue()
     assert server.requests == [0, 0]  # one of them at the address where nothing is
     assert fetch("own", folder, console=console) == place
-    assert f"Own is in {place} already" in console.file.getvalue()
+    assert f"Own is already in {place}" in console.file.getvalue()
     assert server.requests == [0, 0]
 
 
@@ -146,7 +146,7 @@ def test_a_zip_file_that_somebody_put_there_will_do(server, console, cache):
 def test_what_was_cut_short_is_gone_on_with(server, console, cache, ranges):
     server.stops_at, server.ranges = 1_500_000, ranges
     with pytest.raises(
-        DataError, match=r"Own could not be fetched.*404.*got 1,500,000 of 3,\d+,\d+ bytes, which are kept"
+        DataError, match=r"Own could not be downloaded.*404.*got 1,500,000 of 3,\d+,\d+ bytes, which are kept"
     ):
         fetch("own", console=console)
     assert names(cache / "own-folder") == [".own.zip.part"]
@@ -270,7 +270,7 @@ def test_what_is_fetched_is_found(name, load, console, monkeypatch, tmp_path):
         (place / file).write_bytes(b"x")
     assert fetch(name, tmp_path / "mine", console=console) == place
     for folder in (tmp_path / "mine", place):
-        with pytest.raises(DataError, match="cut short"):  # found, and seen to be another
+        with pytest.raises(DataError, match="incomplete"):  # found, and seen to be another
             load(folder)
 
 

@@ -126,7 +126,7 @@ def test_epoch_recorded_but_not_saved_is_run_again(finished, tmp_path, monkeypat
 
 def test_folder_with_a_run_is_not_overwritten(finished, tmp_path):
     folder, _ = finished
-    with pytest.raises(RunError, match="holds a run already: go on with it by --resume"):
+    with pytest.raises(RunError, match="already contains a run: pass --resume to continue it"):
         run(folder)
     with pytest.raises(RunError, match=r"run of another recipe: learning_rate was 0.001, now 0.1"):
         run(folder, resume=True, learning_rate=0.1)

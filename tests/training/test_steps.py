@@ -191,7 +191,7 @@ def test_with_a_validation_set_the_test_is_made_once(tmp_path, monkeypatch):
         ({"schedule": "step"}, "schedule must be one of constant, inverse-sqrt, cosine, linear, got 'step'"),
         (
             {"schedule": "inverse-sqrt", "warmup_steps": 0},
-            "warmup_steps must be positive for the schedule inverse-sqrt",
+            "warmup_steps must be positive with the schedule inverse-sqrt",
         ),
         ({"decayed": "some"}, "decayed must be one of all, linear, weights, got 'some'"),
         ({"min_learning_rate": 1.0}, "min_learning_rate must be at most learning_rate 0.004, got 1.0"),

@@ -1,4 +1,4 @@
-"""Flowformer in Hugging Face's transformers: configuration, models, cache, and the way there and back.
+"""Flowformer in Hugging Face transformers: configuration, models, cache, and conversion.
 
 Importing this module registers the models with the Auto classes. Sources: transformers 5.24, models/gpt2 and
 models/falcon_mamba, for what it asks of a model.

@@ -1,4 +1,4 @@
-"""The state of a model as a layer of a cache of transformers."""
+"""The state of an attention layer as a cache layer of transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowformer.models.decoder import LanguageState
 
 
 class FlowformerCacheLayer(CacheLayerMixin):
-    """The state of one attention, of constant size where the mechanism's is.
+    """Cache layer that holds the state of one attention module, of constant size if the mechanism's state is.
 
     ``DynamicCache(config=config)`` makes a cache of such layers for a :class:`FlowformerConfig`. Keys and values are
     not kept, and tokens cannot be taken back, which generation with an assistant would need.
@@ -33,60 +33,60 @@ class FlowformerCacheLayer(CacheLayerMixin):
 
     @property
     def batch_size(self) -> int:
-        """Rows of the batch; -1 before the first token."""
+        """Batch size; -1 before the first token."""
         return -1 if self.length is None else self.length.shape[0]
 
     def store(self, state: Any, length: Tensor, tokens: int) -> None:
-        """Keep the state after ``tokens`` more, padding included, ``length`` (batch,) real ones in all."""
+        """Store the state after ``tokens`` more tokens, padding included; ``length`` (batch,) counts all real ones."""
         self.state, self.length, self.seen = state, length, self.seen + tokens
 
     def get_seq_length(self) -> int:
-        """Tokens so far, padding included."""
+        """Return the number of tokens so far, padding included."""
         return self.seen
 
     def get_max_length(self) -> int:
-        """-1: there is no end."""
+        """Return -1: the length is not limited."""
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length of a mask for ``query_length`` more tokens, and its first token."""
+        """Return the length of a mask for ``query_length`` more tokens, and its offset."""
         return self.seen + query_length, 0
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Reset to the state before the first token."""
         self.state: Any = None
         self.length: Tensor | None = None
         self.seen = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row ``beam_idx[i]`` was."""
+        """Replace row i by row ``beam_idx[i]``."""
         self._map(lambda part: part.index_select(0, beam_idx.to(part.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row, ``repeats`` times in a row."""
+        """Repeat each row ``repeats`` times."""
         self._map(lambda part: part.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices``: numbers, or booleans for all rows."""
+        """Keep the rows ``indices``: row numbers, or one boolean per row."""
         self._map(lambda part: part[indices.to(part.device)])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to remove tokens.
+        """Not supported: raises ValueError for any number of tokens to remove.
 
         Raises:
             ValueError: when asked to.
         """
         if tokens_to_remove:
             raise ValueError(
-                f"a state cannot go back, by {tokens_to_remove} tokens: copy the cache before it is updated"
+                f"cannot remove {tokens_to_remove} tokens from a state: copy the cache before it is updated"
             )
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> NoReturn:
-        """Refused: there are no keys and values to keep. A model calls :meth:`store`."""
+        """Not supported: the cache holds no keys and values. Models call :meth:`store`."""
         raise TypeError("a cache of a Flowformer holds states, not keys and values")
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused, as :meth:`lazy_initialization` is."""
+        """Not supported, like :meth:`lazy_initialization`."""
         self.lazy_initialization(key_states, value_states)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -97,7 +97,7 @@ class FlowformerCacheLayer(CacheLayerMixin):
 
 
 def read_cache(cache: Cache | None, num_layers: int, batch: int) -> LanguageState | None:
-    """The state that a cache holds; None for no cache, or an empty one.
+    """Return the state in a cache; None if there is no cache or it is empty.
 
     Raises:
         TypeError: for another kind of cache, or one for another number of layers.
@@ -115,12 +115,12 @@ def read_cache(cache: Cache | None, num_layers: int, batch: int) -> LanguageStat
     if length is None:
         return None
     if length.shape[0] != batch:
-        raise ValueError(f"the cache is of {length.shape[0]} rows, and the input of {batch}")
+        raise ValueError(f"the batch size of the cache is {length.shape[0]}, that of the input {batch}")
     return LanguageState(length, tuple(layer.state for layer in layers))
 
 
 def write_cache(cache: Cache, state: LanguageState, tokens: int) -> None:
-    """Keep the state after ``tokens`` more (padding included) in a cache that :func:`read_cache` took."""
+    """Store the state after ``tokens`` more tokens (padding included) in a cache that :func:`read_cache` accepted."""
     for layer, part in zip(_layers(cache), state.layers, strict=True):
         layer.store(part, state.length, tokens)
 

@@ -1,4 +1,4 @@
-"""The configuration of a Flowformer in transformers."""
+"""Configuration class for Flowformer in transformers."""
 
 # Annotations are types here, not text: `strict` reads them.
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ from flowformer.models.initialization import check_language_init
 
 @strict
 class FlowformerConfig(PreTrainedConfig):
-    """Options of a language model, as those of :class:`flowformer.models.language.LanguageModel`, and of transformers.
+    """Configuration of a Flowformer: options of :class:`flowformer.models.language.LanguageModel` and of transformers.
 
     Sizes have the names that transformers and its tools look for; the language model's own, ``dim``, ``num_layers``,
     ``num_heads`` and ``ffn_dim``, are understood too.
@@ -88,4 +88,4 @@ class FlowformerConfig(PreTrainedConfig):
         return [self.model_type] * self.num_hidden_layers
 
     def validate_layer_type(self) -> None:
-        """Nothing to find fault with: transformers would refuse layers that it does not ship."""
+        """Accept all layer types: the check of transformers rejects layers from other packages."""

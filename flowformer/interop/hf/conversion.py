@@ -1,4 +1,4 @@
-"""Conversion between language models of the library and of transformers: the same weights, the same numbers."""
+"""Conversion between language models of this library and of transformers, with the same weights and outputs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _OPTIONS = (
 
 
 def to_hf(model: LanguageModel, **fields: Any) -> FlowformerForCausalLM:
-    """A model of transformers with a copy of the weights of a language model.
+    """Convert a language model to a model of transformers with a copy of its weights.
 
     Args:
         model: The language model.
@@ -64,7 +64,7 @@ def to_hf(model: LanguageModel, **fields: Any) -> FlowformerForCausalLM:
 
 
 def from_hf(model: FlowformerForCausalLM) -> LanguageModel:
-    """A language model with a copy of the weights of one of transformers.
+    """Convert a model of transformers to a language model with a copy of its weights.
 
     Args:
         model: The model, for example ``FlowformerForCausalLM.from_pretrained(folder)``.

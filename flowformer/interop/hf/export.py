@@ -1,4 +1,4 @@
-"""A trained run as a folder for ``from_pretrained``: model and tokenizer."""
+"""Export a trained run as a folder for ``from_pretrained``: model and tokenizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowformer.tasks.text.tokenizers import Tokenizer
 
 
 def save_run(model: LanguageModel, tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write a model and its tokenizer as Hugging Face's ``from_pretrained`` reads them.
+    """Write a model and its tokenizer to a folder for Hugging Face's ``from_pretrained``.
 
     Args:
         model: The model.
@@ -24,14 +24,14 @@ def save_run(model: LanguageModel, tokenizer: Tokenizer, folder: str | Path) -> 
     """
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds files already: give another folder")
+        raise ValueError(f"{folder} is not empty: choose another folder")
     theirs = to_hf_tokenizer(tokenizer)
     to_hf(model, eos_token_id=theirs.eos_token_id).save_pretrained(folder)
     theirs.save_pretrained(folder)
 
 
 def to_hf_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """The same tokenizer as one of transformers: the same numbers for the same text."""
+    """Convert a tokenizer to one of transformers, with the same token ids."""
     form = tokenizer.to_hugging_face()
     return PreTrainedTokenizerFast(
         tokenizer_object=form.tokenizer, clean_up_tokenization_spaces=False, **form.special_tokens

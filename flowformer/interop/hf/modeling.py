@@ -31,12 +31,12 @@ _old_cache_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
 
 
 class FlowformerBlock(GradientCheckpointingLayer, EncoderBlock):
-    """A block of the decoder, which transformers can checkpoint. Arguments as those of :class:`EncoderBlock`."""
+    """Decoder block with gradient checkpointing of transformers. Arguments as in :class:`EncoderBlock`."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - two base classes, and overloads in one of them
         self, x: Tensor, *, return_state: bool = False, **arguments: Any
     ) -> Tensor | tuple[Tensor, Any]:
-        """As :meth:`EncoderBlock.forward`; one token after a state is computed by ``step``, which costs less."""
+        """As :meth:`EncoderBlock.forward`; a single token after a state is computed by ``step``, which is faster."""
         state = arguments.get("initial_state")
         alone = x.shape[1] == 1 and arguments.get("mask") is None
         if alone and state is not None and return_state:
@@ -46,7 +46,7 @@ class FlowformerBlock(GradientCheckpointingLayer, EncoderBlock):
 
 
 class FlowformerPreTrainedModel(PreTrainedModel):
-    """Base class of the models: initialisation, and what transformers may do with them."""
+    """Base class of the models: initialization, and the features of transformers that they support."""
 
     config: FlowformerConfig
     config_class = FlowformerConfig
@@ -59,7 +59,7 @@ class FlowformerPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """No: fresh parameters begin as in the models of transformers, by functions that leave loaded ones alone."""
+        """Return False: parameters are initialized like those of transformers, by functions that skip loaded ones."""
         return False
 
     @torch.no_grad()
@@ -123,7 +123,7 @@ class FlowformerModel(FlowformerPreTrainedModel, TokenDecoder):
         output_attentions: bool | None = None,
         output_hidden_states: Any = None,
     ) -> BaseModelOutputWithPast:
-        """Hidden states of tokens, or of their embeddings.
+        """Compute hidden states of tokens, or of their embeddings.
 
         Args:
             input_ids: (batch, length), integers below ``vocab_size``; any at padding.
@@ -140,10 +140,10 @@ class FlowformerModel(FlowformerPreTrainedModel, TokenDecoder):
             ``last_hidden_state`` (batch, length, dim), zeros at padding; ``cache``; ``hidden_states``.
 
         Raises:
-            ValueError, TypeError: for input that is not as said above, or a sequence beyond the learned positions.
+            ValueError, TypeError: for invalid input, or a sequence beyond the learned positions.
         """
         if output_attentions or (output_attentions is None and self.config.output_attentions):
-            raise ValueError("output_attentions: a Flowformer has no attention weights to return")
+            raise ValueError("output_attentions is not supported: a Flowformer has no attention weights to return")
         batch, length = _sizes(input_ids, inputs_embeds)
         cache = self._prepare_cache(cache, use_cache)
         before = read_cache(cache, self.config.num_hidden_layers, batch)
@@ -166,17 +166,17 @@ class FlowformerModel(FlowformerPreTrainedModel, TokenDecoder):
         """The cache to continue from, if any."""
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if cache is not None:
-                raise ValueError("no cache while activations are checkpointed: disable one of the two")
+                raise ValueError("use_cache is not supported with gradient checkpointing: disable one of the two")
             return None
         if use_cache is None:
             use_cache = cache is not None or (self.config.use_cache and not self.training)
         if cache is not None and not use_cache:
-            raise ValueError("a cache that is given is updated: use_cache=False contradicts it")
+            raise ValueError("use_cache=False is not supported with past_key_values: a cache that is passed is updated")
         return DynamicCache(config=self.config) if use_cache and cache is None else cache
 
 
 class FlowformerForCausalLM(FlowformerPreTrainedModel, GenerationMixin):
-    """The decoder and a head that scores the vocabulary for the next token.
+    """The decoder with a language modeling head.
 
     Args:
         config: The options.
@@ -207,7 +207,7 @@ class FlowformerForCausalLM(FlowformerPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Scores of the next token, at each position.
+        """Compute the logits of the next token at each position.
 
         Args:
             input_ids: As in :meth:`FlowformerModel.forward`, as are the next three and ``use_cache``.
@@ -241,12 +241,14 @@ class FlowformerForCausalLM(FlowformerPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
-            raise ValueError(f"cache_implementation must be absent: a Flowformer has its own cache; got {kind!r}")
+            raise ValueError(
+                f"cache_implementation is not supported, since a Flowformer has its own cache; got {kind!r}"
+            )
         return cast("Any", super())._prepare_cache_for_generation(generation_config, *args, **kwargs)
 
 
 class FlowformerForSequenceClassification(FlowformerPreTrainedModel):
-    """The decoder and a head that scores classes, or a number, from the last real token of a sequence.
+    """The decoder with a sequence classification or regression head on the last real token.
 
     Args:
         config: The options, with ``num_labels`` and ``problem_type``.
@@ -274,7 +276,7 @@ class FlowformerForSequenceClassification(FlowformerPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
-        """Scores of classes.
+        """Compute class logits.
 
         Args:
             input_ids: As in :meth:`FlowformerModel.forward`, as are the next three and ``use_cache``.
@@ -307,7 +309,7 @@ class FlowformerForSequenceClassification(FlowformerPreTrainedModel):
 def _sizes(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
     """(batch, length) of the input, be it tokens or embeddings."""
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("give input_ids or inputs_embeds, and not both")
+        raise ValueError("pass either input_ids or inputs_embeds")
     if input_ids is not None:
         check_token_ids("input_ids", input_ids)
         return input_ids.shape[0], input_ids.shape[1]
@@ -334,8 +336,8 @@ def _real_tokens(
         claimed = mask[:, :-length].sum(-1)
         if not torch.equal(claimed, before.length):
             raise ValueError(
-                f"attention_mask says that {claimed.tolist()} of the earlier tokens were real, and the cache that"
-                f" {before.length.tolist()} were"
+                f"attention_mask marks {claimed.tolist()} of the earlier tokens as real, but the cache"
+                f" holds {before.length.tolist()} real tokens"
             )
     mask = mask[:, -length:]
     return None if mask.all() else mask
@@ -346,9 +348,9 @@ def _countable(
 ) -> Tensor:
     """Labels, with -100 at padding and where nothing but padding comes before."""
     if labels.shape != sizes:
-        raise ValueError(f"labels must be {sizes}, as the input is, got {describe(labels)}")
+        raise ValueError(f"labels must be {sizes} like the input, got {describe(labels)}")
     if isinstance(logits_to_keep, Tensor) or logits_to_keep:
-        raise ValueError("logits_to_keep does not go with labels, which need the scores of all positions")
+        raise ValueError("logits_to_keep is not supported with labels, which need the logits of all positions")
     if attention_mask is None:
         return labels
     real = attention_mask[:, -labels.shape[1] :].bool().to(labels.device)

@@ -1,4 +1,4 @@
-"""The row of the C++ kernels among the backends."""
+"""Backend of the C++ kernels for CPUs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from flowformer.kernels.native import build, kernels
 
 def _refuses(device: str, dtype: torch.dtype) -> str:
     if device != "cpu":
-        return f"the native kernels run on the CPU, and this is on {device}"
+        return f"the native kernels run on the CPU, not on {device}"
     if dtype not in kernels.DTYPES:
         name = str(dtype).removeprefix("torch.")
-        return f"the native kernels compute float32 and bfloat16, and this is {name}"
-    return "" if kernels.kernels() else f"the native kernels do not run: {build.why_not()}"
+        return f"the native kernels support float32 and bfloat16, not {name}"
+    return "" if kernels.kernels() else f"the native kernels are not available: {build.why_not()}"
 
 
 def _describe() -> str:

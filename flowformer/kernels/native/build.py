@@ -1,4 +1,4 @@
-"""Builds the C++ kernels with this machine's compiler, and loads them.
+"""Build the C++ kernels with the compiler of this machine, and load them.
 
 The order in which a library is looked for: the one that a platform wheel ships beside this file, the one that an
 earlier process built into the cache folder, and then a new one is built there.
@@ -72,12 +72,12 @@ _log = logging.getLogger("flowformer")
 
 
 class BuildError(RuntimeError):
-    """The library can be neither found nor built nor loaded; the message is the reason."""
+    """The library cannot be found, built or loaded; the message states the reason."""
 
 
 @dataclass(frozen=True)
 class Library:
-    """A loaded library.
+    """A loaded shared library.
 
     Attributes:
         handle: Its functions.
@@ -101,9 +101,9 @@ _outcome: Library | str | None = None  # the library or the reason why there is 
 
 
 def load() -> Library | None:
-    """The library of this process: found, or built, on the first call.
+    """Return the library of this process, which the first call finds or builds.
 
-    Says through the logger "flowformer" that it builds, or why it does not run; each once.
+    Logs to "flowformer", once each, that it builds the kernels or why they are not available.
 
     Returns:
         The library, or ``None``; :func:`why_not` says why.
@@ -122,7 +122,7 @@ def load() -> Library | None:
 
 
 def why_not() -> str:
-    """Why :func:`load` gives no library, in a sentence; empty where it gives one."""
+    """Return why :func:`load` returns no library; empty if it returns one."""
     if _switched_off():
         return f"switched off by {SWITCH}={os.environ[SWITCH]}"
     load()
@@ -134,7 +134,7 @@ def _switched_off() -> bool:
 
 
 def level(library: Library) -> str:
-    """The instruction-set level whose functions are to be called: the best, or the one asked for.
+    """Return the instruction set to use: the best available, or the requested one.
 
     Raises:
         ValueError: if the environment variable ``FLOWFORMER_NATIVE_LEVEL`` names a level that is not there.
@@ -143,7 +143,7 @@ def level(library: Library) -> str:
     if not asked:
         return library.levels[0]
     if asked not in library.levels:
-        raise ValueError(f"{LEVEL_VARIABLE}={asked}: this machine has the levels {', '.join(library.levels)}")
+        raise ValueError(f"{LEVEL_VARIABLE}={asked}: available on this machine: {', '.join(library.levels)}")
     return asked
 
 
@@ -158,7 +158,7 @@ def open_library(source: Path = SOURCE, beside: Path = FOLDER) -> Library:
         BuildError: where it can be neither found nor built nor loaded.
     """
     if sys.platform == "win32":
-        raise BuildError("the C++ kernels are written for Linux and macOS, and this is Windows")
+        raise BuildError("the C++ kernels support Linux and macOS, not Windows")
     if path := shipped_library(source, beside):
         return _open(path, "shipped with the package")
     compiler = _compiler_or_reason()
@@ -222,7 +222,7 @@ def _openmp_runtimes() -> list[Path]:
 
 
 def shipped_library(source: Path = SOURCE, beside: Path = FOLDER) -> Path | None:
-    """The library that a wheel ships, if it was built from these sources for this kind of machine."""
+    """Return the library in an installed wheel, if it was built from these sources for this kind of machine."""
     library = beside / SHIPPED_LIBRARY
     try:
         record = json.loads((beside / SHIPPED_RECORD).read_text(encoding="utf-8"))
@@ -233,7 +233,7 @@ def shipped_library(source: Path = SOURCE, beside: Path = FOLDER) -> Path | None
 
 
 def cached_library(source: Path, compiler: str) -> Path:
-    """The library in the cache folder that this compiler makes of these sources; built if it is not there yet.
+    """Return the library in the cache folder for this compiler and these sources, building it if absent.
 
     Raises:
         BuildError: if the compiler fails or the folder cannot be written.
@@ -252,7 +252,7 @@ def cached_library(source: Path, compiler: str) -> Path:
                     compile_library(target, source, compiler)
     except OSError as error:
         raise BuildError(
-            f"the cache folder {folder} cannot be written ({error}): set {CACHE_VARIABLE} to one that can"
+            f"the cache folder {folder} is not writable ({error}): set {CACHE_VARIABLE} to one that is"
         ) from error
     with contextlib.suppress(OSError):  # a cache that others made may be read-only
         os.utime(target)  # so that its age is the time since it was last used
@@ -260,7 +260,7 @@ def cached_library(source: Path, compiler: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where libraries are built: ``FLOWFORMER_CACHE``, else flowformer's folder in the user's cache folder.
+    """Return the folder for built libraries: ``FLOWFORMER_CACHE``, else ``flowformer`` in the user's cache folder.
 
     Raises:
         BuildError: if the user has no home folder.
@@ -274,11 +274,11 @@ def cache_folder() -> Path:
     try:
         return Path(os.environ.get(variable) or Path.home() / usual) / "flowformer"
     except RuntimeError as error:
-        raise BuildError(f"there is no home folder to build in: set {CACHE_VARIABLE} to a folder") from error
+        raise BuildError(f"no home folder found for the build: set {CACHE_VARIABLE} to a folder") from error
 
 
 def fingerprint(source: Path, compiler: str) -> str:
-    """A name for what this compiler makes of these sources here: another source, flag or compiler, another name.
+    """Return a hash of sources, flags, compiler and machine, which names a built library.
 
     Raises:
         BuildError: if the compiler cannot be run.
@@ -317,7 +317,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed builds left, and libraries that nobody has used for a month."""
+    """Remove files of killed builds, and libraries unused for a month."""
     for pattern, limit_s in ((f"{_BUILDING}*", _DAY_S), (f"{_BUILT}*", 30 * _DAY_S)):
         for path in folder.glob(pattern):
             with contextlib.suppress(OSError):  # another process may be sweeping too
@@ -333,7 +333,7 @@ def _sweep(folder: Path) -> None:
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler to use: ``CXX``, which may hold arguments, else c++, g++ or clang++ on the PATH.
+    """Return the C++ compiler: ``CXX``, which may include arguments, else c++, g++ or clang++ on the PATH.
 
     Returns:
         The command as a shell would write it, or ``None`` if there is none that takes the options of g++.
@@ -356,12 +356,12 @@ def _compiler_or_reason() -> str:
     if compiler := find_compiler():
         return compiler
     if asked := os.environ.get("CXX"):
-        raise BuildError(f"no C++ compiler was found: CXX={asked} cannot be run, or is none that works like g++")
-    raise BuildError("no C++ compiler was found: install g++ or clang++, or set CXX")
+        raise BuildError(f"no C++ compiler found: CXX={asked} cannot be run, or does not accept the options of g++")
+    raise BuildError("no C++ compiler found: install g++ or clang++, or set CXX")
 
 
 def compile_library(target: Path, source: Path = SOURCE, compiler: str | None = None) -> None:
-    """Compile the kernels, once per instruction-set level, into a library that appears whole or not at all.
+    """Compile the kernels, once per instruction set, into a library that is written atomically.
 
     Args:
         target: The library's file; its folder is made.
@@ -392,7 +392,7 @@ def compile_library(target: Path, source: Path = SOURCE, compiler: str | None = 
 
 
 def ship(folder: Path, source: Path = SOURCE, compiler: str | None = None) -> tuple[Path, Path]:
-    """Build what a platform wheel ships: the library, and the record that says which sources it was built from.
+    """Build the files of a platform wheel: the library, and a record of the sources it was built from.
 
     Returns:
         The two files.

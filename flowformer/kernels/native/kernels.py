@@ -1,4 +1,4 @@
-"""The functions of the C++ library, and what the operators of all mechanisms do to call them with tensors."""
+"""Functions of the C++ library, and helpers to call them with tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Kernels(NamedTuple):
-    """The functions of one level of instructions."""
+    """The functions for one instruction set."""
 
     level: str
     causal_forward: Any
@@ -30,7 +30,7 @@ class Kernels(NamedTuple):
 
 
 def kernels() -> Kernels | None:
-    """The kernels of this process, or ``None``: :func:`flowformer.kernels.native.build.why_not` says why.
+    """Return the kernels of this process, or ``None``; :func:`flowformer.kernels.native.build.why_not` has the reason.
 
     Raises:
         ValueError: if the level that the environment asks for is not there.
@@ -59,16 +59,16 @@ def run(name: str, call: ctypes.Structure, *pointers: int) -> None:
     """
     found = kernels()
     if found is None:
-        raise RuntimeError(f"the native kernels no longer run: {build.why_not()}")
+        raise RuntimeError(f"the native kernels are no longer available: {build.why_not()}")
     if getattr(found, name)(ctypes.addressof(call), *pointers):
-        raise MemoryError(f"the native kernel {name} found no memory for its working space")
+        raise MemoryError(f"the native kernel {name} could not allocate its workspace")
 
 
 # ------------------------------------------------------------------------------------------- from tensors to the calls
 
 
 class View(ctypes.Structure):
-    """A tensor, as source/call.h has it."""
+    """A tensor: struct ``View`` of source/call.h."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -79,12 +79,12 @@ class View(ctypes.Structure):
 
 
 def view(x: Tensor) -> View:
-    """The view of a tensor (batch, length, heads, channels) or (batch, length, channels): it holds an address."""
+    """Return the view of a tensor (batch, length, heads, channels) or (batch, length, channels), by its address."""
     return View(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2) if x.ndim == 4 else 0)
 
 
 def adjacent(x: Tensor) -> Tensor:
-    """The tensor with its channels side by side: itself, if it is not laid out otherwise."""
+    """Return the tensor with adjacent channels: itself, or a contiguous copy."""
     return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
 
 
@@ -92,7 +92,7 @@ _LARGE_BYTES = 1 << 24  # memory of this size comes fresh from the system, which
 
 
 def empty_like(x: Tensor, zero: bool = False, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory for something shaped like x, in the layout of x where its channels lie side by side."""
+    """Allocate a tensor like x, in the layout of x if its channels are adjacent."""
     made = torch.empty_like(x, dtype=dtype)
     if made.shape[-1] > 1 and made.stride(-1) != 1:
         made = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
@@ -102,19 +102,19 @@ def empty_like(x: Tensor, zero: bool = False, dtype: torch.dtype | None = None) 
 
 
 def contiguous(*parts: Tensor | None) -> list[Tensor | None]:
-    """Each part without gaps, where there is one."""
+    """Return each part as a contiguous tensor, ``None`` for ``None``."""
     return [None if part is None else part.contiguous() for part in parts]
 
 
 def address(part: Tensor | None) -> int | None:
-    """Where a tensor lies that must live until the kernel has run; null for ``None``."""
+    """Return the address of a tensor, which must live until the kernel has run; null for ``None``."""
     return None if part is None else part.data_ptr()
 
 
 def refuse_second_gradients() -> None:
-    """Raise where gradients of gradients are asked for."""
+    """Raise RuntimeError if second-order gradients are requested."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "the native kernels have no gradients of gradients: leave out create_graph=True, or, where attention is "
-            "not causal, ask for backend='torch'"
+            "the native kernels do not support second-order gradients: omit create_graph=True, or, if attention is "
+            "not causal, pass backend='torch'"
         )

@@ -1,4 +1,4 @@
-"""Weighted means over all keys, by blocks of queries: what AFT-full is made of.
+"""Weighted means over all keys, computed in blocks of queries, for AFT-full.
 
 A block of w is made, used in two matrix products and forgotten, so a bias given as two factors never exists as a table.
 Autograd sees one node, which keeps keys, values, means and denominators.
@@ -34,7 +34,7 @@ Rows = slice | Tensor  # places of queries: of all sequences alike, or (batch, q
 
 
 def bias_block(bias: Bias, rows: Rows, columns: int) -> Tensor:
-    """The bias of some queries and the first keys, (queries, columns) or (batch, queries, columns)."""
+    """Return the bias of some queries and the first keys, (queries, columns) or (batch, queries, columns)."""
     table, *factor = bias
     return table[rows] @ factor[0][:columns].mT if factor else table[:, :columns][rows]
 
@@ -57,7 +57,7 @@ def _add_bias_gradient(grads: Bias, bias: Bias, rows: Rows, of_w: Tensor) -> Non
 
 
 class Blocks(NamedTuple):
-    """How blocks of queries see keys.
+    """Blocks of queries, and the keys that each of them sees.
 
     Attributes:
         causal: Whether a query sees keys up to its own place only.
@@ -72,7 +72,7 @@ class Blocks(NamedTuple):
     size: int
 
     def cut(self, queries: int) -> Iterator[tuple[int, int]]:
-        """Blocks; causal ones double at first, so that each but the first has a past as long as itself."""
+        """Cut queries into blocks; causal ones double at first, so that each past is as long as its block."""
         start = 0
         while start < queries:
             size = min(self.size, max(1, self.least + start)) if self.causal else self.size
@@ -80,19 +80,19 @@ class Blocks(NamedTuple):
             start += size
 
     def rows(self, start: int, end: int) -> Rows:
-        """Places of the queries of a block."""
+        """Return the positions of the queries of a block."""
         if isinstance(self.starts, int):
             return slice(self.starts + start, self.starts + end)
         return self.starts.unsqueeze(1) + torch.arange(start, end, device=self.starts.device)
 
     def columns(self, start: int, end: int, keys: int) -> tuple[int, int | None]:
-        """How many keys a block sees, and how many of them every query of it does."""
+        """Return how many keys a block sees, and how many of them are seen by all its queries."""
         if not self.causal:
             return keys, None
         return self.starts + end if isinstance(self.starts, int) else keys, self.least + start + 1
 
     def hide(self, w: Tensor, rows: Rows) -> Tensor:
-        """w, next to -infinity where a query does not see."""
+        """Return w with a large negative value at keys that a query does not see."""
         if not self.causal:
             return w
         columns = torch.arange(w.shape[-1], device=w.device)
@@ -101,7 +101,7 @@ class Blocks(NamedTuple):
 
 
 def block_means(bias: Bias, K: Tensor, V: Tensor, queries: int, blocks: Blocks) -> Tensor:
-    """Weighted means over all keys, or all up to a query.
+    """Compute weighted means over all keys, or over keys up to each query.
 
     Args:
         bias: Position bias, in the dtype of K.

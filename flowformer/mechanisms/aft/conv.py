@@ -34,7 +34,7 @@ LAYOUT = CHANNELS._replace(self_only="a filter requires queries and keys at the 
 
 
 class AFTConvState(NamedTuple):
-    """What causal AFT-conv remembers of the past, in float64.
+    """State of causal AFT-conv, in float64.
 
     Attributes:
         log_weight: log sum exp(k) of all tokens but the last ``taps - 1``, (batch, heads).
@@ -52,7 +52,7 @@ class AFTConvState(NamedTuple):
 def init_aft_conv_state(
     batch: int, heads: int, channels: int, taps: int, *, dtype: torch.dtype = torch.float32, device: Any = None
 ) -> AFTConvState:
-    """The state before the first token, for inputs of ``dtype``; it is kept in float64 whatever that is."""
+    """Return the state before the first token, in float64 for inputs of any ``dtype``."""
     log_weight, _ = init_aft_simple_state(batch, heads, dtype=dtype, device=device)
     mean = log_weight.new_zeros(batch, channels)
     key = log_weight.new_full((batch, taps - 1, heads), LOG_ZERO)
@@ -74,7 +74,7 @@ def aft_conv(
     return_state: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, AFTConvState]:
-    """AFT with filters, along a sequence or over an image.
+    """AFT-conv: AFT with filters, along a sequence or over an image.
 
     Args:
         q: Queries (batch, L, channels); of images (batch, height, width, channels).
@@ -96,13 +96,15 @@ def aft_conv(
         Output, shaped like q and in its dtype, zeros at padding; with ``return_state`` also the state.
 
     Raises:
-        TypeError, ValueError: for arguments of another form.
+        TypeError, ValueError: for invalid arguments.
     """
     op = "aft_conv"
     check_filters(op, filters, causal)
     if filters.ndim == 3 and not causal:
         if cu_seqlens is not None or initial_state is not None or return_state:
-            raise ValueError(f"{op}: packing and states want filters (heads, taps); images have none")
+            raise ValueError(
+                f"{op}: packing and states require filters (heads, taps); they are not supported for images"
+            )
         return _images(op, q, k, v, filters, hard, {"mask": mask, "context_mask": context_mask}, backend)
 
     def dense(q: Tensor, K: Tensor, V: Tensor, key: Any, query: Any, state: Any) -> tuple[Tensor, Any]:
@@ -133,20 +135,20 @@ def _fresh(op: str, batch: int, k: Tensor, v: Tensor, filters: Tensor) -> AFTCon
 
 
 def check_filters(op: str, filters: Any, causal: bool) -> None:
-    """Refuse what is no tensor of filters, or has no middle where one is needed."""
+    """Raise unless filters are a tensor of valid shape, with odd sizes in the bidirectional form."""
     wanted = f"{op}: filters must be a tensor (heads, taps), or (heads, rows, columns) for images"
     if not isinstance(filters, Tensor) or not filters.is_floating_point():
-        raise TypeError(f"{wanted}, of floating dtype, got {describe(filters)}")
+        raise TypeError(f"{wanted}, of floating-point dtype, got {describe(filters)}")
     if filters.ndim not in (2, 3) or 0 in filters.shape:
         raise ValueError(f"{wanted}, got {describe(filters)}")
     if not causal and any(size % 2 == 0 for size in filters.shape[1:]):
-        raise ValueError(f"{op}: bidirectional filters must have a middle, so odd sizes, got {describe(filters)}")
+        raise ValueError(f"{op}: bidirectional filters must have odd sizes, got {describe(filters)}")
 
 
 def match_filters(op: str, filters: Tensor, k: Tensor) -> Tensor:
-    """Filters in the dtype of sums, if there is one for each head."""
+    """Check that there is one filter per head, and cast filters to the dtype of sums."""
     if len(filters) != k.shape[-1]:
-        raise ValueError(f"{op}: filters must be as many as heads, {k.shape[-1]}, got {describe(filters)}")
+        raise ValueError(f"{op}: there must be one filter for each of {k.shape[-1]} heads, got {describe(filters)}")
     if filters.device != k.device:
         raise ValueError(f"{op}: filters must be on {k.device} like k, got {describe(filters)}")
     return filters.to(sum_dtype(k.dtype))
@@ -211,7 +213,7 @@ def _images(
 def aft_conv_step(
     q: Tensor, k: Tensor, v: Tensor, state: AFTConvState, filters: Tensor, *, hard: bool = False
 ) -> tuple[Tensor, AFTConvState]:
-    """One token of causal AFT-conv, in time and memory of the filters.
+    """Compute one token of causal AFT-conv, in time and memory proportional to the filter size.
 
     Args:
         q: Query (batch, channels).
@@ -225,7 +227,7 @@ def aft_conv_step(
         Output (batch, channels) and the state after the token.
 
     Raises:
-        TypeError, ValueError: for arguments of another form.
+        TypeError, ValueError: for invalid arguments.
     """
     op = "aft_conv_step"
     start_step(op, q, k, v, state, AFTConvState, lambda batch: _fresh(op, batch, k, v, filters), LAYOUT)

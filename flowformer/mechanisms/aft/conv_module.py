@@ -1,4 +1,4 @@
-"""AFT-conv as a module: the Attention Free Transformer whose position biases are filters.
+"""AFT-conv module: the Attention Free Transformer with convolutional position biases.
 
 Source: Zhai et al., "An Attention Free Transformer", 2021 (arXiv 2105.14103). The bias of two positions depends on how
 one lies to the other, and is 0 beyond the reach of the filter: tokens there are still seen.
@@ -38,7 +38,7 @@ def _state(batch: int, heads: int, key: int, value: int, filters: Tensor, hard: 
     cannot={"permutation": "its biases depend on distance"},
 )
 class AFTConv(AFT):
-    """AFT-conv: one filter of biases for each head, over sequences or images. See :mod:`flowformer.mechanisms.aft`.
+    """AFT-conv: one filter of position biases per head, for sequences or images. See :mod:`flowformer.mechanisms.aft`.
 
     Queries and values are split into heads; keys have one channel for each head. Fresh filters are zero: the module
     starts as AFT-simple.
@@ -52,11 +52,9 @@ class AFTConv(AFT):
             sequences it has none, and 11 is our choice.
         causal: Output t depends on positions up to t only. For sequences.
         hard: Leave out what the filter does not reach altogether, as the paper does for comparison.
-        bias: Whether the four projections have biases.
-        dropout: Applied after the output projection.
-        head_dim: Channels of a head in queries and values; ``dim // num_heads`` if absent.
         device: Of the parameters.
         dtype: Of the parameters.
+        **options: ``bias``, ``dropout`` and ``head_dim``, as in :class:`flowformer.mechanisms.Attention`.
 
     Attributes:
         kernel: What filters are made of, (num_heads, taps) or (num_heads, rows, columns). Its scale does not matter.
@@ -98,7 +96,7 @@ class AFTConv(AFT):
         self._reset_filters()
 
     def reset_parameters(self) -> None:
-        """Draw fresh parameters, as a new module has them."""
+        """Re-initialize all parameters."""
         super().reset_parameters()
         self._reset_filters()
 
@@ -109,7 +107,7 @@ class AFTConv(AFT):
 
     @property
     def key_width(self) -> int:
-        """Channels that keys are projected to: one for each head."""
+        """Channels of the keys: one per head."""
         return self.num_heads
 
     @property
@@ -142,7 +140,7 @@ def _check_kernel_size(kernel_size: int | Sequence[int], causal: bool) -> tuple[
     if len(sizes) not in (1, 2) or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(f"AFTConv: kernel_size must be a positive number or a pair of them, got {kernel_size}")
     if causal and len(sizes) == 2:
-        raise ValueError(f"AFTConv: images have no causal form: kernel_size must be one number, got {kernel_size}")
+        raise ValueError(f"AFTConv: images have no causal form: kernel_size must be a single number, got {kernel_size}")
     if not causal and not all(size % 2 for size in sizes):
-        raise ValueError(f"AFTConv: kernel_size must be odd, for the filter to have a centre, got {kernel_size}")
+        raise ValueError(f"AFTConv: kernel_size must be odd, got {kernel_size}")
     return sizes

@@ -1,4 +1,4 @@
-"""AFT-full: a position bias between any two positions. See :mod:`flowformer.mechanisms.aft` for the equations."""
+"""AFT-full: a position bias for each pair of positions. See :mod:`flowformer.mechanisms.aft` for the equations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROWS, CAUSAL_ROWS = 512, 256
 
 
 class AFTFullState(NamedTuple):
-    """The keys and values so far, in the dtype of the inputs: AFT-full remembers everything.
+    """State of causal AFT-full: all keys and values so far, in the dtype of the inputs.
 
     Attributes:
         key: (batch, tokens, channels).
@@ -43,7 +43,7 @@ class AFTFullState(NamedTuple):
 def init_aft_full_state(
     batch: int, channels: int, *, dtype: torch.dtype = torch.float32, device: Any = None
 ) -> AFTFullState:
-    """The state before the first token, for inputs of ``dtype``."""
+    """Return the state before the first token, for inputs of ``dtype``."""
     check_dtype("init_aft_full_state", dtype)
     empty = torch.empty(batch, 0, channels, dtype=dtype, device=device)
     return AFTFullState(empty, empty.clone(), empty.new_empty(batch, 0, dtype=torch.bool))
@@ -63,7 +63,7 @@ def aft_full(
     return_state: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, AFTFullState]:
-    """AFT with a position bias between any two positions.
+    """AFT-full: AFT with a position bias for each pair of positions.
 
     Args:
         q: Queries (batch, L, channels).
@@ -84,7 +84,7 @@ def aft_full(
         Output (batch, L, channels) in the dtype of q, zeros at padded queries; with ``return_state`` also the state.
 
     Raises:
-        TypeError, ValueError: for arguments of another form.
+        TypeError, ValueError: for invalid arguments.
     """
     op = "aft_full"
     if return_state and cu_seqlens is not None:
@@ -108,7 +108,7 @@ def aft_full(
         rows = min(CAUSAL_ROWS if causal else ROWS, 2 * K.shape[-1])
         mean = block_means(bias, K, V, queries, Blocks(causal, start, least, rows))
         mean = mean if places is None else spread(mean, places, length)
-        # A state that nobody will see, of a packed batch, differs in length from others.
+        # The unused state of a packed batch differs in length from others.
         return mean, state if return_state else None
 
     given = Given(q, k, v, causal, mask, context_mask, cu_seqlens, initial_state, return_state, backend)
@@ -129,7 +129,7 @@ def _extend(state: AFTFullState, K: Tensor, V: Tensor, mask: Tensor | None) -> A
 def aft_full_step(
     q: Tensor, k: Tensor, v: Tensor, state: AFTFullState, position_bias: PositionBias
 ) -> tuple[Tensor, AFTFullState]:
-    """One token of causal AFT-full, in time and memory that grow with the tokens before it.
+    """Compute one token of causal AFT-full, in time and memory linear in the number of tokens before it.
 
     Args:
         q: Query (batch, channels).
@@ -142,7 +142,7 @@ def aft_full_step(
         Output (batch, channels) and the state after the token.
 
     Raises:
-        TypeError, ValueError: for arguments of another form.
+        TypeError, ValueError: for invalid arguments.
     """
     start_step(
         "aft_full_step", q, k, v, state, AFTFullState,

@@ -1,4 +1,4 @@
-"""Weighted means over images: what AFT-conv is made of in two dimensions.
+"""Weighted means over images, for AFT-conv in two dimensions.
 
 The sum over a filter's window is a depthwise convolution with exp(w), whose terms are all positive. What is outside of
 the window is summed by itself, from positive terms too: the rows above and below it, and in the rows it covers what is
@@ -16,7 +16,7 @@ from flowformer.mechanisms.aft.means import REPAIR, TINY, is_plain
 
 
 def image_means(w: Tensor, K: Tensor, V: Tensor, *, hard: bool) -> Tensor:
-    """Means of values under exp(k_j + w_{j - t}), head by head.
+    """Compute means of values weighted by exp(k_j + w_{j - t}), head by head.
 
     Args:
         w: Filters (heads, rows, columns), of odd sizes.

@@ -30,7 +30,7 @@ LAYOUT = CHANNELS._replace(self_only="a window requires queries and keys at the 
 
 
 class AFTLocalState(NamedTuple):
-    """What causal AFT-local remembers of the past, in float64.
+    """State of causal AFT-local, in float64.
 
     Attributes:
         length: Tokens so far, (batch,), int64.
@@ -50,7 +50,7 @@ class AFTLocalState(NamedTuple):
 def init_aft_local_state(
     batch: int, channels: int, window: int, *, dtype: torch.dtype = torch.float32, device: Any = None
 ) -> AFTLocalState:
-    """The state before the first token, for inputs of ``dtype``; it is kept in float64 whatever that is."""
+    """Return the state before the first token, in float64 for inputs of any ``dtype``."""
     check_window("init_aft_local_state", window)
     past = init_aft_simple_state(batch, channels, dtype=dtype, device=device)
     value = past.mean.new_zeros(batch, window - 1, channels)
@@ -59,9 +59,9 @@ def init_aft_local_state(
 
 
 def check_window(op: str, window: Any) -> None:
-    """Refuse a window that is not a positive whole number."""
+    """Raise unless a window is a positive integer."""
     if not isinstance(window, int) or isinstance(window, bool):
-        raise TypeError(f"{op}: window must be a whole number, got {describe(window)}")
+        raise TypeError(f"{op}: window must be an integer, got {describe(window)}")
     if window < 1:
         raise ValueError(f"{op}: window must be at least 1 (the token itself), got {window}")
 
@@ -82,7 +82,7 @@ def aft_local(
     return_state: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, AFTLocalState]:
-    r"""AFT with a position bias within a window; keys outside of it count by themselves.
+    r"""AFT-local: AFT with a position bias within a window; keys outside of it have bias 0.
 
     Args:
         q: Queries (batch, L, channels).
@@ -103,7 +103,7 @@ def aft_local(
         Output (batch, L, channels) in the dtype of q, zeros at padding; with ``return_state`` also the state.
 
     Raises:
-        TypeError, ValueError: for arguments of another form.
+        TypeError, ValueError: for invalid arguments.
     """
     op = "aft_local"
     check_window(op, window)
@@ -180,7 +180,7 @@ def aft_local_step(
     *,
     hard: bool = False,
 ) -> tuple[Tensor, AFTLocalState]:
-    """One token of causal AFT-local, in time and memory of the window.
+    """Compute one token of causal AFT-local, in time and memory proportional to the window.
 
     Args:
         q: Query (batch, channels).
@@ -195,7 +195,7 @@ def aft_local_step(
         Output (batch, channels) and the state after the token.
 
     Raises:
-        TypeError, ValueError: for arguments of another form.
+        TypeError, ValueError: for invalid arguments.
     """
     op = "aft_local_step"
     check_window(op, window)

@@ -1,6 +1,6 @@
-r"""Weighted means of values, the arithmetic that every form of AFT shares, by matrix products that cannot overflow.
+r"""Weighted means of values by matrix products that cannot overflow, shared by all forms of AFT.
 
-For each query t and each channel, AFT wants the mean of the values under weights exp(k_j + w_tj):
+For each query t and each channel, AFT computes the mean of the values under weights exp(k_j + w_tj):
 
     y_t = sum_j exp(w_tj) exp(k_j) v_j / sum_j exp(w_tj) exp(k_j)
 
@@ -43,7 +43,7 @@ REPAIR = 2**22  # numbers that exist at a time while entries are repaired
 
 
 class Past(NamedTuple):
-    """Keys and values that are seen alike by all queries: one key and one value in their place.
+    """Summary of keys and values that all queries see equally: one key and one value.
 
     Attributes:
         log_weight: log sum_j exp(k_j), (..., M), float64.
@@ -55,7 +55,7 @@ class Past(NamedTuple):
 
 
 def summarise(K: Tensor, V: Tensor) -> Past:
-    """Log-sum and mean over tokens: K (..., tokens, M), V (..., tokens, M, e)."""
+    """Summarise tokens by log-sum and mean: K (..., tokens, M), V (..., tokens, M, e)."""
     m = K.detach().amax(-2, keepdim=True)
     weights = (K - m).exp()
     total = weights.sum(-2)
@@ -66,14 +66,14 @@ def summarise(K: Tensor, V: Tensor) -> Past:
 
 
 def join(one: Past, other: Past) -> Past:
-    """The two together."""
+    """Combine two summaries."""
     total = torch.logaddexp(one.log_weight, other.log_weight)
     of_one, of_other = ((past.log_weight - total).exp().unsqueeze(-1) for past in (one, other))
     return Past(total, of_one * one.mean + of_other * other.mean)
 
 
 def accumulate(pieces: Past, dim: int = 1) -> Past:
-    """Each piece along ``dim`` together with all before it, by doubling."""
+    """Combine each piece along ``dim`` with all before it, by doubling."""
     shift, count = 1, pieces.log_weight.shape[dim]
     while shift < count:
         left = Past(*(part.narrow(dim, 0, count - shift) for part in pieces))
@@ -88,7 +88,7 @@ def accumulate(pieces: Past, dim: int = 1) -> Past:
 
 
 class Sources(NamedTuple):
-    """Keys and values ready to be summed.
+    """Scaled keys and values, ready to be summed.
 
     Attributes:
         K: Keys, (..., n, M).
@@ -126,12 +126,12 @@ def prepare(K: Tensor, V: Tensor, past: Past | None, first: int | None) -> Sourc
 
 
 def is_plain() -> bool:
-    """Whether plain operations are wanted, which look at no data: a graph is traced, or torch.func at work."""
+    """Return whether data must not be inspected, since a graph is traced or torch.func is active."""
     return torch.compiler.is_compiling() or is_transformed()
 
 
 class Weights(NamedTuple):
-    """A position bias ready to weigh.
+    """A scaled position bias.
 
     Attributes:
         w: The bias, (..., q, n).
@@ -145,14 +145,14 @@ class Weights(NamedTuple):
 
 
 def weigh(w: Tensor, has_past: bool) -> Weights:
-    """Weights of a position bias."""
+    """Return the weights of a position bias."""
     r = w.detach().amax(-1, keepdim=True)
     r = r.clamp(min=0) if has_past else r
     return Weights(w, (w - r).exp_(), (-r).exp() if has_past else None)
 
 
 def means(weights: Weights, sources: Sources) -> tuple[Tensor, Tensor]:
-    """Means (..., q, M, e), and denominators (..., q, M), which are 0 where an entry had to be repaired."""
+    """Return means (..., q, M, e) and denominators (..., q, M), which are 0 where an entry was recomputed."""
     w, A, a = weights
     total, out = A @ sources.E, A @ sources.EV
     out = out.unflatten(-1, (-1, sources.V.shape[-1]))
@@ -211,7 +211,7 @@ class Gradients(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """What comes back to the two matrix products.
+    """Gradients of the two matrix products.
 
     Attributes:
         out: Gradient of the numerators, (..., q, M, e).
@@ -225,7 +225,7 @@ class Upstream(NamedTuple):
 
 
 def come_back(y: Tensor, total: Tensor, grad: Tensor) -> Upstream:
-    """For the results ``y`` and ``total`` of :func:`means`, and the gradient of y."""
+    """Compute :class:`Upstream` from the results ``y`` and ``total`` of :func:`means` and the gradient of y."""
     tiny = TINY[total.dtype]
     bad = total < tiny if total.min() < tiny else None
     out = grad / (total if bad is None else total.masked_fill(bad, torch.inf)).unsqueeze(-1)
@@ -233,7 +233,7 @@ def come_back(y: Tensor, total: Tensor, grad: Tensor) -> Upstream:
 
 
 def finish_sources(sources: Sources, of_EV: Tensor, of_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of K and V, for A^T times each part of :class:`Upstream`; the arguments are written over.
+    """Return gradients of K and V from A^T times each part of :class:`Upstream`; overwrites its arguments.
 
     With p_tj = exp(k_j + w_tj) / sum: dy_t / dv_j = p_tj, and the gradient of k_j + w_tj is p_tj grad_t (v_j - y_t).
     """
@@ -242,14 +242,14 @@ def finish_sources(sources: Sources, of_EV: Tensor, of_E: Tensor) -> tuple[Tenso
 
 
 def of_weights(weights: Weights, sources: Sources, back: Upstream) -> Tensor:
-    """Gradient of w, (..., q, n)."""
+    """Return the gradient of w, (..., q, n)."""
     return (back.out.flatten(-2) @ sources.EV.mT).sub_(back.total @ sources.E.mT).mul_(weights.A)
 
 
 def means_backward(
     weights: Weights, sources: Sources, y: Tensor, total: Tensor, grad: Tensor, *, of_w: bool
 ) -> Gradients:
-    """Gradients of :func:`means`, for its results ``y`` and ``total`` and the gradient of y, all (..., q, M, e)."""
+    """Return gradients of :func:`means` from its results ``y`` and ``total`` and the gradient of y, (..., q, M, e)."""
     back = come_back(y, total, grad)
     of_EV = (weights.A.mT @ back.out.flatten(-2)).unflatten(-1, back.out.shape[-2:])
     of_K, of_V = finish_sources(sources, of_EV, weights.A.mT @ back.total)
@@ -268,7 +268,7 @@ def means_backward(
 
 
 def repair_gradients(grads: Gradients, bad: Tensor, w: Tensor, sources: Sources, y: Tensor, grad: Tensor) -> None:
-    """Add what the repaired entries give."""
+    """Add the gradients of recomputed entries."""
     for entries, shares, values in _repairs(bad, w, sources):
         *where, query, column = entries
         upstream = grad[entries].to(values.dtype).unsqueeze(-2)
@@ -287,6 +287,6 @@ def repair_gradients(grads: Gradients, bad: Tensor, w: Tensor, sources: Sources,
 
 
 def refuse_second_gradients() -> None:
-    """Raise where gradients of gradients are asked for."""
+    """Raise RuntimeError if second-order gradients are requested."""
     if torch.is_grad_enabled():
-        raise RuntimeError("AFT has no gradients of gradients: leave out create_graph=True")
+        raise RuntimeError("AFT does not support second-order gradients: omit create_graph=True")

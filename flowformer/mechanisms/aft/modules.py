@@ -1,4 +1,4 @@
-"""The Attention Free Transformer as modules, but for its convolution: see :mod:`flowformer.mechanisms.aft.conv_module`.
+"""Modules of the Attention Free Transformer; AFT-conv is in :mod:`flowformer.mechanisms.aft.conv_module`.
 
 Source: Zhai et al., "An Attention Free Transformer", 2021 (arXiv 2105.14103):
 
@@ -28,7 +28,7 @@ SOURCE = "Zhai et al., An Attention Free Transformer, 2021"
 
 
 class AFT(Attention):
-    """What the forms of AFT share: their operations take (batch, length, channels), without an axis of heads.
+    """Base class of AFT modules, whose operations take (batch, length, channels) without an axis of heads.
 
     Each channel is weighed on its own, so that full, local and simple have as many heads as channels. ``num_heads`` is
     taken so that AFT can stand wherever another mechanism does; with ``head_dim`` it says the width of the projections,
@@ -36,11 +36,11 @@ class AFT(Attention):
     """
 
     def split(self, x: Tensor) -> Tensor:
-        """Queries, keys or values (..., width) as they are."""
+        """Return queries, keys or values (..., width) unchanged."""
         return x
 
     def join(self, out: Tensor) -> Tensor:
-        """The operation's output (..., width) as it is."""
+        """Return the operation's output (..., width) unchanged."""
         return out
 
 
@@ -69,12 +69,8 @@ class AFTSimple(AFT):
         dim: Channels of input and output.
         num_heads: Divides ``dim`` unless ``head_dim`` is given; all of them together are the width of the projections.
             What AFT computes does not depend on it: it has as many heads as channels.
-        causal: Output t depends on positions up to t only.
-        bias: Whether the four projections have biases.
-        dropout: Applied after the output projection.
-        head_dim: ``dim // num_heads`` if absent.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        **options: ``causal``, ``bias``, ``dropout``, ``head_dim``, ``device`` and ``dtype``, as in
+            :class:`flowformer.mechanisms.Attention`.
 
     Raises:
         ValueError: for sizes that do not fit.
@@ -144,7 +140,9 @@ class _PositionedAFT(AFT):
     def _check_positions(self, max_length: int | None, position_dim: int | None, position_std: float) -> int:
         name = type(self).__name__
         if max_length is None:
-            raise ValueError(f"{name}: give max_length, the longest sequence to come: it has a bias for each position")
+            raise ValueError(
+                f"{name}: max_length is required, the length of the longest sequence: there is a bias for each position"
+            )
         if max_length < 1 or (position_dim is not None and position_dim < 1):
             raise ValueError(f"{name}: max_length and position_dim must be positive, got {max_length}, {position_dim}")
         if position_std < 0 or (position_std == 0 and position_dim is not None):
@@ -187,18 +185,14 @@ class AFTFull(_PositionedAFT):
         num_heads: Divides ``dim`` unless ``head_dim`` is given; all of them together are the width of the projections.
             What AFT computes does not depend on it: it has as many heads as channels.
         max_length: Longest sequence (T), queries or keys; must be given. Shorter ones use the first positions.
-        causal: Output t depends on positions up to t only.
         position_dim: Channels (d') of the factors of the bias, w = u v^T with u and v (T, d'); the paper has 128 on
             ImageNet, 64 on CIFAR-10 and 256 on Enwik8, and found factors to do better than a free table (table 3).
             ``None`` is a free table (T, T).
         position_std: Standard deviation of fresh factors, or of a fresh table. The paper draws factors from
             "N(0, 10^-2)" and does not say which of the two the second number is; by custom it is the variance, hence
             0.1, a bias of deviation 0.1^2 sqrt(d') = 0.11 at d' = 128. It does not say how a table begins.
-        bias: Whether the four projections have biases.
-        dropout: Applied after the output projection.
-        head_dim: ``dim // num_heads`` if absent.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        **options: ``causal``, ``bias``, ``dropout``, ``head_dim``, ``device`` and ``dtype``, as in
+            :class:`flowformer.mechanisms.Attention`.
 
     Raises:
         ValueError: for sizes that do not fit; when called, for a sequence longer than ``max_length``.
@@ -257,14 +251,10 @@ class AFTLocal(_PositionedAFT):
         window: The bias of t and t' is kept where abs(t - t') < window (s). The default, and that of ``position_dim``,
             is the paper's on Enwik8; on CIFAR-10 it has window 256 and ``position_dim`` 64.
         hard: Leave out what is outside the window altogether, as the paper does for comparison.
-        causal: Output t depends on positions up to t only.
         position_dim: As in :class:`AFTFull`.
         position_std: As in :class:`AFTFull`.
-        bias: Whether the four projections have biases.
-        dropout: Applied after the output projection.
-        head_dim: ``dim // num_heads`` if absent.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        **options: ``causal``, ``bias``, ``dropout``, ``head_dim``, ``device`` and ``dtype``, as in
+            :class:`flowformer.mechanisms.Attention`.
 
     Raises:
         ValueError: for sizes that do not fit; when called, for a sequence longer than ``max_length``.

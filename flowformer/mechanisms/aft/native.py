@@ -1,4 +1,4 @@
-"""AFT-simple by the C++ kernels, as operators that PyTorch can differentiate, compile and trace."""
+"""AFT-simple in C++ kernels, as PyTorch operators with gradients, compilation and tracing."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ torch.library.register_autograd(
 
 @implements("aft_simple", "native")
 def attend(given: Checked) -> tuple[Tensor, AFTSimpleState | None]:
-    """Either form of AFT-simple: the output, and the state after it."""
+    """Compute either form of AFT-simple: the output, and the state after it."""
     q, k, v, causal, masks, cu_seqlens, state = given
 
     def dense(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: Any) -> Any:

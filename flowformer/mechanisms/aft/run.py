@@ -1,4 +1,4 @@
-"""What the forms of AFT share around their means: checks, masks, packing, states, gates and places."""
+"""Shared by all forms of AFT: checks, masks, packing, states, gates and positions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PositionBias = Tensor | tuple[Tensor, Tensor]
 
 
 def run_gated(op: str, given: Given, means: Dense, layout: Layout, init_state: Callable[[int], Any]) -> Any:
-    """Run a form of AFT: its means, gated by the queries.
+    """Run a form of AFT: weighted means, gated by the queries.
 
     Args:
         op: Name of the operation.
@@ -54,7 +54,7 @@ def _alive(key: Tensor | None, query: Tensor | None) -> Tensor | None:
 def start_step(
     op: str, q: Tensor, k: Tensor, v: Tensor, state: Any, kind: type, fresh: Callable[[int], Any], layout: Layout
 ) -> None:
-    """Check one step of decoding; ``fresh`` makes the state of ``kind`` before the first token, for a batch size."""
+    """Check a decoding step; ``fresh`` returns the initial state of type ``kind`` for a batch size."""
     check_step(op, q, k, v, state, kind, layout)
     check_state(op, state, fresh(len(q)))
 
@@ -65,7 +65,7 @@ def finish_step(q: Tensor, mean: Tensor) -> Tensor:
 
 
 def check_bias(op: str, position_bias: Any, like: Tensor) -> Bias:
-    """The table (w,) or the factors (u, v), in the dtype that sums have.
+    """Return the table (w,) or the factors (u, v), in the dtype of sums.
 
     Raises:
         TypeError, ValueError: for anything else.
@@ -74,7 +74,7 @@ def check_bias(op: str, position_bias: Any, like: Tensor) -> Bias:
     shown = f"got {', '.join(describe(part) for part in bias)}"
     wanted = f"{op}: position_bias must be a tensor (T, T), or two factors (T, channels)"
     if len(bias) > 2 or not all(isinstance(part, Tensor) and part.is_floating_point() for part in bias):
-        raise TypeError(f"{wanted}, of floating dtype, {shown}")
+        raise TypeError(f"{wanted}, of floating-point dtype, {shown}")
     if any(part.ndim != 2 for part in bias) or len({tuple(part.shape) for part in bias}) > 1 or not len(bias):
         raise ValueError(f"{wanted}, {shown}")
     if len(bias) == 1 and bias[0].shape[0] != bias[0].shape[1]:
@@ -85,13 +85,13 @@ def check_bias(op: str, position_bias: Any, like: Tensor) -> Bias:
 
 
 def check_places(op: str, bias: Bias, places: int) -> None:
-    """Refuse a sequence that is longer than the table of positions."""
+    """Raise ValueError for a sequence that is longer than the table of positions."""
     if places > len(bias[0]):
-        raise ValueError(f"{op}: position_bias has {len(bias[0])} places, and there are {places} tokens")
+        raise ValueError(f"{op}: position_bias has {len(bias[0])} positions, got {places} tokens")
 
 
 def find_start(op: str, bias: Bias, counts: Tensor, tokens: int) -> tuple[int | Tensor, int]:
-    """Places of first tokens, as one number where all sequences have the same, and the least of them.
+    """Return the positions of the first tokens, one number if all sequences have the same, and their minimum.
 
     Raises:
         ValueError: where sequences reach beyond the table of positions.
@@ -104,5 +104,5 @@ def find_start(op: str, bias: Bias, counts: Tensor, tokens: int) -> tuple[int | 
 
 
 def close_up_if(tensors: Sequence[Tensor], mask: Tensor | None) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """:func:`flowformer.core.masks.close_up` where there is a mask."""
+    """Apply :func:`flowformer.core.masks.close_up` if there is a mask."""
     return (list(tensors), None, None) if mask is None else close_up(tensors, mask)

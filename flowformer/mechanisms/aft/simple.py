@@ -1,4 +1,4 @@
-"""AFT-simple: no positions. See :mod:`flowformer.mechanisms.aft` for the equations."""
+"""AFT-simple: AFT without position biases. See :mod:`flowformer.mechanisms.aft` for the equations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flowformer.mechanisms.aft.windows import BLOCK, CHUNK, Windows, causal_mean
 
 
 class AFTSimpleState(NamedTuple):
-    """What causal AFT-simple remembers of the past, in float64.
+    """State of causal AFT-simple, in float64.
 
     Attributes:
         log_weight: log sum exp(k), (batch, channels).
@@ -31,7 +31,7 @@ class AFTSimpleState(NamedTuple):
 def init_aft_simple_state(
     batch: int, channels: int, *, dtype: torch.dtype = torch.float32, device: Any = None
 ) -> AFTSimpleState:
-    """The state before the first token, for inputs of ``dtype``; it is kept in float64 whatever that is."""
+    """Return the state before the first token, in float64 for inputs of any ``dtype``."""
     check_dtype("init_aft_simple_state", dtype)
     device = torch.device("cpu") if device is None else torch.device(device)
     mean = torch.zeros(batch, channels, dtype=state_dtype(device), device=device)
@@ -51,7 +51,7 @@ def aft_simple(
     return_state: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, AFTSimpleState]:
-    """AFT without positions: each channel is the mean of its values under exp(k), gated by its query.
+    """AFT-simple: each channel is the mean of its values weighted by exp(k), gated by its query.
 
     Args:
         q: Queries (batch, L, channels).
@@ -71,7 +71,7 @@ def aft_simple(
         Output (batch, L, channels) in the dtype of q, zeros at padded queries; with ``return_state`` also the state.
 
     Raises:
-        TypeError, ValueError: for arguments of another form.
+        TypeError, ValueError: for invalid arguments.
     """
 
     def dense(q: Tensor, K: Tensor, V: Tensor, key: Any, query: Any, state: Any) -> tuple[Tensor, Any]:
@@ -100,7 +100,7 @@ def _triangle(size: int, like: Tensor) -> Tensor:
 
 
 def aft_simple_step(q: Tensor, k: Tensor, v: Tensor, state: AFTSimpleState) -> tuple[Tensor, AFTSimpleState]:
-    """One token of causal AFT-simple.
+    """Compute one token of causal AFT-simple.
 
     Args:
         q: Query (batch, channels).
@@ -112,7 +112,7 @@ def aft_simple_step(q: Tensor, k: Tensor, v: Tensor, state: AFTSimpleState) -> t
         Output (batch, channels) and the state after the token.
 
     Raises:
-        TypeError, ValueError: for arguments of another form.
+        TypeError, ValueError: for invalid arguments.
     """
     start_step(
         "aft_simple_step", q, k, v, state, AFTSimpleState,

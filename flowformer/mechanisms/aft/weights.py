@@ -107,7 +107,7 @@ _rows = {2: rows_of("aft_conv", conv_weights, CONV_LAYOUT), 3: rows_of("aft_conv
 
 
 def conv_truth(q: Tensor, k: Tensor, v: Tensor, filters: Tensor, *, mask: Tensor | None = None, **given: Any) -> Tensor:
-    """:func:`flowformer.ops.aft_conv` in float64, along a sequence or over an image."""
+    """Float64 reference of :func:`flowformer.ops.aft_conv`, along a sequence or over an image."""
     if filters.ndim == 2:
         return _truths[2](q, k, v, filters, mask=mask, **given)
     flat_q, flat_v, flat_mask = (None if x is None else x.flatten(1, 2) for x in (q, v, mask))
@@ -118,7 +118,7 @@ def conv_truth(q: Tensor, k: Tensor, v: Tensor, filters: Tensor, *, mask: Tensor
 def conv_rows(
     q: Tensor, k: Tensor, places: Places, filters: Tensor, *, mask: Tensor | None = None, **given: Any
 ) -> Tensor:
-    """Rows of weights of a batch; of images (batch, height, width, heads), places are counted row by row."""
+    """Return rows of weights of a batch; in images (batch, height, width, heads), positions are counted row by row."""
     if filters.ndim == 2:
         return _rows[2](q, k, places, filters, mask=mask, **given)
     if k.ndim != 4:

@@ -1,4 +1,4 @@
-"""Weighted means over windows of keys that move in chunks of queries: what AFT-simple, -local and -conv are made of.
+"""Weighted means over sliding windows of keys, in chunks of queries, for AFT-simple, AFT-local and AFT-conv.
 
 Queries of a chunk share one window of keys, whose weights are one matrix product; what lies before and behind the
 window is one more key, see :class:`flowformer.mechanisms.aft.means.Past`. Autograd sees one node, which keeps its
@@ -36,7 +36,7 @@ BLOCK = 1024  # keys of windows that are worked on at a time
 
 
 class Windows(NamedTuple):
-    """How queries, in chunks, see keys: chunk c sees those from ``c chunk`` to ``c chunk + width`` one by one.
+    """Chunks of queries and their windows of keys: chunk c sees keys ``c chunk`` to ``c chunk + width`` individually.
 
     Attributes:
         chunk: Queries of a chunk.
@@ -53,38 +53,38 @@ class Windows(NamedTuple):
     block: int
 
     def groups(self, chunks: int) -> Iterator[tuple[int, int]]:
-        """First and last chunk + 1 of what is worked on at a time."""
-        # With heads, products are small: they want more columns, which chunks make.
+        """Yield the first chunk, and the last one + 1, of each group that is computed at once."""
+        # With heads, products are small: chunks add columns.
         size = max(1, (4 if self.heads else 1) * self.block // self.width)
         for start in range(0, chunks, size):
             yield start, min(start + size, chunks)
 
     def cut(self, x: Tensor, start: int, end: int) -> Tensor:
-        """Windows of chunks: x (batch, tokens, ...) to (batch, chunks, width, ...)."""
+        """Return the windows of chunks: x (batch, tokens, ...) to (batch, chunks, width, ...)."""
         tokens = x[:, start * self.chunk : (end - 1) * self.chunk + self.width]
         return tokens.unfold(1, self.width, self.chunk).movedim(-1, 2)
 
     def arrange(self, x: Tensor) -> Tensor:
-        """(batch, chunks, n, M, ...) as products want it: with heads, (M, n, batch chunks, ...)."""
+        """Permute (batch, chunks, n, M, ...) for matrix products: with heads, (M, n, batch chunks, ...)."""
         return x.movedim(3, 0).movedim(3, 1).flatten(2, 3).contiguous() if self.heads else x
 
     def arrange_past(self, past: Past | None) -> Past | None:
-        """The past of some chunks, (batch, chunks, M, ...), likewise."""
+        """Permute the past of some chunks, (batch, chunks, M, ...), likewise."""
         if past is None or not self.heads:
             return past
         return Past(*(part.movedim(2, 0).flatten(1, 2) for part in past))
 
     def restore(self, x: Tensor, chunks: int) -> Tensor:
-        """What :meth:`arrange` made, back again."""
+        """Invert :meth:`arrange`."""
         return x.unflatten(2, (-1, chunks)).movedim(1, 3).movedim(0, 3) if self.heads else x
 
     def restore_past(self, past: Past, chunks: int) -> Past:
-        """What :meth:`arrange_past` made, back again."""
+        """Invert :meth:`arrange_past`."""
         return Past(*(part.unflatten(1, (-1, chunks)).movedim(0, 2) for part in past)) if self.heads else past
 
 
 def window_means(w: Tensor, K: Tensor, V: Tensor, past: Past | None, windows: Windows) -> Tensor:
-    """Weighted means over windows.
+    """Compute weighted means over windows.
 
     Args:
         w: (batch or 1, chunks or 1, chunk, width); with heads (M, chunk, width). Next to -infinity where nothing is
@@ -181,7 +181,7 @@ def _add_windows(whole: Tensor, pieces: Tensor, start: int, windows: Windows) ->
 
 
 def pad_tokens(x: Tensor, before: int, after: int, value: float = 0.0) -> Tensor:
-    """Lengthen (batch, tokens, ...) on both sides."""
+    """Pad (batch, tokens, ...) on both sides."""
     return pad(x, (*(0, 0) * (x.ndim - 2), before, after), value=value) if before or after else x
 
 
@@ -196,7 +196,7 @@ def causal_means(
     *,
     hard: bool = False,
 ) -> tuple[Tensor, Past, tuple[Tensor, Tensor]]:
-    """Means of a causal form, and what is to be known to go on.
+    """Compute the means of a causal form, and its state after the last token.
 
     Args:
         w: Bias within windows, see :func:`window_means`.
@@ -238,7 +238,7 @@ def _last(buffer: tuple[Tensor, Tensor], K: Tensor, V: Tensor, ends: Tensor) -> 
 
 
 def two_sided_means(w: Tensor, K: Tensor, V: Tensor, back: int, windows: Windows, *, hard: bool = False) -> Tensor:
-    """Means of a bidirectional form.
+    """Compute the means of a bidirectional form.
 
     Args:
         w: Bias within windows, see :func:`window_means`.
@@ -272,7 +272,7 @@ def two_sided_means(w: Tensor, K: Tensor, V: Tensor, back: int, windows: Windows
 def step_window(
     w: Tensor, k: Tensor, v: Tensor, state: Any, *, hard: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor]:
-    """One token of a form with a window.
+    """Compute one token of a form with a window.
 
     Args:
         w: Bias of the last keys and the token's own, (batch or 1, window, M or 1).

@@ -1,4 +1,4 @@
-"""Flow-Attention as a module, and its row of the registry."""
+"""Flow-Attention module."""
 
 from __future__ import annotations
 

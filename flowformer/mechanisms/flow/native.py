@@ -1,4 +1,4 @@
-"""Flow-Attention by the C++ kernels, as operators that PyTorch can differentiate, compile and trace."""
+"""Flow-Attention in C++ kernels, as PyTorch operators with gradients, compilation and tracing."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ def _step(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
 
 
 def run_step(q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], options: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """A step on contiguous tensors that are known to fit together: output and state."""
+    """Run a step on contiguous, checked tensors: output and state."""
     call = _step_call(q.shape, v.shape[-1], q.dtype, options, torch.get_num_threads())
     after = (torch.empty_like(v), *map(torch.empty_like, state))
     run("step", call, *(part.data_ptr() for part in (q, k, v, after[0], *state, *after[1:])))
@@ -338,7 +338,7 @@ def attend(given: Checked, options: FlowOptions) -> tuple[Tensor, FlowState | No
 
 @implements("flow_attention_step", "native")
 def step(q: Tensor, k: Tensor, v: Tensor, state: FlowState, options: FlowOptions, *, plain: bool) -> tuple[Tensor, ...]:
-    """One token: the output, and the parts of the state after it; ``plain``: contiguous tensors without gradients."""
+    """Compute one token: output, and parts of the state after it; ``plain``: contiguous tensors without gradients."""
     if plain:
         return run_step(q, k, v, state, options.values())
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *state)):

@@ -52,7 +52,7 @@ from flowformer.mechanisms.flow.options import RELU_FLOOR, FlowOptions, flow_opt
 
 
 class FlowState(NamedTuple):
-    """What causal Flow-Attention remembers of the past. Sums are in float64: see ``core.precision.state_dtype``.
+    """State of causal Flow-Attention. Sums are in float64: see ``core.precision.state_dtype``.
 
     Attributes:
         length: Tokens so far, (batch,), int64.
@@ -76,7 +76,7 @@ def init_flow_state(
     dtype: torch.dtype = torch.float32,
     device: Any = None,
 ) -> FlowState:
-    """The state before the first token, for inputs of ``dtype``; sums are in float64 whatever it is."""
+    """Return the state before the first token, with sums in float64 for inputs of any ``dtype``."""
     check_dtype("init_flow_state", dtype)
     device = torch.device("cpu") if device is None else torch.device(device)
     like = torch.zeros(batch, heads, dtype=state_dtype(device), device=device)
@@ -133,7 +133,7 @@ def flow_attention(
         Half precision is summed in float32.
 
     Raises:
-        TypeError, ValueError: for arguments of another form.
+        TypeError, ValueError: for invalid arguments.
     """
     options = flow_options(preset, **overrides)
     given = Given(q, k, v, causal, mask, context_mask, cu_seqlens, initial_state, return_state, backend)
@@ -149,7 +149,7 @@ def flow_attention(
 
 
 def features(x: Tensor, mask: Tensor | None, feature_map: str) -> Tensor:
-    """phi(x) for x (batch, length, heads, K); zero at padding, and so without part in any flow."""
+    """Return phi(x) for x (batch, length, heads, K); zero at padding, which excludes it from all flows."""
     # Padding is filled twice: before, since the derivative of sigmoid at NaN is NaN, and after, since phi(0) > 0.
     x = fill(x, mask).to(sum_dtype(x.dtype))
     return fill(x.sigmoid() if feature_map == "sigmoid" else x.relu() + RELU_FLOOR, mask)
@@ -327,7 +327,7 @@ def flow_attention_step(
     backend: str = "auto",
     **overrides: Any,
 ) -> tuple[Tensor, FlowState]:
-    """One token of causal Flow-Attention, in time and memory that do not depend on how many came before.
+    """Compute one token of causal Flow-Attention, in time and memory independent of the number of tokens before it.
 
     Args:
         q: Query before the feature map, (batch, heads, K).
@@ -343,7 +343,7 @@ def flow_attention_step(
         Output (batch, heads, V) in the dtype of v, and the state after the token.
 
     Raises:
-        TypeError, ValueError: for arguments of another form.
+        TypeError, ValueError: for invalid arguments.
     """
     op = "flow_attention_step"
     options = flow_options(preset, **overrides)
@@ -362,7 +362,7 @@ def flow_attention_step(
 def _fits(q: Any, k: Any, v: Any, state: Any) -> bool:
     """Whether a step is right beyond doubt: contiguous tensors of the right shapes and dtypes, without gradients.
 
-    The checks that say in words what is wrong take ten times as long as the step of a kernel.
+    The checks with error messages take ten times as long as the step of a kernel.
     """
     if type(state) is not FlowState or not all(type(t) is Tensor and t.is_contiguous() for t in (q, k, v, *state)):
         return False

@@ -1,4 +1,4 @@
-"""What distinguishes the variants of Flow-Attention: options, and the presets of the published code."""
+"""Options of Flow-Attention, and the presets of the published code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RELU_FLOOR = 1e-6  # published with the relu feature map: keeps every capacity p
 
 @dataclass(frozen=True)
 class FlowOptions:
-    """What distinguishes one variant of Flow-Attention from another.
+    """Options of Flow-Attention.
 
     Attributes:
         feature_map: ``"sigmoid"``, or ``"relu"`` for relu(x) + 1e-6.
@@ -36,7 +36,7 @@ class FlowOptions:
     rescale: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Raise for invalid values."""
         if self.feature_map not in ("sigmoid", "relu"):
             raise ValueError(f"feature_map must be 'sigmoid' or 'relu', got {self.feature_map!r}")
         if self.competition not in ("sequence", "heads", None):
@@ -51,7 +51,7 @@ class FlowOptions:
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
     def values(self) -> tuple[Any, ...]:
-        """The options in the order of their declaration, as the native operators take them."""
+        """Return the options in the order of their declaration, as the native operators take them."""
         return (
             *(self.feature_map, self.clamp, self.eps, self.flow_eps),
             *(self.competition, self.allocation, self.rescale),
@@ -72,18 +72,18 @@ PRESETS: dict[str, FlowOptions] = {
 
 
 def flow_options(preset: str = "core", **overrides: Any) -> FlowOptions:
-    """The options of a preset, with some of them overridden.
+    """Return the options of a preset, with some of them overridden.
 
     Raises:
         ValueError: for an unknown preset or a value out of range.
         TypeError: for an option that does not exist.
     """
     if preset not in PRESETS:
-        raise ValueError(f"no preset {preset!r}; there is {', '.join(PRESETS)}{nearest(preset, PRESETS)}")
+        raise ValueError(f"unknown preset {preset!r}; available: {', '.join(PRESETS)}{nearest(preset, PRESETS)}")
     if not overrides:
         return PRESETS[preset]
     for name in overrides:
         if name not in OPTIONS:
             known = ", ".join(OPTIONS)
-            raise TypeError(f"Flow-Attention has no option {name!r}; it has {known}{nearest(name, OPTIONS)}")
+            raise TypeError(f"Flow-Attention has no option {name!r}; available: {known}{nearest(name, OPTIONS)}")
     return FlowOptions(**{name: overrides.get(name, getattr(PRESETS[preset], name)) for name in OPTIONS})

@@ -12,7 +12,7 @@ from flowformer.mechanisms.weights import FlowMaps, Rows, lower
 
 
 def flows(q: Tensor, k: Tensor, *, causal: bool = False, preset: str = "core", **overrides: Any) -> FlowMaps:
-    """The flows of one sequence, (length, heads) each: q (L, heads, K), k (S, heads, K)."""
+    """Return the flows of one sequence, (length, heads) each: q (L, heads, K), k (S, heads, K)."""
     o, L, S = flow_options(preset, **overrides), len(q), len(k)
     Q, K = phi(q, o.feature_map), phi(k, o.feature_map)
     n = torch.arange(1, S + 1, dtype=q.dtype, device=q.device)[:, None] if causal else torch.ones_like(Q[:1, :1, 0])
@@ -36,7 +36,7 @@ def flows(q: Tensor, k: Tensor, *, causal: bool = False, preset: str = "core", *
 
 
 def weights(q: Tensor, k: Tensor, *, causal: bool = False, preset: str = "core", **overrides: Any) -> Rows:
-    """Rows A_i (Q_i / I_i) . K_j C_j of one sequence."""
+    """Return rows A_i (Q_i / I_i) . K_j C_j of one sequence."""
     o = flow_options(preset, **overrides)
     found = flows(q, k, causal=causal, preset=preset, **overrides)
     Q, K = phi(q, o.feature_map), phi(k, o.feature_map)
@@ -55,5 +55,5 @@ def phi(x: Tensor, feature_map: str) -> Tensor:
 
 
 def meet(A: Tensor, b: Tensor, eps: float) -> Tensor:
-    """(A + eps) . (b + eps), channel by channel added up."""
+    """Return (A + eps) . (b + eps), summed over channels."""
     return ((A + eps) * (b + eps)).sum(-1)

@@ -1,4 +1,4 @@
-"""Mobile-Attention as a module, and its row of the registry."""
+"""Mobile-Attention module."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from flowformer.mechanisms.weights import flows_of, rows_of, truth_of
     layout=LAYOUT,
 )
 class MobileAttention(Attention):
-    """Flow-Attention whose flow is conserved among the heads of a token (Yao et al., ICML 2024): self-attention.
+    """Mobile-Attention (Yao et al., ICML 2024): self-attention whose flow is conserved among the heads of a token.
 
     See :mod:`flowformer.ops.mobile`. As published, outputs grow in proportion to the number of tokens, and something
     after the module has to absorb it; ``normalize=True`` makes their scale independent of it.

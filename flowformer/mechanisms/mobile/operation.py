@@ -55,7 +55,7 @@ LAYOUT = HEADS._replace(self_only="queries and keys of a token meet in its flows
 
 
 class MobileState(NamedTuple):
-    """What causal Mobile-Attention remembers of the past. Sums are in float64: see ``core.precision.state_dtype``.
+    """State of causal Mobile-Attention. Sums are in float64: see ``core.precision.state_dtype``.
 
     Attributes:
         length: Tokens so far, (batch,), int64.
@@ -77,7 +77,7 @@ def init_mobile_state(
     dtype: torch.dtype = torch.float32,
     device: Any = None,
 ) -> MobileState:
-    """The state before the first token, for inputs of ``dtype``; sums are in float64 whatever it is."""
+    """Return the state before the first token, with sums in float64 for inputs of any ``dtype``."""
     check_dtype("init_mobile_state", dtype)
     device = torch.device("cpu") if device is None else torch.device(device)
     like = torch.zeros(batch, heads, dtype=state_dtype(device), device=device)
@@ -128,7 +128,7 @@ def mobile_attention(
         precision is summed in float32.
 
     Raises:
-        TypeError, ValueError: for arguments of another form.
+        TypeError, ValueError: for invalid arguments.
     """
     options = mobile_options(**overrides)
     given = Given(q, k, v, causal, mask, context_mask, cu_seqlens, initial_state, return_state, backend)
@@ -150,7 +150,7 @@ def _flow(A: Tensor, total: Tensor, eps: float) -> Tensor:
 
 
 def _sinks_and_sources(Q: Tensor, K: Tensor, mask: Tensor | None, options: MobileOptions) -> tuple[Tensor, Tensor]:
-    """A Q / I (..., heads, K), and O^ (..., heads), clamped: all that flows say of each token."""
+    """Return A Q / I (..., heads, K) and O^ (..., heads), clamped, for each token."""
     eps = options.eps
     # The flow of padding is next to nothing: it is divided by, and nothing may come of that.
     incoming = fill(_flow(Q, K.sum(-2), eps), mask, 1.0)
@@ -264,7 +264,7 @@ def _decay(sources: Tensor, sinks: Tensor, ahead: int) -> Tensor:
 def mobile_attention_step(
     q: Tensor, k: Tensor, v: Tensor, state: MobileState, **overrides: Any
 ) -> tuple[Tensor, MobileState]:
-    """One token of causal Mobile-Attention, in time and memory that do not depend on how many came before.
+    """Compute one token of causal Mobile-Attention, in time and memory independent of the number of tokens before it.
 
     Args:
         q: Query before the feature map, (batch, heads, K).
@@ -278,7 +278,7 @@ def mobile_attention_step(
         Output (batch, heads, V) in the dtype of v, and the state after the token.
 
     Raises:
-        TypeError, ValueError: for arguments of another form.
+        TypeError, ValueError: for invalid arguments.
     """
     op = "mobile_attention_step"
     options = mobile_options(**overrides)

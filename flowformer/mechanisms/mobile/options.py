@@ -1,4 +1,4 @@
-"""What distinguishes the variants of Mobile-Attention."""
+"""Options of Mobile-Attention."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from flowformer.mechanisms.flow.options import FlowOptions
 
 @dataclass(frozen=True)
 class MobileOptions:
-    """What distinguishes one variant of Mobile-Attention from another. The defaults are the published form.
+    """Options of Mobile-Attention. The defaults are the published form.
 
     Attributes:
         feature_map: ``"sigmoid"``, or ``"relu"`` for relu(x) + 1e-6.
         clamp: Bound c of the conserved outgoing flow before competition; ``None`` for no bound.
         eps: Added to every element of both factors of each flow.
-        competition: Among whom tokens' weights are shared, with mean 1: ``"sequence"``, ``"heads"`` (the heads of one
-            token), or ``None`` for no competition.
+        competition: The axis along which tokens' weights compete, mean 1: ``"sequence"``, ``"heads"`` (the heads of
+            one token), or ``None`` for no competition.
         allocation: Whether outputs are gated by the conserved incoming flow.
         normalize: Divide by the number of tokens (of those so far, in the causal form), so that the scale of outputs
             does not depend on it. As published (``False``) outputs grow in proportion to it.
@@ -32,7 +32,7 @@ class MobileOptions:
     normalize: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Raise for invalid values."""
         # What Flow-Attention has as well is refused in its words.
         FlowOptions(self.feature_map, self.clamp, self.eps, competition=self.competition, allocation=self.allocation)
         if not isinstance(self.normalize, bool):
@@ -43,7 +43,7 @@ _NAMES = tuple(field.name for field in fields(MobileOptions))
 
 
 def mobile_options(**overrides: Any) -> MobileOptions:
-    """The published options, with some of them overridden.
+    """Return the published options, with some of them overridden.
 
     Raises:
         ValueError: for a value out of range.
@@ -52,5 +52,5 @@ def mobile_options(**overrides: Any) -> MobileOptions:
     for name in overrides:
         if name not in _NAMES:
             known = ", ".join(_NAMES)
-            raise TypeError(f"Mobile-Attention has no option {name!r}; it has {known}{nearest(name, _NAMES)}")
+            raise TypeError(f"Mobile-Attention has no option {name!r}; available: {known}{nearest(name, _NAMES)}")
     return MobileOptions(**overrides)

@@ -13,7 +13,7 @@ from flowformer.mechanisms.weights import FlowMaps, Rows, lower
 
 
 def flows(q: Tensor, k: Tensor, *, causal: bool = False, **overrides: Any) -> FlowMaps:
-    """The flows among the heads of each token, (L, heads) each: q and k (L, heads, K)."""
+    """Return the flows among the heads of each token, (L, heads) each: q and k (L, heads, K)."""
     o = mobile_options(**overrides)
     Q, K = phi(q, o.feature_map), phi(k, o.feature_map)
     I, O = meet(Q, K.sum(1, keepdim=True), o.eps), meet(K, Q.sum(1, keepdim=True), o.eps)
@@ -39,7 +39,7 @@ def _competition(O_conserved: Tensor, places: Tensor, causal: bool, o: MobileOpt
 
 
 def weights(q: Tensor, k: Tensor, *, causal: bool = False, **overrides: Any) -> Rows:
-    """Rows A_i (Q_i / I_i) . K_j C_ij of one sequence, divided by the number of tokens seen with ``normalize``."""
+    """Return rows A_i (Q_i / I_i) . K_j C_ij of one sequence, divided by the tokens seen with ``normalize``."""
     o = mobile_options(**overrides)
     found = flows(q, k, causal=causal, **overrides)
     Q, K = phi(q, o.feature_map), phi(k, o.feature_map)

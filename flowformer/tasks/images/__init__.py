@@ -1,1 +1,1 @@
-"""Benchmarks of images: classification and density."""
+"""Image benchmarks: classification and density."""

@@ -1,4 +1,4 @@
-"""CIFAR-10: 60,000 pictures of 32 x 32 pixels in ten classes (Krizhevsky, 2009), in the forms it comes in."""
+"""CIFAR-10: 60,000 images of 32 x 32 pixels in ten classes (Krizhevsky, 2009), in all forms it is distributed in."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Files = Mapping[str, Callable[[], bytes]]  # by path, what reads them
 
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
-    """Pictures of one size with the indices of their classes.
+    """Images of one size with the indices of their classes.
 
     Attributes:
         images: (n, height, width, channels) uint8.
@@ -55,12 +55,12 @@ class LabelledImages:
         return self.images[index], int(self.labels[index])
 
     def subset(self, indices: np.ndarray) -> LabelledImages:
-        """The pictures at ``indices``, in that order."""
+        """Return the images at ``indices``, in that order."""
         return LabelledImages(self.images[indices], self.labels[indices])
 
 
 def read_cifar10(path: Path) -> tuple[LabelledImages, LabelledImages | None]:
-    """Read CIFAR-10, all of it or a part.
+    """Read CIFAR-10, or a part of it.
 
     Args:
         path: A folder, or an archive (zip, tar, tar.gz) of one, or the folder of an archive. It holds the binary form
@@ -89,8 +89,8 @@ def read_cifar10(path: Path) -> tuple[LabelledImages, LabelledImages | None]:
         if path.is_dir() and len(archives) == 1:
             return read_cifar10(archives[0])
         raise DataError(
-            f"{path} holds no CIFAR-10: want data_batch_1.bin and the others, data_batch_1 and the others (Python), or "
-            f"pictures in folders named {', '.join(CLASSES)}, maybe within train and test"
+            f"{path} does not contain CIFAR-10: expected data_batch_1.bin etc., data_batch_1 etc. (Python), or "
+            f"images in folders named {', '.join(CLASSES)}, optionally within train and test"
         )
     return train, test
 
@@ -113,13 +113,13 @@ def _list_files(path: Path) -> Files:
                 data = {name: file.read() for name, file in contents.items() if file is not None}
             return {name: lambda name=name: data[name] for name in sorted(data)}
     except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
-        raise DataError(f"{path}: a damaged archive ({error})") from error
-    raise DataError(f"{path}: want a folder, or an archive: zip, tar or tar.gz")
+        raise DataError(f"{path}: damaged archive ({error})") from error
+    raise DataError(f"{path}: expected a folder, or an archive: zip, tar or tar.gz")
 
 
 def _read_binary(origin: str, data: bytes) -> LabelledImages:
     if not data or len(data) % _RECORD_BYTES:
-        raise DataError(f"{origin}: want records of {_RECORD_BYTES:,} bytes, got {len(data):,} bytes")
+        raise DataError(f"{origin}: expected records of {_RECORD_BYTES:,} bytes, got {len(data):,} bytes")
     records = np.frombuffer(data, dtype=np.uint8).reshape(-1, _RECORD_BYTES)
     return _check(origin, records[:, 1:], records[:, 0])
 
@@ -129,7 +129,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _PICKLED:
-            raise pickle.UnpicklingError(f"{module}.{name} is no part of CIFAR-10")
+            raise pickle.UnpicklingError(f"{module}.{name} is not part of CIFAR-10")
         return super().find_class(module, name)
 
 
@@ -143,9 +143,9 @@ def _read_pickle(origin: str, data: bytes) -> LabelledImages:
 
 def _check(origin: str, planes: np.ndarray, labels: np.ndarray) -> LabelledImages:
     if planes.shape != (len(labels), _RECORD_BYTES - 1) or planes.dtype != np.uint8:
-        raise DataError(f"{origin}: want {_RECORD_BYTES - 1:,} bytes a picture, got {planes.dtype} {planes.shape}")
+        raise DataError(f"{origin}: expected {_RECORD_BYTES - 1:,} bytes per image, got {planes.dtype} {planes.shape}")
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(CLASSES):
-        raise DataError(f"{origin}: want labels from 0 to 9, got {labels.min()} to {labels.max()}")
+        raise DataError(f"{origin}: expected labels from 0 to 9, got {labels.min()} to {labels.max()}")
     images = planes.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
     return LabelledImages(np.ascontiguousarray(images), labels.astype(np.int64))
 
@@ -173,9 +173,9 @@ def _decode(origin: str, data: bytes) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as picture:
             image = np.asarray(picture.convert("RGB"))
     except OSError as error:
-        raise DataError(f"{origin}: not a picture, or a damaged one ({error})") from error
+        raise DataError(f"{origin}: not an image, or damaged ({error})") from error
     if image.shape != (SIDE, SIDE, 3):
-        raise DataError(f"{origin}: want {SIDE} x {SIDE} pixels, got {image.shape[1]} x {image.shape[0]}")
+        raise DataError(f"{origin}: expected {SIDE} x {SIDE} pixels, got {image.shape[1]} x {image.shape[0]}")
     return image
 
 

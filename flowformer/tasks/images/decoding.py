@@ -1,4 +1,4 @@
-"""From the bytes of an image file to its pixels."""
+"""Decoding of image files."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _ORIENTATION = 0x0112  # the tag of EXIF
 
 
 class UnreadableImage(DataError):  # noqa: N818 - it costs a run nothing but that image
-    """An image that cannot be read; the message says why."""
+    """An image that cannot be read; the message states the reason."""
 
 
 def decode(data: bytes) -> Image.Image:
-    """Decode an image to RGB of 8 bits, upright as its EXIF data say.
+    """Decode an image to 8-bit RGB, oriented by its EXIF data.
 
     Grey, palettes and CMYK are converted; what is transparent is laid on white; of 16 bits the upper 8 are kept; of an
     animation the first image is taken.
@@ -44,7 +44,7 @@ def decode(data: bytes) -> Image.Image:
     except UnreadableImage:
         raise
     except Image.UnidentifiedImageError as error:
-        raise UnreadableImage("no image of a known kind") from error
+        raise UnreadableImage("not an image of a known format") from error
     except Exception as error:  # decoders raise whatever broken data lead them to
         raise UnreadableImage(f"{type(error).__name__}: {error}") from error
 
@@ -63,11 +63,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     from PIL import Image
 
     if image.mode == "F":
-        raise UnreadableImage("pixels are floating-point numbers of an unknown range")
+        raise UnreadableImage("pixels are floating-point numbers of unknown range")
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 0xFFFF:
-            raise UnreadableImage(f"pixels from {values.min()} to {values.max()}; wanted are 16 bits at most")
+            raise UnreadableImage(f"pixels from {values.min()} to {values.max()}, expected at most 16 bits")
         deep = image.mode != "I" or values.max() > 0xFF
         return Image.fromarray((values >> 8 if deep else values).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:

@@ -1,4 +1,4 @@
-"""Density of images: a sub-pixel at a time, in bits per dimension.
+"""Density of images, sub-pixel by sub-pixel, in bits per dimension.
 
 Source: Zhai et al., "An Attention Free Transformer", 2021, on CIFAR-10 (tables 2 and 3). How an image becomes a
 sequence of tokens: :mod:`flowformer.tasks.images.pixels`.
@@ -47,7 +47,7 @@ BITS_PER_DIMENSION = Metric(
 
 
 def augment(image: np.ndarray, *, flip: bool, shift: int, levels: int, generator: np.random.Generator) -> np.ndarray:
-    """An image as it is trained on: turned left to right half of the time, then brighter or darker.
+    """Augment an image for training: random horizontal flip, then a random change of brightness.
 
     Args:
         image: (height, width, channels) uint8.
@@ -69,7 +69,7 @@ def augment(image: np.ndarray, *, flip: bool, shift: int, levels: int, generator
 
 @dataclass(frozen=True, eq=False)
 class PixelImages(Dataset[np.ndarray]):
-    """Images by number; by (number, seed), as they are trained on: with random changes that are the seed's.
+    """Images by index; by (index, seed) with the random augmentation of that seed.
 
     Attributes:
         images: (n, height, width, channels) uint8, below ``levels``.
@@ -84,7 +84,7 @@ class PixelImages(Dataset[np.ndarray]):
     shift: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse images that are none."""
+        """Raise for invalid images."""
         if self.images.ndim != 4 or self.images.dtype != np.uint8 or not len(self.images):
             raise ValueError(
                 f"images must be (n, height, width, channels) of uint8, got {self.images.dtype} {self.images.shape}"
@@ -108,7 +108,7 @@ class PixelImages(Dataset[np.ndarray]):
 
 @dataclass(frozen=True, eq=False)
 class DensityTask:
-    """Images to model, and others to test the model with, in bits per dimension.
+    """Density estimation on images, measured in bits per dimension.
 
     Attributes:
         name: Of the task.
@@ -135,20 +135,20 @@ class DensityTask:
 
     @property
     def evaluated(self) -> dict[str, PixelImages]:
-        """The set evaluated during training."""
+        """The evaluation sets used during training."""
         return {"test": self.test}
 
     def step(self, model: nn.Module | SupportsLoss, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Mean loss of a batch's sub-pixels, in nats."""
+        """Return the mean loss of the sub-pixels of a batch, in nats."""
         return {"loss": model.loss(batch["tokens"], batch["targets"])}  # pyright: ignore[reportCallIssue] - nn.Module hides what it offers
 
     def size(self, batch: Mapping[str, Tensor]) -> int:
-        """Sub-pixels of a batch."""
+        """Return the number of sub-pixels of a batch."""
         return batch["targets"].numel()
 
 
 def load_cifar10(path: Path, *, flip: bool = True, shift: int = 10, held_out: float = 0.1) -> DensityTask:
-    """CIFAR-10, or other images in one of its forms.
+    """Load CIFAR-10, or other images in one of its forms.
 
     CIFAR-10 is known by its 50,000 images to train on, the sums of their red, green and blue, and 10,000 images to test
     with; published values stand beside figures on it alone. A copy that JPEG has changed is not CIFAR-10. Without
@@ -177,7 +177,7 @@ def load_cifar10(path: Path, *, flip: bool = True, shift: int = 10, held_out: fl
     else:
         images, held = train.images, test.images
     if not len(images) or not len(held):
-        raise DataError(f"{path}: {len(images)} images to train on and {len(held)} to test with are not enough")
+        raise DataError(f"{path}: too few images, {len(images)} for training and {len(held)} for testing")
     return DensityTask(
         name=name,
         train=PixelImages(images, flip=flip, shift=shift),
@@ -196,7 +196,7 @@ def _is_cifar10(train: np.ndarray, test: cifar.LabelledImages | None) -> bool:
 
 
 def load_digits(*, flip: bool = False, shift: int = 0) -> DensityTask:
-    """Handwritten digits of 8 x 8 pixels and 17 grey levels, which scikit-learn ships; a fifth of them to test with."""
+    """Load scikit-learn's handwritten digits, 8 x 8 pixels of 17 grey levels; a fifth of them is the test set."""
     from sklearn import datasets
 
     pixels, _ = datasets.load_digits(return_X_y=True)
@@ -213,6 +213,6 @@ def load_digits(*, flip: bool = False, shift: int = 0) -> DensityTask:
 
 
 def split(images: np.ndarray, tested: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images to train on, and ``tested`` others; which ones is the same each time."""
+    """Split images into a training set and ``tested`` test images, always in the same way."""
     order = np.random.default_rng(0).permutation(len(images))
     return images[order[tested:]], images[order[:tested]]

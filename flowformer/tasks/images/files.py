@@ -1,4 +1,4 @@
-"""Labelled images as people have them: folders by class, parquet files, tar files; and their decoding.
+"""Labelled images in folders by class, parquet files or tar files.
 
 What cannot be read never ends a run: it is left out, named once in the log, and kept in :attr:`ImageFiles.left_out`.
 """
@@ -33,9 +33,9 @@ SPLITS: Mapping[str, str] = {
 }  # fmt: skip
 PLACES = ("", "data", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")  # below a data set's root, where its splits lie
 WANTED = (
-    "wanted are folders of images by class (CLASS/IMAGE, or train/CLASS/IMAGE and val/CLASS/IMAGE; a val of images "
-    "alone needs a labels.tsv or labels.csv of names and classes), parquet files with columns image and label, or tar "
-    "files of KEY.jpg and KEY.cls; the names of files, or of their folders, say train or validation"
+    "expected folders of images by class (CLASS/IMAGE, or train/CLASS/IMAGE and val/CLASS/IMAGE; a val of images "
+    "alone requires a labels.tsv or labels.csv of names and classes), parquet files with columns image and label, or "
+    "tar files of KEY.jpg and KEY.cls; the names of files, or of their folders, contain train or validation"
 )
 _IGNORED = ("thumbs.db", "desktop.ini")
 _TRIES = 1_000  # images, before a set counts as unreadable
@@ -43,7 +43,7 @@ _NAMED = 20  # what is left out, in one message
 
 
 class EncodedImage(NamedTuple):
-    """An image as its source has it: encoded bytes, the index of its class, and what to call it."""
+    """An encoded image: bytes, class index, and name."""
 
     data: bytes
     label: int
@@ -52,7 +52,7 @@ class EncodedImage(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles(Dataset[EncodedImage]):
-    """Labelled images, each read when it is asked for; can be pickled.
+    """Labelled images that are read on access; can be pickled.
 
     Attributes:
         origin: Where they are.
@@ -85,11 +85,11 @@ class ImageFiles(Dataset[EncodedImage]):
         return EncodedImage(self.store.read(int(self.rows[index])), int(self.labels[index]), self.name(index))
 
     def name(self, index: int) -> str:
-        """What to call an image: its path below the origin, or its file and its place there."""
+        """Return the name of an image: its path below the origin, or its file and its position in it."""
         return self.store.name(int(self.rows[index]))
 
     def decode(self, index: int) -> Image.Image:
-        """An image, as :func:`decode` gives it.
+        """Decode an image, see :func:`decode`.
 
         Raises:
             UnreadableImage: where it cannot be read, whatever the reason.
@@ -101,13 +101,13 @@ class ImageFiles(Dataset[EncodedImage]):
         return decode(data)
 
     def leave_out(self, name: str, reason: str) -> None:
-        """Put on record that an image cannot be read, and log it; once."""
+        """Record and log once that an image cannot be read."""
         if name not in self.left_out:
             self.left_out[name] = reason
             logger.warning("%s: %s is left out: %s (%d so far)", self.origin, name, reason, len(self.left_out))
 
     def check(self) -> ImageFiles:
-        """Make sure that there is an image that can be read; tries a thousand of them at most.
+        """Raise unless at least one of the first thousand images can be read.
 
         Raises:
             DataError: if there is none.
@@ -129,12 +129,12 @@ class ImageFiles(Dataset[EncodedImage]):
         return None
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> ImageFiles:
-        """The images at ``indices``, in that order; what is left out is put on one record."""
+        """Return the images at ``indices``, in that order; both share the record of unreadable images."""
         indices = np.asarray(indices, dtype=np.int64)
         return replace(self, rows=self.rows[indices], labels=self.labels[indices])
 
     def with_classes(self, classes: Sequence[str]) -> ImageFiles:
-        """The same images with the classes of another set, in their order.
+        """Return the same images with the class indices of another set.
 
         Raises:
             DataError: for images of a class that is not among them.
@@ -152,7 +152,7 @@ class ImageFiles(Dataset[EncodedImage]):
 
 
 class FileImages:
-    """Images that are files.
+    """Images stored as files.
 
     Args:
         root: The folder that names are below.
@@ -168,16 +168,16 @@ class FileImages:
         return len(self.names)
 
     def name(self, index: int) -> str:
-        """The path below the root."""
+        """Return the path below the root."""
         return os.fsdecode(bytes(self.names[index]))
 
     def read(self, index: int) -> bytes:
-        """The encoded image; raises OSError."""
+        """Read the encoded image; raises OSError."""
         return (self.root / self.name(index)).read_bytes()
 
 
 def find_images(path: str | Path) -> dict[str, ImageFiles]:
-    """Find labelled images, whichever form they have.
+    """Find labelled images in any of the supported forms.
 
     Args:
         path: A folder: of class folders; of ``train`` and ``val`` (or ``validation``, ``test``) with class folders in
@@ -185,14 +185,14 @@ def find_images(path: str | Path) -> dict[str, ImageFiles]:
             it. Or one parquet or tar file.
 
     Returns:
-        Sets by split: "train", "validation", "test"; or "all" where nothing says which it is.
+        Sets by split: "train", "validation", "test"; or "all" if the split is not given.
 
     Raises:
-        DataError: where there is nothing of the kind, or more than one kind; the message says what was wanted.
+        DataError: for none of these forms, or more than one; the message lists the expected ones.
     """
     path = Path(path)
     if not path.exists():
-        raise DataError(f"{path} is not there; {WANTED}")
+        raise DataError(f"{path} not found; {WANTED}")
     if path.is_file():
         readers = [(form, read) for form, (suffix, read) in _SHARDS.items() if path.suffix == suffix]
         if not readers:
@@ -205,14 +205,14 @@ def find_images(path: str | Path) -> dict[str, ImageFiles]:
         folders = _split_folders(place)
         if len(forms) + bool(folders) > 1:
             kinds = [*forms, *(["folders by class"] if folders else [])]
-            raise DataError(f"{place} holds {' and '.join(kinds)}: give the folder of one of them")
+            raise DataError(f"{place} contains {' and '.join(kinds)}: pass the folder of one of them")
         if folders:
             return _logged({split: _read_split(folder) for split, folder in folders.items()})
         for form, files in forms.items():
             return _logged(_read_shards(place, form, files))
     if _is_labelled(path):
         return _logged({"all": _read_split(path)})
-    raise DataError(f"{path} holds no labelled images; {WANTED}")
+    raise DataError(f"{path} contains no labelled images; {WANTED}")
 
 
 _SHARDS = {"parquet files": (".parquet", read_parquet), "tar files": (".tar", read_tar)}
@@ -231,7 +231,7 @@ def _shards(place: Path, suffix: str) -> list[Path]:
     files = [file for pattern in ("*", "*/*") for file in place.glob(pattern + suffix) if file.is_file()]
     archives = [file.name for file in files if file.name.startswith("ILSVRC2012_")]
     if archives:
-        raise DataError(f"{place}: {archives[0]} is ImageNet as it is published: unpack it; {WANTED}")
+        raise DataError(f"{place}: {archives[0]} is a published archive of ImageNet: unpack it; {WANTED}")
     return sorted(file for file in files if not file.name.startswith("."))
 
 
@@ -244,7 +244,7 @@ def _read_shards(place: Path, form: str, files: Sequence[Path]) -> dict[str, Ima
     for file in files:
         by_split.setdefault(_split_of(file.stem) or SPLITS.get(file.parent.name.lower(), "all"), []).append(file)
     if len(by_split) > 1 and "all" in by_split:
-        raise DataError(f"{by_split['all'][0]}: nothing in the name says whether it is train or validation")
+        raise DataError(f"{by_split['all'][0]}: the name does not contain train or validation")
     sets = {}
     for split, shards in _in_order(by_split).items():
         found = _SHARDS[form][1](shards)
@@ -261,7 +261,7 @@ def _labelled(origin: str, form: str, found: Found) -> ImageFiles:
     """Number the classes."""
     numbered = all(isinstance(label, int) for label in found.labels)
     if not numbered and any(isinstance(label, int) for label in found.labels):
-        raise DataError(f"{origin}: some labels are numbers, some are names: {found.labels[:5]}")
+        raise DataError(f"{origin}: labels are partly numbers and partly names: {found.labels[:5]}")
     if numbered:
         labels = np.array(found.labels, dtype=np.int64)
         most = int(labels.max(initial=-1))
@@ -282,7 +282,7 @@ def _sorted_names(names: set[str]) -> tuple[str, ...]:
 
 
 def read_folder(path: str | Path) -> ImageFiles:
-    """Read a folder of class folders: ``CLASS/IMAGE``, also in folders within those of the classes.
+    """Read a folder of class folders: ``CLASS/IMAGE``, including nested folders.
 
     Hidden files are passed over; what is no image by its name is left out by name.
 
@@ -291,17 +291,17 @@ def read_folder(path: str | Path) -> ImageFiles:
     """
     path = Path(path)
     if not path.is_dir():
-        raise DataError(f"{path} is no folder; wanted is one with a folder for each class, CLASS/IMAGE")
+        raise DataError(f"{path} is not a folder; expected one with a folder for each class, CLASS/IMAGE")
     files = _read_class_folders(path)
     if len(files.classes) == 1:
-        raise DataError(f"{path} has one class folder only, {files.classes[0]!r}; classification needs two classes")
+        raise DataError(f"{path} has only one class folder, {files.classes[0]!r}; classification requires two classes")
     return _logged({"all": files})["all"]
 
 
 def _read_class_folders(root: Path) -> ImageFiles:
     folders = [entry for entry in _visible(root) if entry.is_dir()]
     if not folders:
-        raise DataError(f"{root} has no class folders; wanted is a folder for each class, CLASS/IMAGE")
+        raise DataError(f"{root} has no class folders; expected a folder for each class, CLASS/IMAGE")
     left_out = {entry.name: "beside the class folders" for entry in _visible(root) if _is_image(entry.name)}
     folders = [entry for entry in folders if entry.name not in left_out]
     names: list[str] = []
@@ -315,7 +315,7 @@ def _read_class_folders(root: Path) -> ImageFiles:
                 left_out[name] = "no image by its name"
         labels += [folder.name] * (len(names) - before)
         if len(names) == before:
-            raise DataError(f"{root}: class folder {folder.name!r} holds no images ({', '.join(SUFFIXES)})")
+            raise DataError(f"{root}: class folder {folder.name!r} contains no images ({', '.join(SUFFIXES)})")
     return _labelled(str(root), "folders by class", Found(FileImages(root, names), labels, None, left_out))
 
 
@@ -346,7 +346,7 @@ def _split_folders(place: Path) -> dict[str, Path]:
         split = SPLITS.get(entry.name.lower())
         if split and entry.is_dir() and _has_images(Path(entry.path), flat=True):
             if split in found:
-                raise DataError(f"{place} holds two folders for {split}: {found[split].name} and {entry.name}")
+                raise DataError(f"{place} contains two folders for {split}: {found[split].name} and {entry.name}")
             found[split] = Path(entry.path)
     if "train" not in found and "validation" not in found:
         return {}
@@ -376,8 +376,8 @@ def _read_split(folder: Path) -> ImageFiles:
     path = _labels_file(folder)
     if path is None:
         raise DataError(
-            f"{folder} holds images, and no class folders; they need a labels.tsv or labels.csv there, with the name "
-            "of each and its class"
+            f"{folder} contains images but no class folders; add a labels.tsv or labels.csv with the name "
+            "and class of each image"
         )
     return _read_flat(folder, path)
 
@@ -406,7 +406,7 @@ def _read_flat(folder: Path, path: Path) -> ImageFiles:
         names.append(entry.name)
         labels.append(label)
     if not names:
-        raise DataError(f"{path} names none of the images in {folder}")
+        raise DataError(f"{path} lists none of the images in {folder}")
     found = Found(FileImages(folder, names), labels, None, left_out)
     return _labelled(str(folder), "a folder and a list of labels", found)
 
@@ -421,7 +421,7 @@ def _read_labels(path: Path) -> dict[str, Label]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = [row for row in csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",") if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: no table that can be read: {error}") from error
+        raise DataError(f"{path}: cannot read the table: {error}") from error
     header = [cell.strip().lower() for cell in lines[0]] if lines else []
     name_at, class_at = (
         next((header.index(name) for name in known if name in header), -1) for known in (_NAME_COLUMNS, _CLASS_COLUMNS)
@@ -433,7 +433,7 @@ def _read_labels(path: Path) -> dict[str, Label]:
     found: dict[str, Label] = {}
     for row in lines:
         if len(row) <= max(name_at, class_at) or not row[class_at].strip():
-            raise DataError(f"{path}: wanted are a name and a class in each line, got {row}")
+            raise DataError(f"{path}: expected a name and a class in each line, got {row}")
         label = row[class_at].split()[0]  # Kaggle's list has boxes behind the class
         found[row[name_at].strip()] = int(label) if label.isascii() and label.isdigit() else label
     return found

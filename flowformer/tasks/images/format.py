@@ -1,4 +1,4 @@
-"""How images are prepared for a model that classifies them."""
+"""Image format: how images are preprocessed for a classifier."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True)
 class NoChoice:
-    """A file holds one image: there is nothing to choose."""
+    """No options: a file contains a single image."""
 
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """How pictures are prepared for a model: all that is needed to use a trained one on new pictures.
+    """Image format: everything needed to use a trained classifier on new images.
 
     Attributes:
         classes: Names; class index i means ``classes[i]``.
@@ -57,7 +57,7 @@ class ImageFormat:
     crop: float = 1.0
 
     def prepare(self, image: Image) -> np.ndarray:
-        """Convert a picture to the format's colours, resize its shorter side and crop its centre.
+        """Convert an image to the format's channels, resize its shorter side and crop its centre.
 
         Args:
             image: A picture of any size and mode.
@@ -90,18 +90,18 @@ class ImageFormat:
             ValueError: no items, or an image of another shape.
         """
         if not items:
-            raise ValueError("want at least one picture in a batch, got none")
+            raise ValueError("a batch must contain at least one image, got none")
         want = (self.size, self.size, self.channels)
         for image, _ in items:
             if image.shape != want:
-                raise ValueError(f"want pictures of shape {want}, got {image.shape}")
+                raise ValueError(f"expected images of shape {want}, got {image.shape}")
         x = torch.from_numpy(np.stack([image for image, _ in items])).permute(0, 3, 1, 2).float().div_(255)
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         y = torch.tensor([label for _, label in items], dtype=torch.int64)
         return {"x": x.sub_(mean).div_(std).contiguous(), "y": y}
 
     def to_json(self) -> dict[str, Any]:
-        """The format as plain values."""
+        """Return the format as JSON values."""
         return {
             "classes": list(self.classes), "size": self.size, "channels": self.channels, "mean": list(self.mean),
             "std": list(self.std), "crop": self.crop,
@@ -109,12 +109,12 @@ class ImageFormat:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ImageFormat:
-        """The format that `to_json` wrote."""
+        """Read a format that ``to_json`` wrote."""
         lists = {name: tuple(values[name]) for name in ("classes", "mean", "std")}
         return cls(**{**values, **lists})
 
     def classify_files(self, model: nn.Module, paths: Sequence[Path]) -> tuple[list[str], np.ndarray]:
-        """Class probabilities of files of pictures, by a trained model. One that cannot be read is named in the log.
+        """Return class probabilities of image files by a trained model. Unreadable files are logged.
 
         Args:
             model: As :func:`classify` takes it.
@@ -138,7 +138,7 @@ class ImageFormat:
                 names += [str(file) for file, _ in read]
                 pieces.append(classify(model, self, [image for _, image in read]))
         if not pieces:
-            raise DataError(f"none of {len(files)} files in {', '.join(map(str, paths))} is a picture that can be read")
+            raise DataError(f"none of {len(files)} files in {', '.join(map(str, paths))} is a readable image")
         return names, np.concatenate(pieces)
 
     def _read(self, file: Path) -> np.ndarray | None:
@@ -149,7 +149,7 @@ class ImageFormat:
             return None
 
     def show(self, model: VisionModel, file: Path | None, options: NoChoice, view: View) -> Scene:
-        """What a classifier attends to, over a picture.
+        """Return the attention maps of a classifier for an image file.
 
         Raises:
             ValueError: as :meth:`scene`.
@@ -163,7 +163,7 @@ class ImageFormat:
         return self.scene(model, pixels, view)
 
     def scene(self, model: VisionModel, pixels: np.ndarray, view: View) -> Scene:
-        """What a classifier attends to, over a prepared image.
+        """Return the attention maps of a classifier for a preprocessed image.
 
         Args:
             model: The model, in evaluation mode.
@@ -204,7 +204,7 @@ def _find_pictures(path: Path) -> list[Path]:
 
 
 def classify(model: nn.Module, form: ImageFormat, images: Sequence[np.ndarray], *, batch_size: int = 64) -> np.ndarray:
-    """Class probabilities of pictures, by a trained model.
+    """Return class probabilities of images by a trained model.
 
     Args:
         model: From (batch, channels, height, width) to logits (batch, classes), in evaluation mode.

@@ -1,4 +1,4 @@
-"""ImageNet: its classes, how its images are prepared and varied, loss and metric.
+"""ImageNet: classes, preprocessing, augmentation, loss and metric.
 
 Training images are varied by timm as DeiT's are (Touvron et al., 2021; facebookresearch/deit, main.py), which
 Flowformer and AFT follow. All that is random about an image is a function of the seed, the round, and its place in the
@@ -50,7 +50,7 @@ PUBLISHED: Mapping[str, float] = {
 
 @cache
 def classes() -> tuple[str, ...]:
-    """The 1,000 classes of ImageNet-1K in their order, by their WordNet names: "n01440764" is class 0."""
+    """Return the 1,000 classes of ImageNet-1K in order, by their WordNet ids: "n01440764" is class 0."""
     from timm.data.imagenet_info import ImageNetInfo
 
     return tuple(ImageNetInfo("imagenet-1k").label_names())
@@ -58,7 +58,7 @@ def classes() -> tuple[str, ...]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Restart the three generators that timm draws from, on the CPU, and put them back as they were afterwards."""
+    """Context in which the three CPU generators used by timm are seeded; restores them afterwards."""
     legacy = np.random.get_state()  # noqa: NPY002 - timm draws from NumPy's global generator
     before = random.getstate(), torch.default_generator.get_state()
     random.seed(seed)
@@ -73,14 +73,14 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class Draw(NamedTuple):
-    """Which image is to be seen, and what all that is random about it follows from."""
+    """Index of an image, and the seed of its augmentation."""
 
     row: int
     seed: int
 
 
 class DrawSampler(Sampler[Draw]):
-    """Whole batches of a set in a new order each round, with a seed for each image.
+    """Sampler of whole batches in a new order each round, with a seed for each image.
 
     With ``repeats``, as many views of an image follow each other, and a round has as many views as without, of fewer
     images (repeated augmentation, Hoffer et al., 2020; the idea is that of RASampler in facebookresearch/deit,
@@ -107,7 +107,7 @@ class DrawSampler(Sampler[Draw]):
         self.round = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the round, the first of which is 0; Lightning calls this."""
+        """Set the round, counted from 0; called by Lightning."""
         self.round = epoch
 
     def __len__(self) -> int:
@@ -122,12 +122,12 @@ class DrawSampler(Sampler[Draw]):
 
 
 class Sample(NamedTuple):
-    """An image on its way into a batch.
+    """An image with its label, before batching.
 
     Attributes:
         image: (size, size, channels) uint8; None where none could be read.
         label: Index of its class.
-        seed: What is random about it follows from; None in an evaluation.
+        seed: Seed of the augmentation; None in an evaluation.
         left_out: Images that could not be read, in whose place it stands: origin, name, and why.
     """
 
@@ -139,7 +139,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TrainingImages(Dataset[Sample]):
-    """Images, varied at random. For one that cannot be read the next one stands in.
+    """Training images with random augmentation. An unreadable image is replaced by the next one.
 
     Attributes:
         files: The images.
@@ -154,7 +154,7 @@ class TrainingImages(Dataset[Sample]):
 
     @property
     def labels(self) -> np.ndarray:
-        """(n,) int64, indices of classes."""
+        """Class indices, (n,) int64."""
         return self.files.labels
 
     def __getitem__(self, draw: Draw) -> Sample:
@@ -165,12 +165,12 @@ class TrainingImages(Dataset[Sample]):
             if image is not None:
                 with seeded(draw.seed):
                     return Sample(self.vary(image), int(self.files.labels[index]), draw.seed, tuple(left_out))
-        raise DataError(f"{self.files.origin}: no image can be read any more")
+        raise DataError(f"{self.files.origin}: no readable image left")
 
 
 @dataclass(frozen=True, eq=False)
 class EvaluationImages(Dataset[Sample]):
-    """Images as they are evaluated. One that cannot be read is not counted.
+    """Evaluation images. Unreadable images are not counted.
 
     Attributes:
         files: The images.
@@ -200,7 +200,7 @@ def _try(files: ImageFiles, index: int, left_out: list[tuple[str, str, str]]) ->
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training images are varied, by timm; the defaults are those of Flowformer and of DeiT.
+    """Augmentation of training images by timm; the defaults are those of Flowformer and DeiT.
 
     Attributes:
         rand_augment: timm's name of what RandAugment does; "" for none, and colours are then jittered.
@@ -219,7 +219,7 @@ class Augmentation:
     smoothing: float = 0.1
 
     def transform(self, form: ImageFormat) -> Callable[[Any], np.ndarray]:
-        """What varies one picture: a crop of 8 to 100% of it, mirrored or not, RandAugment."""
+        """Return the augmentation of one image: random resized crop (8 to 100%), horizontal flip, RandAugment."""
         from timm.data.transforms_factory import create_transform
 
         varied = create_transform(
@@ -229,7 +229,7 @@ class Augmentation:
         return _Channels(varied)
 
     def mix(self, x: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-        """Erase parts of the images of a batch, and mix each with another one.
+        """Apply random erasing, mixup and CutMix to a batch.
 
         Args:
             x: (batch, channels, height, width), standardised; changed in place.
@@ -262,7 +262,7 @@ class _Channels:
 
 @dataclass(frozen=True)
 class ImageNetFormat(ImageFormat):
-    """The format of ImageNet's images: as timm evaluates, and for training with what varies a batch.
+    """Format of ImageNet's images: evaluation preprocessing as in timm, and batch augmentation for training.
 
     Attributes:
         augmentation: What varies training images; None in the format of a run that was read, which trains no more.
@@ -282,7 +282,7 @@ class ImageNetFormat(ImageFormat):
         return _evaluation_transform(self.size, self.crop)(image.convert("RGB"))
 
     def collate(self, items: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
-        """Make a batch of what could be read.
+        """Make a batch of the readable images.
 
         Args:
             items: Each a :class:`Sample`, or a pair of an image and a label.
@@ -314,9 +314,9 @@ def _evaluation_transform(size: int, crop: float) -> _Channels:
 
 @dataclass(frozen=True, eq=False)
 class ImageNetTask:
-    """Classification of ImageNet's images, or of others in their manner.
+    """Classification of ImageNet's images, or of others in the same form.
 
-    What could not be read stands in the sets' ``files.left_out``, as far as this process has met it.
+    The sets' ``files.left_out`` lists the unreadable images found by this process.
 
     Attributes:
         name: Of the problem.
@@ -343,13 +343,13 @@ class ImageNetTask:
 
     @property
     def evaluated(self) -> dict[str, EvaluationImages]:
-        """The sets evaluated during training: the test set, and the validation set; none that is empty."""
+        """The evaluation sets used during training: test set and validation set, if not empty."""
         sets = {"test": self.test, "validation": self.validation}
         return {name: part for name, part in sets.items() if part is not None and len(part)}
 
     @property
     def source(self) -> str:
-        """Where the images came from, and how many of them could not be read so far."""
+        """Origin of the images, and the number of unreadable ones so far."""
         parts = []
         for files in (self.train.files, self.test.files):
             lost = f", {len(files.left_out):,} left out" if files.left_out else ""
@@ -395,7 +395,7 @@ def load(
     seed: int = 0,
     test_fraction: float = 0.0,
 ) -> ImageNetTask:
-    """Find ImageNet's images, or a part of them, or others in their manner.
+    """Find ImageNet's images, a part of them, or others in the same form.
 
     Classes with WordNet names that ImageNet-1K has are its classes, with its indices, also where some are missing.
     Numbers without names are its indices too. Otherwise classes are those of the training images, sorted.
@@ -420,12 +420,12 @@ def load(
         train, test = _split(next(iter(sets.values())), test_fraction, SPLIT_SEED)
     if train is None or test is None:
         found = "; ".join(f"{split}: {files}" for split, files in sets.items())
-        raise DataError(f"{path}: wanted are a train and a val set; found {found}")
+        raise DataError(f"{path}: expected a train and a val set; found {found}")
     is_whole = (len(train), len(test)) == SIZES
     names = _class_names(train)
     train, test = _with_classes(train, names).check(), _with_classes(test, names).check()
     if len(names) < 2:
-        raise DataError(f"{train}; classification needs two classes")
+        raise DataError(f"{train}; classification requires two classes")
     augmentation = augmentation or Augmentation()
     form = ImageNetFormat(names, image_size, crop=EVAL_CROP, augmentation=augmentation)
     validation = None

@@ -1,4 +1,4 @@
-"""Images as sequences of sub-pixels: how they are prepared for a model of their density, and drawn from one.
+"""Images as sequences of sub-pixels: preprocessing for density models, and sampling from them.
 
 An image (height, width, channels) is a sequence in raster order: row by row, in a row pixel by pixel, in a pixel red,
 green and blue. A value is a token; all channels share one vocabulary, and so one embedding and one head.
@@ -39,15 +39,15 @@ START = 0  # the token that the first sub-pixel is predicted from
 
 @dataclass(frozen=True, kw_only=True)
 class DrawingOptions(SamplingOptions):
-    """Which images are drawn, and where they are written."""
+    """Options of ``flowformer generate`` for images."""
 
     out: Path | None = option(None, "PNG file to write; required")
-    count: int = option(16, "images to draw")
+    count: int = option(16, "number of images to sample")
 
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """How images are prepared for a model of their density.
+    """Format of images for a density model.
 
     Attributes:
         height: Rows.
@@ -64,9 +64,9 @@ class PixelFormat:
     levels: int = 256
 
     def __post_init__(self) -> None:
-        """Refuse invalid sizes."""
+        """Raise for invalid sizes."""
         if min(self.height, self.width, self.channels) < 1 or not 2 <= self.levels <= 256:
-            raise ValueError(f"want positive sizes and 2 to 256 levels, got {self}")
+            raise ValueError(f"sizes must be positive and levels from 2 to 256, got {self}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -75,12 +75,12 @@ class PixelFormat:
 
     @property
     def vocab_size(self) -> int:
-        """Values that a model predicts: the levels."""
+        """Size of the vocabulary, which is the number of levels."""
         return self.levels
 
     @property
     def length(self) -> int:
-        """Sub-pixels of an image, which are the dimensions of the density."""
+        """Number of sub-pixels per image, which is the dimension of the density."""
         return math.prod(self.shape)
 
     def collate(self, items: Sequence[np.ndarray]) -> dict[str, Tensor]:
@@ -100,16 +100,16 @@ class PixelFormat:
         return {"tokens": nn.functional.pad(targets[:, :-1], (1, 0), value=START), "targets": targets}
 
     def to_json(self) -> dict[str, Any]:
-        """The format as plain values."""
+        """Return the format as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> PixelFormat:
-        """The format that :meth:`to_json` wrote."""
+        """Read a format that :meth:`to_json` wrote."""
         return cls(**values)
 
     def generate(self, model: LanguageModel, options: DrawingOptions, *, track: Track) -> Iterator[str]:
-        """Draw images and write them side by side into a PNG file.
+        """Sample images and write them as a grid to a PNG file.
 
         Raises:
             ValueError, TypeError: for a file of another kind, and as :func:`sample`.
@@ -118,7 +118,7 @@ class PixelFormat:
         import PIL  # noqa: F401 - if it is missing, say so before the images are drawn
 
         if options.out is None or options.out.suffix.lower() != ".png" or options.out.is_dir():
-            raise ValueError(f"images want --out FILE.png, got {options.out}")
+            raise ValueError(f"images require --out FILE.png, got {options.out}")
         growing = [name for name in find_mechanisms(model) if not find_attention(name).can("fixed state")]
         if growing:
             logger.warning("%s remembers every sub-pixel: memory grows with each that is drawn", ", ".join(growing))
@@ -138,7 +138,7 @@ def sample(
     watch: Callable[[Iterable[Tensor]], Iterable[Tensor]] | None = None,
     **options: Any,
 ) -> np.ndarray:
-    """Draw images from a model, a sub-pixel of each at a time.
+    """Sample images from a model, one sub-pixel of each image at a time.
 
     Besides the sub-pixels drawn, only the states of the attentions are kept: with flow, linear and AFT-simple as much
     at the end as at the beginning, with AFT-local the window; with softmax and AFT-full they grow with each sub-pixel.
@@ -160,14 +160,14 @@ def sample(
             :func:`flowformer.models.generation.stream_tokens`.
     """
     if model.vocab_size != form.levels:
-        raise ValueError(f"the format has {form.levels} levels, and the model a vocabulary of {model.vocab_size}")
+        raise ValueError(f"the format has {form.levels} levels, but the model a vocabulary of {model.vocab_size}")
     steps = stream_tokens(model, [[START]] * count, max_new_tokens=form.length, **options)
     values = [step.to("cpu", torch.uint8) for step in (steps if watch is None else watch(steps))]
     return torch.stack(values, 1).view(count, *form.shape).numpy()
 
 
 def write_grid(images: np.ndarray, levels: int, path: str | Path, *, gap: int = 1, scale: int = 1) -> None:
-    """Write images side by side into a PNG file, whole or not at all; as many columns as rows, or a few more.
+    """Write images as a grid to a PNG file, atomically; as many columns as rows, or slightly more.
 
     Args:
         images: (n, height, width, channels) uint8, 1 channel (grey) or 3 (red, green, blue).

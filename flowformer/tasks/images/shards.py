@@ -1,4 +1,4 @@
-"""Labelled images inside larger files: parquet, as on the Hugging Face hub, and tar, as WebDataset has it.
+"""Labelled images in parquet files, as on the Hugging Face hub, and in tar files in WebDataset format.
 
 Nothing but labels, names and places is kept in memory; an image is read when it is asked for. Both stores can be
 pickled, and go into other processes.
@@ -27,21 +27,21 @@ Label = int | str
 
 
 class Store(Protocol):
-    """Encoded images by their numbers; can be pickled."""
+    """Encoded images by index; can be pickled."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What to call an image."""
+        """Return the name of an image."""
         ...
 
     def read(self, index: int) -> bytes:
-        """The encoded image; raises UnreadableImage or OSError."""
+        """Read the encoded image; raises UnreadableImage or OSError."""
         ...
 
 
 class Found(NamedTuple):
-    """What files of labelled images hold.
+    """Contents of files of labelled images.
 
     Attributes:
         store: The images.
@@ -57,7 +57,7 @@ class Found(NamedTuple):
 
 
 def read_parquet(files: Sequence[Path]) -> Found:
-    """Labelled images in parquet files: a column of structs of ``bytes`` and ``path``, or of bytes, and one of labels.
+    """Read labelled images in parquet files: a column of structs of ``bytes`` and ``path``, or of bytes, and labels.
 
     Names of classes are found where the ``datasets`` library wrote the files.
 
@@ -77,7 +77,7 @@ def read_parquet(files: Sequence[Path]) -> Found:
             column, label = (_column(path, file.schema_arrow, known) for known in (IMAGE_COLUMNS, LABEL_COLUMNS))
             values = file.read([label], use_threads=False).column(0).to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{path}: no parquet file that can be read: {error}") from error
+            raise DataError(f"{path}: cannot read the parquet file: {error}") from error
         if any(value is None for value in values):
             raise DataError(f"{path}: row {values.index(None)} has no {label}")
         names = names or _class_names(file.schema_arrow, label)
@@ -123,13 +123,13 @@ class ParquetImages:
         return int(np.searchsorted(self.groups[:, 2], index, side="right")) - 1
 
     def name(self, index: int) -> str:
-        """What to call an image: its file and its row there."""
+        """Return the name of an image: its file and row."""
         number = self.groups[self._group_of(index), 0]
         first = self.groups[np.searchsorted(self.groups[:, 0], number), 2]
         return f"{self.files[number].name}:{index - int(first)}"
 
     def read(self, index: int) -> bytes:
-        """The encoded image.
+        """Read the encoded image.
 
         Raises:
             UnreadableImage: where the row holds none, or cannot be read.
@@ -140,10 +140,10 @@ class ParquetImages:
         try:
             value = self._read_group(place)[index - int(self.groups[place, 2])].as_py()
         except (pyarrow.ArrowException, OSError) as error:
-            raise UnreadableImage(f"rows that cannot be read: {error}") from error
+            raise UnreadableImage(f"cannot read rows: {error}") from error
         data = value.get("bytes") if isinstance(value, Mapping) else value
         if not isinstance(data, bytes):
-            raise UnreadableImage("the row holds no bytes")
+            raise UnreadableImage("the row contains no bytes")
         return data
 
     def _read_group(self, place: int) -> Any:
@@ -162,7 +162,7 @@ class ParquetImages:
 def _column(path: Path, schema: Any, known: Sequence[str]) -> str:
     found = next((name for name in known if name in schema.names), None)
     if found is None:
-        raise DataError(f"{path}: no column {' or '.join(known)}; there is {', '.join(schema.names) or 'none'}")
+        raise DataError(f"{path}: no column {' or '.join(known)}; available: {', '.join(schema.names) or 'none'}")
     return found
 
 
@@ -177,7 +177,7 @@ def _class_names(schema: Any, label: str) -> tuple[str, ...] | None:
 
 
 def read_tar(files: Sequence[Path]) -> Found:
-    """Labelled images in tar files as WebDataset has them: KEY.jpg beside KEY.cls (a number or a name) or KEY.json.
+    """Read labelled images in tar files in WebDataset format: KEY.jpg with KEY.cls (number or name) or KEY.json.
 
     The headers of all members are read once. Tar files do not name their classes.
 
@@ -212,7 +212,7 @@ def _samples(path: Path, left_out: dict[str, str]) -> dict[str, dict[str, Any]]:
             except tarfile.ReadError as error:
                 left_out[f"{path.name}, from byte {archive.offset:,} on"] = f"damaged: {error}"
     except (tarfile.ReadError, OSError) as error:
-        raise DataError(f"{path}: no tar file that can be read (a compressed one cannot): {error}") from error
+        raise DataError(f"{path}: cannot read the tar file (compressed ones are not supported): {error}") from error
     return samples
 
 
@@ -228,12 +228,12 @@ def _add(samples: dict[str, dict[str, Any]], path: Path, archive: tarfile.TarFil
         text = content.read() if content else b""
         label = _label_of(text, suffix)
         if label is None:
-            raise DataError(f"{path}: {member.name} holds no label: {text[:80]!r}")
+            raise DataError(f"{path}: {member.name} contains no label: {text[:80]!r}")
         sample["label"] = label
 
 
 class TarImages:
-    """Images in tar files, each read from its place.
+    """Images in tar files, read by offset.
 
     Args:
         files: The tar files.
@@ -250,11 +250,11 @@ class TarImages:
         return len(self.places)
 
     def name(self, index: int) -> str:
-        """What to call an image: its file and its name there."""
+        """Return the name of an image: its file and member name."""
         return f"{self.files[self.places[index, 0]].name}:{os.fsdecode(bytes(self.names[index]))}"
 
     def read(self, index: int) -> bytes:
-        """The encoded image.
+        """Read the encoded image.
 
         Raises:
             OSError: where the file cannot be read.

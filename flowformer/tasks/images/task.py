@@ -1,4 +1,4 @@
-"""Classification of labelled pictures: varying them in training, loss and metric; CIFAR-10, digits."""
+"""Classification of labelled images: augmentation, loss and metric; CIFAR-10 and digits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPLIT_SEED = 0  # of a test part that we hold out ourselves: the same for all ru
 
 @dataclass(frozen=True, eq=False)
 class ImageTask:
-    """A classification problem on pictures, ready to train on.
+    """A classification problem on images.
 
     Attributes:
         name: Of the problem.
@@ -58,12 +58,12 @@ class ImageTask:
 
     @property
     def evaluated(self) -> dict[str, Any]:
-        """The sets evaluated during training: the test set, and the validation set; none that is empty."""
+        """The evaluation sets used during training: test set and validation set, if not empty."""
         sets = {"test": self.test, "validation": self.validation}
         return {name: part for name, part in sets.items() if part is not None and len(part)}
 
     def step(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run the model on a batch, varied if it trains; means over it of the cross-entropy and the "accuracy"."""
+        """Return mean cross-entropy and "accuracy" of a batch, which is augmented in training."""
         x, smoothing = batch["x"], 0.0
         if model.training:
             x, smoothing = self._vary(x), self.label_smoothing
@@ -72,7 +72,7 @@ class ImageTask:
         return {"loss": loss, "accuracy": (logits.argmax(-1) == batch["y"]).float().mean()}
 
     def size(self, batch: Mapping[str, Tensor]) -> int:
-        """Pictures in a batch."""
+        """Return the number of images in a batch."""
         return len(batch["y"])
 
     def _vary(self, x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class ImageTask:
         return x
 
     def split_validation(self, fraction: float, seed: int) -> ImageTask:
-        """Set a stratified part of the training set aside.
+        """Hold out a stratified part of the training set for validation.
 
         Raises:
             ValueError: as :func:`flowformer.tasks.splits.stratify`.
@@ -94,7 +94,7 @@ class ImageTask:
 
 
 def shift_at_random(x: Tensor, reach: int) -> Tensor:
-    """Shift each image by up to ``reach`` pixels, both ways on both axes; what comes in is zero.
+    """Shift each image randomly by up to ``reach`` pixels on both axes, with zero padding.
 
     Args:
         x: (batch, channels, height, width).
@@ -113,7 +113,7 @@ def shift_at_random(x: Tensor, reach: int) -> Tensor:
 
 
 def load_cifar10(path: str, *, test_fraction: float) -> ImageTask:
-    """CIFAR-10, all or a part of it.
+    """Load CIFAR-10, or a part of it.
 
     Args:
         path: As :func:`flowformer.tasks.images.cifar.read_cifar10` takes it.
@@ -124,7 +124,9 @@ def load_cifar10(path: str, *, test_fraction: float) -> ImageTask:
         DataError: as :func:`flowformer.tasks.images.cifar.read_cifar10`.
     """
     if not path:
-        raise ValueError("give --data PATH: a folder or an archive of CIFAR-10 (binary, Python, or pictures by class)")
+        raise ValueError(
+            "--data PATH is required: a folder or archive of CIFAR-10 (binary, Python, or images by class)"
+        )
     train, test = cifar.read_cifar10(Path(path))
     name, source = "cifar10", path
     if test is None:
@@ -135,7 +137,7 @@ def load_cifar10(path: str, *, test_fraction: float) -> ImageTask:
 
 
 def load_digits(*, test_fraction: float) -> ImageTask:
-    """The 1,797 handwritten digits of 8 x 8 pixels that scikit-learn ships; a part is held out to test on."""
+    """Load scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; a part is held out as test set."""
     from sklearn import datasets
 
     pixels, labels = datasets.load_digits(return_X_y=True)
@@ -151,6 +153,6 @@ def load_digits(*, test_fraction: float) -> ImageTask:
 
 
 def hold_out(images: LabelledImages, classes: Sequence[str], fraction: float) -> tuple[LabelledImages, LabelledImages]:
-    """Divide pictures into a training and a test set, always in the same way."""
+    """Split images into a training and a test set, always in the same way."""
     kept, held = stratify(images.labels, classes, fraction, SPLIT_SEED)
     return images.subset(kept), images.subset(held)

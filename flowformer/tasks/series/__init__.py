@@ -1,1 +1,1 @@
-"""Benchmarks of time series: the UEA archive, and files of your own."""
+"""Time-series benchmarks: the UEA archive, and your own files."""

@@ -1,4 +1,4 @@
-"""Labelled series as a data set."""
+"""Data set of labelled series."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 @dataclass(frozen=True, eq=False)
 class SeriesSet(Dataset[tuple[np.ndarray, int]]):
-    """Series with their class indices; a map-style PyTorch data set as it is.
+    """Series with class indices; a map-style PyTorch data set.
 
     Attributes:
         series: n arrays of shape (length, channels), missing values filled; lengths may differ.
@@ -29,7 +29,7 @@ class SeriesSet(Dataset[tuple[np.ndarray, int]]):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Time steps of each series: (n,) int64."""
+        """Number of time steps of each series: (n,) int64."""
         return np.array([len(one) for one in self.series], dtype=np.int64)
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> SeriesSet:

@@ -1,4 +1,4 @@
-"""Files of labelled time series, read as they are and checked: .ts of the UEA archive, and .csv in long form."""
+"""Readers of labelled time series: .ts files of the UEA archive, and .csv in long form."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _AEON_HEADER = "@missing true\n@univariate false\n@equalLength false\n@classLabe
 
 @dataclass(frozen=True, eq=False)
 class SeriesTable:
-    """Series as read, before any preprocessing.
+    """Series as read from a file, before preprocessing.
 
     Attributes:
         origin: the file, for messages.
@@ -46,7 +46,7 @@ class SeriesTable:
     locate: Callable[[int], int] | None = None
 
     def where(self, index: int) -> str:
-        """Name the place of series `index`: the file, and the line where it is known."""
+        """Return the location of series `index`: the file, and the line if known."""
         return f"{self.origin}, " + (f"line {self.locate(index)}" if self.locate else f"series {index}")
 
     def select_channels(self, names: tuple[str, ...]) -> SeriesTable:
@@ -56,7 +56,7 @@ class SeriesTable:
 
 
 def read_table(path: str | Path, *, labelled: bool = True) -> SeriesTable:
-    """Read one file of series by its suffix: .ts, .ts.gz, .csv or .csv.gz.
+    """Read a file of series: .ts, .ts.gz, .csv or .csv.gz.
 
     Args:
         path: the file.
@@ -73,11 +73,11 @@ def read_table(path: str | Path, *, labelled: bool = True) -> SeriesTable:
         return _read_ts_table(path, labelled)
     if stem.endswith(".csv"):
         return _read_csv_table(path, labelled)
-    raise DataError(f"{path}: unknown kind of file; accepted are {', '.join(ACCEPTED_SUFFIXES)}")
+    raise DataError(f"{path}: unknown file type; expected {', '.join(ACCEPTED_SUFFIXES)}")
 
 
 def read_ts(path: str | Path) -> tuple[list[np.ndarray], list[str]]:
-    """Read a .ts or .ts.gz file of the UEA archive's format.
+    """Read a .ts or .ts.gz file in the format of the UEA archive.
 
     Returns:
         The series, each (length, channels) float64 with NaN where missing; and their labels as the header spells them.
@@ -184,7 +184,7 @@ def _check_ts_label(place: str, label: str, header: _TsHeader, labelled: bool) -
         return ""
     spelled = header.find_label(label)
     if spelled is None:
-        hint = "" if labelled else "; if the rows have no labels, the header must say @classLabel false"
+        hint = "" if labelled else "; if the rows have no labels, the header must contain @classLabel false"
         raise DataError(f"{place}: label {label!r} is not in the header's @classLabel list{hint}")
     return spelled
 
@@ -207,7 +207,7 @@ def _read_ts_header(path: Path, numbered: Iterable[tuple[int, str]], labelled: b
 def _read_ts_tag(place: str, tag: str, values: list[str], header: _TsHeader) -> None:
     first = values[0].lower() if values else ""
     if tag == "@targetlabel" and first == "true":
-        raise DataError(f"{place}: a regression problem (@targetLabel true); classes are wanted")
+        raise DataError(f"{place}: a regression problem (@targetLabel true); expected classes")
     if tag == "@timestamps" and first == "true":
         # aeon's reader drops the signs of time-stamped values and whole numbers altogether.
         raise DataError(f"{place}: values with time stamps (@timeStamps true) are not supported; use a .csv file")
@@ -233,7 +233,7 @@ def _check_ts_row(place: str, channels: list[str], header: _TsHeader, length: in
         raise DataError(f"{place}: channels of different lengths {sorted(lengths)} in one series{hint}")
     steps = lengths.pop()
     if header.equal_length and length not in (None, steps):
-        raise DataError(f"{place}: {steps} time steps, but {length} before it and the header says @equalLength true")
+        raise DataError(f"{place}: {steps} time steps, but {length} before it and the header has @equalLength true")
     return steps
 
 

@@ -1,4 +1,4 @@
-"""How series are prepared for a model."""
+"""Series format: how series are preprocessed for a model."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from flowformer.tasks.series.files import SeriesTable, read_table
 
 @dataclass(frozen=True, eq=False)
 class SeriesScaler:
-    """Standardisation per channel: subtract `mean`, divide by `std`, both (channels,) float64."""
+    """Standardisation per channel with `mean` and `std`, both (channels,) float64."""
 
     mean: np.ndarray
     std: np.ndarray
 
     @classmethod
     def fit(cls, series: Sequence[np.ndarray]) -> SeriesScaler:
-        """Take the statistics of every channel over all time steps of all series.
+        """Compute the statistics of every channel over all time steps of all series.
 
         Missing values (NaN, +-inf) are left out; the standard deviation divides by count - 1, as pandas does and the
         published code with it. A constant channel gets std 1; a channel that is missing everywhere mean 0 and std 1.
@@ -40,7 +40,9 @@ class SeriesScaler:
             ValueError: no series, or series of different channel counts.
         """
         if len({one.shape[1:] for one in series}) != 1:
-            raise ValueError(f"want series of one channel count, got {sorted({one.shape[1:] for one in series})}")
+            raise ValueError(
+                f"series must have the same number of channels, got {sorted({one.shape[1:] for one in series})}"
+            )
         count = np.sum([np.isfinite(one).sum(axis=0) for one in series], axis=0)
         mean = np.sum([_replace_missing(one, 0.0).sum(axis=0) for one in series], axis=0) / np.maximum(count, 1)
         low = np.min([_replace_missing(one, np.inf).min(axis=0, initial=np.inf) for one in series], axis=0)
@@ -53,7 +55,7 @@ class SeriesScaler:
         return cls(mean, np.where(constant | (std == 0), 1.0, std))
 
     def __call__(self, series: np.ndarray) -> np.ndarray:
-        """Standardise (length, channels) to float32; what is still missing becomes 0, the mean of the training part.
+        """Standardise (length, channels) to float32; remaining missing values become 0, the mean of the training set.
 
         Raises:
             ValueError: the channel count is not the scaler's.
@@ -63,7 +65,7 @@ class SeriesScaler:
 
     def _check_channels(self, series: np.ndarray) -> None:
         if series.ndim != 2 or series.shape[1] != len(self.mean):
-            raise ValueError(f"want a series of shape (length, {len(self.mean)}), got {series.shape}")
+            raise ValueError(f"expected a series of shape (length, {len(self.mean)}), got {series.shape}")
 
 
 def _replace_missing(series: np.ndarray, value: float | np.ndarray) -> np.ndarray:
@@ -71,7 +73,7 @@ def _replace_missing(series: np.ndarray, value: float | np.ndarray) -> np.ndarra
 
 
 def fill_missing(series: np.ndarray) -> np.ndarray:
-    """Interpolate missing values (NaN, +-inf) linearly in time, channel by channel; both ends are held.
+    """Interpolate missing values (NaN, +-inf) linearly in time per channel; constant at both ends.
 
     A channel that is missing altogether stays NaN, for `SeriesScaler` to set to the mean of the training part.
 
@@ -85,7 +87,7 @@ def fill_missing(series: np.ndarray) -> np.ndarray:
         ValueError: not two-dimensional.
     """
     if series.ndim != 2:
-        raise ValueError(f"want a series of shape (length, channels), got {series.shape}")
+        raise ValueError(f"expected a series of shape (length, channels), got {series.shape}")
     known = np.isfinite(series)
     if known.all():
         return series.astype(np.float64, copy=False)
@@ -99,14 +101,14 @@ def fill_missing(series: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class SeriesChoice:
-    """Which series of a file is shown."""
+    """Selection of a series in a file."""
 
-    index: int = option(0, "number of the series in the file, from 0")
+    index: int = option(0, "index of the series in the file, from 0")
 
 
 @dataclass(frozen=True, eq=False)
 class SeriesFormat:
-    """How series are prepared for a model: all that is needed to use a trained one on new series.
+    """Series format: everything needed to use a trained model on new series.
 
     Attributes:
         classes: the labels as written in the source; class index i means `classes[i]`.
@@ -135,7 +137,7 @@ class SeriesFormat:
         trim: bool = True,
         channel_names: tuple[str, ...] | None = None,
     ) -> SeriesFormat:
-        """Take length and statistics from a training part."""
+        """Compute length and statistics from a training set."""
         return cls(classes, int(part.lengths.max()), SeriesScaler.fit(part.series), trim, channel_names)
 
     @property
@@ -144,7 +146,7 @@ class SeriesFormat:
         return len(self.scaler.mean)
 
     def collate(self, items: Sequence[tuple[np.ndarray, int]]) -> dict[str, Tensor]:
-        """Make a batch: standardise, clip longer series to `max_length`, pad shorter ones with zeros on the right.
+        """Make a batch: standardise, truncate series to `max_length`, and pad shorter ones with zeros on the right.
 
         Args:
             items: (series, label) pairs, each series (length, channels) with missing values filled.
@@ -156,7 +158,7 @@ class SeriesFormat:
             ValueError: no items, or a series with another number of channels.
         """
         if not items:
-            raise ValueError("want at least one series in a batch, got none")
+            raise ValueError("a batch must contain at least one series, got none")
         scaled = [self.scaler(series[: self.max_length]) for series, _ in items]
         lengths = np.array([len(series) for series in scaled])
         width = int(lengths.max()) if self.trim else self.max_length
@@ -168,7 +170,7 @@ class SeriesFormat:
         return {"x": torch.from_numpy(x), "mask": torch.from_numpy(mask), "y": torch.from_numpy(y)}
 
     def to_json(self) -> dict[str, Any]:
-        """The format as plain values."""
+        """Return the format as JSON values."""
         return {
             "classes": list(self.classes),
             "max_length": self.max_length,
@@ -180,13 +182,13 @@ class SeriesFormat:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> SeriesFormat:
-        """The format that `to_json` wrote."""
+        """Read a format that ``to_json`` wrote."""
         scaler = SeriesScaler(*(np.array(values[name], dtype=np.float64) for name in ("mean", "std")))
         names = values["channel_names"]
         return cls(tuple(values["classes"]), values["max_length"], scaler, values["trim"], names and tuple(names))
 
     def classify_files(self, model: nn.Module, paths: Sequence[Path]) -> tuple[list[str], np.ndarray]:
-        """Class probabilities of the series in files, by a trained model.
+        """Return class probabilities of the series in files by a trained model.
 
         Args:
             model: As `classify` takes it.
@@ -203,14 +205,14 @@ class SeriesFormat:
         return [name for table in tables for name in table.names], np.concatenate(probabilities)
 
     def show(self, model: SeriesClassifier, file: Path | None, options: SeriesChoice, view: View) -> Scene:
-        """What a classifier attends to, over one of the series of a file.
+        """Return the attention maps of a classifier for a series in a file.
 
         Raises:
             ValueError: for a series that is not there, and as :meth:`scene`.
             DataError: as `read_table` and `match_format`.
         """
         if file is None:
-            raise ValueError(f"give a file to look at: {self.files}")
+            raise ValueError(f"a file is required: {self.files}")
         series = match_format(read_table(file, labelled=False), self)
         if not 0 <= options.index < len(series):
             raise ValueError(
@@ -219,7 +221,7 @@ class SeriesFormat:
         return self.scene(model, series[options.index], view)
 
     def scene(self, model: SeriesClassifier, series: np.ndarray, view: View) -> Scene:
-        """What a classifier attends to, over a series.
+        """Return the attention maps of a classifier for a series.
 
         Args:
             model: The model, in evaluation mode.
@@ -238,7 +240,7 @@ class SeriesFormat:
 
 
 def classify(model: nn.Module, form: SeriesFormat, series: Sequence[np.ndarray], *, batch_size: int = 64) -> np.ndarray:
-    """Class probabilities of series, by a trained model.
+    """Return class probabilities of series by a trained model.
 
     Args:
         model: from (batch, length, channels) and a padding mask to logits (batch, classes), in evaluation mode.
@@ -261,13 +263,13 @@ def classify(model: nn.Module, form: SeriesFormat, series: Sequence[np.ndarray],
 
 
 def check_series(table: SeriesTable) -> None:
-    """Refuse a table without series, with an empty one, or with series of different channel counts.
+    """Raise for a table without series, with empty series, or with different numbers of channels.
 
     Raises:
         DataError: naming the place.
     """
     if not table.series:
-        raise DataError(f"{table.origin}: holds no series")
+        raise DataError(f"{table.origin}: contains no series")
     channels = table.series[0].shape[1]
     for row, one in enumerate(table.series):
         if len(one) == 0:
@@ -291,7 +293,7 @@ def match_format(table: SeriesTable, form: SeriesFormat) -> list[np.ndarray]:
 
 
 def match_channels(table: SeriesTable, count: int, names: tuple[str, ...] | None, training: str) -> SeriesTable:
-    """The table with its channels in the order of the training data.
+    """Return the table with its channels in the order of the training data.
 
     Args:
         table: The series.

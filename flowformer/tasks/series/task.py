@@ -24,7 +24,7 @@ from flowformer.tasks.splits import stratify
 
 @dataclass(frozen=True, eq=False)
 class SeriesTask:
-    """A classification problem on series, ready to train on.
+    """A classification problem on series.
 
     Attributes:
         name: of the problem.
@@ -53,22 +53,22 @@ class SeriesTask:
 
     @property
     def evaluated(self) -> dict[str, SeriesSet]:
-        """The sets evaluated during training: the test part, and the validation part; none that is empty."""
+        """The evaluation sets used during training: test set and validation set, if not empty."""
         sets = {"test": self.test, "validation": self.validation}
         return {name: part for name, part in sets.items() if part is not None and len(part)}
 
     def step(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run the model on a batch; means over it of the cross-entropy, "loss", and the "accuracy"."""
+        """Run the model on a batch, and return mean cross-entropy "loss" and "accuracy"."""
         logits = model(batch["x"], batch["mask"])
         loss = nn.functional.cross_entropy(logits.float(), batch["y"])
         return {"loss": loss, "accuracy": (logits.argmax(-1) == batch["y"]).float().mean()}
 
     def size(self, batch: Mapping[str, Tensor]) -> int:
-        """Series in a batch."""
+        """Return the number of series in a batch."""
         return len(batch["y"])
 
     def split_validation(self, fraction: float, seed: int) -> SeriesTask:
-        """Set a stratified part of the training series aside.
+        """Hold out a stratified part of the training series for validation.
 
         Statistics and `max_length` are taken anew from the series that stay: nothing of the validation part leaks into
         training.
@@ -101,7 +101,7 @@ def build_task(
     licence: str = "",
     source: str = "",
 ) -> SeriesTask:
-    """Check two tables against each other and fill what is missing.
+    """Check two tables against each other, and fill missing values.
 
     Raises:
         DataError: an empty part, a series without time steps, channels that differ, fewer than two classes in the
@@ -136,7 +136,7 @@ def build_task(
 
 
 def load_pair(train_path: str | Path, test_path: str | Path, *, name: str = "own") -> SeriesTask:
-    """Make a task of a user's own two files, each .ts, .ts.gz, .csv or .csv.gz.
+    """Make a task from a training and a test file, each .ts, .ts.gz, .csv or .csv.gz.
 
     Raises:
         DataError: a file cannot be read (see `read_ts`, `read_csv`), or the two do not fit (see `build_task`).

@@ -1,4 +1,4 @@
-"""The ten UEA subsets of the Flowformer paper (ICML 2022): finding, downloading, published accuracies."""
+"""The ten UEA subsets of the Flowformer paper (ICML 2022): search, download, published accuracies."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def load(subset: str, data_dir: str | Path | None = None) -> SeriesTask:
 
     Raises:
         DataError: unknown subset; files that cannot be read; or no files and no way to download them, in which case
-            the message says what to put where.
+            the message states which files are needed where.
     """
     _check_subset(subset)
     folders = _search_folders(data_dir)
@@ -121,7 +121,7 @@ def load(subset: str, data_dir: str | Path | None = None) -> SeriesTask:
 
 
 def find(subset: str, data_dir: str | Path | None = None) -> tuple[Path, Path] | None:
-    """The training and test file of a subset where :func:`load` looks for them; ``None`` if they are not there."""
+    """Return the training and test file of a subset that :func:`load` would read; ``None`` if not found."""
     return _find_files(subset, _search_folders(data_dir))
 
 
@@ -193,5 +193,5 @@ def _describe_missing(subset: str, looked_in: Iterable[Path], folder: Path, erro
         f"UEA subset {subset}: no {subset}_TRAIN.ts and {subset}_TEST.ts (or .ts.gz) in "
         f"{', '.join(str(one) for one in looked_in)}, and the download failed: {type(error).__name__}: {error}. "
         f"Both files are published at {WEBSITE}/description.php?Dataset={subset}; put them into {folder / subset}, or "
-        f"into any folder DIR and say --data-dir DIR."
+        f"into any folder DIR and pass --data-dir DIR."
     )

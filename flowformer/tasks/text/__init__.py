@@ -1,1 +1,1 @@
-"""Benchmarks of text: language models of corpora, of your own text, and of toy problems."""
+"""Text benchmarks: language modelling of corpora and your own text, and toy problems."""

@@ -1,4 +1,4 @@
-"""A text as tokens: what language tasks are made of."""
+"""A tokenized text, split for language modelling."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flowformer.tasks.text.tokenizers import Tokenizer
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """A text in its parts.
+    """A tokenized text: training, validation and test part.
 
     Attributes:
         name: What it is called.

@@ -44,7 +44,7 @@ def load(data_dir: str | Path | None = None) -> Corpus:
     cache is the folder that the environment variable FLOWFORMER_DATA names, or ~/.cache/flowformer.
 
     Raises:
-        DataError: where it is not there, and the message says how to get it; or where it is not Enwik8, by its size and
+        DataError: if it is not found, with a message how to get it; or if it is not Enwik8, by its size and
             MD5.
     """
     dataset = DATASETS["enwik8"]
@@ -60,7 +60,7 @@ def load(data_dir: str | Path | None = None) -> Corpus:
 
 
 def is_here(data_dir: str | Path | None = None) -> bool:
-    """Whether the files are where :func:`load` looks for them."""
+    """Return whether :func:`load` would find the files."""
     return _find(search_folders(DATASETS["enwik8"], data_dir)) is not None
 
 
@@ -79,7 +79,7 @@ def _unpack(archive: Path) -> Path:
             with zipfile.ZipFile(archive) as zipped:
                 zipped.extract("enwik8", folder)
         except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
-            raise DataError(f"{archive} is no zip file with enwik8 in it: {error}; cut short?") from error
+            raise DataError(f"{archive} is not a zip file that contains enwik8: {error}; incomplete?") from error
 
     return keep("enwik8", archive, [archive], build) / "enwik8"
 
@@ -89,12 +89,12 @@ def _check(found: Path, files: list[Path]) -> None:
     wanted = list(SPLIT_SIZES) if len(files) > 1 else [sum(SPLIT_SIZES)]
     if sizes != wanted:
         raise DataError(
-            f"{found}: want {' and '.join(f'{size:,}' for size in wanted)} bytes, got "
-            f"{' and '.join(f'{size:,}' for size in sizes)}: cut short, or not Enwik8? Text of your own is read by "
+            f"{found}: expected {' and '.join(f'{size:,}' for size in wanted)} bytes, got "
+            f"{' and '.join(f'{size:,}' for size in sizes)}: incomplete, or not Enwik8? Your own text is read by "
             f"flowformer.tasks.text.files."
         )
     if (md5 := checksum(files, "md5")) != MD5:
-        raise DataError(f"{found}: want the MD5 {MD5}, got {md5}: not Enwik8")
+        raise DataError(f"{found}: expected the MD5 {MD5}, got {md5}: not Enwik8")
 
 
 def _split(files: list[Path]) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Text of your own: a file, or a folder of files; or else a slice of Wikipedia that the gensim wheel ships."""
+"""Your own text, a file or folder of files; by default a slice of Wikipedia contained in the gensim wheel."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ WIKIPEDIA_LICENCE = (
 
 
 def load(path: str | Path | None = None, *, tokenizer: str = "bytes", held_out: float = 0.1) -> Corpus:
-    """Load a text, the last share of which becomes the test part.
+    """Load a text, the end of which becomes the test part.
 
     A folder is all its text files in the order of their paths, those of folders within included; hidden ones are left
     out. Files may be compressed: ``.gz``, ``.bz2``, ``.xz``. Between two of them comes a line feed, where the first
@@ -89,8 +89,8 @@ def _find_wikipedia() -> Path:
     if path is None or not path.is_file():
         what = "gensim is not installed" if path is None else f"this gensim has no {path}"
         raise DataError(
-            f"with no file given, the text is the slice of Wikipedia in the gensim wheel, but {what}: "
-            "pip install 'flowformer[text]', or name a file or folder of text"
+            f"without a file, the text is the slice of Wikipedia in the gensim wheel, but {what}: "
+            "pip install 'flowformer[text]', or pass a file or folder of text"
         )
     return path
 
@@ -98,10 +98,10 @@ def _find_wikipedia() -> Path:
 def _find_files(path: Path) -> list[Path]:
     if path.is_file():
         if path.suffix in REFUSED_SUFFIXES:
-            raise DataError(f"{path}: want text as it is or compressed as {', '.join(COMPRESSED)}: unpack it first")
+            raise DataError(f"{path}: expected plain text or {', '.join(COMPRESSED)}: unpack it first")
         return [path]
     if not path.is_dir():
-        raise DataError(f"no file or folder {path}")
+        raise DataError(f"file or folder {path} not found")
     files = [
         file
         for file in sorted(path.rglob("*"))
@@ -109,7 +109,7 @@ def _find_files(path: Path) -> list[Path]:
     ]
     if not files:
         raise DataError(
-            f"{path} has no text: want files that end in {', '.join(TEXT_SUFFIXES)}, or one of these and "
+            f"{path} contains no text: expected files that end in {', '.join(TEXT_SUFFIXES)}, or one of these and "
             f"{', '.join(COMPRESSED)}"
         )
     return files
@@ -156,10 +156,10 @@ def _cut(text: Path, held_out: float, source: str, *, exact: bool) -> int:
     if not whole:
         raise DataError(f"{source}: the text is empty")
     if not held_out >= 0 or (held_out > 1 and held_out != int(held_out)):
-        raise ValueError(f"held_out must be a share below 1 or a count of bytes, got {held_out}")
+        raise ValueError(f"held_out must be a fraction below 1 or a number of bytes, got {held_out}")
     cut = whole - round(held_out * whole if held_out < 1 else held_out)
     if cut <= 0:
-        raise ValueError(f"held_out must leave something of {whole:,} bytes to train on, got {held_out}")
+        raise ValueError(f"held_out must leave some of {whole:,} bytes for training, got {held_out}")
     return cut if exact else _next_line(text, cut)
 
 
@@ -179,7 +179,7 @@ def _next_character(text: Path, place: int) -> int:
     with text.open("rb") as file:
         file.seek(place)
         following = file.read(4)
-    # Bytes 10xxxxxx go on with a character of UTF-8.
+    # Bytes 10xxxxxx continue a UTF-8 character.
     return place + next((index for index, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))
 
 

@@ -1,4 +1,4 @@
-"""How text is prepared for a language model, and what such a model writes."""
+"""Text format: preprocessing for language models, and generation."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ IGNORED = -100  # a target that does not count
 
 @dataclass(frozen=True, kw_only=True)
 class WritingOptions(SamplingOptions):
-    """What a language model continues, and how."""
+    """Options of ``flowformer generate`` for text."""
 
-    prompt: tuple[str, ...] = option((), "text to continue; a new line if absent")
-    tokens: int = option(200, "most tokens to write for each prompt")
-    stop: tuple[str, ...] = option((), "text to end before")
-    temperature: float = option(0.8, "what scores are divided by; 0 always takes the likeliest token")
+    prompt: tuple[str, ...] = option((), "text to continue (default: a new line)")
+    tokens: int = option(200, "maximum number of new tokens per prompt")
+    stop: tuple[str, ...] = option((), "stop before this text")
+    temperature: float = option(0.8, "sampling temperature; 0 always selects the most likely token")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextChoice:
-    """Which text is shown."""
+    """Selection of a text."""
 
-    text: str | None = option(None, "text to look at, instead of a file")
+    text: str | None = option(None, "text to visualize, instead of a file")
 
 
 @dataclass(frozen=True, eq=False)
 class TextFormat:
-    """How text is prepared for a model.
+    """Text format: tokenizer and length.
 
     Attributes:
         tokenizer: Text to tokens and back.
@@ -57,7 +57,7 @@ class TextFormat:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens of the vocabulary."""
+        """Size of the vocabulary."""
         return self.tokenizer.vocab_size
 
     def collate(self, items: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor]:
@@ -75,16 +75,16 @@ class TextFormat:
         return batch
 
     def to_json(self) -> dict[str, Any]:
-        """The format as plain values."""
+        """Return the format as JSON values."""
         return {"tokenizer": self.tokenizer.to_json(), "length": self.length}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TextFormat:
-        """The format that :meth:`to_json` wrote."""
+        """Read a format that :meth:`to_json` wrote."""
         return cls(read_tokenizer(values["tokenizer"]), values["length"])
 
     def generate(self, model: LanguageModel, options: WritingOptions, *, track: Track) -> Iterator[str]:
-        """Continue prompts. One prompt is continued as the model writes; several are shown when all are complete.
+        """Continue prompts. The text of a single prompt is streamed; several are shown when all are complete.
 
         Raises:
             ValueError, TypeError: as :func:`flowformer.tasks.text.writing.write`.
@@ -103,7 +103,7 @@ class TextFormat:
         yield "\n---\n".join(texts) + "\n"
 
     def show(self, model: LanguageModel, file: Path | None, options: TextChoice, view: View) -> Scene:
-        """What a language model attends to, over the text of a file or of ``--text``.
+        """Return the attention maps of a language model for the text of a file or of ``--text``.
 
         Raises:
             ValueError: for both or neither, and as :meth:`scene`.
@@ -112,11 +112,11 @@ class TextFormat:
         if options.text is None:
             return self.scene(model, _read_text(file), view)
         if file is not None:
-            raise ValueError(f"give a file or --text, got both {file} and --text {options.text!r}")
+            raise ValueError(f"pass either a file or --text, got both {file} and --text {options.text!r}")
         return self.scene(model, options.text, view)
 
     def scene(self, model: LanguageModel, text: str, view: View) -> Scene:
-        """What a language model attends to, over a text.
+        """Return the attention maps of a language model for a text.
 
         Args:
             model: The model, in evaluation mode.
@@ -129,7 +129,7 @@ class TextFormat:
         """
         tokens = torch.from_numpy(self.tokenizer.encode(text).astype(np.int64))
         if not len(tokens):
-            raise ValueError("want a text of a token or more, got an empty one")
+            raise ValueError("the text must have at least one token, got an empty one")
         shown = tuple(_label(self.tokenizer, token) for token in tokens.tolist())
         strips = line_strips(
             model, (tokens.unsqueeze(0),), len(tokens), view, default=-1,
@@ -139,7 +139,7 @@ class TextFormat:
 
 
 def _label(tokenizer: Tokenizer, token: int) -> str:
-    """A token as it is written on an axis; its number in hexadecimal if it is no character by itself."""
+    """Return the label of a token on an axis; its number in hexadecimal if it is not a character."""
     text = tokenizer.decode([token])
     if not text or "\ufffd" in text:
         return f"{token:02x}"
@@ -151,4 +151,4 @@ def _read_text(file: Path | None) -> str:
     try:
         return data.decode("utf-8").rstrip("\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"{file} is no text in UTF-8: {error}") from error
+        raise DataError(f"{file} is not UTF-8 text: {error}") from error

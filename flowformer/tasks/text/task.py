@@ -1,4 +1,4 @@
-"""Language modelling, the prediction of the next token: blocks of text, loss and metric."""
+"""Language modelling: blocks of text, loss and metric."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flowformer.tasks.text.tokenizers import Tokenizer
 
 @dataclass(frozen=True, eq=False)
 class TokenBlocks(Dataset[tuple[np.ndarray, np.ndarray]]):
-    """A text cut into blocks, each with the tokens before it: (seen, targets), two arrays of one length.
+    """A text cut into blocks with context: (seen, targets), two arrays of the same length.
 
     Every token of the text is a target once. With a ``context``, a block has up to that many more tokens before it,
     which are seen and do not count: fairseq's ``--context-window``. The first token is predicted from ``start``.
@@ -40,13 +40,15 @@ class TokenBlocks(Dataset[tuple[np.ndarray, np.ndarray]]):
     whole: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse invalid sizes."""
+        """Raise for invalid sizes."""
         if not 0 <= self.context < self.length:
-            raise ValueError(f"want 0 <= context < length, got context {self.context} and length {self.length}")
+            raise ValueError(
+                f"context must be at least 0 and below length, got context {self.context} and length {self.length}"
+            )
 
     @property
     def stride(self) -> int:
-        """Targets of a block."""
+        """Number of targets of a block."""
         return self.length - self.context
 
     def __len__(self) -> int:
@@ -77,7 +79,7 @@ PERPLEXITY = Metric("perplexity", "loss", shown=lambda nats: math.exp(min(nats, 
 
 @dataclass(frozen=True, eq=False)
 class TextTask:
-    """A text to train a language model on, and others to test it with.
+    """Language modelling of a text.
 
     Attributes:
         name: Of the task.
@@ -107,15 +109,15 @@ class TextTask:
 
     @property
     def evaluated(self) -> dict[str, Any]:
-        """The sets evaluated during training."""
+        """The evaluation sets used during training."""
         return {"test": self.test} if self.validation is None else {"validation": self.validation}
 
     def step(self, model: nn.Module | SupportsLoss, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Mean loss of a batch's targets, in nats."""
+        """Return the mean loss of the targets of a batch, in nats."""
         return {"loss": model.loss(batch["tokens"], batch["targets"], batch.get("mask"), ignore_index=IGNORED)}  # pyright: ignore[reportCallIssue] - nn.Module hides what it offers
 
     def size(self, batch: Mapping[str, Tensor]) -> int:
-        """Targets of a batch that count."""
+        """Return the number of targets of a batch, without ignored ones."""
         return int((batch["targets"] != IGNORED).sum())
 
 

@@ -1,4 +1,4 @@
-"""Files made once from a source and kept: tokens as memory maps, safe under several processes at once.
+"""Cache of tokenized texts as memory maps, safe with several processes.
 
 What is made from one source is a folder in the folder ``tokens`` of the cache. Its name tells what it was made of, down
 to sizes and times of the source's files: a source that changes makes another folder, and the former one goes.
@@ -32,9 +32,9 @@ def keep(
     *,
     options: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Return the folder that ``build`` made from a source, and make it where it is not there, or not whole.
+    """Return the folder that ``build`` made from a source, building it if it is absent or incomplete.
 
-    Processes that want the same wait for the first, and take what it made.
+    Other processes that need the same folder wait for the first one and use its result.
 
     Args:
         name: How the folder's name begins.
@@ -98,7 +98,7 @@ def _digest(value: Any) -> str:
 
 
 def write_tokens(path: Path, pieces: Iterable[np.ndarray], dtype: np.dtype) -> int:
-    """Write pieces of a token array to one ``.npy`` file, without ever holding it; returns how many tokens."""
+    """Write a token array piece by piece to a ``.npy`` file; returns the number of tokens."""
     count = 0
     with path.open("wb") as file:
         _write_header(file, dtype, 0)

@@ -1,4 +1,4 @@
-"""Text to tokens and back: bytes, characters, words, or a tokenizer of Hugging Face.
+"""Tokenizers: bytes, characters, words, or a tokenizer of Hugging Face.
 
 A tokenizer can be written as JSON and read again elsewhere, without the files it was made from.
 """
@@ -23,7 +23,7 @@ UNKNOWN_WORD = "<unk>"
 
 
 class HuggingFaceForm(NamedTuple):
-    """A tokenizer as the library `tokenizers` has it.
+    """A tokenizer of the library `tokenizers`.
 
     Attributes:
         tokenizer: Gives the same numbers for the same text.
@@ -35,7 +35,7 @@ class HuggingFaceForm(NamedTuple):
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer offers.
+    """Base class of tokenizers.
 
     Attributes:
         kind: ``"bytes"``, ``"characters"``, ``"words"`` or ``"hugging-face"``.
@@ -62,18 +62,18 @@ class Tokenizer(Protocol):
         ...
 
     def stream(self) -> Callable[[int], str]:
-        """Return a function that takes token after token, and gives the text that is complete with each.
+        """Return a function that takes one token at a time, and returns the text completed by it.
 
         It gives "" while a character is unfinished.
         """
         ...
 
     def to_json(self) -> dict[str, Any]:
-        """Return what :func:`read_tokenizer` makes the same tokenizer of, as JSON has it."""
+        """Return the tokenizer as JSON values, for :func:`read_tokenizer`."""
         ...
 
     def to_hugging_face(self) -> HuggingFaceForm:
-        """Return the same tokenizer for the library `tokenizers`.
+        """Return the same tokenizer as one of the library `tokenizers`.
 
         Raises:
             ModuleNotFoundError: without `tokenizers`.
@@ -82,7 +82,7 @@ class Tokenizer(Protocol):
 
     @property
     def dtype(self) -> np.dtype:
-        """The smallest of uint8, uint16 and int32 that holds the vocabulary."""
+        """The smallest of uint8, uint16 and int32 that fits the vocabulary."""
         ...
 
 
@@ -93,7 +93,7 @@ class _Vocabulary:
 
     @property
     def dtype(self) -> np.dtype:
-        """The smallest of uint8, uint16 and int32 that holds the vocabulary."""
+        """The smallest of uint8, uint16 and int32 that fits the vocabulary."""
         if self.vocab_size <= 2**8:
             return np.dtype(np.uint8)
         return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.int32)
@@ -117,7 +117,7 @@ class BytesTokenizer(_Vocabulary):
         return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Return the text of bytes; U+FFFD stands where they are no UTF-8."""
+        """Return the text of bytes; invalid UTF-8 is replaced by U+FFFD."""
         return bytes(map(self._check, tokens)).decode("utf-8", "replace")
 
     def stream(self) -> Callable[[int], str]:
@@ -131,7 +131,7 @@ class BytesTokenizer(_Vocabulary):
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> BytesTokenizer:
-        """The tokenizer that :meth:`to_json` described."""
+        """Read a tokenizer that :meth:`to_json` wrote."""
         return cls()
 
     def to_hugging_face(self) -> HuggingFaceForm:
@@ -167,15 +167,15 @@ class CharacterTokenizer(_Vocabulary):
     def __init__(self, alphabet: str) -> None:
         counts = Counter(alphabet)
         if twice := [character for character, count in counts.items() if count > 1]:
-            raise ValueError(f"an alphabet has each character once, got {twice[0]!r} {counts[twice[0]]} times")
+            raise ValueError(f"characters of an alphabet must be unique, got {twice[0]!r} {counts[twice[0]]} times")
         if not alphabet:
-            raise ValueError("an alphabet needs a character or more, got none")
+            raise ValueError("an alphabet must have at least one character, got none")
         self.alphabet, self.vocab_size = alphabet, len(alphabet)
         self._tokens: np.ndarray | None = None
 
     @classmethod
     def fit(cls, text: Iterable[str]) -> CharacterTokenizer:
-        """Take the alphabet of a text, or of its pieces: its characters in their order, and U+FFFD for all others."""
+        """Build the alphabet of a text, or of its pieces: its characters in order, and U+FFFD for all others."""
         alphabet = {UNKNOWN_CHARACTER}
         for piece in text:
             alphabet.update(piece)
@@ -207,7 +207,7 @@ class CharacterTokenizer(_Vocabulary):
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> CharacterTokenizer:
-        """The tokenizer that :meth:`to_json` described."""
+        """Read a tokenizer that :meth:`to_json` wrote."""
         return cls(values["alphabet"])
 
     def to_hugging_face(self) -> HuggingFaceForm:
@@ -230,7 +230,7 @@ class CharacterTokenizer(_Vocabulary):
 
 
 class WordTokenizer(_Vocabulary):
-    """Words as whitespace parts them, and ``<eos>`` where a line ends.
+    """Words separated by whitespace, and ``<eos>`` for the end of a line.
 
     Args:
         words: The vocabulary, each word once; ``<eos>`` among them. Words it lacks become ``<unk>`` if it has that, and
@@ -247,13 +247,15 @@ class WordTokenizer(_Vocabulary):
         self._tokens = {word: token for token, word in enumerate(self.words)}
         if len(self._tokens) != len(self.words):
             twice = next(word for token, word in enumerate(self.words) if self._tokens[word] != token)
-            raise ValueError(f"a vocabulary has each word once, got {twice!r} more than once")
+            raise ValueError(f"words of a vocabulary must be unique, got {twice!r} more than once")
         if END_OF_LINE not in self._tokens:
-            raise ValueError(f"a vocabulary of words needs {END_OF_LINE!r}, got {self.vocab_size} words without it")
+            raise ValueError(
+                f"a vocabulary of words must contain {END_OF_LINE!r}, got {self.vocab_size} words without it"
+            )
 
     @classmethod
     def fit(cls, text: Iterable[str]) -> WordTokenizer:
-        """Take the vocabulary of a text's pieces, none of which ends within a word.
+        """Build the vocabulary of a text in pieces, none of which ends within a word.
 
         The order is by count, most frequent first; words of one count by their characters. ``<eos>`` and ``<unk>`` are
         always in it.
@@ -301,7 +303,7 @@ class WordTokenizer(_Vocabulary):
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> WordTokenizer:
-        """The tokenizer that :meth:`to_json` described."""
+        """Read a tokenizer that :meth:`to_json` wrote."""
         return cls(values["words"])
 
     def to_hugging_face(self) -> HuggingFaceForm:
@@ -316,7 +318,7 @@ class WordTokenizer(_Vocabulary):
 
 
 class HuggingFaceTokenizer(_Vocabulary):
-    """A tokenizer of Hugging Face. It adds no tokens of its own, such as those of a beginning, and never cuts a text.
+    """A tokenizer of Hugging Face, without added special tokens or truncation.
 
     Args:
         source: A ``tokenizer.json``, a folder that holds a tokenizer, or a name on the Hugging Face hub.
@@ -358,7 +360,7 @@ class HuggingFaceTokenizer(_Vocabulary):
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> HuggingFaceTokenizer:
-        """The tokenizer that :meth:`to_json` described."""
+        """Read a tokenizer that :meth:`to_json` wrote."""
         return cls(values["source"], definition=json.dumps(values["tokenizer"]))
 
     def to_hugging_face(self) -> HuggingFaceForm:
@@ -379,7 +381,7 @@ def _open_hugging_face(source: str, definition: str | None) -> tokenizers.Tokeni
         if path.is_file():
             return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing more special
-        raise ValueError(f"{source} holds no tokenizer that can be read: {error}") from error
+        raise ValueError(f"{source} contains no readable tokenizer: {error}") from error
     return _convert_hugging_face(source)
 
 
@@ -391,13 +393,13 @@ def _convert_hugging_face(source: str) -> tokenizers.Tokenizer:
         theirs = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(
-            f"no tokenizer {source!r}: want a tokenizer.json, a folder that holds a tokenizer, or a name on the Hugging"
+            f"no tokenizer {source!r}: expected a tokenizer.json, a folder with a tokenizer, or a name on the Hugging"
             f" Face hub; {type(error).__name__}: {error}"
         ) from error
     backend = getattr(theirs, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(
-            f"tokenizer {source!r}: {type(theirs).__name__} is written in Python, and has no tokenizer.json"
+            f"tokenizer {source!r}: {type(theirs).__name__} is written in Python and has no tokenizer.json"
         )
     return backend
 
@@ -418,10 +420,10 @@ def create_tokenizer(name: str, text: Iterable[str] | None = None) -> Tokenizer:
         return BytesTokenizer()
     if name in FITTED:
         if text is None:
-            raise ValueError(f"{name!r} take their vocabulary from a training text, got none")
+            raise ValueError(f"{name!r} require a training text for their vocabulary, got none")
         return FITTED[name].fit(text)
     if not name:
-        raise ValueError("want the name of a tokenizer, got an empty one")
+        raise ValueError("the name of a tokenizer must not be empty")
     return HuggingFaceTokenizer(name)
 
 
@@ -432,7 +434,7 @@ FITTED: Mapping[str, type[CharacterTokenizer] | type[WordTokenizer]] = {
 
 
 def read_tokenizer(values: Mapping[str, Any]) -> Tokenizer:
-    """Make the tokenizer that :meth:`Tokenizer.to_json` described.
+    """Read a tokenizer that :meth:`Tokenizer.to_json` wrote.
 
     Raises:
         ValueError: for a description of another kind, or an incomplete one.
@@ -442,9 +444,11 @@ def read_tokenizer(values: Mapping[str, Any]) -> Tokenizer:
         if kind in _KINDS:
             return _KINDS[kind].from_json(values)
     except KeyError as error:
-        raise ValueError(f"a tokenizer's description needs {error}, got {', '.join(values) or 'nothing'}") from None
+        raise ValueError(
+            f"the description of a tokenizer must contain {error}, got {', '.join(values) or 'nothing'}"
+        ) from None
     *others, last = _KINDS
-    raise ValueError(f"kind of a tokenizer must be {', '.join(others)} or {last}, got {kind!r}")
+    raise ValueError(f"the kind of a tokenizer must be {', '.join(others)} or {last}, got {kind!r}")
 
 
 _KINDS: Mapping[str, Any] = {

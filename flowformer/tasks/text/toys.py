@@ -1,7 +1,7 @@
-"""The toy projects of the GPT-style module: adding numbers and sorting, as texts of digits.
+"""Toy projects of the GPT-style module: adding numbers and sorting, as sequences of digits.
 
 Source: thuml/Flowformer, Flowformer_TorchModule/projects (adder) and its demonstration of sorting, which are minGPT's.
-A problem is a row of digits, the question before the answer; only the answer is to be foretold.
+A problem is a row of digits, the question before the answer; only the answer is predicted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LICENCE = "made here, by rule; no terms"
 
 @dataclass(frozen=True, eq=False)
 class Problems(Dataset[tuple[np.ndarray, np.ndarray]]):
-    """Questions and answers: (seen, targets), where what comes before the answer does not count.
+    """Questions and answers: (seen, targets), where targets before the answer are ignored.
 
     Attributes:
         digits: (n, question + answer) integers.
@@ -47,7 +47,7 @@ class Problems(Dataset[tuple[np.ndarray, np.ndarray]]):
 
 @dataclass(frozen=True, eq=False)
 class ToyTask(TextTask):
-    """Problems to solve; the metric is the share of them whose whole answer is right.
+    """Toy problems; the metric is the fraction of answers that are entirely right.
 
     Where each digit is the likeliest after the right ones before it, decoding without them gives the same answer, and
     where one is not, decoding goes wrong at the first such: no decoding is needed to tell.
@@ -55,11 +55,11 @@ class ToyTask(TextTask):
 
     @property
     def metric(self) -> Metric:
-        """Share of right answers, in percent."""
+        """Right answers in percent."""
         return Metric("accuracy", "accuracy", "percent", lambda share: 100 * share)
 
     def step(self, model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Mean loss of the answers' digits, and the share of answers that are right."""
+        """Return the mean loss of the digits of answers, and the fraction of right answers."""
         answers = batch["targets"]
         asked = answers != IGNORED
         logits = model(batch["tokens"])
@@ -68,12 +68,12 @@ class ToyTask(TextTask):
         return {"loss": loss, "accuracy": right.float().mean()}
 
     def size(self, batch: Mapping[str, Tensor]) -> int:
-        """Problems in a batch."""
+        """Return the number of problems in a batch."""
         return len(batch["targets"])
 
 
 def adder(digits: int = 2, seed: int = 1337) -> ToyTask:
-    """All sums of two numbers of ``digits`` digits, each part with leading zeros, the sum from its last digit on.
+    """All sums of two numbers of ``digits`` digits, with leading zeros; the sum is written from its last digit on.
 
     12 + 34 = 046 is 1234640. A fifth of the sums, but at most 500, is the test set.
 
@@ -85,7 +85,7 @@ def adder(digits: int = 2, seed: int = 1337) -> ToyTask:
         ValueError: for no digit, or more sums than fit.
     """
     if not 1 <= digits <= 3:
-        raise ValueError(f"the adder wants numbers of 1 to 3 digits, got {digits}")
+        raise ValueError(f"digits must be from 1 to 3, got {digits}")
     count = 10**digits
     first, second = np.divmod(np.arange(count**2), count)
     columns = [*_split(first, digits), *_split(second, digits), *reversed(_split(first + second, digits + 1))]
@@ -96,7 +96,7 @@ def adder(digits: int = 2, seed: int = 1337) -> ToyTask:
 
 
 def sorter(length: int = 6, digits: int = 3, seed: int = 3407) -> ToyTask:
-    """Rows of ``length`` digits below ``digits``, and the same rows sorted.
+    """Lists of ``length`` digits below ``digits``, and the same lists sorted.
 
     A quarter of all rows is the test set, as in the source, which takes those whose hash is divisible by 4.
 
@@ -109,7 +109,7 @@ def sorter(length: int = 6, digits: int = 3, seed: int = 3407) -> ToyTask:
         ValueError: for sizes out of range.
     """
     if not (1 <= length <= 8 and 2 <= digits <= 10 and digits**length <= 2_000_000):
-        raise ValueError(f"the sorter wants 1 to 8 digits of 2 to 10 kinds, got {length} of {digits}")
+        raise ValueError(f"length must be from 1 to 8 and digits from 2 to 10, got {length} and {digits}")
     rows = np.stack(np.unravel_index(np.arange(digits**length), (digits,) * length), 1)
     rows = np.concatenate((rows, np.sort(rows, 1)), 1)
     order = np.random.default_rng(seed).permutation(len(rows))

@@ -74,7 +74,7 @@ def load(data_dir: str | Path | None = None, *, check_counts: bool = True) -> Co
             same form.
 
     Raises:
-        DataError: where it is not there, and the message says how to get it; where files are damaged; where counts are
+        DataError: if it is not found, with a message how to get it; if files are damaged; if counts are
             not the published ones.
         ModuleNotFoundError: for parquet files without pyarrow.
     """
@@ -93,7 +93,7 @@ def load(data_dir: str | Path | None = None, *, check_counts: bool = True) -> Co
 
 
 def is_here(data_dir: str | Path | None = None) -> bool:
-    """Whether the files are where :func:`load` looks for them."""
+    """Return whether :func:`load` would find the files."""
     return any(_find(folder) for folder in _search_folders(data_dir))
 
 
@@ -145,7 +145,9 @@ def _check_shards(folder: Path, name: str, files: list[Path]) -> None:
     count = int(files[0].stem.rsplit("-", 1)[1]) if files else 1
     wanted = [f"{name}-{index:05}-of-{count:05}.parquet" for index in range(count)]
     if missing := set(wanted).symmetric_difference(file.name for file in files):
-        raise DataError(f"{folder}: want {', '.join(wanted)} and no others, these differ: {', '.join(sorted(missing))}")
+        raise DataError(
+            f"{folder}: expected {', '.join(wanted)} and no others; missing or unexpected: {', '.join(sorted(missing))}"
+        )
 
 
 def _read_parquet(file: Path) -> Iterator[str]:
@@ -154,7 +156,7 @@ def _read_parquet(file: Path) -> Iterator[str]:
     try:
         table = pyarrow.parquet.ParquetFile(file)
         if "text" not in table.schema_arrow.names:
-            raise DataError(f"{file} has no column text, but {', '.join(table.schema_arrow.names)}")
+            raise DataError(f"{file} has no column text; available: {', '.join(table.schema_arrow.names)}")
         for batch in table.iter_batches(PARQUET_ROWS, columns=["text"]):
             # A row is a line, on the hub with its line feed but where it is empty.
             yield "".join(line if line.endswith("\n") else f"{line}\n" for line in batch.column(0).to_pylist())
@@ -188,6 +190,6 @@ def _check(source: str, counts: Iterable[int], vocabulary: int) -> None:
     wanted = {**COUNTS, "vocabulary": VOCABULARY}
     if wrong := [f"{name} {came[name]:,} instead of {wanted[name]:,}" for name in wanted if came[name] != wanted[name]]:
         raise DataError(
-            f"{source}: not the tokens of WikiText-103: {', '.join(wrong)}: cut short, or the raw version? "
-            "flowformer.tasks.text.wikitext.load(folder, check_counts=False) takes a text of your own in the same form."
+            f"{source}: not the tokens of WikiText-103: {', '.join(wrong)}: incomplete, or the raw version? "
+            "flowformer.tasks.text.wikitext.load(folder, check_counts=False) reads your own text in the same form."
         )

@@ -1,4 +1,4 @@
-"""Text that a language model writes, as it is written."""
+"""Streaming text generation."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from flowformer.tasks.text.tokenizers import Tokenizer
 def write(
     model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str], *, stop: Sequence[str] = (), **options: Any
 ) -> Iterator[tuple[int, str]]:
-    """Continue texts, and hand out each piece as soon as it is complete.
+    """Continue texts, and yield each piece as soon as it is complete.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        prompts: Texts to go on from; lengths may differ.
+        prompts: Texts to continue; lengths may differ.
         stop: Texts at which a row ends; they are not handed out themselves.
         **options: ``max_new_tokens`` and how to choose tokens: see :func:`flowformer.models.generation.stream_tokens`.
 
@@ -30,7 +30,7 @@ def write(
             :func:`flowformer.models.generation.stream_tokens`.
     """
     if any(not text for text in stop):
-        raise ValueError("a text to stop at must have a character or more, got ''")
+        raise ValueError("a stop text must have at least one character, got ''")
     read = [tokenizer.encode(prompt).tolist() for prompt in prompts]
     tokens = stream_tokens(model, read, **options)
     return _write(tokens, [_Row(tokenizer, prompt, stop) for prompt in read])

@@ -186,7 +186,7 @@ def test_best_level_unless_another_is_asked_for(source: Path, beside: Path, monk
 def test_level_that_is_not_there_is_refused(source: Path, beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library = build.open_library(source, beside)
     monkeypatch.setenv(build.LEVEL_VARIABLE, "sse9")
-    with pytest.raises(ValueError, match=f"sse9: this machine has the levels {', '.join(library.levels)}"):
+    with pytest.raises(ValueError, match=f"sse9: available on this machine: {', '.join(library.levels)}"):
         build.level(library)
 
 
@@ -320,7 +320,7 @@ def test_no_compiler_gives_the_reason_once(
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert build.load() is build.load() is None
-    assert build.why_not() == "no C++ compiler was found: install g++ or clang++, or set CXX"
+    assert build.why_not() == "no C++ compiler found: install g++ or clang++, or set CXX"
     assert [record.getMessage() for record in caplog.records] == [
         f"flowformer runs in plain PyTorch, without its C++ kernels: {build.why_not()}"
     ]

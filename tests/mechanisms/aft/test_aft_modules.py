@@ -193,7 +193,7 @@ def test_every_position_learns(kind: type[AFT], causal: bool) -> None:
 @pytest.mark.parametrize("kind", [AFTFull, AFTLocal])
 def test_sequences_longer_than_the_table_are_refused(kind: type[AFT], causal: bool) -> None:
     module = build(kind, max_length=LENGTH, causal=causal)
-    says = "position_bias has 20 places, and there are 21 tokens"
+    says = "position_bias has 20 positions, got 21 tokens"
     with pytest.raises(ValueError, match=says):
         module(tokens(2, LENGTH + 1))
     if causal:
@@ -216,7 +216,7 @@ def test_each_packed_sequence_begins_at_the_first_position(kind: type[AFT], caus
     pieces = [module(x[:, a:b]) for a, b in pairwise(cuts) if a < b]
     close(out, torch.cat(pieces, 1))
     assert not torch.allclose(pieces[1], module(x[:, 13:20])[:, :1])  # positions matter
-    with pytest.raises(ValueError, match="has 20 places, and there are 50 tokens"):
+    with pytest.raises(ValueError, match="has 20 positions, got 50 tokens"):
         module(x, cu_seqlens=torch.tensor([0, 10, 60], dtype=torch.int32))
 
 
@@ -320,7 +320,7 @@ def test_examples_in_docstrings_run(module: str) -> None:
 @pytest.mark.parametrize("kind", [AFTFull, AFTLocal])
 def test_bad_positions_are_refused_in_words(kind: type[AFT]) -> None:
     name = kind.__name__
-    with pytest.raises(ValueError, match=f"{name}: give max_length, the longest sequence to come"):
+    with pytest.raises(ValueError, match=f"{name}: max_length is required, the length of the longest sequence"):
         kind(DIM)
     for bad in ({"max_length": 0}, {"max_length": 8, "position_dim": 0}):
         with pytest.raises(ValueError, match=f"{name}: max_length and position_dim must be positive, got "):
@@ -341,9 +341,9 @@ def test_bad_kernel_sizes_are_refused_in_words() -> None:
         with pytest.raises(ValueError, match="AFTConv: kernel_size must be a positive number or a pair of them, got"):
             AFTConv(DIM, 3, kernel_size=bad)
     for bad in (4, (3, 4), (2, 3)):
-        with pytest.raises(ValueError, match="AFTConv: kernel_size must be odd, for the filter to have a centre, got"):
+        with pytest.raises(ValueError, match="AFTConv: kernel_size must be odd, got"):
             AFTConv(DIM, 3, kernel_size=bad)
-    with pytest.raises(ValueError, match="images have no causal form: kernel_size must be one number, got"):
+    with pytest.raises(ValueError, match="images have no causal form: kernel_size must be a single number, got"):
         AFTConv(DIM, 3, kernel_size=(3, 3), causal=True)
     assert AFTConv(DIM, 3, kernel_size=4, causal=True).kernel.shape == (3, 4)
 
@@ -356,7 +356,7 @@ def test_images_and_sequences_are_not_confused() -> None:
         image(tokens(2, 24))
     with pytest.raises(ValueError, match=r"mask must be .*height, width.* got \(2, 24\)"):
         image(tokens(2, 4, 6), mask=torch.ones(2, 24, dtype=torch.bool))
-    with pytest.raises(ValueError, match="images have none"):
+    with pytest.raises(ValueError, match="not supported for images"):
         image(tokens(1, 4, 6), cu_seqlens=torch.tensor([0, 4], dtype=torch.int32))
     with pytest.raises(ValueError, match="only a causal module has a state"):
         image.init_state(2)
@@ -365,7 +365,8 @@ def test_images_and_sequences_are_not_confused() -> None:
 def test_windows_and_filters_take_no_context() -> None:
     for module, what in ((build(AFTLocal, max_length=LENGTH), "window"), (build(AFTConv, 3), "filter")):
         with pytest.raises(
-            ValueError, match=f"no context, since a {what} requires queries and keys at the same positions"
+            ValueError,
+            match=f"context is not supported, since a {what} requires queries and keys at the same positions",
         ):
             module(tokens(2, 6), tokens(2, 6))
 

@@ -284,7 +284,7 @@ def test_defaults_are_what_was_published() -> None:
 @pytest.mark.parametrize(
     ("overrides", "kind", "says"),
     [
-        ({"clmap": 1.0}, TypeError, r"Mobile-Attention has no option 'clmap'; it has .*did you mean 'clamp'\?"),
+        ({"clmap": 1.0}, TypeError, r"Mobile-Attention has no option 'clmap'; available: .*did you mean 'clamp'\?"),
         ({"rescale": True}, TypeError, "no option 'rescale'; it has feature_map, clamp, eps, .*normalize"),
         ({"preset": "core"}, TypeError, "no option 'preset'"),
         ({"feature_map": "elu"}, ValueError, "feature_map must be 'sigmoid' or 'relu', got 'elu'"),
@@ -313,6 +313,6 @@ def test_it_is_self_attention(causal: bool) -> None:
     with pytest.raises(ValueError, match=r"mobile_attention: .* as many queries as keys, got 5 and 6"):
         ops.mobile_attention(q[:, :5], k, v, causal=causal)
     mask = torch.ones(2, 6, dtype=torch.bool)
-    says = "mobile_attention: this is self-attention, since .*: give mask alone, not context_mask"
+    says = "mobile_attention: this is self-attention, since .*: pass mask, not context_mask"
     with pytest.raises(ValueError, match=says):
         ops.mobile_attention(q, k, v, causal=causal, mask=mask, context_mask=mask)

@@ -120,34 +120,34 @@ def damaged(tmp_path, name, data):
 
 
 def test_damaged_files_are_named(tmp_path):
-    assert "data_batch_1.bin: want records of 3,073 bytes, got 5 bytes" in damaged(
+    assert "data_batch_1.bin: expected records of 3,073 bytes, got 5 bytes" in damaged(
         tmp_path, "data_batch_1.bin", b"12345"
     )
     said = damaged(tmp_path, "data_batch_1.bin", bytes([10]) + bytes(3072))
-    assert "want labels from 0 to 9, got 10 to 10" in said
+    assert "expected labels from 0 to 9, got 10 to 10" in said
 
 
 def test_a_damaged_pickle_is_named(tmp_path):
     good = pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [0]}, protocol=2)
     assert "data_batch_1: not a batch" in damaged(tmp_path, "data_batch_1", good[:100])
     short = pickle.dumps({b"data": np.zeros((1, 100), np.uint8), b"labels": [0]}, protocol=2)
-    assert "want 3,072 bytes a picture, got uint8 (1, 100)" in damaged(tmp_path, "data_batch_1", short)
+    assert "expected 3,072 bytes per image, got uint8 (1, 100)" in damaged(tmp_path, "data_batch_1", short)
 
 
 def test_damaged_pictures_are_named(tmp_path):
-    assert "cat/1.png: not a picture" in damaged(tmp_path, "cat/1.png", b"text")
+    assert "cat/1.png: not an image" in damaged(tmp_path, "cat/1.png", b"text")
     large = io.BytesIO()
     Image.new("RGB", (48, 32)).save(large, "png")
-    assert "cat/1.png: want 32 x 32 pixels, got 48 x 32" in damaged(tmp_path, "cat/1.png", large.getvalue())
+    assert "cat/1.png: expected 32 x 32 pixels, got 48 x 32" in damaged(tmp_path, "cat/1.png", large.getvalue())
 
 
 def test_what_is_no_cifar10_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(DataError, match=r"holds no CIFAR-10: want data_batch_1\.bin"):
+    with pytest.raises(DataError, match=r"does not contain CIFAR-10: expected data_batch_1\.bin"):
         read_cifar10(tmp_path)
     with pytest.raises(DataError, match="no such file or folder"):
         read_cifar10(tmp_path / "absent")
-    with pytest.raises(DataError, match="want a folder, or an archive"):
+    with pytest.raises(DataError, match="expected a folder, or an archive"):
         read_cifar10(tmp_path / "notes.txt")
 
 
@@ -160,7 +160,7 @@ def test_the_folder_of_an_archive_will_do(batches, tmp_path):
                 archive.write(one, one.name)
         if name == "one.zip":
             assert len(read_cifar10(tmp_path / "data")[0]) == 15
-    with pytest.raises(DataError, match="holds no CIFAR-10"):  # which of the two?
+    with pytest.raises(DataError, match="does not contain CIFAR-10"):  # which of the two?
         read_cifar10(tmp_path / "data")
 
 

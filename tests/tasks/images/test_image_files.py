@@ -99,10 +99,10 @@ def test_many_that_are_left_out_are_not_all_said(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, "no class folders; wanted is a folder for each class"),
+        ({}, "no class folders; expected a folder for each class"),
         ({"a.png": png(0)}, "no class folders"),
-        (images(1, ("cat",)), "one class folder only, 'cat'"),
-        (images(1) | {"empty/.keep": b""}, "class folder 'empty' holds no images"),
+        (images(1, ("cat",)), "only one class folder, 'cat'"),
+        (images(1) | {"empty/.keep": b""}, "class folder 'empty' contains no images"),
     ],
 )
 def test_folders_that_are_refused(tmp_path, content, message):
@@ -111,21 +111,21 @@ def test_folders_that_are_refused(tmp_path, content, message):
 
 
 def test_folder_that_is_none(tmp_path):
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         read_folder(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, "holds no labelled images; wanted are folders of images by class"),
-        ({"train/cat/a.txt": b"", "train/dog/b.txt": b""}, "holds no labelled images"),
+        ({}, "contains no labelled images; expected folders of images by class"),
+        ({"train/cat/a.txt": b"", "train/dog/b.txt": b""}, "contains no labelled images"),
         (images(below="train/") | images(below="val/") | images(below="validation/"), "two folders for validation"),
-        (images(below="train/") | {"val/a.png": png(0)}, "holds images, and no class folders; they need a labels.tsv"),
-        (images(below="train/") | {"x.tar": b""}, "holds tar files and folders by class"),
-        ({"ILSVRC2012_img_train.tar": b""}, "ImageNet as it is published: unpack it"),
-        ({"train-0.tar": b"nothing"}, "train-0.tar: no tar file that can be read"),
-        ({"train-0.parquet": b"nothing"}, "train-0.parquet: no parquet file that can be read"),
+        (images(below="train/") | {"val/a.png": png(0)}, "contains images but no class folders; add a labels.tsv"),
+        (images(below="train/") | {"x.tar": b""}, "contains tar files and folders by class"),
+        ({"ILSVRC2012_img_train.tar": b""}, "is a published archive of ImageNet: unpack it"),
+        ({"train-0.tar": b"nothing"}, "train-0.tar: cannot read the tar file"),
+        ({"train-0.parquet": b"nothing"}, "train-0.parquet: cannot read the parquet file"),
     ],
 )
 def test_what_holds_no_images_is_refused(tmp_path, content, message):
@@ -134,7 +134,7 @@ def test_what_holds_no_images_is_refused(tmp_path, content, message):
 
 
 def test_path_that_is_wrong(tmp_path):
-    with pytest.raises(DataError, match="nothing is not there; wanted are"):
+    with pytest.raises(DataError, match="nothing not found; expected"):
         find_images(tmp_path / "nothing")
     (tmp_path / "images.zip").write_bytes(b"")
     with pytest.raises(DataError, match=r"images.zip is a file; .* must be unpacked"):
@@ -176,11 +176,11 @@ def test_list_that_lacks_an_image(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"c,dog\n", "names none of the images"),
-        (b"a\n", r"wanted are a name and a class in each line, got \['a'\]"),
-        (b"a, \n", "wanted are a name and a class"),
-        (b"\xff\xfe\x00", "no table that can be read"),
-        (b"a,1\nb,cat\n", "some labels are numbers, some are names"),
+        (b"c,dog\n", "lists none of the images"),
+        (b"a\n", r"expected a name and a class in each line, got \['a'\]"),
+        (b"a, \n", "expected a name and a class"),
+        (b"\xff\xfe\x00", "cannot read the table"),
+        (b"a,1\nb,cat\n", "labels are partly numbers and partly names"),
     ],
 )
 def test_lists_that_are_refused(tmp_path, text, message):
@@ -250,7 +250,7 @@ def test_parquet_columns_of_other_names_and_kinds(tmp_path):
 @pytest.mark.parametrize(
     ("options", "labels", "message"),
     [
-        ({"image": "photo"}, [0, 1], "no column image or img or jpg or png; there is photo, label"),
+        ({"image": "photo"}, [0, 1], "no column image or img or jpg or png; available: photo, label"),
         ({"label": "kind"}, [0, 1], "no column label or"),
         ({}, [0, None], "row 1 has no label"),
         ({}, [0, -1], "labels from -1 to 0"),
@@ -266,7 +266,7 @@ def test_parquet_that_is_refused(tmp_path, options, labels, message):
 
 def test_parquet_row_without_bytes(tmp_path):
     files = find_images(write_parquet(tmp_path / "a.parquet", [(png(0), 0), (None, 1)]))["all"]
-    with pytest.raises(UnreadableImage, match="the row holds no bytes"):
+    with pytest.raises(UnreadableImage, match="the row contains no bytes"):
         files.decode(1)
 
 
@@ -341,12 +341,12 @@ def test_tar_file_that_is_cut_off(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"a.png": b"", "a.cls": b""}, "a.cls holds no label: b''"),
-        ({"a.png": b"", "a.json": b"{"}, "a.json holds no label"),
-        ({"a.png": b"", "a.json": b"[]"}, "a.json holds no label"),
-        ({"a.png": b"", "a.json": b'{"label": 1.5}'}, "a.json holds no label"),
-        ({"a.png": b"", "a.cls": b"\xff"}, "a.cls holds no label"),
-        ({"a.png": b"", "a.cls": b"1", "b.png": b"", "b.cls": b"cat"}, "some labels are numbers, some are names"),
+        ({"a.png": b"", "a.cls": b""}, "a.cls contains no label: b''"),
+        ({"a.png": b"", "a.json": b"{"}, "a.json contains no label"),
+        ({"a.png": b"", "a.json": b"[]"}, "a.json contains no label"),
+        ({"a.png": b"", "a.json": b'{"label": 1.5}'}, "a.json contains no label"),
+        ({"a.png": b"", "a.cls": b"\xff"}, "a.cls contains no label"),
+        ({"a.png": b"", "a.cls": b"1", "b.png": b"", "b.cls": b"cat"}, "labels are partly numbers and partly names"),
     ],
 )
 def test_tar_labels_that_are_refused(tmp_path, content, message):
@@ -357,7 +357,7 @@ def test_tar_labels_that_are_refused(tmp_path, content, message):
 def test_files_that_do_not_say_their_split(tmp_path):
     for name in ("train-0.tar", "0.tar"):
         write_tar(tmp_path / name, members(2, lambda number: b"%d" % number))
-    with pytest.raises(DataError, match=r"0.tar: nothing in the name says whether"):
+    with pytest.raises(DataError, match=r"0.tar: the name does not contain"):
         find_images(tmp_path)
 
 
@@ -447,8 +447,8 @@ def test_sixteen_bits():
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (Image.fromarray(np.ones((2, 2), dtype=np.float32)), "floating-point numbers of an unknown range"),
-        (Image.fromarray(np.array([[0, 70000]], dtype=np.int32)), "pixels from 0 to 70000; wanted are 16 bits"),
+        (Image.fromarray(np.ones((2, 2), dtype=np.float32)), "floating-point numbers of unknown range"),
+        (Image.fromarray(np.array([[0, 70000]], dtype=np.int32)), "pixels from 0 to 70000, expected at most 16 bits"),
     ],
 )
 def test_values_of_unknown_range_are_refused(image, message):
@@ -536,5 +536,5 @@ def test_only_corrupt_files_are_an_error(tmp_path):
     files = read_folder(
         write_folder(tmp_path, {f"{name}/{number}.jpg": b"?" for name in CLASSES for number in range(3)})
     )
-    with pytest.raises(DataError, match=r"none of 6 images can be read; dog/2.jpg: no image of a known kind"):
+    with pytest.raises(DataError, match=r"none of 6 images can be read; dog/2.jpg: not an image of a known format"):
         files.check()

@@ -165,10 +165,10 @@ def test_numbers_beside_names(tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (below("train", content()), "wanted are a train and a val set; found train: .*9 images of 3 classes"),
-        (content(), "wanted are a train and a val set; found all"),
+        (below("train", content()), "expected a train and a val set; found train: .*9 images of 3 classes"),
+        (content(), "expected a train and a val set; found all"),
         (below("train", content(1, ("a", "b"))) | below("val", content(1, ("a", "c"))), "unknown classes 'c'"),
-        (below("train", content(1, ("a",))) | below("val", content(1, ("a",))), "classification needs two classes"),
+        (below("train", content(1, ("a",))) | below("val", content(1, ("a",))), "classification requires two classes"),
         (below("train", content(1)) | below("val", {"n01440764/a.jpg": b""}), "none of 1 images can be read; .*empty"),
         (below("train", {"a/a.jpg": b"", "b/b.jpg": b""}) | below("val", content(1, ("a",))), "none of 2 images"),
         (below("train", content(1, ("a", "b"))) | {"val/a.png": png(1), "val/labels.csv": b"a,2\n"}, "labels up to 2"),
@@ -429,7 +429,7 @@ def test_nothing_left_to_stand_in(damaged):
     task = imagenet.load(damaged, image_size=32)
     for path in (damaged / "train").rglob("*.png"):
         path.unlink()
-    with pytest.raises(DataError, match="no image can be read any more"):
+    with pytest.raises(DataError, match="no readable image left"):
         run_of(task, 0)
 
 
@@ -441,7 +441,7 @@ def test_damage_inside_a_tar_file(tmp_path):
     task = imagenet.load(tmp_path, image_size=32)
     given = next(iter(loader(task, task.test, 4)))
     assert given["left_out"] == [
-        (f"{tmp_path}, validation", "imagenet-val-000000.tar:2.png", "no image of a known kind")
+        (f"{tmp_path}, validation", "imagenet-val-000000.tar:2.png", "not an image of a known format")
     ]
     assert len(given["x"]) == 3
     assert len(find_images(tmp_path)["train"]) == 4

@@ -29,7 +29,7 @@ def test_collate_standardises():
 
 
 def test_collate_refuses_what_is_not_prepared():
-    with pytest.raises(ValueError, match=r"want pictures of shape \(4, 4, 3\), got \(5, 4, 3\)"):
+    with pytest.raises(ValueError, match=r"expected images of shape \(4, 4, 3\), got \(5, 4, 3\)"):
         FORM.collate([(np.zeros((5, 4, 3), np.uint8), 0)])
     with pytest.raises(ValueError, match="got none"):
         FORM.collate([])
@@ -167,7 +167,7 @@ def test_digits():
 
 
 def test_cifar10_wants_a_path():
-    with pytest.raises(ValueError, match="give --data PATH"):
+    with pytest.raises(ValueError, match="--data PATH is required"):
         load_cifar10("", test_fraction=0.1)
 
 

@@ -74,7 +74,7 @@ def test_missing_says_what_to_get_and_where_to_put_it(tmp_path, cache):
 
 def test_a_prefix_is_not_enwik8(shared, tmp_path):
     (tmp_path / "enwik8").symlink_to(shared / "data" / "enwik8" / "enwik8_prefix")
-    with pytest.raises(DataError, match=r"want 100,000,000 bytes, got 3,500,000: cut short"):
+    with pytest.raises(DataError, match=r"expected 100,000,000 bytes, got 3,500,000: incomplete"):
         enwik8.load(tmp_path)
 
 
@@ -82,10 +82,12 @@ def test_a_prefix_is_not_enwik8(shared, tmp_path):
 @pytest.mark.parametrize("form", ["file", "zip", "split"])
 def test_other_text_is_refused(tmp_path, form):
     write(tmp_path, form, TEXT[1:])
-    with pytest.raises(DataError, match=r"want 1,024 bytes, got 1,023:|900 and 60 and 64 bytes, got 900 and 60 and 63"):
+    with pytest.raises(
+        DataError, match=r"expected 1,024 bytes, got 1,023:|900 and 60 and 64 bytes, got 900 and 60 and 63"
+    ):
         enwik8.load(tmp_path)
     write(tmp_path, form, TEXT[::-1])
-    with pytest.raises(DataError, match=f"want the MD5 {enwik8.MD5}, got"):
+    with pytest.raises(DataError, match=f"expected the MD5 {enwik8.MD5}, got"):
         enwik8.load(tmp_path)
 
 
@@ -103,7 +105,7 @@ def test_damaged_zip_is_refused(tmp_path, cache, damage):
     else:
         with zipfile.ZipFile(archive, "w") as zipped:
             zipped.writestr("readme", "none")
-    with pytest.raises(DataError, match=r"enwik8.zip is no zip file with enwik8 in it"):
+    with pytest.raises(DataError, match=r"enwik8.zip is not a zip file that contains enwik8"):
         enwik8.load(tmp_path)
     assert not [path for path in (cache / "tokens").iterdir() if path.is_dir()]
 

@@ -51,7 +51,9 @@ def test_whole_blocks_only_for_training():
 
 @pytest.mark.parametrize("context", [-1, 5, 6])
 def test_context_must_leave_something_to_foretell(context):
-    with pytest.raises(ValueError, match=f"want 0 <= context < length, got context {context} and length 5"):
+    with pytest.raises(
+        ValueError, match=f"context must be at least 0 and below length, got context {context} and length 5"
+    ):
         TokenBlocks(TEXT, 5, context)
 
 

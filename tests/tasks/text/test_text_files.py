@@ -204,11 +204,11 @@ def test_a_file_that_changes_is_read_again(file, cache):
 def test_a_word_on_every_file_that_does_not_do(tmp_path):
     for name in ("text.zst", "text.parquet", "text.zip"):
         (tmp_path / name).write_bytes(b"1")
-        with pytest.raises(DataError, match=rf"{name}: want text as it is or compressed as .gz, .bz2, .xz"):
+        with pytest.raises(DataError, match=rf"{name}: expected plain text or .gz, .bz2, .xz"):
             text_files.load(tmp_path / name)
-    with pytest.raises(DataError, match=r"has no text: want files that end in .txt"):
+    with pytest.raises(DataError, match=r"contains no text: expected files that end in .txt"):
         text_files.load(tmp_path)
-    with pytest.raises(DataError, match=r"no file or folder .*nowhere"):
+    with pytest.raises(DataError, match=r"file or folder .*nowhere not found"):
         text_files.load(tmp_path / "nowhere")
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(DataError, match=r"empty.txt: the text is empty"):
@@ -240,7 +240,7 @@ def test_the_slice_of_wikipedia():
 
 def test_without_gensim(monkeypatch, tmp_path):
     monkeypatch.setattr(text_files.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"gensim is not installed: pip install 'flowformer\[text\]', or name a file"):
+    with pytest.raises(DataError, match=r"gensim is not installed: pip install 'flowformer\[text\]', or pass a file"):
         text_files.load()
     fake = type("Spec", (), {"origin": str(tmp_path / "gensim" / "__init__.py")})
     monkeypatch.setattr(text_files.util, "find_spec", lambda name: fake)

@@ -160,7 +160,7 @@ def test_a_failure_leaves_nothing(source, cache):
 def test_a_cache_that_cannot_be_written_is_named(source, cache):
     cache.write_text("a file, where a folder is wanted")
     with pytest.raises(
-        DataError, match=rf"no folder {cache / 'tokens'} can be made: .*; FLOWFORMER_DATA names another"
+        DataError, match=rf"cannot create the folder {cache / 'tokens'}: .*; set FLOWFORMER_DATA to another"
     ):
         counted(source)[0]()
 

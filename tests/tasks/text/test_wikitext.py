@@ -126,7 +126,7 @@ def test_rows_of_parquet_may_lack_their_line_feeds(tmp_path):
 )
 def test_what_is_cut_short_is_refused(tmp_path, form, part, message):
     write(tmp_path, form, {**PARTS, part: PARTS[part][:-1]})
-    with pytest.raises(DataError, match=rf"not the tokens of WikiText-103: {message}: cut short"):
+    with pytest.raises(DataError, match=rf"not the tokens of WikiText-103: {message}: incomplete"):
         wikitext.load(tmp_path)
     assert len(wikitext.load(tmp_path, check_counts=False).train) > 0
     with pytest.raises(DataError, match=message):  # what was made for others does not pass either
@@ -155,11 +155,11 @@ def test_missing_says_what_to_get_and_where_to_put_it(tmp_path, cache):
 def test_missing_parquet_files_are_named(tmp_path):
     write(tmp_path, "parquet")
     (tmp_path / "train-00000-of-00002.parquet").unlink()
-    with pytest.raises(DataError, match=r"want train-00000-of-00002.parquet, train-00001.*differ: train-00000"):
+    with pytest.raises(DataError, match=r"expected train-00000-of-00002.parquet, train-00001.*unexpected: train-00000"):
         wikitext.load(tmp_path)
     write(tmp_path, "parquet")
     (tmp_path / "test-00000-of-00001.parquet").unlink()
-    with pytest.raises(DataError, match=r"differ: test-00000-of-00001.parquet"):
+    with pytest.raises(DataError, match=r"unexpected: test-00000-of-00001.parquet"):
         wikitext.load(tmp_path)
 
 
@@ -178,7 +178,7 @@ def test_damaged_files_are_named(tmp_path, cache):
     for folder, message in {
         "a": r"wikitext-103-v1.zip cannot be read: BadZipFile",
         "b": r"train-00001-of-00002.parquet cannot be read",
-        "c": r"test-00000-of-00001.parquet has no column text, but line",
+        "c": r"test-00000-of-00001.parquet has no column text; available: line",
         "d": r"wiki.valid.tokens.* cannot be read: UnicodeDecodeError",
     }.items():
         with pytest.raises(DataError, match=message):

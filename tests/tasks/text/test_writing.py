@@ -72,7 +72,7 @@ def test_text_goes_on_from_the_prompt(monkeypatch):
 
 
 def test_empty_stop_is_refused():
-    with pytest.raises(ValueError, match="a text to stop at must have a character or more"):
+    with pytest.raises(ValueError, match="a stop text must have at least one character"):
         write(None, BytesTokenizer(), ["x"], stop=[""], max_new_tokens=1)
 
 
