@@ -410,11 +410,11 @@ def correctness(setup: Setup, names: Sequence[str]) -> list[Job]:
         ("steps", check_steps, [case for case in every if case.causal]),
         ("module", check_module, first),
         ("no waiting", check_no_waiting, every),
-        ("drift", check_drift, linear),
         ("cross", check_cross, [case for case in every if case.row.cross and not case.causal]),
         ("autocast", check_autocast, first),
         ("reference", check_reference, first),
         ("float64", functools.partial(check_dtypes, dtype=torch.float64), every),
+        ("drift", check_drift, linear),
     ]
     return [Job(f"{case.name}: {kind}", functools.partial(check, case)) for kind, check, of in checks for case in of]
 
