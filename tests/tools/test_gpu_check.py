@@ -42,9 +42,10 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
-def wrong_flow(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **arguments: Any) -> Any:
+def wrong_linear(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **arguments: Any) -> Any:
     """Off by a thousandth."""
-    return 1.001 * ops.flow_attention(q, k, v, **arguments)
+    out = ops.linear_attention(q, k, v, **arguments)
+    return (1.001 * out[0], out[1]) if isinstance(out, tuple) else 1.001 * out
 
 
 def test_every_operation_is_checked_and_every_part_has_run(finished: Path) -> None:
@@ -85,14 +86,14 @@ def test_results_of_another_machine_are_not_added_to(tool: ModuleType, tmp_path:
 def test_a_wrong_operation_fails(
     tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wrong = dataclasses.replace(find_attention("flow"), op=wrong_flow)
+    wrong = dataclasses.replace(find_attention("linear"), op=wrong_linear)
     monkeypatch.setattr(tool, "find_attention", lambda name: wrong)
-    asked = ["--dry-run", "--out", str(tmp_path), "--only", "correctness", "--mechanisms", "flow"]
+    asked = ["--dry-run", "--out", str(tmp_path), "--only", "correctness", "--mechanisms", "linear"]
     assert tool.main(asked) == 1
     lines = {line["name"]: line for line in lines_of(tmp_path) if line["part"] == "correctness"}
-    assert lines["flow core causal: float32"]["ok"] is False
-    assert lines["flow core causal: float32"]["error"] == pytest.approx(1e-3, rel=0.01)
-    assert "flow core causal: float32" in capsys.readouterr().out
+    assert lines["linear default causal: float32"]["ok"] is False
+    assert lines["linear default causal: float32"]["error"] == pytest.approx(1e-3, rel=0.01)
+    assert "linear default causal: float32" in capsys.readouterr().out
 
 
 def test_what_is_wrong_is_not_timed(
