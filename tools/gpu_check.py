@@ -5,7 +5,7 @@
     python tools/gpu_check.py --dry-run --out runs/dry     every part in small on the CPU, where there is no GPU
 
 Results are JSON lines in ``results.jsonl`` of the output folder, written as they come. A second run with the same
-folder goes on where the first stopped. What is wrong is never timed. The exit status is 1 if any check failed.
+folder continues where the first stopped. What is wrong is never timed. The exit status is 1 if any check failed.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-# Everything taken from the library, and the name of the mask of real tokens.
-from flowformer import create_attention, create_model, list_attentions, ops
-from flowformer.attention import find_attention
-from flowformer.ops import reference
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-MASK = "key_padding_mask"
-PACKAGE = Path(ops.__file__).parents[1]
+# The ways to call each mechanism are those in which the laws are checked.
+from law_cases import reference, shapes_of, variants_of
+
+from flowformer import create_attention, create_model, list_attentions, ops
+from flowformer.mechanisms import find_attention
+
+PACKAGE = Path(ops.__file__).parent
 
 LIMITS_S = {"correctness": 130, "times": 170, "training": 180}  # of each part: below 8 minutes together
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # of the largest element
@@ -178,13 +180,13 @@ class Case(NamedTuple):
 
     def parameters(self, length: int) -> tuple[list[Tensor], Any]:
         """The learned tensors, of float32 numbers, and the structure in which the operation takes them."""
-        shapes = self.variant.parameters(length, self.setup.heads)
+        shapes = self.variant.learned(length, self.setup.heads)
         leaves, structure = tree_flatten(shapes, is_leaf=lambda shape: isinstance(shape, torch.Size))
         return [normal(shape, seed) for seed, shape in enumerate(leaves)], structure
 
     def inputs(self, length: int, sources: int | None = None, batch: int = 2) -> list[Tensor]:
         """q, k, v and the learned tensors: float64, on the CPU, of float32 numbers."""
-        sizes = self.row.shapes(self.setup.heads, self.setup.key, self.setup.value)
+        sizes = shapes_of(self.row, self.setup.heads, self.setup.key, self.setup.value)
         lengths = (length, sources or length, sources or length)
         tensors = [
             normal((batch, n, *size), seed + 7) for seed, (n, size) in enumerate(zip(lengths, sizes, strict=True))
@@ -197,11 +199,11 @@ class Case(NamedTuple):
 
     def op(self, *tensors: Tensor, **arguments: Any) -> Any:
         """The operation on q, k, v and the learned tensors."""
-        return self._call(self.row.op, tensors, **arguments)
+        return self._call(self.row.operation, tensors, **arguments)
 
     def truth(self, *tensors: Tensor, **arguments: Any) -> Any:
         """The reference on the same."""
-        return self._call(self.row.reference, tensors, **arguments)
+        return self._call(self.row.truth, tensors, **arguments)
 
     def step(self, tensors: Tensors, parameters: Tensors, state: Any) -> tuple[Tensor, Any]:
         """One token."""
@@ -219,8 +221,8 @@ def cases(setup: Setup, names: Sequence[str]) -> Iterator[Case]:
     """Every form of every variant of the mechanisms."""
     for name in names:
         row = find_attention(name)
-        for label, variant in row.variants.items():
-            for form, causal in (("bidirectional", False), ("causal", True))[: 2 if row.causal else 1]:
+        for label, variant in variants_of(row).items():
+            for form, causal in (("bidirectional", False), ("causal", True))[: 2 if row.can("causal") else 1]:
                 yield Case(f"{name} {label} {form}", row, variant, causal, setup)
 
 
@@ -294,9 +296,9 @@ def check_padding(case: Case) -> dict[str, Any]:
     tensors, length = case.inputs(case.setup.length), case.setup.length
     mask = torch.rand(2, length, generator=torch.Generator().manual_seed(3)) < torch.tensor([[0.8], [0.3]])
     poisoned = [t.masked_fill(~mask.view(2, length, *(1,) * (t.ndim - 2)), math.nan) for t in tensors[:3]]
-    on_device = {MASK: mask.to(case.setup.device)}
+    on_device = {"mask": mask.to(case.setup.device)}
     got = evaluate(lambda *t: case.op(*t, **on_device), poisoned + tensors[3:], case.setup.device, torch.float32)
-    want = evaluate(lambda *t: case.truth(*t, **{MASK: mask}), tensors, "cpu", torch.float64)
+    want = evaluate(lambda *t: case.truth(*t, **{"mask": mask}), tensors, "cpu", torch.float64)
     return compare(got, want, TOLERANCE[torch.float32])
 
 
@@ -318,7 +320,7 @@ def check_steps(case: Case) -> dict[str, Any]:
     first = [t[:, :split] for t in on_device[:3]]
     _, structure = case.parameters(case.setup.length)
     learned = tree_unflatten(on_device[3:], structure)
-    out, state = case.row.op(*first, *learned, return_state=True, **case.options)
+    out, state = case.row.operation(*first, *learned, return_state=True, **case.options)
     outs = [out]
     for token in range(split, min(stop, case.setup.length)):
         out, state = case.step([t[:, token] for t in on_device[:3]], on_device[3:], state)
@@ -347,7 +349,7 @@ def check_no_waiting(case: Case) -> dict[str, Any]:
     mask = torch.ones(2, case.setup.length, dtype=torch.bool, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for arguments in ({}, {MASK: mask}):
+        for arguments in ({}, {"mask": mask}):
             out = case.op(*leaves, **arguments)
             torch.autograd.grad(out, leaves, torch.ones_like(out))
     finally:
@@ -397,18 +399,18 @@ def check_module(case: Case) -> dict[str, Any]:
 def correctness(setup: Setup, names: Sequence[str]) -> list[Job]:
     """The most telling checks first."""
     every = list(cases(setup, names))
-    linear = [case for case in every if case.row.linear_time and case.row.is_linear(case.variant)]
-    first = [case for case in every if case.variant is next(iter(case.row.variants.values()))]
+    linear = [case for case in every if case.row.can("linear time", "linear memory") and not case.variant.quadratic]
+    first = [case for case in every if case.variant is next(iter(variants_of(case.row).values()))]
     checks: list[tuple[str, Callable[[Case], dict[str, Any]], Sequence[Case]]] = [
         ("float32", functools.partial(check_dtypes, dtype=torch.float32), every),
         ("bfloat16", functools.partial(check_dtypes, dtype=torch.bfloat16), every),
         ("float16", functools.partial(check_dtypes, dtype=torch.float16), every),
         ("padding", check_padding, every),
         ("packing", check_packing, every),
-        ("steps", check_steps, [case for case in every if case.causal]),
+        ("steps", check_steps, [case for case in every if case.causal and case.row.can("state")]),
         ("module", check_module, first),
         ("no waiting", check_no_waiting, every),
-        ("cross", check_cross, [case for case in every if case.row.cross and not case.causal]),
+        ("cross", check_cross, [case for case in every if case.row.can("cross") and not case.causal]),
         ("autocast", check_autocast, first),
         ("reference", check_reference, first),
         ("float64", functools.partial(check_dtypes, dtype=torch.float64), every),
@@ -802,11 +804,12 @@ def train(setup: Setup, attention: str, text: Text) -> dict[str, Any]:
     trainer, curve, spent = Trainer(setup, attention, text, setup.train_length), [], 0.0
     waits = trainer.waits()
     trainer.step()
+    before = trainer.count
     reset_peak(setup)
     while spent < setup.train_seconds:
         spent += trainer.run_steps(100 if setup.device == "cuda" else 1, setup.train_seconds - spent)
         curve.append({"step": trainer.count, "s": round(spent, 2), "bits_per_byte": trainer.bits_per_byte()})
-    speed = (trainer.count - 2) * trainer.rows * trainer.length / spent
+    speed = (trainer.count - before) * trainer.rows * trainer.length / spent
     return {
         "ok": True,
         "check": found,

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from law_cases import variants_of
 
 from flowformer import list_attentions, ops
-from flowformer.attention import find_attention
+from flowformer.mechanisms import find_attention
 
 TOOL = Path(__file__).parents[2] / "tools" / "gpu_check.py"
 
@@ -53,8 +54,8 @@ def test_every_operation_is_checked_and_every_part_has_run(finished: Path) -> No
     assert {line["part"] for line in lines} == {"machine", "correctness", "times", "training"}
     for name in list_attentions():
         row = find_attention(name)
-        for variant in row.variants:
-            for form in ("bidirectional", "causal") if row.causal else ("bidirectional",):
+        for variant in variants_of(row):
+            for form in ("bidirectional", "causal") if row.can("causal") else ("bidirectional",):
                 of = {line["name"] for line in lines if line.get("name", "").startswith(f"{name} {variant} {form}: ")}
                 kinds = {one.rpartition(": ")[2] for one in of}
                 assert kinds >= {"float64", "float32", "bfloat16", "float16", "padding", "packing"}
@@ -86,7 +87,7 @@ def test_results_of_another_machine_are_not_added_to(tool: ModuleType, tmp_path:
 def test_a_wrong_operation_fails(
     tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wrong = dataclasses.replace(find_attention("linear"), op=wrong_linear)
+    wrong = dataclasses.replace(find_attention("linear"), operation=wrong_linear)
     monkeypatch.setattr(tool, "find_attention", lambda name: wrong)
     asked = ["--dry-run", "--out", str(tmp_path), "--only", "correctness", "--mechanisms", "linear"]
     assert tool.main(asked) == 1
