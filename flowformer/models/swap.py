@@ -136,9 +136,7 @@ def swap_attention(
     _check_found(model, modules, bool(sources or multiheads))
     _check_reduction(spatial_reduction, sources, mechanism)
     if multiheads and img_size is not None:
-        raise ValueError(
-            f"swap_attention: img_size does not tell the tokens of {multiheads[0][0][0]}: give max_length"
-        )
+        raise ValueError(f"swap_attention: img_size does not tell the tokens of {multiheads[0][0][0]}: give max_length")
     keep = not mechanism.can("linear time") if spatial_reduction is None else spatial_reduction == "keep"
     swaps: list[_Swap | MultiheadSwap] = [
         MultiheadSwap.build(model, names, old, mechanism, num_heads, options) for names, old in multiheads
