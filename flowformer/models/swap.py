@@ -71,7 +71,7 @@ def swap_attention(
     modules: str = "*",
     num_heads: int | None = None,
     spatial_reduction: str | None = None,
-    image_size: int | tuple[int, int] | None = None,
+    img_size: int | tuple[int, int] | None = None,
     **options: Any,
 ) -> SwapReport:
     """Replace the attention of a model in place, keeping all weights that have a counterpart.
@@ -93,7 +93,7 @@ def swap_attention(
       its position embedding, and pools by the mean where the class token was read. ``kernel_size`` is (11, 11) unless
       given; one number makes it AFT-conv over the sequence of tokens, and no token is lost.
     - AFT-full and AFT-local learn biases for the first ``max_length`` tokens: unless given, those of an image of
-      ``image_size``. In images of other sizes a bias belongs to another pair of patches.
+      ``img_size``. In images of other sizes a bias belongs to another pair of patches.
     - Flow-Attention has the preset ``"vision"`` unless another is given.
     - Mobile-Attention's outputs grow with the number of tokens, as published, unless ``normalize=True`` is given.
 
@@ -108,9 +108,9 @@ def swap_attention(
         num_heads: Heads, which divide the width of the projections; as many as there were if absent.
         spatial_reduction: In PVT-v2, ``"keep"`` has queries look at a reduced map as before, ``"drop"`` at all tokens.
             If absent it is dropped for mechanisms in linear time, and kept for others.
-        image_size: In timm's models, pixels of the largest images to come, (height, width) or one number for both;
+        img_size: In timm's models, pixels of the largest images to come, (height, width) or one number for both;
             those of the model if absent. For mechanisms that learn positions.
-        **options: Options of the mechanism's module; ``max_length`` where it learns positions and ``image_size`` does
+        **options: Options of the mechanism's module; ``max_length`` where it learns positions and ``img_size`` does
             not tell.
 
     Returns:
@@ -135,17 +135,15 @@ def swap_attention(
     sources, multiheads = _find(model, modules), find_multiheads(model, modules)
     _check_found(model, modules, bool(sources or multiheads))
     _check_reduction(spatial_reduction, sources, mechanism)
-    if multiheads and image_size is not None:
-        raise ValueError(
-            f"swap_attention: image_size does not tell the tokens of {multiheads[0][0][0]}: give max_length"
-        )
+    if multiheads and img_size is not None:
+        raise ValueError(f"swap_attention: img_size does not tell the tokens of {multiheads[0][0][0]}: give max_length")
     keep = not mechanism.can("linear time") if spatial_reduction is None else spatial_reduction == "keep"
     swaps: list[_Swap | MultiheadSwap] = []
     for names, old in multiheads:
         swaps.append(MultiheadSwap.build(model, names, old, mechanism, num_heads, options))
     options = {**ATTENTION_DEFAULTS.get(attention, {}), **options}
     for source in sources:
-        limit = options.get("max_length", _count_tokens(model, source, image_size))
+        limit = options.get("max_length", _count_tokens(model, source, img_size))
         built = _build(source, attention, num_heads, {**options, "max_length": limit})
         swaps.append(_Swap(source, built, source.reduces and keep))
     return _carry_out(model, attention, swaps)
@@ -263,9 +261,9 @@ def _check_reduction(wanted: str | None, sources: list[_Source], mechanism: Mech
         )
 
 
-def _count_tokens(model: Any, source: _Source, image_size: int | tuple[int, int] | None) -> int | None:
+def _count_tokens(model: Any, source: _Source, img_size: int | tuple[int, int] | None) -> int | None:
     """Tokens that an attention sees in an image, where the model tells."""
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size
     if source.kind is _FUSED:
         patches = getattr(model, "patch_embed", None)
         count = getattr(patches, "num_patches", None)
