@@ -18,7 +18,7 @@ test-slow: $(VENV)/.test  ## the tests that take minutes
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run -Werror flowformer/ops/native/source/*
+	$(BIN)/clang-format --dry-run -Werror flowformer/kernels/native/source/*
 	$(BIN)/pyright
 
 docs: $(VENV)/.test

@@ -18,7 +18,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from packaging import tags
 
-PACKAGE_FOLDER = "flowformer/ops/native"
+PACKAGE_FOLDER = "flowformer/kernels/native"
 
 
 class NativeKernels(BuildHookInterface):
@@ -52,7 +52,7 @@ class NativeKernels(BuildHookInterface):
 
 
 def load_build(root: Path) -> ModuleType:
-    """The module `flowformer.ops.native.build`, without its packages, which need torch."""
+    """The module `flowformer.kernels.native.build`, without its packages, which need torch."""
     name = "flowformer_native_build"
     spec = importlib.util.spec_from_file_location(name, root / PACKAGE_FOLDER / "build.py")
     if spec is None or spec.loader is None:

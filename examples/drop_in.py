@@ -20,7 +20,7 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """Transform (batch, length, dim); ``real`` (batch, length) marks tokens that are not padding."""
-        x = x + self.attention(self.norm1(x), key_padding_mask=real)
+        x = x + self.attention(self.norm1(x), mask=real)
         return x + self.mlp(self.norm2(x))
 
 

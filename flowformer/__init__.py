@@ -9,16 +9,16 @@ from flowformer._version import __version__ as __version__
 
 # Where each public name lives; imported on first use, so that `import flowformer` costs what `import torch` costs.
 _HOME = {
-    "AFTConv": "attention",
-    "AFTFull": "attention",
-    "AFTLocal": "attention",
-    "AFTSimple": "attention",
-    "FlowAttention": "attention",
-    "LinearAttention": "attention",
-    "MobileAttention": "attention",
-    "SoftmaxAttention": "attention",
-    "create_attention": "attention",
-    "list_attentions": "attention",
+    "AFTConv": "mechanisms",
+    "AFTFull": "mechanisms",
+    "AFTLocal": "mechanisms",
+    "AFTSimple": "mechanisms",
+    "FlowAttention": "mechanisms",
+    "LinearAttention": "mechanisms",
+    "MobileAttention": "mechanisms",
+    "SoftmaxAttention": "mechanisms",
+    "create_attention": "mechanisms",
+    "list_attentions": "mechanisms",
     "create_model": "models",
     "list_models": "models",
     "swap_attention": "models",
@@ -53,18 +53,6 @@ __all__ = [
 
 if TYPE_CHECKING:
     from flowformer import ops
-    from flowformer.attention import (
-        AFTConv,
-        AFTFull,
-        AFTLocal,
-        AFTSimple,
-        FlowAttention,
-        LinearAttention,
-        MobileAttention,
-        SoftmaxAttention,
-        create_attention,
-        list_attentions,
-    )
     from flowformer.interop.estimator import FlowformerClassifier
     from flowformer.interop.hf import (
         FlowformerConfig,
@@ -72,15 +60,24 @@ if TYPE_CHECKING:
         FlowformerForSequenceClassification,
         FlowformerModel,
     )
+    from flowformer.mechanisms import create_attention, list_attentions
+    from flowformer.mechanisms.aft import AFTConv, AFTFull, AFTLocal, AFTSimple
+    from flowformer.mechanisms.flow import FlowAttention
+    from flowformer.mechanisms.linear import LinearAttention
+    from flowformer.mechanisms.mobile import MobileAttention
+    from flowformer.mechanisms.softmax import SoftmaxAttention
     from flowformer.models import create_model, list_models, swap_attention
 
 
 def __getattr__(name: str) -> Any:
     if name == "ops":
         return importlib.import_module("flowformer.ops")
-    if name not in _HOME:
+    if name not in _HOME and not name.endswith("Attention"):  # further mechanisms name their modules so
         raise AttributeError(f"module 'flowformer' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"flowformer.{_HOME[name]}"), name)
+    try:
+        return getattr(importlib.import_module(f"flowformer.{_HOME.get(name, 'mechanisms')}"), name)
+    except AttributeError:
+        raise AttributeError(f"module 'flowformer' has no attribute {name!r}") from None
 
 
 def __dir__() -> list[str]:

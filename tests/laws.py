@@ -1,7 +1,7 @@
 """The laws of attention, once, for every mechanism of the registry, its variants, both forms, and every implementation.
 
-A mechanism added to the registry is held to them without a change here. Where there is no compiler for the native
-kernels there are no cases of them; tests/ops/native/test_flow.py says so.
+A mechanism added to the registry is held to them without a change here. Where a backend does not run
+there are no cases of it; tests/mechanisms/flow/test_native_flow.py says so of the native kernels.
 """
 
 from __future__ import annotations
@@ -17,21 +17,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from law_cases import Variant, shapes_of, variants_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from flowformer.attention import Mechanism, Variant, find_attention, list_attentions
-from flowformer.ops import backend, linear
-from flowformer.ops.native.kernels import kernels
+from flowformer.core import run as core_run
+from flowformer.core.backends import TORCH, Backend, backends_of
+from flowformer.core.scan import scan
+from flowformer.mechanisms import Mechanism, find_attention, list_attentions
 
 HEADS, KEY, VALUE = 2, 4, 5
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-# What each implementation computes; first what it is tested in where a law does not say.
-DTYPES = {
-    "torch": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
-    "native": (torch.float32, torch.bfloat16),
-}
 Tensors = Sequence[Tensor]
 
 
@@ -44,12 +41,12 @@ class Case(NamedTuple):
     row: Mechanism
     variant: Variant
     causal: bool
-    backend: str
+    backend: Backend
     longest: int = 512  # tokens that tables of positions have room for
 
     @property
     def dtypes(self) -> Sequence[torch.dtype]:
-        return DTYPES[self.backend]
+        return self.backend.dtypes
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,22 +60,22 @@ class Case(NamedTuple):
     @property
     def in_torch(self) -> Case:
         """The same in plain PyTorch, which computes every dtype."""
-        return self._replace(backend="torch")
+        return self._replace(backend=TORCH)
 
     @property
     def crosses(self) -> bool:
         """Whether there may be another number of queries than of keys."""
-        return self.row.cross and not self.causal
+        return self.row.can("cross") and not self.causal
 
     def up_to(self, length: int) -> Case:
         """The same, with tables of positions for ``length`` tokens."""
         return self._replace(longest=length)
 
     def arguments(self) -> dict[str, Any]:
-        return {"causal": self.causal, "backend": self.backend, **self.variant.options}
+        return {"causal": self.causal, "backend": self.backend.name, **self.variant.options}
 
     def shapes(self, heads: int = HEADS, key: int = KEY, value: int = VALUE) -> Sequence[tuple[int, ...]]:
-        return self.row.shapes(heads, key, value)
+        return shapes_of(self.row, heads, key, value)
 
     def parameters(self, dtype: torch.dtype | None = None, heads: int = HEADS) -> list[Tensor]:
         """The learned tensors, those of a pair one after the other; the same at every call."""
@@ -86,7 +83,7 @@ class Case(NamedTuple):
         return [_parameter(shape, seed, dtype or self.dtype) for seed, shape in enumerate(shapes)]
 
     def _learned(self, heads: int = HEADS) -> tuple[list[torch.Size], Any]:
-        shapes = self.variant.parameters(self.longest, heads)
+        shapes = self.variant.learned(self.longest, heads)
         return tree_flatten(shapes, is_leaf=lambda shape: isinstance(shape, torch.Size))
 
     def _arguments_of(self, parameters: Tensors, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -96,15 +93,15 @@ class Case(NamedTuple):
 
     def op(self, q: Tensor, k: Tensor, v: Tensor, *parameters: Tensor, **arguments: Any) -> Any:
         learned = self._arguments_of(parameters, q.dtype)
-        return self.row.op(q, k, v, *learned, **self.arguments(), **arguments)
+        return self.row.operation(q, k, v, *learned, **self.arguments(), **arguments)
 
     def truth(self, q: Tensor, k: Tensor, v: Tensor, *parameters: Tensor, **arguments: Any) -> Tensor:
         learned = self._arguments_of(parameters, q.dtype)
-        return self.row.reference(q, k, v, *learned, causal=self.causal, **self.variant.options, **arguments)
+        return self.row.truth(q, k, v, *learned, causal=self.causal, **self.variant.options, **arguments)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, state: Any, *parameters: Tensor) -> tuple[Tensor, Any]:
         chooses = "backend" in inspect.signature(self.row.step).parameters
-        options = {**({"backend": self.backend} if chooses else {}), **self.variant.options}
+        options = {**({"backend": self.backend.name} if chooses else {}), **self.variant.options}
         return self.row.step(q, k, v, state, *self._arguments_of(parameters, q.dtype), **options)
 
     def steps(self, tensors: Tensors, state: Any) -> tuple[Tensor, Any]:
@@ -144,18 +141,20 @@ def _parameter(shape: torch.Size, seed: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def _backends(row: Mechanism) -> list[str]:
-    return ["torch", "native"] if row.op.__name__ in backend.NATIVE_OPS and kernels() else ["torch"]
+def _backends(row: Mechanism) -> list[Backend]:
+    """Those that run here, plain PyTorch first."""
+    found = backends_of(row.operation.__name__)
+    return [row for row in reversed(found) if not row.refuses(row.device, row.dtypes[0])]
 
 
 def _every_case() -> dict[str, Case]:
     cases = {}
     for name in list_attentions():
         row = find_attention(name)
-        for label, variant in row.variants.items():
-            for form, causal in (("bidirectional", False), ("causal", True))[: 2 if row.causal else 1]:
+        for label, variant in variants_of(row).items():
+            for form, causal in (("bidirectional", False), ("causal", True))[: 2 if row.can("causal") else 1]:
                 for chosen in _backends(row):
-                    suffix = "" if chosen == "torch" else f"-{chosen}"
+                    suffix = "" if chosen is TORCH else f"-{chosen.name}"
                     cases[f"{name}-{label}-{form}{suffix}"] = Case(row, variant, causal, chosen)
     return cases
 
@@ -191,12 +190,16 @@ def crosses(case: Case) -> bool:
     return case.crosses
 
 
+def has_state(case: Case) -> bool:
+    return case.causal and case.row.can("state")
+
+
 def is_linear(case: Case) -> bool:
-    return case.row.is_linear(case.variant)
+    return case.row.can("linear memory") and not case.variant.quadratic
 
 
 def is_fast(case: Case) -> bool:
-    return is_linear(case) and case.row.linear_time
+    return is_linear(case) and case.row.can("linear time")
 
 
 def is_fast_and_causal(case: Case) -> bool:
@@ -204,7 +207,7 @@ def is_fast_and_causal(case: Case) -> bool:
 
 
 def has_fixed_state(case: Case) -> bool:
-    return case.causal and case.row.fixed_state
+    return case.causal and case.row.can("fixed state")
 
 
 def has_parameters(case: Case) -> bool:
@@ -212,7 +215,7 @@ def has_parameters(case: Case) -> bool:
 
 
 def in_torch(case: Case) -> bool:
-    return case.backend == "torch"
+    return case.backend is TORCH
 
 
 def at_tokens(mask: Tensor, tensor: Tensor) -> Tensor:
@@ -302,7 +305,7 @@ def test_2_float32_gradients_at_length_65536(case: Case) -> None:
 
 
 def is_first_of_its_kind(case: Case) -> bool:
-    kind = [variant for variant in case.row.variants.values() if case.row.is_linear(variant)]
+    kind = [variant for variant in variants_of(case.row).values() if not variant.quadratic]
     return is_fast(case) and case.variant is kind[0]
 
 
@@ -310,7 +313,7 @@ def is_first_of_its_kind(case: Case) -> bool:
 @each(is_first_of_its_kind)
 def test_1_float32_and_float64_at_length_65536_equal_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     # A minute or two of the reference for one variant: the others differ from it in nothing that grows with length.
-    monkeypatch.setattr(sys.modules[case.row.reference.__module__], "ROWS", 128)
+    monkeypatch.setattr(sys.modules["flowformer.mechanisms.weights"], "ROWS", 128)
     case = case.up_to(65_536)
     tensors = [
         t[:, :, :1, :2] if t.ndim == 4 else t[..., :2] for t in case.inputs(65_536, batch=1, dtype=torch.float32)
@@ -414,12 +417,12 @@ def test_2_gradcheck_with_padding_and_packing(case: Case, monkeypatch: pytest.Mo
     case = case.up_to(5)
     tensors = [*narrow(case.inputs(5, batch=1)), *learning(case)]
     mask = torch.tensor([[False, True, True, True, False]])
-    assert torch.autograd.gradcheck(functools.partial(case.op, key_padding_mask=mask), tensors)
+    assert torch.autograd.gradcheck(functools.partial(case.op, mask=mask), tensors)
     bounds = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
     assert torch.autograd.gradcheck(functools.partial(case.op, cu_seqlens=bounds), tensors)
 
 
-@each(lambda case: is_causal(case) and in_torch(case))
+@each(lambda case: has_state(case) and in_torch(case))
 def test_2_gradcheck_through_states(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     rechunk(monkeypatch, case, 2, 2)
     case = case.up_to(5)
@@ -474,9 +477,9 @@ def test_3_gradients_do_not_reach_the_future(case: Case) -> None:
 def rechunk(monkeypatch: pytest.MonkeyPatch, case: Case, chunk: int, block: int) -> list[int]:
     """Other sizes of what is worked on at a time; returns the list of blocks that the shared scan will have run.
 
-    Whatever a mechanism's own modules call CHUNK, BLOCK, ROWS or SOME_ROWS is such a size. What is linear has a CHUNK.
+    Whatever a mechanism's own modules call CHUNK, BLOCK, ROWS or SOME_ROWS is such a size.
     """
-    scan, ran, found = linear.scan, [], set()
+    ran: list[int] = []
 
     def rescan(*arguments: Any) -> Any:
         ran.append(block)
@@ -486,24 +489,22 @@ def rechunk(monkeypatch: pytest.MonkeyPatch, case: Case, chunk: int, block: int)
     for module in own_modules(case):
         for name in [name for name in vars(module) if name.rpartition("_")[2] in sizes]:
             monkeypatch.setattr(module, name, sizes[name.rpartition("_")[2]])
-            found.add(name)
-    assert "CHUNK" in found or not is_linear(case), "nothing says how much is worked on at a time"
-    monkeypatch.setattr(linear, "scan", rescan)
+    monkeypatch.setattr(core_run, "scan", rescan)
     return ran
 
 
 def own_modules(case: Case) -> list[ModuleType]:
     """The module of the operation, or all of its package where it has one."""
-    home = case.row.op.__module__
+    home = case.row.operation.__module__
     package = home.rpartition(".")[0]
-    if package == "flowformer.ops":
+    if not package.startswith("flowformer.mechanisms."):
         return [sys.modules[home]]
     return [module for name, module in list(sys.modules.items()) if name.startswith(f"{package}.")]
 
 
 def has_own_blocks(case: Case) -> bool:
     """Whether it does without the shared scan."""
-    return any("BLOCK" in vars(module) for module in own_modules(case) if module is not linear)
+    return any("BLOCK" in vars(module) for module in own_modules(case))
 
 
 def run_with_state(case: Case, tensors: Tensors, state: Any = None, **arguments: Any) -> tuple[list[Tensor], Any]:
@@ -527,7 +528,9 @@ def objective(out: Tensor, state: Any) -> Tensor:
 
 
 def works_in_pieces(case: Case) -> bool:
-    return in_torch(case) and (has_own_blocks(case) or (is_linear(case) and case.causal))
+    if not in_torch(case) or (case.causal and not has_state(case)):
+        return False
+    return has_own_blocks(case) or (case.causal and any("CHUNK" in vars(module) for module in own_modules(case)))
 
 
 # In PyTorch: the chunks of the native kernels have the size that they were compiled with.
@@ -560,7 +563,7 @@ def made(case: Case, tensors: Tensors) -> list[torch.Size]:
     return recorder.shapes
 
 
-@each(is_causal)
+@each(has_state)
 def test_4_token_by_token(case: Case) -> None:
     _, start = case.op(*case.inputs(9), return_state=True)
     for state in (None, start):
@@ -571,7 +574,7 @@ def test_4_token_by_token(case: Case) -> None:
         all_close(after, last, case.tolerance)
 
 
-@each(is_causal, dtypes=[torch.float32, torch.bfloat16, torch.float16])
+@each(has_state, dtypes=[torch.float32, torch.bfloat16, torch.float16])
 def test_4_token_by_token_in_other_dtypes(case: Case, dtype: torch.dtype) -> None:
     tensors = case.inputs(100, dtype=dtype)
     got, _ = case.steps(tensors, case.fresh(2, dtype))
@@ -582,7 +585,7 @@ def test_4_token_by_token_in_other_dtypes(case: Case, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("cut", [1, 5, 63, 64, 65, 129])
-@each(is_causal)
+@each(has_state)
 def test_4_split_anywhere_and_resumed(case: Case, cut: int) -> None:
     tensors = case.inputs(130)
 
@@ -598,7 +601,7 @@ def test_4_split_anywhere_and_resumed(case: Case, cut: int) -> None:
     all_close(state, last, case.tolerance)
 
 
-@each(is_causal)
+@each(has_state)
 def test_4_splitting_costs_no_precision_in_float32(case: Case) -> None:
     case = case.up_to(1200)
     tensors = case.inputs(1200, dtype=torch.float32)
@@ -609,7 +612,7 @@ def test_4_splitting_costs_no_precision_in_float32(case: Case) -> None:
     close(torch.cat(outs, 1), case.truth(*tensors))
 
 
-@each(is_causal)
+@each(has_state)
 def test_4_states_are_never_mutated(case: Case) -> None:
     tensors = case.inputs(70)
     _, state = case.op(*tensors, return_state=True)
@@ -650,7 +653,7 @@ def test_5_padding_is_invisible(case: Case, side: str, filler: float) -> None:
     for count in (0, 7, 1000):
         mask = real(2, 20, count, side)
         leaves = [*(pad(t, count, side, filler).requires_grad_() for t in tensors), *learning(case)]
-        out = case.op(*leaves, key_padding_mask=mask)
+        out = case.op(*leaves, mask=mask)
         upstream = pad(weights_like(want[0]), count, side, 1.0)
         got = [out, *torch.autograd.grad(out, leaves, upstream)]
         for padded, one in zip(got[:4], want[:4], strict=True):
@@ -667,7 +670,7 @@ def test_5_padding_is_invisible_in_cross_attention(case: Case, sinks: int, sourc
     want = with_gradients(case.op, *tensors)
     counts = (sinks, sources, sources)
     leaves = [pad(t, n, "right", torch.nan).requires_grad_() for t, n in zip(tensors, counts, strict=True)]
-    masks = {"query_padding_mask": real(2, 20, sinks, "right"), "key_padding_mask": real(2, 25, sources, "right")}
+    masks = {"mask": real(2, 20, sinks, "right"), "context_mask": real(2, 25, sources, "right")}
     out = case.op(*leaves, **masks)
     got = [out, *torch.autograd.grad(out, leaves, pad(weights_like(want[0]), sinks, "right", 1.0))]
     for each_got, each_want, count in zip(got, want, (sinks, *counts), strict=True):
@@ -681,24 +684,24 @@ def test_5_padding_anywhere_equals_reference(case: Case) -> None:
     tensors = case.inputs(140, batch=3)
     mask = torch.rand(3, 140, generator=torch.Generator().manual_seed(0)) < torch.tensor([[0.9], [0.5], [0.02]])
     poisoned = [t.masked_fill(~at_tokens(mask, t), torch.nan) for t in tensors]
-    close(case.op(*poisoned, key_padding_mask=mask), case.truth(*tensors, key_padding_mask=mask))
+    close(case.op(*poisoned, mask=mask), case.truth(*tensors, mask=mask))
 
 
 @each(crosses)
 def test_5_masks_of_queries_and_keys_are_two_things(case: Case) -> None:
     tensors = case.inputs(9)
-    masks = {"key_padding_mask": torch.arange(9).expand(2, -1) < 6, "query_padding_mask": real(2, 7, 2, "left")}
+    masks = {"context_mask": torch.arange(9).expand(2, -1) < 6, "mask": real(2, 7, 2, "left")}
     close(case.op(*tensors, **masks), case.truth(*tensors, **masks))
 
 
-@each(is_causal)
+@each(has_state)
 def test_5_a_state_does_not_know_of_padding(case: Case) -> None:
     start, rest = case.inputs(20), case.inputs(30, seed=1)
     _, state = case.op(*start, return_state=True)
     want, _ = case.op(*rest, initial_state=state, return_state=True)
     for side in ("left", "right"):
         mask = real(2, 20, 50, side)
-        _, state = case.op(*(pad(t, 50, side, torch.nan) for t in start), key_padding_mask=mask, return_state=True)
+        _, state = case.op(*(pad(t, 50, side, torch.nan) for t in start), mask=mask, return_state=True)
         got, _ = case.op(*rest, initial_state=state, return_state=True)
         close(got, want)
 
@@ -764,7 +767,7 @@ def test_5_a_row_without_a_token_gives_zeros(case: Case) -> None:
     mask = torch.tensor([[True] * 70, [False] * 70])
     want = with_gradients(case.op, *(t[:1] for t in case.inputs(70)))
     leaves = [t.requires_grad_() for t in case.inputs(70)]
-    out = case.op(*leaves, key_padding_mask=mask)
+    out = case.op(*leaves, mask=mask)
     upstream = torch.cat([weights_like(want[0])] * 2)
     for got, first in zip([out, *torch.autograd.grad(out, leaves, upstream)], want, strict=True):
         close(got[:1], first)
@@ -776,7 +779,7 @@ def test_5_cross_attention_with_a_side_without_a_token_gives_zeros(case: Case) -
     some, none = torch.ones(2, 6, dtype=torch.bool), torch.zeros(2, 6, dtype=torch.bool)
     for masks in ((some, none), (none, some), (none, none)):
         leaves = [t.requires_grad_() for t in case.inputs(6)]
-        out = case.op(*leaves, query_padding_mask=masks[0], key_padding_mask=masks[1])
+        out = case.op(*leaves, mask=masks[0], context_mask=masks[1])
         assert not out.any()
         for grad in torch.autograd.grad(out.sum(), leaves):
             assert not grad.any()
@@ -807,12 +810,12 @@ def permuted(case: Case, length: int, sources: int) -> tuple[Tensor, Tensor]:
     return case.op(q[:, sinks], k[:, others], v[:, others]), case.op(q, k, v)[:, sinks]
 
 
-@each(lambda case: is_bidirectional(case) and not case.row.ordered)
+@each(lambda case: is_bidirectional(case) and case.row.can("permutation"))
 def test_6_tokens_have_no_order(case: Case) -> None:
     close(*permuted(case, 30, 50 if case.crosses else 30))
 
 
-@each(lambda case: is_bidirectional(case) and case.row.ordered)
+@each(lambda case: is_bidirectional(case) and not case.row.can("permutation"))
 def test_6_tokens_have_an_order(case: Case) -> None:
     assert not torch.allclose(*permuted(case, 30, 30))
 
@@ -886,7 +889,7 @@ def is_beyond(dtype: torch.dtype, truth: Tensor) -> Tensor:
     return truth.abs() > 0.99 * torch.finfo(dtype).max
 
 
-@each(is_causal)
+@each(has_state)
 def test_7_large_inputs_stay_finite_token_by_token(case: Case) -> None:
     for kind, tensors in enumerate(extremes(case, 30, 1e4, torch.float32, 1e4)):
         out, state = case.steps(tensors, case.fresh(2, torch.float32))
@@ -939,23 +942,23 @@ def bad_inputs(q: Tensor, k: Tensor, v: Tensor) -> Bad:
         "values' length": ({"v": v[:, :5]}, ValueError, r"k and v must agree .* v \(2, 5, "),
         "device": ({"v": v.to("meta")}, ValueError, "on one device, got .*cpu.*meta"),
         "mask of integers": (
-            {"key_padding_mask": zeros(2, 6, dtype=torch.int64)},
+            {"mask": zeros(2, 6, dtype=torch.int64)},
             TypeError,
-            r"key_padding_mask must be a boolean tensor .* got \(2, 6\) int64",
+            r"mask must be a boolean tensor .* got \(2, 6\) int64",
         ),
-        "mask of floats": ({"key_padding_mask": zeros(2, 6)}, TypeError, "key_padding_mask must be a boolean tensor"),
-        "mask as a list": ({"key_padding_mask": [True] * 6}, TypeError, "boolean tensor .* got list"),
-        "mask's shape": ({"key_padding_mask": bools(2, 5)}, ValueError, r"must have shape \(2, 6\), got \(2, 5\)"),
-        "mask's rank": ({"key_padding_mask": bools(6)}, ValueError, r"must have shape \(2, 6\), got \(6,\)"),
-        "mask's device": ({"key_padding_mask": bools(2, 6).to("meta")}, ValueError, "key_padding_mask must be on cpu"),
+        "mask of floats": ({"mask": zeros(2, 6)}, TypeError, "mask must be a boolean tensor"),
+        "mask as a list": ({"mask": [True] * 6}, TypeError, "boolean tensor .* got list"),
+        "mask's shape": ({"mask": bools(2, 5)}, ValueError, r"must have shape \(2, 6\), got \(2, 5\)"),
+        "mask's rank": ({"mask": bools(6)}, ValueError, r"must have shape \(2, 6\), got \(6,\)"),
+        "mask's device": ({"mask": bools(2, 6).to("meta")}, ValueError, "mask must be on cpu"),
         "backend": ({"backend": "abacus"}, ValueError, "no backend 'abacus' .*there is auto, native, torch"),
         "option": ({"no_such_option": 1}, TypeError, "no_such_option"),
         "packing of floats": ({"cu_seqlens": zeros(2)}, TypeError, "cu_seqlens must be an int32 tensor, got .*float32"),
         "packing as a list": ({"cu_seqlens": [0, 6]}, TypeError, "cu_seqlens must be an int32 tensor, got list"),
         "packing and mask": (
-            {"cu_seqlens": torch.tensor([0, 6], dtype=torch.int32), "key_padding_mask": bools(2, 6)},
+            {"cu_seqlens": torch.tensor([0, 6], dtype=torch.int32), "mask": bools(2, 6)},
             ValueError,
-            "cu_seqlens or padding masks, not both",
+            "cu_seqlens or masks, not both",
         ),
         "packing of a batch": (
             {"cu_seqlens": torch.tensor([0, 6], dtype=torch.int32)},
@@ -988,18 +991,10 @@ def bad_inputs_without_heads(q: Tensor, k: Tensor, v: Tensor) -> Bad:
 
 
 BAD_BIDIRECTIONAL: Bad = {
-    "query mask's shape": (
-        {"query_padding_mask": bools(2, 7)},
-        ValueError,
-        r"query_padding_mask must have shape \(2, 6\)",
-    ),
-    "query mask's type": (
-        {"query_padding_mask": zeros(2, 6)},
-        TypeError,
-        "query_padding_mask must be a boolean tensor",
-    ),
-    "return_state": ({"return_state": True}, ValueError, "initial_state and return_state want causal=True"),
-    "initial_state": ({"initial_state": ()}, ValueError, "initial_state and return_state want causal=True"),
+    "context mask's shape": ({"context_mask": bools(2, 7)}, ValueError, r"context_mask must have shape \(2, 6\)"),
+    "context mask's type": ({"context_mask": zeros(2, 6)}, TypeError, "context_mask must be a boolean tensor"),
+    "return_state": ({"return_state": True}, ValueError, "initial_state and return_state require causal=True"),
+    "initial_state": ({"initial_state": ()}, ValueError, "initial_state and return_state require causal=True"),
 }
 BAD_CAUSAL: Bad = {
     "state's type": ({"initial_state": (1, 2)}, TypeError, "state must be a .*State, got tuple"),
@@ -1008,13 +1003,17 @@ BAD_CAUSAL: Bad = {
 
 def every_bad_input(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Bad:
     bad = bad_inputs(q, k, v) | (bad_inputs_with_heads if q.ndim == 4 else bad_inputs_without_heads)(q, k, v)
-    bad |= BAD_CAUSAL if case.causal else BAD_BIDIRECTIONAL
+    if not case.causal:
+        bad |= BAD_BIDIRECTIONAL
+    elif has_state(case):
+        bad |= BAD_CAUSAL
     if not case.crosses:
         longer = torch.cat([q, q[:, :1]], 1)
-        bad["lengths"] = ({"q": longer}, ValueError, "wants as many queries as keys, got 7 and 6")
-        says = "is self-attention: key_padding_mask says both, drop query_padding_mask"
-        bad["query mask"] = ({"query_padding_mask": bools(2, 6)}, ValueError, says)
-    if not case.row.causal:
+        says = "self-attention, since .* as many queries as keys, got 7 and 6"
+        bad["lengths"] = ({"q": longer}, ValueError, says)
+        says = "self-attention, since .* give mask alone, not context_mask"
+        bad["context mask"] = ({"context_mask": bools(2, 6)}, ValueError, says)
+    if not case.row.can("causal"):
         bad["causal"] = ({"causal": True}, ValueError, "no causal form")
     return bad
 
@@ -1042,7 +1041,7 @@ def test_8_bad_input_is_refused_in_words(case: Case) -> None:
 def with_parameters(case: Case) -> Callable[..., Any]:
     """The operation with good parameters, and all else by name."""
     learned = case._arguments_of((), torch.float32)
-    return lambda q, k, v, **arguments: case.row.op(q, k, v, *learned, **arguments)
+    return lambda q, k, v, **arguments: case.row.operation(q, k, v, *learned, **arguments)
 
 
 @each(has_parameters)
@@ -1053,7 +1052,7 @@ def test_8_bad_parameters_are_refused_in_words(case: Case) -> None:
             spoilt = [bad if at == index else other for at, other in enumerate(parameters)]
             with pytest.raises((TypeError, ValueError), match=r"must .* got"):
                 case.op(*tensors, *spoilt)
-            if case.causal:
+            if has_state(case):
                 with pytest.raises((TypeError, ValueError), match=r"must .* got"):
                     case.step(*(t[:, 0] for t in tensors), case.fresh(2), *spoilt)
 
@@ -1074,7 +1073,7 @@ def test_8_bad_packing_is_refused_in_words(case: Case, bounds: list[Any], says: 
         case.op(*case.inputs(6, batch=1), cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
 
 
-@each(is_causal)
+@each(has_state)
 def test_8_bad_states_are_refused_in_words(case: Case) -> None:
     tensors = case.inputs(6)
     token = [t[:, 0] for t in tensors]
@@ -1088,7 +1087,7 @@ def test_8_bad_states_are_refused_in_words(case: Case) -> None:
                 case.step(*token, spoilt)
 
 
-@each(is_causal)
+@each(has_state)
 def test_8_bad_steps_are_refused_in_words(case: Case) -> None:
     q, k, v = (t[:, 0] for t in case.inputs(6))
     state = case.fresh(2)
@@ -1150,7 +1149,7 @@ def test_9_memory_is_linear_in_length(case: Case, monkeypatch: pytest.MonkeyPatc
     case = case.up_to(2 * length)
     for given_lengths in (None, [length], [length // 2] * 2):
         for masked in (False, True) if given_lengths is None else (False,):
-            arguments: dict[str, Any] = {"key_padding_mask": torch.ones(1, length, dtype=torch.bool)} if masked else {}
+            arguments: dict[str, Any] = {"mask": torch.ones(1, length, dtype=torch.bool)} if masked else {}
             if given_lengths is not None:
                 arguments["cu_seqlens"] = torch.tensor([0, *given_lengths]).cumsum(0, dtype=torch.int32)
             size = 4 * length * channels

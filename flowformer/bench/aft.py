@@ -31,6 +31,7 @@ from flowformer.bench.operations import (
     sequences_and_gradient,
 )
 from flowformer.bench.registry import (
+    BACKENDS,
     Call,
     Contender,
     Function,
@@ -40,8 +41,9 @@ from flowformer.bench.registry import (
     Shape,
     add_contender,
     add_operation,
+    reference,
 )
-from flowformer.ops import backend, reference
+from flowformer.core import backends as backend
 
 LENGTHS = (1024, 4096)
 # The truth holds length x length x D numbers of float64, several times where gradients flow.
@@ -276,7 +278,7 @@ def _add_ours(operation: str, kind: Kind) -> None:
          conv_of_channels),
     ):  # fmt: skip
         add(name, operation, function, form, about, ours=True, flops=flops)
-    for name in backend.BACKENDS:
+    for name in BACKENDS:
         add(
             f"aft-simple-{name}", operation, partial(ops.aft_simple, backend=name), "simple",
             f"ops.aft_simple, backend {name}", ours=True, unavailable=partial(_simple_unavailable, name),

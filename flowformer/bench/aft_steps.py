@@ -17,8 +17,7 @@ from flowformer import ops
 from flowformer.bench.aft import FACTOR_CHANNELS, TRUTHS, WINDOW, make_factors, make_filters, unavailable
 from flowformer.bench.contenders import Taken, cache_bytes, count_bytes
 from flowformer.bench.operations import Token, prefill
-from flowformer.bench.registry import Contender, Function, Shape, add_contender
-from flowformer.ops import reference
+from flowformer.bench.registry import Contender, Function, Shape, add_contender, reference
 
 
 class Steps(NamedTuple):

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
+from flowformer.bench.registry import BACKENDS
 from flowformer.bench.runner import Plan
 from flowformer.bench.worker import ROOT, ask
 from flowformer.common.errors import RunError
 from flowformer.common.names import nearest
-from flowformer.ops.backend import BACKENDS
 
 Record = dict[str, Any]
 PAIRS = 2  # times that each side runs

@@ -1,6 +1,6 @@
 """This library's own contenders: Flow-Attention with each backend, dtype and layout, and other mechanisms with heads.
 
-Backends come from :data:`flowformer.ops.backend.BACKENDS`, best first.
+Backends come from :func:`flowformer.core.backends.list_backends`, best first.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from flowformer import ops
 from flowformer.bench.operations import Token, flow_state, prefill
-from flowformer.bench.registry import Contender, Function, Inputs, Shape, add_contender
-from flowformer.ops import reference
-from flowformer.ops.backend import BACKENDS
+from flowformer.bench.registry import BACKENDS, Contender, Function, Inputs, Shape, add_contender, reference
 
 HAS_MOBILE = hasattr(ops, "mobile_attention")  # an old commit, to be compared with, may not
 Taken = tuple[Callable[[Tensor, Tensor, Tensor], Tensor], int]

@@ -9,6 +9,7 @@ A contender is a function that takes a :class:`Text` and returns what is timed.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -21,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from flowformer import ops
-from flowformer.attention import find_attention
 from flowformer.bench.contenders import cache_bytes, count_bytes
 from flowformer.bench.operations import count_tokens
 from flowformer.bench.registry import (
+    BACKENDS,
     Call,
     Contender,
     Function,
@@ -35,7 +36,8 @@ from flowformer.bench.registry import (
     add_contender,
     add_operation,
 )
-from flowformer.ops.backend import BACKENDS, ENVIRONMENT_VARIABLE, choose
+from flowformer.core.backends import ENVIRONMENT_VARIABLE, choose
+from flowformer.mechanisms import find_attention
 
 if TYPE_CHECKING:
     from flowformer.models.language import LanguageModel, LanguageState
@@ -103,10 +105,15 @@ def build(attention: str, shape: Shape) -> LanguageModel:
 
 def build_truth(attention: str, shape: Shape) -> LanguageModel:
     """The same in float64, its attentions computed by the reference."""
-    model, reference = build(attention, shape).double(), find_attention(attention).reference
+    model = build(attention, shape).double()
     for block in model.decoder.layers:
-        block.attention.attend = lambda q, k, v, **_: reference(q, k, v, causal=True)
+        substitute(block.attention, operation=find_attention(attention).truth)
     return model
+
+
+def substitute(module: Any, **functions: Function) -> None:
+    """Give one attention module other functions of its mechanism: ``operation``, ``step``."""
+    module.__dict__["mechanism"] = dataclasses.replace(module.mechanism, **functions)
 
 
 @contextmanager
@@ -132,7 +139,7 @@ def unavailable(attention: str, backend: str | None, inputs: Inputs) -> str | No
     if shape.channels != shape.value_channels:
         return "a model's values are as wide as its keys: --channels and --value-channels must be equal"
     try:
-        choose(find_attention(attention).op.__name__, backend or "auto")
+        choose(find_attention(attention).operation.__name__, backend or "auto")
     except ValueError as error:
         return str(error)
     return None
@@ -219,7 +226,7 @@ def in_place_step(given: Text) -> Call:
     model = build("softmax", given.shape)
     before = _softmax_state(model, given)
     for block in model.decoder.layers:
-        block.attention.attend_step = _attend_in_place
+        substitute(block.attention, step=_attend_in_place)
     layers = tuple((_make_room(layer.key), _make_room(layer.value)) for layer in before.layers)
     return _time_step(model, before._replace(layers=layers), given)
 

@@ -14,8 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from flowformer.bench import published
 from flowformer.bench.contenders import Taken, cache_bytes
 from flowformer.bench.operations import Token, softmax_flops
-from flowformer.bench.registry import Contender, Inputs, Shape, add_contender
-from flowformer.ops import reference
+from flowformer.bench.registry import Contender, Inputs, Shape, add_contender, reference
 
 # ---------------------------------------------------------------------------------------------------------------- SDPA
 

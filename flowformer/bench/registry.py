@@ -6,17 +6,25 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowformer.common.names import nearest
+from flowformer.core.backends import list_backends
+from flowformer.mechanisms import find_attention, list_attentions
 
 Function = Callable[..., Any]
 Inputs = tuple[Any, ...]
 Outputs = tuple[Tensor, ...]
+
+# The float64 truth of each operation, and the names of backends.
+reference = SimpleNamespace(
+    **{find_attention(name).operation.__name__: find_attention(name).truth for name in list_attentions()}
+)
+BACKENDS = tuple(row.name for row in list_backends())
 
 # Largest error of a row relative to that row; see check.error_of. The sums of bfloat16 and float16 are float32, and
 # what remains is the rounding of outputs, and of softmax's weights in peers.

@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flowformer.attention import find_attention
-from flowformer.attention.aft_conv import AFTConv
-from flowformer.bench.language import chosen
+from flowformer.bench.language import chosen, substitute
 from flowformer.bench.registry import (
+    BACKENDS,
     Call,
     Contender,
     Function,
@@ -32,7 +31,8 @@ from flowformer.bench.registry import (
     add_contender,
     add_operation,
 )
-from flowformer.ops.backend import BACKENDS, choose
+from flowformer.core.backends import choose
+from flowformer.mechanisms import find_attention
 
 MODEL = "deit_small_patch16_224"
 BLOCKS = 12
@@ -108,18 +108,10 @@ def _enlarge(model: nn.Module, names: Iterable[str]) -> None:
 
 def build_truth(attention: str, shape: Shape) -> nn.Module:
     """The same in float64 around an attention of ours, computed by the reference."""
-    model, reference = build(attention, shape).double(), find_attention(attention).reference
+    model = build(attention, shape).double()
     for block in model.get_submodule("blocks").children():
-        module: Any = block.get_submodule("attn.attention")
-        module.attend = partial(_refer, reference, module, OPTIONS[attention])
+        substitute(block.get_submodule("attn.attention"), operation=find_attention(attention).truth)
     return model
-
-
-def _refer(
-    reference: Function, module: Any, options: Mapping[str, Any], q: Tensor, k: Tensor, v: Tensor, **masks: Any
-) -> Tensor:
-    learned = (module.filters,) if isinstance(module, AFTConv) else ()
-    return reference(q, k, v, *learned, **options)
 
 
 def unavailable(attention: str | None, backend: str | None, inputs: Inputs) -> str | None:
@@ -133,7 +125,7 @@ def unavailable(attention: str | None, backend: str | None, inputs: Inputs) -> s
         return f"a side of {shape.length} pixels is no whole number of patches of {PATCH}"
     if attention is not None and backend is not None:
         try:
-            choose(find_attention(attention).op.__name__, backend)
+            choose(find_attention(attention).operation.__name__, backend)
         except ValueError as error:
             return str(error)
     return None

@@ -20,9 +20,9 @@ def main(words: Sequence[str]) -> int:
 
     import torch
 
-    from flowformer.ops import backend
+    from flowformer.core import backends
 
-    chosen, why = usable(backend.choose_and_say_why, "flow_attention")
+    chosen, why = usable(backends.choose_and_say_why, "flow_attention")
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     rows = {
         "flowformer": f"{flowformer.__version__} in {Path(flowformer.__file__).parent}",

@@ -33,11 +33,13 @@ def main(words: Sequence[str]) -> int:
 
 
 def _describe_attention(name: str) -> None:
-    from flowformer.attention import find_attention
+    from flowformer.mechanisms import LIMITS, find_attention
 
     row = find_attention(name)
     print(f"{name}: {row.module.__name__}\n\n{inspect.getdoc(row.module)}\n")
-    print(f"Time: {row.complexity}; memory {'linear' if row.linear else 'not linear'} in length\nSource: {row.source}")
+    print(f"Time: {row.cost}\nSource: {row.source}")
+    for limit, reason in row.cannot.items():
+        print(f"Not: {LIMITS[limit]}, since {reason}")
 
 
 def _describe_recipe(name: str, function: Any) -> None:

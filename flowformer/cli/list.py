@@ -84,11 +84,11 @@ def _models() -> Iterator[Row]:
 
 
 def _attentions() -> Iterator[Row]:
-    from flowformer.attention import find_attention, list_attentions
+    from flowformer.mechanisms import find_attention, list_attentions
 
     for name in list_attentions():
         row = find_attention(name)
-        about = {"about": _first_line(row.module), "time": row.complexity, "source": row.source}
+        about = {"about": _first_line(row.module), "time": row.cost, "source": row.source}
         yield {"kind": "attentions", "name": name, **about}
 
 

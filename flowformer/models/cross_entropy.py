@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flowformer.ops.masking import describe
+from flowformer.core.checks import describe
 
 # Scores held at a time: 64 MiB in float32. Over 267,735 words a chunk is 62 tokens, enough for a matrix product.
 CHUNK_SCORES = 2**24

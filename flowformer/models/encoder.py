@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowformer.attention import create_attention
+from flowformer.mechanisms import create_attention
 
 # "gelu_tanh" is the approximation that GPT-2 and the GPT-style module of thuml/Flowformer call "new gelu".
 ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
@@ -76,7 +76,7 @@ class EncoderBlock(nn.Module):
 
         Args:
             x: (batch, length, dim).
-            **arguments: Of the attention: what is real, ``key_padding_mask`` or ``cu_seqlens``; and, where causal,
+            **arguments: Of the attention: what is real, ``mask`` or ``cu_seqlens``; and, where causal,
                 ``initial_state`` and ``return_state``.
 
         Returns:
@@ -120,18 +120,18 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Encode (batch, length, dim); ``key_padding_mask`` (batch, length), True = real. Zeros at padding."""
-        if key_padding_mask is None:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Encode (batch, length, dim); ``mask`` (batch, length), True = real. Zeros at padding."""
+        if mask is None:
             return self._run(x)
         if torch.compiler.is_compiling():
-            out = self._run(x, key_padding_mask=key_padding_mask)
-            return out.masked_fill(~key_padding_mask.unsqueeze(-1), 0)
-        if key_padding_mask.all():
+            out = self._run(x, mask=mask)
+            return out.masked_fill(~mask.unsqueeze(-1), 0)
+        if mask.all():
             return self._run(x)
-        lengths = key_padding_mask.sum(-1)
+        lengths = mask.sum(-1)
         cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        real = key_padding_mask.flatten().nonzero().squeeze(-1)
+        real = mask.flatten().nonzero().squeeze(-1)
         packed = self._run(x.flatten(0, 1).index_select(0, real).unsqueeze(0), cu_seqlens=cu_seqlens).squeeze(0)
         return packed.new_zeros(x.shape).flatten(0, 1).index_copy(0, real, packed).view(x.shape)
 

@@ -16,10 +16,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from flowformer.core.checks import describe
+from flowformer.core.precision import state_dtype
 from flowformer.models.cross_entropy import check_tokens
 from flowformer.models.language import LanguageModel, LanguageState
 from flowformer.models.positions import LearnedPositions
-from flowformer.ops.masking import describe, state_dtype
 
 CHUNK = 4096  # tokens of each prompt read at a time
 DONE = -1  # in place of a token, in a row that has met a stop token before

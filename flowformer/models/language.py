@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from flowformer.core.checks import describe
 from flowformer.models.cross_entropy import check_tokens, cross_entropy
 from flowformer.models.encoder import Encoder, EncoderBlock
 from flowformer.models.positions import count_positions, create_positions
 from flowformer.models.registry import register_model
-from flowformer.ops.masking import describe
 
 
 class LanguageState(NamedTuple):
@@ -51,15 +51,15 @@ class Decoder(Encoder):
         """The blocks, first one first."""
         return cast("list[EncoderBlock]", list(self.blocks))
 
-    def extend(self, x: Tensor, key_padding_mask: Tensor | None, states: tuple) -> tuple[Tensor, tuple]:
+    def extend(self, x: Tensor, mask: Tensor | None, states: tuple) -> tuple[Tensor, tuple]:
         """Transform (batch, length, dim) after what ``states`` remember; a state of None is that of a beginning."""
         after = []
         for block, state in zip(self.layers, states, strict=True):
-            x, state = block(x, key_padding_mask=key_padding_mask, initial_state=state, return_state=True)
+            x, state = block(x, mask=mask, initial_state=state, return_state=True)
             after.append(state)
         x = self.norm(x)
-        if key_padding_mask is not None:
-            x = x.masked_fill(~key_padding_mask.unsqueeze(-1), 0)
+        if mask is not None:
+            x = x.masked_fill(~mask.unsqueeze(-1), 0)
         return x, tuple(after)
 
     def step(self, x: Tensor, states: tuple) -> tuple[Tensor, tuple]:
@@ -149,7 +149,7 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        key_padding_mask: Tensor | None = None,
+        mask: Tensor | None = None,
         *,
         initial_state: LanguageState | None = None,
         return_state: bool = False,
@@ -161,7 +161,7 @@ class LanguageModel(nn.Module):
 
         Args:
             tokens: (batch, length), integers below ``vocab_size``; any at padding.
-            key_padding_mask: (batch, length) boolean, True = a real token; padding on either side.
+            mask: (batch, length) boolean, True = a real token; padding on either side.
             initial_state: State to go on from.
             return_state: Return the state after the last token as well.
 
@@ -171,32 +171,32 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError, TypeError: for input that is not as said above, or a sequence beyond the learned positions.
         """
-        out = self.hidden(tokens, key_padding_mask, initial_state=initial_state, return_state=return_state)
+        out = self.hidden(tokens, mask, initial_state=initial_state, return_state=return_state)
         return (self.logits(out[0]), out[1]) if return_state else self.logits(out)
 
     def hidden(
         self,
         tokens: Tensor,
-        key_padding_mask: Tensor | None = None,
+        mask: Tensor | None = None,
         *,
         initial_state: LanguageState | None = None,
         return_state: bool = False,
     ) -> Any:
         """What the output head sees: (batch, length, dim), zeros at padding. Arguments as those of :meth:`forward`."""
-        self._check(tokens, key_padding_mask, initial_state)
-        if key_padding_mask is not None:
-            tokens = tokens.masked_fill(~key_padding_mask, 0)
+        self._check(tokens, mask, initial_state)
+        if mask is not None:
+            tokens = tokens.masked_fill(~mask, 0)
         check_tokens("tokens", tokens, self.vocab_size)
         before = None if initial_state is None else initial_state.length
-        x = self._embed(tokens, count_positions(tokens, key_padding_mask, before))
+        x = self._embed(tokens, count_positions(tokens, mask, before))
         if initial_state is None and not return_state:
-            return self.decoder(x, key_padding_mask)
+            return self.decoder(x, mask)
         layers = (None,) * len(self.decoder.blocks) if initial_state is None else initial_state.layers
-        out, layers = self.decoder.extend(x, key_padding_mask, layers)
+        out, layers = self.decoder.extend(x, mask, layers)
         if not return_state:
             return out
         length = torch.full_like(tokens[:, 0], tokens.shape[1], dtype=torch.int64)
-        length = length if key_padding_mask is None else key_padding_mask.sum(-1)
+        length = length if mask is None else mask.sum(-1)
         return out, LanguageState(length if before is None else before + length, layers)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class LanguageModel(nn.Module):
         self,
         tokens: Tensor,
         targets: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
+        mask: Tensor | None = None,
         *,
         ignore_index: int = -100,
         reduction: str = "mean",
@@ -218,7 +218,7 @@ class LanguageModel(nn.Module):
             tokens: (batch, length).
             targets: The token that follows each, (batch, length). If absent, each row of ``tokens`` is its own target:
                 all but its last token are seen, and all but its first are to be foretold.
-            key_padding_mask: (batch, length) boolean, True = a real token. The rest does not count.
+            mask: (batch, length) boolean, True = a real token. The rest does not count.
             ignore_index: Target that does not count.
             reduction: ``"mean"``, ``"sum"`` or ``"none"``: see :func:`flowformer.models.cross_entropy.cross_entropy`.
 
@@ -228,15 +228,15 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError, TypeError: as :meth:`forward`; for rows without a second token; for unknown reductions.
         """
-        self._check(tokens, key_padding_mask, None)
-        real = seen = key_padding_mask
+        self._check(tokens, mask, None)
+        real = seen = mask
         if targets is None:
             if tokens.shape[1] < 2:
                 raise ValueError(f"without targets, tokens must be two or more in a row, got {describe(tokens)}")
             tokens, targets = tokens[:, :-1], tokens[:, 1:]
-            if key_padding_mask is not None:
+            if mask is not None:
                 # After left padding the first real token has nothing before it to be foretold from.
-                seen, real = key_padding_mask[:, :-1], key_padding_mask[:, 1:] & key_padding_mask[:, :-1]
+                seen, real = mask[:, :-1], mask[:, 1:] & mask[:, :-1]
         if real is not None:
             targets = targets.masked_fill(~real, ignore_index)
         return cross_entropy(
@@ -308,16 +308,16 @@ class LanguageModel(nn.Module):
             x = x + self.position(positions).to(x.dtype)
         return self.dropout(x)
 
-    def _check(self, tokens: Tensor, key_padding_mask: Tensor | None, state: LanguageState | None) -> None:
+    def _check(self, tokens: Tensor, mask: Tensor | None, state: LanguageState | None) -> None:
         if tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise TypeError(f"tokens must be integers, got {describe(tokens)}")
         if tokens.ndim != 2 or not tokens.shape[1]:
             raise ValueError(f"tokens must be (batch, length) with one token or more, got {describe(tokens)}")
-        if key_padding_mask is not None:
-            if key_padding_mask.dtype != torch.bool:
-                raise TypeError(f"key_padding_mask must be boolean, got {describe(key_padding_mask)}")
-            if key_padding_mask.shape != tokens.shape:
-                raise ValueError(f"key_padding_mask must be {tuple(tokens.shape)}, got {describe(key_padding_mask)}")
+        if mask is not None:
+            if mask.dtype != torch.bool:
+                raise TypeError(f"mask must be boolean, got {describe(mask)}")
+            if mask.shape != tokens.shape:
+                raise ValueError(f"mask must be {tuple(tokens.shape)}, got {describe(mask)}")
         if state is not None:
             if not isinstance(state, LanguageState):
                 raise TypeError(f"the state must be a LanguageState, got {type(state).__name__}")

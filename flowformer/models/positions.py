@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from flowformer.ops.masking import state_dtype
+from flowformer.core.precision import state_dtype
 
 
 class LearnedPositions(nn.Embedding):
@@ -81,21 +81,21 @@ def create_positions(kind: str | None, dim: int, max_length: int | None) -> nn.M
     return LearnedPositions(max_length, dim)
 
 
-def count_positions(tokens: Tensor, key_padding_mask: Tensor | None, before: Tensor | None) -> Tensor:
+def count_positions(tokens: Tensor, mask: Tensor | None, before: Tensor | None) -> Tensor:
     """How many real tokens come before each.
 
     Args:
         tokens: (batch, length).
-        key_padding_mask: (batch, length) boolean, True = a real token.
+        mask: (batch, length) boolean, True = a real token.
         before: Real tokens of earlier calls, (batch,).
 
     Returns:
         (batch, length) or (1, length), int64; 0 at padding, which may lie beyond a table of positions that is full.
     """
-    if key_padding_mask is None:
+    if mask is None:
         positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
     else:
-        positions = key_padding_mask.cumsum(-1) - 1
+        positions = mask.cumsum(-1) - 1
     if before is not None:
         positions = positions + before.unsqueeze(1)
-    return positions if key_padding_mask is None else positions.masked_fill(~key_padding_mask, 0)
+    return positions if mask is None else positions.masked_fill(~mask, 0)

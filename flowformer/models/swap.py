@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowformer.attention import create_attention, find_attention
-from flowformer.attention.aft_conv import AFTConv
-from flowformer.attention.base import Attention
-from flowformer.attention.registry import Mechanism
+from flowformer.core.checks import describe
+from flowformer.mechanisms import Attention, Mechanism, create_attention, find_attention
+from flowformer.mechanisms.aft import AFTConv
 from flowformer.models.vision import ATTENTION_DEFAULTS
-from flowformer.ops.masking import describe
 
 NEW_STD = 0.02  # of fresh projections, as timm's ViT begins its own
 
@@ -116,7 +114,7 @@ def swap_attention(
         raise ValueError("swap_attention: the patches of an image all see each other: there is no causal form")
     sources = list(_find(model))
     _check_reduction(spatial_reduction, sources, mechanism)
-    keep = not mechanism.linear_time if spatial_reduction is None else spatial_reduction == "keep"
+    keep = not mechanism.can("linear time") if spatial_reduction is None else spatial_reduction == "keep"
     options = {**ATTENTION_DEFAULTS.get(attention, {}), **options}
     swaps = []
     for source in sources:
@@ -231,7 +229,7 @@ def _check_reduction(wanted: str | None, sources: list[_Source], mechanism: Mech
         raise ValueError(f"swap_attention: spatial_reduction must be 'keep', 'drop' or None, got {wanted!r}")
     if wanted is not None and not any(source.reduces for source in sources):
         raise ValueError(f"swap_attention: spatial_reduction={wanted!r}, but this model has none")
-    if wanted == "keep" and not mechanism.cross:
+    if wanted == "keep" and not mechanism.can("cross"):
         raise ValueError(
             f"swap_attention: {mechanism.name} wants as many keys as queries, and spatial_reduction='keep' leaves fewer"
         )

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowformer.core.checks import describe
 from flowformer.models.encoder import Encoder, EncoderBlock
 from flowformer.models.registry import register_model
-from flowformer.ops.masking import describe
 
 
 class SeriesClassifier(nn.Module):
@@ -74,12 +74,12 @@ class SeriesClassifier(nn.Module):
         self.activation = nn.GELU()
         self.head = nn.Linear(max_length * dim, classes)
 
-    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Class scores of a batch of series.
 
         Args:
             x: (batch, length, channels) with length at most ``max_length``; padding on the right.
-            key_padding_mask: (batch, length) boolean, True = real time step.
+            mask: (batch, length) boolean, True = real time step.
 
         Returns:
             Logits (batch, classes).
@@ -87,26 +87,26 @@ class SeriesClassifier(nn.Module):
         Raises:
             ValueError: for another shape, or a series longer than the position table.
         """
-        self._check(x, key_padding_mask)
-        if key_padding_mask is not None and self.mask_padding:
-            x = x.masked_fill(~key_padding_mask.unsqueeze(-1), 0)
+        self._check(x, mask)
+        if mask is not None and self.mask_padding:
+            x = x.masked_fill(~mask.unsqueeze(-1), 0)
         length = x.shape[1]
         h = self.dropout(self.embed(x) * self.scale + self.position[:length])
-        h = self.encoder(h, key_padding_mask if self.mask_padding else None)
+        h = self.encoder(h, mask if self.mask_padding else None)
         h = self.dropout(self.activation(h))
-        if key_padding_mask is not None:
-            h = h.masked_fill(~key_padding_mask.unsqueeze(-1), 0)
+        if mask is not None:
+            h = h.masked_fill(~mask.unsqueeze(-1), 0)
         # Steps that are not there are zeros: leave out their part of the product.
         h = h.flatten(1)
         return nn.functional.linear(h, self.head.weight[:, : h.shape[1]], self.head.bias)
 
-    def _check(self, x: Tensor, key_padding_mask: Tensor | None) -> None:
+    def _check(self, x: Tensor, mask: Tensor | None) -> None:
         if x.ndim != 3 or x.shape[-1] != self.channels:
             raise ValueError(f"x must be (batch, length, {self.channels}), got {describe(x)}")
         if x.shape[1] > self.max_length:
             raise ValueError(f"x is {x.shape[1]} steps long; this model takes at most max_length = {self.max_length}")
-        if key_padding_mask is not None and key_padding_mask.shape != x.shape[:2]:
-            raise ValueError(f"key_padding_mask must be {tuple(x.shape[:2])}, got {describe(key_padding_mask)}")
+        if mask is not None and mask.shape != x.shape[:2]:
+            raise ValueError(f"mask must be {tuple(x.shape[:2])}, got {describe(mask)}")
 
 
 @register_model

@@ -14,10 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from flowformer.attention import create_attention
-from flowformer.attention.aft import AFTFull, AFTLocal
+from flowformer.core.checks import describe
+from flowformer.mechanisms import create_attention
+from flowformer.mechanisms.aft import AFTFull, AFTLocal
 from flowformer.models.registry import register_model
-from flowformer.ops.masking import describe
 
 NORM_EPS = 1e-6  # of every LayerNorm: Flowformer_CV and DeiT alike
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from flowformer.attention import find_attention
 from flowformer.common.names import nearest
+from flowformer.mechanisms import find_attention
 
 # What a model or recipe decides, and no option of a mechanism can say.
 _DECIDED = ("self", "dim", "causal", "max_length")

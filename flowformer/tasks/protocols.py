@@ -96,9 +96,7 @@ class Format(Protocol):
 class SupportsLoss(Protocol):
     """What a language model must offer: its loss, without the scores of a whole batch."""
 
-    def loss(
-        self, tokens: Tensor, targets: Tensor | None = None, key_padding_mask: Tensor | None = None, **options: Any
-    ) -> Tensor:
+    def loss(self, tokens: Tensor, targets: Tensor | None = None, mask: Tensor | None = None, **options: Any) -> Tensor:
         """Mean cross-entropy of the targets that count, in nats."""
         ...
 

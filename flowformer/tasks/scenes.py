@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
-from flowformer.attention import find_attention, list_attentions
-from flowformer.attention.maps import LayerMaps, model_maps
 from flowformer.common.errors import DataError
+from flowformer.mechanisms import find_attention, list_attentions
+from flowformer.mechanisms.maps import LayerMaps, model_maps
 
 FLOWS = {
     "conserved_incoming": "conserved incoming flow",
@@ -116,7 +116,7 @@ def model_strips(
     Args:
         model: The model, in evaluation mode.
         inputs: What it is called with.
-        rows: As in :func:`flowformer.attention.maps.model_maps`.
+        rows: As in :func:`flowformer.mechanisms.maps.model_maps`.
         arrange: From a layer's name and its maps (maps, tokens) to the maps as they are drawn.
         points: Name and position of each query.
         view: What to show.

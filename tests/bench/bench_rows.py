@@ -4,8 +4,7 @@ import torch
 
 from flowformer import ops
 from flowformer.bench.operations import forward, forward_truth, sequences
-from flowformer.bench.registry import Call, Contender, Operation, add_contender, add_operation
-from flowformer.ops import reference
+from flowformer.bench.registry import Call, Contender, Operation, add_contender, add_operation, reference
 
 MEGABYTES = 64
 

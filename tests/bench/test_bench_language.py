@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from flowformer import ops
-from flowformer.attention import find_attention
 from flowformer.bench import language, registry, runner, tables
 from flowformer.bench.check import Checker, WrongResultError
-from flowformer.bench.registry import Contender, Shape
+from flowformer.bench.registry import BACKENDS, Contender, Shape
 from flowformer.bench.runner import Plan
-from flowformer.ops import backend
-from flowformer.ops.backend import BACKENDS, ENVIRONMENT_VARIABLE
+from flowformer.core import backends as backend
+from flowformer.core.backends import ENVIRONMENT_VARIABLE
+from flowformer.mechanisms import find_attention
 
 registry.load()
 SHAPE = Shape(24, heads=2, channels=8, value_channels=8)
@@ -69,7 +69,7 @@ def test_what_is_right_is_let_in_and_what_is_wrong_is_not(row, monkeypatch):
 @pytest.mark.parametrize("attention", language.MODELS)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_truth_owes_nothing_to_the_operation(operation, attention, monkeypatch):
-    name = find_attention(attention).op.__name__
+    name = find_attention(attention).operation.__name__
     row = next(row for row in ROWS if row.operation == operation and attention.replace("_", "-") in row.name)
     if operation == "language-training":
         wrong = getattr(ops, name)
@@ -93,9 +93,11 @@ def test_wrong_gradient_is_refused(monkeypatch):
     truth = row.reference(*text())
 
     def change(attention):
-        attend = attention.attend
+        attend = attention.mechanism.operation
         # The same keys, with a gradient that is one percent larger.
-        attention.attend = lambda q, k, v, **more: attend(q, k + 0.01 * (k - k.detach()), v, **more)
+        language.substitute(
+            attention, operation=lambda q, k, v, **more: attend(q, k + 0.01 * (k - k.detach()), v, **more)
+        )
 
     change_attention(monkeypatch, change)
     with pytest.raises(WrongResultError):

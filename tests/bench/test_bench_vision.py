@@ -7,13 +7,13 @@ import torch
 
 import flowformer
 from flowformer import ops
-from flowformer.attention import find_attention
 from flowformer.bench import registry, runner, tables, vision
 from flowformer.bench.check import Checker, WrongResultError
-from flowformer.bench.registry import Contender, Shape
+from flowformer.bench.registry import BACKENDS, Contender, Shape
 from flowformer.bench.runner import Plan
-from flowformer.ops import backend
-from flowformer.ops.backend import BACKENDS, ENVIRONMENT_VARIABLE
+from flowformer.core import backends as backend
+from flowformer.core.backends import ENVIRONMENT_VARIABLE
+from flowformer.mechanisms import find_attention
 
 timm = pytest.importorskip("timm")
 
@@ -86,7 +86,7 @@ def test_what_is_right_is_let_in_and_what_is_wrong_is_not(row, monkeypatch):
 
 @pytest.mark.parametrize("attention", ["flow", "mobile", "aft_conv"])
 def test_the_truth_owes_nothing_to_the_operation(attention, monkeypatch):
-    name = find_attention(attention).op.__name__
+    name = find_attention(attention).operation.__name__
     row = next(row for row in ROWS if row.name.startswith(attention.replace("_", "-")))
     needs(row)
     right = getattr(ops, name)

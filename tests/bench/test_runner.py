@@ -9,9 +9,8 @@ import torch
 from flowformer.bench import registry, runner, timing
 from flowformer.bench.check import Checker, WrongResultError, error_of
 from flowformer.bench.published import flow_attention as published
-from flowformer.bench.registry import Shape
+from flowformer.bench.registry import Shape, reference
 from flowformer.bench.runner import Plan
-from flowformer.ops import reference
 
 
 def measured(rows, small, **fields):

@@ -2,10 +2,10 @@
 
 import torch
 
-from flowformer.attention import find_attention, list_attentions
 from flowformer.interop.hf import FlowformerConfig, FlowformerForCausalLM
+from flowformer.mechanisms import find_attention, list_attentions
 
-CAUSAL = [name for name in list_attentions() if find_attention(name).causal]
+CAUSAL = [name for name in list_attentions() if find_attention(name).can("causal")]
 OPTIONS = {
     "mobile": {"normalize": True},
     "aft_full": {"position_dim": 4},

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flowformer.attention import find_attention, list_attentions
 from flowformer.interop.checkpoints import (
     gpt2_state_dict,
     load_gpt,
@@ -17,9 +16,10 @@ from flowformer.interop.checkpoints import (
     timeseries_state_dict,
     vision_state_dict,
 )
+from flowformer.mechanisms import find_attention, list_attentions
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-CAUSAL = [name for name in list_attentions() if find_attention(name).causal]
+CAUSAL = [name for name in list_attentions() if find_attention(name).can("causal")]
 
 
 @pytest.fixture(scope="module")

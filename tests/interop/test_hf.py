@@ -182,7 +182,7 @@ def test_loss_is_the_library_s(side):
     tokens, mask = (draw(3, 9), None) if side is None else padded(side)
     labels = tokens if mask is None else tokens.masked_fill(mask == 0, 7)  # a label at padding does not count
     loss = model(tokens, mask, labels=labels).loss
-    close(loss, from_hf(model).loss(tokens, key_padding_mask=None if mask is None else mask.bool()))
+    close(loss, from_hf(model).loss(tokens, mask=None if mask is None else mask.bool()))
     targets = 24 if mask is None else 11
     close(model(tokens, mask, labels=labels, num_items_in_batch=2 * targets).loss, loss / 2)
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from flowformer.attention import find_attention, list_attentions
+from flowformer.mechanisms import find_attention, list_attentions
 from flowformer.models import generation
 from flowformer.models.generation import generate, next_probabilities
 from flowformer.models.language import LanguageModel
 
-CAUSAL = [name for name in list_attentions() if find_attention(name).causal]
+CAUSAL = [name for name in list_attentions() if find_attention(name).can("causal")]
 VOCABULARY, LENGTH = 31, 24
 SMALL = {"dim": 16, "num_layers": 2, "num_heads": 2, "max_length": LENGTH}
 OPTIONS = {

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 import flowformer
-from flowformer.attention import find_attention, list_attentions
+from flowformer.mechanisms import find_attention, list_attentions
 from flowformer.models.language import LanguageModel, LanguageState, flowformer_gpt_nano
 from flowformer.models.positions import SinusoidalPositions
 
-CAUSAL = [name for name in list_attentions() if find_attention(name).causal]
+CAUSAL = [name for name in list_attentions() if find_attention(name).can("causal")]
 VOCABULARY, LENGTH = 31, 24
 SMALL = {"dim": 16, "num_layers": 2, "num_heads": 2, "max_length": LENGTH}
 OPTIONS = {
@@ -185,7 +185,7 @@ def test_loss_is_that_of_the_next_real_token(reduction, side):
         nn.functional.cross_entropy(model(row[None, :-1])[0], row[1:], reduction="none") for row in rows if len(row) > 1
     ]
     wanted = torch.cat(each)
-    loss = model.loss(tokens, key_padding_mask=mask, reduction=reduction)
+    loss = model.loss(tokens, mask=mask, reduction=reduction)
     if reduction == "none":
         assert loss.shape == (3, 8)
         same(loss[loss != 0], wanted)
@@ -346,8 +346,8 @@ def test_refuses_what_does_not_fit():
         (ValueError, r"tokens must be \(batch, length\) with one token or more", lambda: model(tokens[0])),
         (ValueError, r"tokens must be \(batch, length\) with one token or more", lambda: model(tokens[:, :0])),
         (ValueError, "tokens must be from 0 to 30, got 31", lambda: model(tokens + 31 - tokens[0, 0])),
-        (TypeError, "key_padding_mask must be boolean", lambda: model(tokens, tokens)),
-        (ValueError, r"key_padding_mask must be \(2, 4\)", lambda: model(tokens, torch.ones(2, 5, dtype=torch.bool))),
+        (TypeError, "mask must be boolean", lambda: model(tokens, tokens)),
+        (ValueError, r"mask must be \(2, 4\)", lambda: model(tokens, torch.ones(2, 5, dtype=torch.bool))),
         (ValueError, r"step: tokens must be \(batch,\)", lambda: model.step(tokens, state)),
         (ValueError, "the state must be of 2 layers and 2 rows", lambda: model.step(tokens[:, 0], state)),
         (TypeError, "the state must be a LanguageState, got tuple", lambda: model(tokens, initial_state=())),

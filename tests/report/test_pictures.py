@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from flowformer import cli
-from flowformer.attention.maps import model_maps
+from flowformer.mechanisms.maps import model_maps
 from flowformer.models.language import LanguageModel
 from flowformer.models.timeseries import SeriesClassifier
 from flowformer.models.vision import VisionModel

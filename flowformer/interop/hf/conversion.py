@@ -8,11 +8,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from flowformer.attention import list_attentions
-from flowformer.attention.base import Attention
-from flowformer.attention.registry import find_attention
 from flowformer.interop.hf.configuration import FlowformerConfig
 from flowformer.interop.hf.modeling import FlowformerForCausalLM
+from flowformer.mechanisms import list_attentions
+from flowformer.mechanisms.base import Attention
+from flowformer.mechanisms.registry import find_attention
 from flowformer.models.encoder import ACTIVATIONS
 from flowformer.models.language import LanguageModel
 from flowformer.models.positions import LearnedPositions

@@ -21,15 +21,15 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from flowformer.attention import create_attention
-from flowformer.attention.base import Attention
+from flowformer.core.checks import describe
 from flowformer.interop.hf.cache import read_cache, write_cache
 from flowformer.interop.hf.configuration import FlowformerConfig
+from flowformer.mechanisms import create_attention
+from flowformer.mechanisms.base import Attention
 from flowformer.models.cross_entropy import check_tokens
 from flowformer.models.encoder import EncoderBlock
 from flowformer.models.language import Decoder, LanguageState
 from flowformer.models.positions import count_positions, create_positions
-from flowformer.ops.masking import describe
 
 # The old name of `cache`, which transformers itself understands until then.
 _old_cache_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -41,7 +41,7 @@ class FlowformerBlock(GradientCheckpointingLayer, EncoderBlock):
     def forward(self, x: Tensor, **arguments: Any) -> Any:
         """As :meth:`EncoderBlock.forward`; one token after a state goes the way of a step, which costs less."""
         state = arguments.get("initial_state")
-        alone = x.shape[1] == 1 and arguments.get("key_padding_mask") is None
+        alone = x.shape[1] == 1 and arguments.get("mask") is None
         if alone and state is not None and arguments.get("return_state"):
             out, state = self.step(x.squeeze(1), state)
             return out.unsqueeze(1), state

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowformer.attention import find_attention
 from flowformer.common.files import write_whole
 from flowformer.common.options import option
+from flowformer.mechanisms import find_attention
 from flowformer.models.generation import generate
 from flowformer.models.language import LanguageModel
 from flowformer.tasks.protocols import Track
@@ -119,7 +119,7 @@ class PixelFormat:
 
         if options.out is None or options.out.suffix.lower() != ".png" or options.out.is_dir():
             raise ValueError(f"images want --out FILE.png, got {options.out}")
-        growing = [name for name in find_mechanisms(model) if not find_attention(name).fixed_state]
+        growing = [name for name in find_mechanisms(model) if not find_attention(name).can("fixed state")]
         if growing:
             logger.warning("%s remembers every sub-pixel: memory grows with each that is drawn", ", ".join(growing))
         images = sample(

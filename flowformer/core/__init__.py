@@ -1,0 +1,1 @@
+"""Pure tensor functions that mechanisms are made of."""

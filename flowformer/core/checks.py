@@ -1,0 +1,203 @@
+"""Checks of what an attention operation is given; each raises an error that says what came and what was wanted.
+
+An operation calls :func:`check` once. After that it may trust shapes, dtypes and devices.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowformer.core.precision import FLOAT_DTYPES
+
+
+class Masks(NamedTuple):
+    """Which tokens are real: ``key`` (batch, S) and ``query`` (batch, L), boolean; ``None`` where all of them are."""
+
+    key: Tensor | None
+    query: Tensor | None
+
+
+def describe(tensor: Any) -> str:
+    """What a value is, for an error message: shape, dtype and device of a tensor, else its type."""
+    if not isinstance(tensor, Tensor):
+        return type(tensor).__name__
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def check_dtype(what: str, dtype: torch.dtype) -> None:
+    """Refuse a dtype that is not a supported floating one."""
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{what} must be float16, bfloat16, float32 or float64, got {dtype}")
+
+
+class Layout(NamedTuple):
+    """What an operation takes.
+
+    Attributes:
+        axes: Names of the axes of q, k and v.
+        self_only: Why there must be as many queries as keys in the bidirectional form too; ``""`` where there need not.
+        heads: Whether the keys of (batch, length, channels) have one channel for each head, into which q and v split.
+    """
+
+    axes: str = "batch, length, heads, channels"
+    self_only: str = ""
+    heads: bool = False
+
+
+HEADS = Layout()
+CHANNELS = Layout("batch, length, channels")
+
+
+def check(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: Layout = HEADS,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    context_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Masks:
+    """Check everything an attention operation is given and resolve its masks.
+
+    Args:
+        op: Name of the operation, for messages.
+        q: Queries (batch, L, heads, K).
+        k: Keys (batch, S, heads, K).
+        v: Values (batch, S, heads, V).
+        layout: The axes, where they are others, and whether L == S.
+        causal: Whether output t may depend on positions up to t only; requires L == S.
+        mask: (batch, L), of the queries; of keys and values too where L == S and there is no ``context_mask``.
+        context_mask: (batch, S), of keys and values in cross-attention.
+        cu_seqlens: (N + 1,) boundaries of a packed batch; requires batch 1, L == S and no masks.
+
+    Returns:
+        The masks of keys and of queries.
+
+    Raises:
+        TypeError: for a wrong type or dtype.
+        ValueError: for a wrong shape, device or combination.
+    """
+    _check_tensors(op, q, k, v, layout)
+    batch, length, source_length = q.shape[0], q.shape[1], k.shape[1]
+    reason = layout.self_only or ("it is causal" if causal else "")
+    if length != source_length and reason:
+        raise ValueError(
+            f"{op}: this is self-attention, since {reason}: there must be as many queries as keys, "
+            f"got {length} and {source_length}"
+        )
+    for name, given, size in (("mask", mask, length), ("context_mask", context_mask, source_length)):
+        if given is not None:
+            _check_mask(op, name, given, (batch, size), q.device)
+    if reason and context_mask is not None:
+        raise ValueError(f"{op}: this is self-attention, since {reason}: give mask alone, not context_mask")
+    if cu_seqlens is not None:
+        if mask is not None or context_mask is not None:
+            raise ValueError(f"{op}: a packed batch has no padding: give cu_seqlens or masks, not both")
+        _check_packing(op, cu_seqlens, q, k, layout)
+    if length == source_length and context_mask is None:
+        context_mask = mask
+    return Masks(context_mask, mask)
+
+
+def _check_tensors(op: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:
+    rank = layout.axes.count(",") + 1
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {describe(tensor)}")
+        check_dtype(f"{op}: {name}", tensor.dtype)
+        if tensor.ndim != rank:
+            raise ValueError(f"{op}: {name} must be ({layout.axes}), got {describe(tensor)}")
+        if min(tensor.shape[1:]) < 1:
+            what = "token, head and channel" if rank == 4 else "token and channel"
+            raise ValueError(f"{op}: {name} must have at least one {what}, got {describe(tensor)}")
+    shown = f"got q {describe(q)}, k {describe(k)}, v {describe(v)}"
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"{op}: q, k and v must share one dtype, {shown}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"{op}: q, k and v must be on one device, {shown}")
+    if layout.axes == HEADS.axes:
+        if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+            raise ValueError(f"{op}: q and k must agree in batch, heads and channels, {shown}")
+        if k.shape[:3] != v.shape[:3]:
+            raise ValueError(f"{op}: k and v must agree in batch, length and heads, {shown}")
+        return
+    if q.shape[0] != k.shape[0] or q.shape[-1] != v.shape[-1]:
+        raise ValueError(f"{op}: q and k must agree in batch, q and v in channels, {shown}")
+    if k.shape[:-1] != v.shape[:-1] or (not layout.heads and k.shape[-1] != v.shape[-1]):
+        what = "batch and length" if layout.heads else "batch, length and channels"
+        raise ValueError(f"{op}: k and v must agree in {what}, {shown}")
+    if layout.heads and v.shape[-1] % k.shape[-1]:
+        raise ValueError(f"{op}: the heads, which k has one channel for, must divide the channels of v, {shown}")
+
+
+def _check_mask(op: str, name: str, mask: Tensor, shape: tuple[int, int], device: torch.device) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"{op}: {name} must be a boolean tensor (True = real token), got {describe(mask)}")
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"{op}: {name} must have shape {shape}, got {describe(mask)}")
+    if mask.device != device:
+        raise ValueError(f"{op}: {name} must be on {device} like q, got {describe(mask)}")
+
+
+def _check_packing(op: str, cu_seqlens: Tensor, q: Tensor, k: Tensor, layout: Layout) -> None:
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: cu_seqlens must be an int32 tensor, got {describe(cu_seqlens)}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(f"{op}: cu_seqlens must hold the N + 1 boundaries of N sequences, got {describe(cu_seqlens)}")
+    if q.shape[0] != 1 or q.shape[1] != k.shape[1]:
+        axes = layout.axes.replace("batch, length", "1, total length")
+        raise ValueError(f"{op}: a packed batch is ({axes}) for q, k and v alike, got q {describe(q)}, k {describe(k)}")
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != q.shape[1] or any(a > b for a, b in pairwise(bounds)):
+        raise ValueError(f"{op}: cu_seqlens must rise from 0 to the total length {q.shape[1]}, got {bounds}")
+
+
+def check_step(op: str, q: Tensor, k: Tensor, v: Tensor, state: Any, state_type: type, layout: Layout = HEADS) -> None:
+    """Check one decoding step: q, k and v without the axis of length, and the state they continue.
+
+    Raises:
+        TypeError: for a wrong type or dtype, the state's included.
+        ValueError: for a wrong shape or device.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {describe(tensor)}")
+        axes = layout.axes.replace("length, ", "")
+        if tensor.ndim != axes.count(",") + 1:
+            raise ValueError(f"{op}: {name} of one step must be ({axes}), got {describe(tensor)}")
+    _check_tensors(op, q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), layout)
+    if not isinstance(state, state_type):
+        raise TypeError(f"{op}: state must be a {state_type.__name__}, got {describe(state)}")
+
+
+def check_state(op: str, state: Any, fresh: Any) -> None:
+    """Check that ``state`` has the type, shapes, dtypes and device of a fresh state for the same inputs.
+
+    Where the fresh state has no tokens yet, (batch, 0, ...), ``state`` may have any number of them.
+    """
+    if type(state) is not type(fresh):
+        raise TypeError(f"{op}: initial_state must be a {type(fresh).__name__}, got {describe(state)}")
+    if isinstance(state[0], Tensor) and state[0].ndim > 1 and not fresh[0].shape[1]:
+        tokens = state[0].shape[1]
+        fresh = type(fresh)(*(part.new_empty(len(part), tokens, *part.shape[2:]) for part in fresh))
+    for name, got, wanted in zip(fresh._fields, state, fresh, strict=True):
+        if (
+            not isinstance(got, Tensor)
+            or got.shape != wanted.shape
+            or got.dtype != wanted.dtype
+            or got.device != wanted.device
+        ):
+            raise ValueError(f"{op}: initial_state.{name} must be {describe(wanted)}, got {describe(got)}")
+
+
+def check_state_use(op: str, has_state: bool, initial_state: Any, return_state: bool) -> None:
+    """Refuse a state where there is none: bidirectional attention has no past to continue."""
+    if not has_state and (initial_state is not None or return_state):
+        raise ValueError(f"{op}: initial_state and return_state require causal=True, and a mechanism that has a state")

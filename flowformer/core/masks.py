@@ -1,0 +1,115 @@
+"""Padding and packing: hiding padded tokens, and running an operation on the sequences of a packed batch.
+
+A mask is boolean, ``True`` marks a real token. A packed batch has batch 1, all sequences end to end, and
+``cu_seqlens``, the N + 1 boundaries of N sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def fill(x: Tensor, mask: Tensor | None, value: float = 0.0) -> Tensor:
+    """Put ``value`` at padded positions of x (batch, length, ...), NaN included; mask is (batch, length)."""
+    if mask is None:
+        return x
+    return x.masked_fill(~mask.view(*mask.shape, *(1,) * (x.ndim - 2)), value)
+
+
+class _Bucket(NamedTuple):
+    """Sequences of like length out of a packed batch, as the padded batch they make."""
+
+    rows: list[int]  # which sequences
+    positions: Tensor  # (n, width) where each token lies in the packed batch; padding points at a real place
+    mask: Tensor  # (n, width)
+
+
+def _buckets(cu_seqlens: Tensor) -> list[_Bucket]:
+    """Group sequences, longest first, for as long as the group's padding stays below one half."""
+    bounds = cu_seqlens.tolist()
+    lengths = [b - a for a, b in pairwise(bounds)]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    groups: list[list[int]] = []
+    tokens = 0
+    for row in order:
+        tokens += lengths[row]
+        if not groups or 2 * tokens < lengths[groups[-1][0]] * (len(groups[-1]) + 1):
+            groups.append([])
+            tokens = lengths[row]
+        groups[-1].append(row)
+    buckets = []
+    for rows in groups:
+        start = torch.tensor([bounds[row] for row in rows])
+        length = torch.tensor([lengths[row] for row in rows])
+        offset = torch.arange(max(1, lengths[rows[0]]))
+        mask = offset < length[:, None]
+        positions = (start[:, None] + offset).masked_fill(~mask, 0)
+        buckets.append(_Bucket(rows, positions.to(cu_seqlens.device), mask.to(cu_seqlens.device)))
+    return buckets
+
+
+def run_packed(
+    dense: Callable[..., tuple[Tensor, Any]], tensors: Sequence[Tensor], cu_seqlens: Tensor, initial_state: Any = None
+) -> tuple[Tensor, Any]:
+    """Run an operation on every sequence of a packed batch.
+
+    Args:
+        dense: ``dense(*tensors, mask, state) -> (out, state or None)`` on a padded batch, mask (batch, length).
+        tensors: Each (1, total length, ...).
+        cu_seqlens: (N + 1,), checked.
+        initial_state: State of batch N, or ``None``.
+
+    Returns:
+        Output (1, total length, ...) and the state of batch N (``None`` where the operation returns none).
+    """
+    outs, places, states, rows = [], [], [], []
+    for bucket in _buckets(cu_seqlens):
+        state = initial_state
+        if initial_state is not None:
+            index = torch.tensor(bucket.rows, device=cu_seqlens.device)
+            state = type(initial_state)(*(part[index] for part in initial_state))
+        shape, positions = bucket.positions.shape, bucket.positions.flatten()
+        # index_select, not indexing: its gradient is added in one pass.
+        padded = (tensor[0].index_select(0, positions).unflatten(0, shape) for tensor in tensors)
+        out, state = dense(*padded, bucket.mask, state)
+        real = bucket.mask.flatten().nonzero().squeeze(-1)
+        outs.append(out.flatten(0, 1).index_select(0, real))
+        places.append(positions[real])
+        states.append(state)
+        rows += bucket.rows
+    out = torch.cat(outs).index_select(0, torch.cat(places).argsort()).unsqueeze(0)
+    if states[0] is None:
+        return out, None
+    order = torch.tensor(rows, device=cu_seqlens.device).argsort()
+    return out, type(states[0])(*(torch.cat(parts)[order] for parts in zip(*states, strict=True)))
+
+
+def close_up(tensors: Sequence[Tensor], mask: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Move the real tokens of each row to its front, in their order, for what goes by their places.
+
+    Args:
+        tensors: Each (batch, length, ...).
+        mask: (batch, length), True = real token.
+
+    Returns:
+        The tensors (batch, width, ...), where width is the most real tokens of a row (the whole length while a graph is
+        traced), the mask of what is real in them, and for :func:`spread` where each token came from, (batch, width).
+    """
+    places = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+    if not torch.compiler.is_compiling():
+        places = places[:, : max(1, int(mask.sum(1).max()))]
+    rows = torch.arange(len(mask), device=mask.device).unsqueeze(1) * mask.shape[1]
+    places = rows + places
+    closed = [t.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape) for t in (*tensors, mask)]
+    return closed[:-1], closed[-1], places
+
+
+def spread(x: Tensor, places: Tensor, length: int) -> Tensor:
+    """Put tokens (batch, width, ...) that :func:`close_up` moved back to their places; zeros elsewhere."""
+    whole = x.new_zeros(len(x) * length, *x.shape[2:])
+    return whole.index_copy(0, places.flatten(), x.flatten(0, 1)).unflatten(0, (len(x), length))

@@ -1,0 +1,120 @@
+"""Check once, choose once, compute: the way of every attention operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from flowformer.core.backends import TORCH, choose, implementation
+from flowformer.core.checks import HEADS, Layout, Masks, check, check_state, check_state_use
+from flowformer.core.masks import run_packed
+from flowformer.core.scan import Step, scan
+
+# On q, k, v, mask of keys, mask of queries and state (``None`` if not causal): the output, and the state after it.
+Dense = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Any], tuple[Tensor, Any]]
+
+
+class Given(NamedTuple):
+    """What every attention operation is given, before it is checked; see :func:`flowformer.ops.flow_attention`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    causal: bool = False
+    mask: Tensor | None = None
+    context_mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    initial_state: Any = None
+    return_state: bool = False
+    backend: str = "auto"
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences there are, packed or not."""
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
+
+
+class Checked(NamedTuple):
+    """What a backend's implementation is given.
+
+    Attributes:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        causal: Which form.
+        masks: Which keys and queries are real.
+        cu_seqlens: Boundaries of a packed batch, or ``None``.
+        state: The state before the first token; ``None`` for a fresh one, and if not causal.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    causal: bool
+    masks: Masks
+    cu_seqlens: Tensor | None
+    state: Any
+
+
+def run(
+    op: str,
+    given: Given,
+    dense: Dense,
+    *,
+    init_state: Callable[[int], Any] | None = None,
+    layout: Layout = HEADS,
+    options: Sequence[Any] = (),
+) -> Any:
+    """Run an operation: by the chosen backend's implementation, or by ``dense`` in plain PyTorch.
+
+    Args:
+        op: Name of the operation, for messages and for the table of implementations.
+        given: What the operation was given.
+        dense: The operation on a padded batch, in plain PyTorch.
+        init_state: The state before the first token, for a number of sequences; ``None`` where there is no state.
+        layout: The axes of q, k and v, and whether they must be equally long.
+        options: What a backend's implementation is given besides a :class:`Checked`.
+
+    Returns:
+        The output, or the output and the state.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit together.
+    """
+    q, k, v, causal, mask, context_mask, cu_seqlens, state, return_state, backend = given
+    masks = check(
+        op, q, k, v, layout=layout, causal=causal, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens
+    )
+    chosen = choose(op, backend, q)
+    check_state_use(op, causal and init_state is not None, state, return_state)
+    if causal and init_state is not None and (state is not None or chosen == TORCH.name):
+        fresh = init_state(given.sequences)
+        if state is not None:
+            check_state(op, state, fresh)
+        state = fresh if state is None else state
+    if chosen != TORCH.name:
+        out, state = implementation(op, chosen)(Checked(q, k, v, causal, masks, cu_seqlens, state), *options)
+    elif cu_seqlens is None:
+        out, state = dense(q, k, v, *masks, state)
+    else:
+        out, state = run_packed(
+            lambda q, k, v, mask, state: dense(q, k, v, mask, mask, state), (q, k, v), cu_seqlens, state
+        )
+    return (out, state) if return_state else out
+
+
+def scanned(block: Step, whole: Callable[..., Tensor], causal: bool) -> Dense:
+    """The dense form of a linear mechanism.
+
+    Args:
+        block: The causal form on a block of tokens (q, k, v, mask): see :func:`flowformer.core.scan.scan`.
+        whole: The bidirectional form on q, k, v, mask of keys, mask of queries.
+        causal: Which form.
+    """
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: Any) -> Any:
+        return scan(block, (q, k, v, key), state) if causal else (whole(q, k, v, key, query), None)
+
+    return dense

@@ -1,0 +1,199 @@
+"""The chunked scan of causal mechanisms whose past is a sum of outer products.
+
+Computed token by token, causal linear attention is a recurrence over a K x V matrix; computed for all tokens at once
+with cumulative sums it needs L such matrices. The scan takes a middle way: within a chunk the tokens meet in a
+chunk x chunk product, and only one matrix per chunk carries the past.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowformer.core.backends import is_transformed
+from flowformer.core.precision import without_autocast
+
+CHUNK = 64  # tokens that meet directly; 64 is fastest in PyTorch on a CPU
+
+BLOCK = 512  # tokens whose intermediate values exist at a time; backward recomputes block by block
+
+Step = Callable[[Sequence[Any], Any], tuple[Tensor, Any]]
+
+
+def scan(step: Step, tokens: Sequence[Tensor | None], state: Any, *, block: int = BLOCK) -> tuple[Tensor, Any]:
+    """Run a causal recurrence over blocks of tokens, in memory linear in length, forward and backward.
+
+    Autograd sees one node: it keeps the inputs and the state before each block, and recomputes a block when it comes to
+    differentiate it. Gradients of gradients are refused. While a graph is traced (compile, export), under torch.func
+    and under forward-mode differentiation, the blocks are plain operations.
+
+    Args:
+        step: ``step(tokens of a block, state) -> (output of the block, state after it)``, pure.
+        tokens: Tensors (batch, L, ...), or ``None``.
+        state: A NamedTuple of tensors; integer ones take no gradient.
+        block: Tokens in a block.
+
+    Returns:
+        Output (batch, L, ...) and the state after the last token.
+    """
+    if torch.compiler.is_compiling() or is_transformed():
+        pieces = []
+        for start in range(0, _length(tokens), block):
+            piece, state = step(_cut(tokens, start, block), state)
+            pieces.append(piece)
+        return torch.cat(pieces, 1), state
+    tensors = [t for t in (*tokens, *state) if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        layout = _Layout(step, block, [t is not None for t in tokens], type(state))
+        out, *parts = _Scan.apply(layout, *tensors)
+        return out, type(state)(*parts)
+    return _run(step, tokens, state, block)
+
+
+def _run(
+    step: Step, tokens: Sequence[Tensor | None], state: Any, block: int, starts: list[Any] | None = None
+) -> tuple[Tensor, Any]:
+    """The output, and the state after the last token; the states before each block are added to ``starts``."""
+    length, out = _length(tokens), None
+    for start in range(0, length, block):
+        if starts is not None:
+            starts.append(state)
+        piece, state = step(_cut(tokens, start, block), state)
+        if out is None:
+            out = piece.new_empty(piece.shape[0], length, *piece.shape[2:])
+        out[:, start : start + block] = piece
+    assert out is not None  # there is at least one token
+    return out, state
+
+
+class _Layout(NamedTuple):
+    """What a flat list of tensors means to :class:`_Scan`."""
+
+    step: Step
+    block: int
+    given: list[bool]  # which tokens are tensors, which None
+    state_type: Any
+
+    def split(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor | None], Any]:
+        rest = iter(tensors)
+        tokens = [next(rest) if given else None for given in self.given]
+        return tokens, self.state_type(*rest)
+
+
+def _length(tokens: Sequence[Tensor | None]) -> int:
+    return next(t.shape[1] for t in tokens if t is not None)
+
+
+def _cut(tokens: Sequence[Tensor | None], start: int, block: int) -> list[Tensor | None]:
+    return [t if t is None else t[:, start : start + block] for t in tokens]
+
+
+class _Scan(torch.autograd.Function):
+    """The scan as one node of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, layout: _Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
+        tokens, first = layout.split(tensors)
+        starts: list[Any] = []
+        out, last = _run(layout.step, tokens, first, layout.block, starts)
+        ctx.layout, ctx.blocks = layout, len(starts)
+        ctx.save_for_backward(*tensors, *(part for state in starts[1:] for part in state))
+        ctx.mark_non_differentiable(*(part for part in last if not part.is_floating_point()))
+        return out, *last
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, *grads_out: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # once_differentiable would drop them in silence where grads_out is a constant.
+            raise RuntimeError("a causal operation has no gradients of gradients: leave out create_graph=True")
+        grad_out, *grad_state = grads_out
+        layout, count = ctx.layout, sum(ctx.layout.given)
+        saved = ctx.saved_tensors
+        tokens, first = saved[:count], saved[count : count + len(grad_state)]
+        later = saved[count + len(grad_state) :]
+        wanted = ctx.needs_input_grad[1 : 1 + count]
+        grads = [torch.empty_like(t) if want else None for t, want in zip(tokens, wanted, strict=True)]
+        carried = [g for g, part in zip(grad_state, first, strict=True) if part.is_floating_point()]
+        for index in reversed(range(ctx.blocks)):
+            start = index * layout.block
+            state = first if index == 0 else later[(index - 1) * len(first) : index * len(first)]
+            window = slice(start, start + layout.block)
+            pieces = [t[:, window].detach().requires_grad_(w) for t, w in zip(tokens, wanted, strict=True)]
+            state = [part.detach().requires_grad_(part.is_floating_point()) for part in state]
+            with torch.enable_grad():
+                out, after = layout.step(*layout.split([*pieces, *state]))
+            outputs = [out, *(part for part in after if part.requires_grad)]
+            flowing = [g for g, part in zip(carried, _floating(after), strict=True) if part.requires_grad]
+            leaves = [t for t in (*pieces, *state) if t.requires_grad]
+            results = list(torch.autograd.grad(outputs, leaves, [grad_out[:, window], *flowing], allow_unused=True))
+            results = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, results, strict=True)]
+            carried = results[sum(wanted) :]
+            for grad in grads:
+                if grad is not None:
+                    grad[:, window] = results.pop(0)
+        of_state = iter(carried)
+        return None, *grads, *(next(of_state) if part.is_floating_point() else None for part in first)
+
+
+def _floating(state: Sequence[Tensor]) -> list[Tensor]:
+    return [part for part in state if part.is_floating_point()]
+
+
+def split_chunks(x: Tensor, chunk: int) -> Tensor:
+    """(batch, length, heads, channels) to (batch, heads, chunks, chunk, channels); length is a multiple of chunk."""
+    batch, length, heads, channels = x.shape
+    return x.view(batch, length // chunk, chunk, heads, channels).permute(0, 3, 1, 2, 4).contiguous()
+
+
+def join_chunks(x: Tensor, length: int) -> Tensor:
+    """(batch, heads, chunks, chunk, channels) to (batch, length, heads, channels); what is longer is dropped."""
+    batch, heads, chunks, chunk, channels = x.shape
+    return x.permute(0, 2, 3, 1, 4).reshape(batch, chunks * chunk, heads, channels)[:, :length]
+
+
+def pad_to_chunks(tokens: Sequence[Tensor], mask: Tensor | None, chunk: int) -> tuple[list[Tensor], Tensor | None]:
+    """Lengthen (batch, length, ...) tensors with masked zeros to a multiple of ``chunk``."""
+    batch, length = tokens[0].shape[:2]
+    missing = -length % chunk
+    if not missing:
+        return list(tokens), mask
+    if mask is None:
+        mask = torch.ones(batch, length, dtype=torch.bool, device=tokens[0].device)
+    longer = [torch.cat([t, t.new_zeros(batch, missing, *t.shape[2:])], 1) for t in tokens]
+    return longer, torch.nn.functional.pad(mask, (0, missing))
+
+
+def carry(sums: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums before each chunk, and after the last.
+
+    Args:
+        sums: One sum per chunk, (batch, heads, chunks, ...).
+        past: The sum of all before, (batch, heads, ...), in the dtype of states.
+
+    Returns:
+        Sum before each chunk, shape and dtype of ``sums``; sum after the last chunk, shape and dtype of ``past``.
+    """
+    running = sums.cumsum(2)
+    before = torch.cat([torch.zeros_like(running[:, :, :1]), running[:, :, :-1]], 2) + past.to(sums.dtype).unsqueeze(2)
+    return before, past + running[:, :, -1].to(past.dtype)
+
+
+def causal_product(scores: Tensor, Q: Tensor, K: Tensor, V: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_{j <= i} (Q_i . K_j) V_j over chunks.
+
+    Args:
+        scores: Q K^T within each chunk, lower triangle, (batch, heads, chunks, chunk, chunk).
+        Q: (batch, heads, chunks, chunk, K).
+        K: (batch, heads, chunks, chunk, K).
+        V: (batch, heads, chunks, chunk, V).
+        memory: sum of K_j V_j^T over the past, (batch, heads, K, V).
+
+    Returns:
+        The products (batch, heads, chunks, chunk, V) and the memory after the last chunk.
+    """
+    before, memory = carry(K.transpose(-1, -2) @ V, memory)
+    return scores @ V + Q @ before, memory

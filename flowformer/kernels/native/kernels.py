@@ -1,0 +1,120 @@
+"""The functions of the C++ library, and what the operators of all mechanisms do to call them with tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowformer.kernels.native import build
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Kernels(NamedTuple):
+    """The functions of one level of instructions."""
+
+    level: str
+    causal_forward: Any
+    causal_backward: Any
+    bidirectional_forward: Any
+    bidirectional_backward: Any
+    step: Any
+    aft_causal_forward: Any
+    aft_causal_backward: Any
+    aft_bidirectional_forward: Any
+    aft_bidirectional_backward: Any
+
+
+def kernels() -> Kernels | None:
+    """The kernels of this process, or ``None``: :func:`flowformer.kernels.native.build.why_not` says why.
+
+    Raises:
+        ValueError: if the level that the environment asks for is not there.
+    """
+    library = build.load()
+    return None if library is None else _kernels(library, build.level(library))
+
+
+@functools.cache
+def _kernels(library: build.Library, level: str) -> Kernels:
+    functions = []
+    for name in Kernels._fields[1:]:
+        function = getattr(library.handle, f"flowformer_{name}_{level}")
+        function.restype = ctypes.c_int
+        function.argtypes = [ctypes.c_void_p] * (13 if name == "step" else 1)
+        functions.append(function)
+    return Kernels(level, *functions)
+
+
+def run(name: str, call: ctypes.Structure, *pointers: int) -> None:
+    """Run a kernel.
+
+    Raises:
+        RuntimeError: if the kernels no longer run, since the environment has changed since the backend was chosen.
+        MemoryError: if the kernel found no memory for its working space.
+    """
+    found = kernels()
+    if found is None:
+        raise RuntimeError(f"the native kernels no longer run: {build.why_not()}")
+    if getattr(found, name)(ctypes.addressof(call), *pointers):
+        raise MemoryError(f"the native kernel {name} found no memory for its working space")
+
+
+# ------------------------------------------------------------------------------------------- from tensors to the calls
+
+
+class View(ctypes.Structure):
+    """A tensor, as source/call.h has it."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+    )
+
+
+def view(x: Tensor) -> View:
+    """The view of a tensor (batch, length, heads, channels) or (batch, length, channels): it holds an address."""
+    return View(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2) if x.ndim == 4 else 0)
+
+
+def adjacent(x: Tensor) -> Tensor:
+    """The tensor with its channels side by side: itself, if it is not laid out otherwise."""
+    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+_LARGE_BYTES = 1 << 24  # memory of this size comes fresh from the system, which fills it in page by page
+
+
+def empty_like(x: Tensor, zero: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for something shaped like x, in the layout of x where its channels lie side by side."""
+    made = torch.empty_like(x, dtype=dtype)
+    if made.shape[-1] > 1 and made.stride(-1) != 1:
+        made = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    if type(made) is Tensor and made.nbytes >= _LARGE_BYTES and (library := build.load()):
+        library.handle.flowformer_want_large_pages(ctypes.c_void_p(made.data_ptr()), ctypes.c_int64(made.nbytes))
+    return made.zero_() if zero else made
+
+
+def contiguous(*parts: Tensor | None) -> list[Tensor | None]:
+    """Each part without gaps, where there is one."""
+    return [None if part is None else part.contiguous() for part in parts]
+
+
+def address(part: Tensor | None) -> int | None:
+    """Where a tensor lies that must live until the kernel has run; null for ``None``."""
+    return None if part is None else part.data_ptr()
+
+
+def refuse_second_gradients() -> None:
+    """Raise where gradients of gradients are asked for."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the native kernels have no gradients of gradients: leave out create_graph=True, or, where attention is "
+            "not causal, ask for backend='torch'"
+        )

@@ -1,0 +1,108 @@
+"""What the forms of AFT share around their means: checks, masks, packing, states, gates and places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowformer.core.checks import Layout, check_state, check_step, describe
+from flowformer.core.masks import close_up, fill
+from flowformer.core.precision import LOG_ZERO, no_autocast, sum_dtype
+from flowformer.core.run import Dense, Given, run
+from flowformer.mechanisms.aft.blocks import Bias
+
+PositionBias = Tensor | tuple[Tensor, Tensor]
+
+
+def run_gated(op: str, given: Given, means: Dense, layout: Layout, init_state: Callable[[int], Any]) -> Any:
+    """Run a form of AFT: its means, gated by the queries.
+
+    Args:
+        op: Name of the operation.
+        given: What the operation was given.
+        means: The means for q, k, v, mask of keys, mask of queries and state (``None`` if not causal), and the state
+            after them; k is next to minus infinity and v zero at padding, both in the dtype of sums.
+        layout: The axes of q, k and v, and whether they must be equally long.
+        init_state: The state before the first token, for a batch size.
+
+    Returns:
+        The output, or the output and the state.
+    """
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: Any) -> Any:
+        compute = sum_dtype(q.dtype)
+        with no_autocast(q.device):
+            K, V = fill(k.to(compute), key, LOG_ZERO), fill(v, key).to(compute)
+            mean, state = means(q, K, V, key, query, state)
+            gate = fill(q, query).to(compute).sigmoid()
+            return fill((gate * mean).to(q.dtype), _alive(key, query)), state
+
+    return run(op, given, dense, init_state=init_state, layout=layout)
+
+
+def _alive(key: Tensor | None, query: Tensor | None) -> Tensor | None:
+    """Which queries have an output: the real ones, of rows with a real key."""
+    if key is None:
+        return query
+    some = key.flatten(1).any(1).view(-1, *(1,) * (key.ndim - 1))
+    return some.expand(len(key), 1) if query is None else query & some
+
+
+def start_step(
+    op: str, q: Tensor, k: Tensor, v: Tensor, state: Any, kind: type, fresh: Callable[[int], Any], layout: Layout
+) -> None:
+    """Check one step of decoding; ``fresh`` makes the state of ``kind`` before the first token, for a batch size."""
+    check_step(op, q, k, v, state, kind, layout)
+    check_state(op, state, fresh(len(q)))
+
+
+def finish_step(q: Tensor, mean: Tensor) -> Tensor:
+    """Gate the mean of one step."""
+    return (q.to(mean.dtype).sigmoid() * mean).to(q.dtype)
+
+
+def check_bias(op: str, position_bias: Any, like: Tensor) -> Bias:
+    """The table (w,) or the factors (u, v), in the dtype that sums have.
+
+    Raises:
+        TypeError, ValueError: for anything else.
+    """
+    bias = tuple(position_bias) if isinstance(position_bias, (tuple, list)) else (position_bias,)
+    shown = f"got {', '.join(describe(part) for part in bias)}"
+    wanted = f"{op}: position_bias must be a tensor (T, T), or two factors (T, channels)"
+    if len(bias) > 2 or not all(isinstance(part, Tensor) and part.is_floating_point() for part in bias):
+        raise TypeError(f"{wanted}, of floating dtype, {shown}")
+    if any(part.ndim != 2 for part in bias) or len({tuple(part.shape) for part in bias}) > 1 or not len(bias):
+        raise ValueError(f"{wanted}, {shown}")
+    if len(bias) == 1 and bias[0].shape[0] != bias[0].shape[1]:
+        raise ValueError(f"{wanted}, {shown}")
+    if any(part.device != like.device for part in bias):
+        raise ValueError(f"{op}: position_bias must be on {like.device} like q, {shown}")
+    return tuple(part.to(sum_dtype(like.dtype)) for part in bias)
+
+
+def check_places(op: str, bias: Bias, places: int) -> None:
+    """Refuse a sequence that is longer than the table of positions."""
+    if places > len(bias[0]):
+        raise ValueError(f"{op}: position_bias has {len(bias[0])} places, and there are {places} tokens")
+
+
+def find_start(op: str, bias: Bias, counts: Tensor, tokens: int) -> tuple[int | Tensor, int]:
+    """Places of first tokens, as one number where all sequences have the same, and the least of them.
+
+    Raises:
+        ValueError: where sequences reach beyond the table of positions.
+    """
+    if torch.compiler.is_compiling():
+        return counts, 0
+    least, most = (int(x) for x in counts.aminmax())
+    check_places(op, bias, most + tokens)
+    return (least if least == most else counts), least
+
+
+def close_up_if(tensors: Sequence[Tensor], mask: Tensor | None) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+    """:func:`flowformer.core.masks.close_up` where there is a mask."""
+    return (list(tensors), None, None) if mask is None else close_up(tensors, mask)

@@ -1,0 +1,228 @@
+"""What every attention module shares: projections, heads, padding, and the protocol of states."""
+
+from __future__ import annotations
+
+from abc import ABC
+from typing import Any, ClassVar, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from flowformer.core.checks import describe
+from flowformer.mechanisms.registry import Mechanism
+
+
+class Attention(nn.Module, ABC):
+    """Attention of one or more heads around an operation of :mod:`flowformer.ops`.
+
+    Queries, keys and values are linear projections of the input, split as the operation takes them; its outputs are
+    joined and projected once more, and dropout follows.
+
+    A mechanism is a subclass entered in the registry, see :func:`flowformer.mechanisms.registry.register`. One with
+    options or learned tensors overrides :meth:`arguments` or :meth:`learned`; one whose operation has no axis of heads
+    :meth:`split` and :meth:`join`, one with narrower keys :attr:`key_width`.
+
+    Attributes:
+        mechanism: The row of the registry.
+        learns_positions: Whether the module has parameters for each position, and so an argument ``max_length``, which
+            :func:`flowformer.create_attention` passes on.
+        axes: The axes of an input before its channels.
+
+    Args:
+        dim: Channels of input and output.
+        num_heads: Heads; divides ``dim`` unless ``head_dim`` is given.
+        causal: Output t depends on positions up to t only.
+        bias: Whether the four projections have biases.
+        dropout: Probability of dropping an output channel, after the output projection.
+        head_dim: Channels of a head; ``dim // num_heads`` if absent.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError: for sizes that do not fit, or ``causal`` where the mechanism has no causal form.
+    """
+
+    mechanism: ClassVar[Mechanism]
+    learns_positions: ClassVar[bool] = False
+    axes: str = "batch, length"
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        causal: bool = False,
+        bias: bool = True,
+        dropout: float = 0.0,
+        head_dim: int | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if dim < 1 or num_heads < 1 or (head_dim is not None and head_dim < 1):
+            raise ValueError(f"dim, num_heads and head_dim must be positive, got {dim}, {num_heads}, {head_dim}")
+        if head_dim is None and dim % num_heads:
+            raise ValueError(f"num_heads must divide dim, got dim {dim} and num_heads {num_heads}; or give head_dim")
+        if causal and not self.mechanism.can("causal"):
+            name, reason = type(self).__name__, self.mechanism.cannot["causal"]
+            raise ValueError(f"{name} has no causal form, since {reason}: build it with causal=False")
+        self.dim, self.num_heads, self.causal = dim, num_heads, causal
+        self.head_dim = dim // num_heads if head_dim is None else head_dim
+        inner, factory = self.num_heads * self.head_dim, {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(dim, inner, bias=bias, **factory)
+        self.k_proj = nn.Linear(dim, self.key_width, bias=bias, **factory)
+        self.v_proj = nn.Linear(dim, inner, bias=bias, **factory)
+        self.out_proj = nn.Linear(inner, dim, bias=bias, **factory)
+        self.dropout = nn.Dropout(dropout)
+
+    def reset_parameters(self) -> None:
+        """Draw fresh parameters, as a new module has them."""
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            projection.reset_parameters()
+
+    # ------------------------------------------------------------------------ what a mechanism may override
+
+    @property
+    def key_width(self) -> int:
+        """Channels that keys are projected to."""
+        return self.num_heads * self.head_dim
+
+    def split(self, x: Tensor) -> Tensor:
+        """Queries, keys or values (..., width) as the operation takes them: (..., heads, channels)."""
+        return x.unflatten(-1, (self.num_heads, self.head_dim))
+
+    def join(self, out: Tensor) -> Tensor:
+        """The operation's output (..., heads, channels) as the output projection takes it: (..., width)."""
+        return out.flatten(-2)
+
+    def learned(self) -> tuple[Any, ...]:
+        """Tensors that the operation takes after v, and the step after the state."""
+        return ()
+
+    def arguments(self) -> dict[str, Any]:
+        """Options of the operation, and of its step, state, truth and rows."""
+        return {}
+
+    # ----------------------------------------------------------------------------------------------- use
+
+    @overload
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, *, mask: Tensor | None = None,
+        context_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, initial_state: Any = None,
+        return_state: Literal[False] = False,
+    ) -> Tensor: ...  # fmt: skip
+    @overload
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, *, mask: Tensor | None = None,
+        context_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, initial_state: Any = None,
+        return_state: Literal[True],
+    ) -> tuple[Tensor, Any]: ...  # fmt: skip
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        initial_state: Any = None,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Attend from ``x`` to ``context``, or to itself.
+
+        Args:
+            x: (batch, L, dim).
+            context: (batch, S, dim) for cross-attention. Absent, or ``x`` itself without a ``context_mask``, for
+                self-attention. Not for causal modules, nor for mechanisms without cross-attention.
+            mask: (batch, L) boolean, True = real token of x.
+            context_mask: (batch, S) boolean, True = real token of the context; absent where all are real.
+            cu_seqlens: (N + 1,) int32 boundaries of N sequences packed into a batch of size 1; without ``context``.
+            initial_state: State to continue from (causal modules).
+            return_state: Return the state after the last token as well (causal modules).
+
+        Returns:
+            (batch, L, dim), zeros at padded positions; with ``return_state`` also the state.
+
+        Raises:
+            TypeError, ValueError: for arguments of another form.
+        """
+        context, masks = self.resolve(x, context, mask, context_mask)
+        source = x if context is None else context
+        q, k, v = self.split(self.q_proj(x)), self.split(self.k_proj(source)), self.split(self.v_proj(source))
+        given: dict[str, Any] = {"causal": self.causal, **masks, **self.arguments()}
+        if cu_seqlens is not None:
+            given["cu_seqlens"] = cu_seqlens
+        if initial_state is not None or return_state:
+            given.update(initial_state=self._cast(initial_state, q.dtype), return_state=return_state)
+        out = self.mechanism.operation(q, k, v, *self.learned(), **given)
+        out, state = out if return_state else (out, None)
+        out = self.dropout(self.out_proj(self.join(out)))
+        if mask is not None:
+            out = out.masked_fill(~mask.unsqueeze(-1), 0)
+        return (out, state) if return_state else out
+
+    def resolve(
+        self, x: Tensor, context: Tensor | None, mask: Tensor | None, context_mask: Tensor | None
+    ) -> tuple[Tensor | None, dict[str, Tensor | None]]:
+        """The context, ``None`` for self-attention, and the masks as the operation takes them.
+
+        Raises:
+            ValueError: for inputs that do not fit.
+        """
+        if context is x and context_mask is None:
+            context = None
+        self._check(x, context, context_mask)
+        if context is not None and context_mask is None and mask is not None:
+            # The operation takes equal lengths without a context_mask for self-attention.
+            context_mask = torch.ones(context.shape[:-1], dtype=torch.bool, device=context.device)
+        return context, {"mask": mask, "context_mask": context_mask}
+
+    def init_state(self, batch_size: int) -> Any:
+        """The state before the first token, for a batch of ``batch_size`` sequences."""
+        self._check_state("init_state")
+        assert self.mechanism.init_state is not None  # there is a state
+        weight = self.q_proj.weight
+        sizes = (batch_size, self.num_heads, self.head_dim, self.head_dim)
+        return self.mechanism.init_state(
+            *sizes, *self.learned(), dtype=weight.dtype, device=weight.device, **self.arguments()
+        )
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """One token: x (batch, dim) and the state before it, to output (batch, dim) and the state after it."""
+        self._check_state("step")
+        assert self.mechanism.step is not None  # there is a state
+        if x.ndim != 2 or x.shape[-1] != self.dim:
+            raise ValueError(f"{type(self).__name__}.step: x must be (batch, {self.dim}), got {describe(x)}")
+        q, k, v = (self.split(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        out, state = self.mechanism.step(q, k, v, self._cast(state, q.dtype), *self.learned(), **self.arguments())
+        return self.dropout(self.out_proj(self.join(out))), state
+
+    def extra_repr(self) -> str:
+        """Sizes, for printing."""
+        return f"dim={self.dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, causal={self.causal}"
+
+    def _cast(self, state: Any, dtype: torch.dtype) -> Any:
+        """A state that is kept in the dtype of inputs, in the one that autocast has given them since."""
+        if self.mechanism.can("fixed state") or not isinstance(state, tuple) or not hasattr(state, "_fields"):
+            return state  # the operation says what is wrong
+        cast = (part.to(dtype) if isinstance(part, Tensor) and part.is_floating_point() else part for part in state)
+        return type(state)(*cast)
+
+    def _check(self, x: Tensor, context: Tensor | None, context_mask: Tensor | None) -> None:
+        name, rank, reason = type(self).__name__, self.axes.count(",") + 2, self.mechanism.layout.self_only
+        if context is not None and reason:
+            raise ValueError(f"{name}: no context, since {reason}")
+        for label, tensor in (("x", x), ("context", context)):
+            if tensor is not None and (tensor.ndim != rank or tensor.shape[-1] != self.dim):
+                raise ValueError(f"{name}: {label} must be ({self.axes}, {self.dim}), got {describe(tensor)}")
+        if context is not None and self.causal:
+            raise ValueError(f"{name}: a causal module attends to itself; build it with causal=False to give a context")
+        if context is None and context_mask is not None:
+            raise ValueError(f"{name}: context_mask goes with a context; in self-attention give mask alone")
+
+    def _check_state(self, what: str) -> None:
+        name = type(self).__name__
+        if not self.causal:
+            raise ValueError(f"{name}.{what}: only a causal module has a state; build it with causal=True")
+        if not self.mechanism.can("state"):
+            raise ValueError(f"{name}.{what}: there is no state, since {self.mechanism.cannot['state']}")

@@ -1,0 +1,81 @@
+"""Flow-Attention as a module, and its row of the registry."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from flowformer.mechanisms.base import Attention
+from flowformer.mechanisms.flow.operation import flow_attention, flow_attention_step, init_flow_state
+from flowformer.mechanisms.flow.options import flow_options
+from flowformer.mechanisms.flow.weights import flows, weights
+from flowformer.mechanisms.registry import by_sizes, register
+from flowformer.mechanisms.weights import flows_of, rows_of, truth_of
+
+
+@register(
+    "flow",
+    operation=flow_attention,
+    truth=truth_of(weights),
+    rows=rows_of("flow_attention", weights),
+    flows=flows_of("flow_attention", flows),
+    step=flow_attention_step,
+    init_state=by_sizes(init_flow_state),
+    source="Wu et al., Flowformer, ICML 2022",
+    cost="L K V",
+)
+class FlowAttention(Attention):
+    """Attention in linear time by conservation of flow (Wu et al., ICML 2022): see :mod:`flowformer.mechanisms.flow`.
+
+    Args:
+        dim: Channels of input and output.
+        num_heads: Heads.
+        causal: Output t depends on positions up to t only.
+        preset: The variant of the published code to follow; ``"core"`` unless you reproduce an experiment.
+        bias: Whether the four projections have biases.
+        dropout: Applied after the output projection. The published core module uses 0.05.
+        head_dim: Channels of a head; ``dim // num_heads`` if absent.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        **overrides: Options of :class:`flowformer.ops.FlowOptions` that depart from the preset, for example
+            ``competition=None`` for the ablation without competition.
+
+    Raises:
+        ValueError, TypeError: for sizes that do not fit, an unknown preset or option.
+
+    Example:
+        >>> import torch
+        >>> from flowformer import FlowAttention
+        >>> attention = FlowAttention(dim=64, num_heads=4)
+        >>> attention(torch.randn(2, 1000, 64)).shape
+        torch.Size([2, 1000, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        causal: bool = False,
+        preset: str = "core",
+        bias: bool = True,
+        dropout: float = 0.0,
+        head_dim: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+        **overrides: Any,
+    ) -> None:
+        super().__init__(
+            dim, num_heads, causal=causal, bias=bias, dropout=dropout, head_dim=head_dim, device=device, dtype=dtype
+        )
+        self.preset, self.overrides = preset, overrides
+        self.options = flow_options(preset, **overrides)
+
+    def arguments(self) -> dict[str, Any]:
+        """Options of the operation."""
+        return {"preset": self.preset, **self.overrides}
+
+    def extra_repr(self) -> str:
+        """Sizes and options, for printing."""
+        options = ", ".join(f"{f.name}={getattr(self.options, f.name)!r}" for f in fields(self.options))
+        return f"{super().extra_repr()}, preset={self.preset!r}, {options}"

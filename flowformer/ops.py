@@ -1,0 +1,54 @@
+"""Attention as pure functions of tensors: every mechanism's operation, its step, its state and its options, by name.
+
+Layout is (batch, length, heads, channels), or (batch, length, channels) for AFT; a decoding step takes (batch, heads,
+channels). What a room in :mod:`flowformer.mechanisms` offers beside its module is found here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from flowformer import mechanisms
+from flowformer.core.backends import Explanation
+from flowformer.core.backends import explain as _explain
+from flowformer.mechanisms.weights import FlowMaps
+
+if TYPE_CHECKING:  # for type checkers; at run time the names are found in the rooms
+    from flowformer.mechanisms.aft import *  # noqa: F403 - each room says what it offers
+    from flowformer.mechanisms.flow import *  # noqa: F403 - each room says what it offers
+    from flowformer.mechanisms.linear import *  # noqa: F403 - each room says what it offers
+    from flowformer.mechanisms.mobile import *  # noqa: F403 - each room says what it offers
+    from flowformer.mechanisms.softmax import *  # noqa: F403 - each room says what it offers
+
+_SHARED = ("LIMITS", "Attention", "Mechanism", "create_attention", "find_attention", "list_attentions")
+
+
+def explain(op: str | Callable[..., Any], *arguments: Any, **options: Any) -> Explanation:
+    """Which implementation an operation would run for these arguments, and why; nothing is computed.
+
+    The operation is called, checks its arguments, and is left as soon as it has chosen.
+
+    Args:
+        op: The operation or its name, for example ``"flow_attention"``.
+        *arguments: As the operation takes them: q, k, v, and position bias or filters where it takes them.
+        **options: Likewise.
+
+    Raises:
+        TypeError, ValueError: what the operation itself would raise for these arguments; ValueError for an unknown
+            name, and for an operation that has one implementation only.
+    """
+    if isinstance(op, str) and (op not in __all__ or not inspect.isfunction(globals()[op])):
+        raise ValueError(f"flowformer.ops has no operation {op!r}")
+    function: Callable[..., Any] = globals()[op] if isinstance(op, str) else op
+    return _explain(function, *arguments, **options)
+
+
+def _is_functional(name: str) -> bool:
+    found = getattr(mechanisms, name)
+    return name not in _SHARED and not (isinstance(found, type) and issubclass(found, mechanisms.Attention))
+
+
+globals().update({name: getattr(mechanisms, name) for name in mechanisms.__all__ if _is_functional(name)})
+__all__ = ["Explanation", "FlowMaps", "explain", *filter(_is_functional, mechanisms.__all__)]  # pyright: ignore[reportUnsupportedDunderAll]

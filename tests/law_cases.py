@@ -1,0 +1,93 @@
+"""How the laws call each mechanism: shapes of its inputs, and the variants in which they are checked.
+
+A mechanism that is not named here is checked in one variant, without options or learned tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from flowformer import ops
+from flowformer.mechanisms import Mechanism, find_attention, list_attentions
+
+Sizes = tuple[int, ...]
+
+# The float64 truth of each operation, by the operation's name.
+reference = SimpleNamespace(
+    **{find_attention(name).operation.__name__: find_attention(name).truth for name in list_attentions()}
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to call an operation.
+
+    Attributes:
+        options: Keyword arguments of the operation, of its truth, of its step and of its state.
+        learned: Shapes of the learned tensors that the operation takes after v and the step after the state, for
+            sequences of up to ``length`` tokens and for ``heads``. One entry for each argument: a ``torch.Size``, or a
+            tuple of them where the argument is a tuple of tensors.
+        quadratic: Whether a learned tensor is quadratic in length, and so memory too.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    learned: Callable[[int, int], tuple[Any, ...]] = lambda length, heads: ()
+    quadratic: bool = False
+
+
+def _table(length: int, heads: int) -> tuple[Any, ...]:
+    return (torch.Size((length, length)),)
+
+
+def _factors(length: int, heads: int) -> tuple[Any, ...]:
+    return ((torch.Size((length, 2)), torch.Size((length, 2))),)
+
+
+def _filters(length: int, heads: int) -> tuple[Any, ...]:
+    return (torch.Size((heads, 5)),)
+
+
+VARIANTS: dict[str, dict[str, Variant]] = {
+    "flow": {
+        **{preset: Variant({"preset": preset}) for preset in ops.PRESETS},
+        "no-competition": Variant({"competition": None}),
+        "no-allocation": Variant({"allocation": False}),
+        "rescale": Variant({"rescale": True}),
+        "relu": Variant({"feature_map": "relu"}),
+    },
+    "mobile": {
+        "default": Variant(),
+        "normalized": Variant({"normalize": True}),
+        "no-competition": Variant({"competition": None}),
+        "heads": Variant({"competition": "heads", "normalize": True}),
+        "no-allocation": Variant({"allocation": False}),
+        "no-clamp": Variant({"clamp": None}),
+        # eps bounds what is divided by: with 1e-6 and relu, outputs of few heads and channels are beyond float16.
+        "relu": Variant({"feature_map": "relu", "eps": 1e-2}),
+    },
+    "aft_full": {"factors": Variant(learned=_factors), "free": Variant(learned=_table, quadratic=True)},
+    "aft_local": {
+        "factors": Variant({"window": 3}, _factors),
+        "free": Variant({"window": 40}, _table, quadratic=True),
+        "hard": Variant({"window": 3, "hard": True}, _factors),
+    },
+    "aft_conv": {"default": Variant(learned=_filters), "hard": Variant({"hard": True}, _filters)},
+}
+
+
+def variants_of(row: Mechanism) -> Mapping[str, Variant]:
+    """The ways to call a mechanism, by name."""
+    return VARIANTS.get(row.name, {"default": Variant()})
+
+
+def shapes_of(row: Mechanism, heads: int, key: int, value: int) -> tuple[Sizes, Sizes, Sizes]:
+    """Axes of q, k and v after (batch, length)."""
+    if row.layout.axes.count(",") == 3:
+        return (heads, key), (heads, key), (heads, value)
+    width = (heads * value,)
+    return width, (heads,) if row.layout.heads else width, width
