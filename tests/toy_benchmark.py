@@ -103,7 +103,7 @@ class CloudRecipe(EpochRecipe):
     def build_model(self, form: CloudFormat) -> nn.Module:
         sizes = {"dim": 16, "num_heads": 2, "num_layers": 1, "ffn_dim": 16, "dropout": 0.1}
         return create_model(
-            "flowformer_timeseries", channels=2, classes=2, max_length=POINTS, attention=self.attention, **sizes
+            "flowformer_timeseries", in_chans=2, num_classes=2, max_length=POINTS, attention=self.attention, **sizes
         )
 
     @property

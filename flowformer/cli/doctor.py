@@ -20,9 +20,10 @@ def main(words: Sequence[str]) -> int:
 
     import torch
 
-    from flowformer.core import backends
+    from flowformer.core.backends import choose_and_say_why, list_backends
 
-    chosen, why = usable(backends.choose_and_say_why, "flow_attention")
+    chosen, why = usable(choose_and_say_why, "flow_attention")
+    refusals = {f"backend {row.name}": row.refuses("cpu", torch.float32) or row.describe() for row in list_backends()}
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     rows = {
         "flowformer": f"{flowformer.__version__} in {Path(flowformer.__file__).parent}",
@@ -30,6 +31,7 @@ def main(words: Sequence[str]) -> int:
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} CPUs",
         "GPUs": ", ".join(gpus) or "none",
         "backend": f"{chosen}: {why}",
+        **refusals,
         **{f"extra {extra}": _describe_extra(extra) for extra in EXTRAS},
     }
     for name, value in rows.items():

@@ -39,7 +39,7 @@ def _describe_attention(name: str) -> None:
     print(f"{name}: {row.module.__name__}\n\n{inspect.getdoc(row.module)}\n")
     print(f"Time: {row.cost}\nSource: {row.source}")
     for limit, reason in row.cannot.items():
-        print(f"Not: {LIMITS[limit]}, since {reason}")
+        print(f"No {LIMITS[limit]}: {reason}")
 
 
 def _describe_recipe(name: str, function: Any) -> None:

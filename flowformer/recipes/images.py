@@ -61,7 +61,7 @@ class ImageRecipe(EpochRecipe):
 
     def build_model(self, form: ImageFormat) -> nn.Module:
         """The model of the recipe, with its attention."""
-        options: dict[str, Any] = {"image_size": form.size, "channels": form.channels}
+        options: dict[str, Any] = {"img_size": form.size, "in_chans": form.channels}
         if self.patch_size is not None:
             options["patch_size"] = self.patch_size
         if self.attention is not None:
@@ -70,7 +70,11 @@ class ImageRecipe(EpochRecipe):
             options["attention_options"] = self.attention_options
         try:
             return create_model(
-                self.model, classes=len(form.classes), drop_path=self.drop_path, dropout=self.dropout, **options
+                self.model,
+                num_classes=len(form.classes),
+                drop_path_rate=self.drop_path,
+                dropout=self.dropout,
+                **options,
             )
         except TypeError as error:  # a model of another kind, an option that a mechanism does not have
             raise ValueError(str(error)) from error

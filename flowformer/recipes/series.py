@@ -60,8 +60,8 @@ class SeriesRecipe(EpochRecipe):
         """The published classifier, with the attention of the recipe."""
         return create_model(
             "flowformer_timeseries",
-            channels=form.channels,
-            classes=len(form.classes),
+            in_chans=form.channels,
+            num_classes=len(form.classes),
             max_length=form.max_length,
             dim=self.dim,
             num_heads=self.num_heads,

@@ -27,7 +27,7 @@ def run(monkeypatch, tmp_path):
     path = write(tmp_path / "train.csv", "series,time,label,x,y", *rows)
     form = load_pair(path, path).format
     torch.manual_seed(0)
-    sizes = {"channels": 2, "classes": 2, "max_length": form.max_length}
+    sizes = {"in_chans": 2, "num_classes": 2, "max_length": form.max_length}
     model = create_model("flowformer_timeseries", **sizes, dim=8, num_heads=2, num_layers=1, ffn_dim=8).eval()
     monkeypatch.setattr("flowformer.cli.predict.open_run", lambda folder, checkpoint: (None, model, form))
     return model, form

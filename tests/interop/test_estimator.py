@@ -58,7 +58,7 @@ def test_learns_series_of_equal_length():
     X, y = load_basic_motions(split="train")
     classifier = FlowformerClassifier(**SMALL, n_epochs=20, random_state=0).fit(X, y)
     assert classifier.score(*load_basic_motions(split="test")) > 0.85  # chance is 0.25
-    assert (classifier.model_.channels, classifier.model_.max_length) == (6, 100)
+    assert (classifier.model_.in_chans, classifier.model_.max_length) == (6, 100)
 
 
 def test_learns_series_of_unequal_length():

@@ -33,7 +33,7 @@ STEPS = np.random.default_rng(1).normal(size=(9, 2))
 
 def vision(**options) -> VisionModel:
     torch.manual_seed(0)
-    shape = {"image_size": 16, "patch_size": 2, "dims": (8, 16), "depths": (1, 2), "num_heads": (2, 4)}
+    shape = {"img_size": 16, "patch_size": 2, "embed_dims": (8, 16), "depths": (1, 2), "num_heads": (2, 4)}
     return VisionModel(2, **{**shape, **options}).eval()
 
 
@@ -72,7 +72,7 @@ def test_scene_of_an_image(attention):
 
 
 def test_class_token_is_no_place_of_an_image():
-    model = vision(dims=(8,), depths=(2,), num_heads=2, class_token=True, attention="softmax")
+    model = vision(embed_dims=(8,), depths=(2,), num_heads=2, class_token=True, attention="softmax")
     x = FORM.collate([(PIXELS, 0)])["x"]
     for at, row in (((), 0), ((0.0, 0.0), 1), ((0.0, 0.99), 8)):
         scene = FORM.scene(model, PIXELS, View(at=(at,), heads=(1,)))

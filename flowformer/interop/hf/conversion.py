@@ -1,4 +1,4 @@
-"""From a language model of the library to one of transformers, and back: the same weights, the same numbers."""
+"""Conversion between language models of the library and of transformers: the same weights, the same numbers."""
 
 from __future__ import annotations
 
@@ -37,8 +37,7 @@ def to_hf(model: LanguageModel, **fields: Any) -> FlowformerForCausalLM:
 
     Args:
         model: The language model.
-        **fields: Further fields of :class:`FlowformerConfig`, such as ``eos_token_id``. How fresh weights would begin
-            cannot be told from a model: that is ``init``, ``"gpt"`` where not said.
+        **fields: Further fields of :class:`FlowformerConfig`, such as ``eos_token_id``.
 
     Returns:
         The model, in evaluation mode and in the dtype of the weights.
@@ -89,7 +88,7 @@ def from_hf(model: FlowformerForCausalLM) -> LanguageModel:
 
 
 def _read_options(model: LanguageModel) -> dict[str, Any]:
-    """The options a language model was built with, all but ``init``."""
+    """The options a language model was built with."""
     block = model.decoder.layers[0]
     options = {
         "vocab_size": model.vocab_size,
@@ -107,6 +106,7 @@ def _read_options(model: LanguageModel) -> dict[str, Any]:
         "tied": model.head is None,
         "attention": _read_name(block.attention),
         "attention_options": _read_attention(block.attention),
+        "init": model.initialization.kind,
     }
     with torch.device("meta"):
         again = LanguageModel(**options)
@@ -130,10 +130,7 @@ def _read_name(attention: Attention) -> str:
 
 
 def _read_attention(attention: Attention) -> dict[str, Any]:
-    """The options of a mechanism: each is kept under its own name, those that override a preset together.
-
-    The deviation of fresh position biases alone is not kept; weights that are there do not need it.
-    """
+    """The options of a mechanism: each is kept under its own name, those that override a preset together."""
     options: dict[str, Any] = {}
     for name, parameter in inspect.signature(type(attention)).parameters.items():
         if name in ("dim", "num_heads", "causal", "max_length"):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from flowformer.common.files import write_whole
 from flowformer.common.options import option
 from flowformer.mechanisms import find_attention
-from flowformer.models.generation import generate
+from flowformer.models.generation import stream_tokens
 from flowformer.models.language import LanguageModel
 from flowformer.tasks.protocols import Track
 from flowformer.tasks.sampling import SamplingOptions
@@ -149,7 +149,7 @@ def sample(
         count: Images, drawn together.
         watch: Is given the steps, and hands them on: a progress bar.
         **options: ``seed``, ``temperature``, ``top_k`` and ``top_p``, as in
-            :func:`flowformer.models.generation.generate`. Image i of ``seed`` is image 0 of ``seed + i``, but for
+            :func:`flowformer.models.generation.stream_tokens`. Image i of ``seed`` is image 0 of ``seed + i``, but for
             rounding.
 
     Returns:
@@ -157,11 +157,11 @@ def sample(
 
     Raises:
         ValueError, TypeError: for a model of another vocabulary, and as
-            :func:`flowformer.models.generation.generate`.
+            :func:`flowformer.models.generation.stream_tokens`.
     """
     if model.vocab_size != form.levels:
         raise ValueError(f"the format has {form.levels} levels, and the model a vocabulary of {model.vocab_size}")
-    steps = generate(model, [[START]] * count, max_tokens=form.length, **options)
+    steps = stream_tokens(model, [[START]] * count, max_new_tokens=form.length, **options)
     values = [step.to("cpu", torch.uint8) for step in (steps if watch is None else watch(steps))]
     return torch.stack(values, 1).view(count, *form.shape).numpy()
 

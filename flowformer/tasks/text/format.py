@@ -91,7 +91,7 @@ class TextFormat:
         """
         texts = list(options.prompt or ["\n"])
         pieces = write(
-            model, self.tokenizer, texts, stop=options.stop, max_tokens=options.tokens, **options.as_arguments()
+            model, self.tokenizer, texts, stop=options.stop, max_new_tokens=options.tokens, **options.as_arguments()
         )
         if len(texts) == 1:
             yield texts[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from flowformer.models.generation import DONE, generate
+from flowformer.models.generation import DONE, stream_tokens
 from flowformer.models.language import LanguageModel
 from flowformer.tasks.text.tokenizers import Tokenizer
 
@@ -20,19 +20,19 @@ def write(
         tokenizer: Its tokenizer.
         prompts: Texts to go on from; lengths may differ.
         stop: Texts at which a row ends; they are not handed out themselves.
-        **options: ``max_tokens`` and how to choose tokens: see :func:`flowformer.models.generation.generate`.
+        **options: ``max_new_tokens`` and how to choose tokens: see :func:`flowformer.models.generation.stream_tokens`.
 
     Returns:
         An iterator of (row, text). What may be the beginning of a ``stop`` is held back until it is known not to be.
 
     Raises:
         ValueError, TypeError: in the call, for an empty ``stop``, a prompt that the vocabulary cannot express, and as
-            :func:`flowformer.models.generation.generate`.
+            :func:`flowformer.models.generation.stream_tokens`.
     """
     if any(not text for text in stop):
         raise ValueError("a text to stop at must have a character or more, got ''")
     read = [tokenizer.encode(prompt).tolist() for prompt in prompts]
-    tokens = generate(model, read, **options)
+    tokens = stream_tokens(model, read, **options)
     return _write(tokens, [_Row(tokenizer, prompt, stop) for prompt in read])
 
 

@@ -308,7 +308,7 @@ def test_step_trains_a_model():
 
 def make_model(form: SeriesFormat) -> torch.nn.Module:
     torch.manual_seed(0)
-    sizes = {"channels": form.channels, "classes": len(form.classes), "max_length": form.max_length}
+    sizes = {"in_chans": form.channels, "num_classes": len(form.classes), "max_length": form.max_length}
     return create_model("flowformer_timeseries", **sizes, dim=8, num_heads=2, num_layers=1, ffn_dim=8).eval()
 
 

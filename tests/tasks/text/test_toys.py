@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowformer.models.generation import generate
+from flowformer.models.generation import stream_tokens
 from flowformer.recipes import create_recipe
 from flowformer.tasks.text.format import IGNORED
 from flowformer.tasks.text.toys import adder, sorter
@@ -59,7 +59,9 @@ def test_accuracy_is_that_of_decoding():
         optimizer.step()
     model.eval()
     problems = rows(task.train) + rows(task.test)
-    decoded = torch.stack(list(generate(model, [row[:2].tolist() for row in problems], max_tokens=2, temperature=0)), 1)
+    decoded = torch.stack(
+        list(stream_tokens(model, [row[:2].tolist() for row in problems], max_new_tokens=2, temperature=0)), 1
+    )
     right = [answer.tolist() == row[2:].tolist() for answer, row in zip(decoded, problems, strict=True)]
     whole = task.format.collate([*task.train, *task.test])
     assert 0 < sum(right) < len(right)

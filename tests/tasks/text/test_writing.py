@@ -17,7 +17,7 @@ def scripted(monkeypatch, *texts):
         for place in range(max(map(len, rows))):
             yield torch.tensor([row[place] if place < len(row) else -1 for row in rows])
 
-    monkeypatch.setattr(writing, "generate", generate)
+    monkeypatch.setattr(writing, "stream_tokens", generate)
 
 
 def pieces(prompts=("x",), **options):
@@ -60,26 +60,26 @@ def test_writing_ends_when_all_rows_have(monkeypatch):
             asked.append(byte)
             yield torch.tensor([byte])
 
-    monkeypatch.setattr(writing, "generate", generate)
+    monkeypatch.setattr(writing, "stream_tokens", generate)
     assert pieces(stop=["."]) == [(0, "a"), (0, "b")]
     assert bytes(asked) == b"ab."
 
 
 def test_text_goes_on_from_the_prompt(monkeypatch):
-    monkeypatch.setattr(writing, "generate", lambda *_, **__: iter([torch.tensor([2]), torch.tensor([0])]))
+    monkeypatch.setattr(writing, "stream_tokens", lambda *_, **__: iter([torch.tensor([2]), torch.tensor([0])]))
     words = WordTokenizer(["<eos>", "river", "runs"])
     assert list(write(None, words, ["river"])) == [(0, " runs"), (0, "\n")]
 
 
 def test_empty_stop_is_refused():
     with pytest.raises(ValueError, match="a text to stop at must have a character or more"):
-        write(None, BytesTokenizer(), ["x"], stop=[""], max_tokens=1)
+        write(None, BytesTokenizer(), ["x"], stop=[""], max_new_tokens=1)
 
 
 def test_a_model_writes():
     torch.manual_seed(0)
     model = flowformer.create_model("flowformer_gpt_nano", vocab_size=256, max_length=None, positions="sinusoidal")
-    one = "".join(text for _, text in write(model, BytesTokenizer(), ["ab"], max_tokens=30, seed=1))
-    again = "".join(text for _, text in write(model, BytesTokenizer(), ["ab"], max_tokens=30, seed=1))
+    one = "".join(text for _, text in write(model, BytesTokenizer(), ["ab"], max_new_tokens=30, seed=1))
+    again = "".join(text for _, text in write(model, BytesTokenizer(), ["ab"], max_new_tokens=30, seed=1))
     assert one == again
     assert len(one) >= 5
