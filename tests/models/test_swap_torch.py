@@ -194,8 +194,8 @@ def test_position_biases_of_aft_are_new():
         (
             transformer,
             "aft_full",
-            {"image_size": 32},
-            "image_size does not tell the tokens of encoder.*: give max_length",
+            {"img_size": 32},
+            "img_size does not tell the tokens of encoder.*: give max_length",
         ),
         (transformer, "flow", {"num_heads": 3}, "num_heads must divide embed_dim"),
         (transformer, "flow", {"spatial_reduction": "keep"}, "this model has none"),
