@@ -93,7 +93,15 @@ def test_example_runs(script, capsys):
 
 
 @pytest.mark.parametrize(
-    "module", ["attention.flow", "attention.mobile", "attention.aft", "models.generation", "interop.estimator"]
+    "module",
+    [
+        "mechanisms.flow.module",
+        "mechanisms.mobile.module",
+        "mechanisms.aft.modules",
+        "models.generation",
+        "models.language",
+        "interop.estimator",
+    ],
 )
 def test_examples_in_docstrings_run(module):
     outcome = doctest.testmod(importlib.import_module(f"flowformer.{module}"))

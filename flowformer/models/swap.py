@@ -138,9 +138,9 @@ def swap_attention(
     if multiheads and img_size is not None:
         raise ValueError(f"swap_attention: img_size does not tell the tokens of {multiheads[0][0][0]}: give max_length")
     keep = not mechanism.can("linear time") if spatial_reduction is None else spatial_reduction == "keep"
-    swaps: list[_Swap | MultiheadSwap] = [
-        MultiheadSwap.build(model, names, old, mechanism, num_heads, options) for names, old in multiheads
-    ]
+    swaps: list[_Swap | MultiheadSwap] = []
+    for names, old in multiheads:
+        swaps.append(MultiheadSwap.build(model, names, old, mechanism, num_heads, options))
     options = {**ATTENTION_DEFAULTS.get(attention, {}), **options}
     for source in sources:
         limit = options.get("max_length", _count_tokens(model, source, img_size))

@@ -131,8 +131,11 @@ def test_what_a_call_says_is_causal_is_causal():
 def test_a_causal_decoder_stays_causal_or_a_warning_says_that_it_does_not(attention, options, meet):
     model = larger(nn.TransformerDecoder(nn.TransformerDecoderLayer(16, **TRANSFORMER), 1)).double()
     if meet:
-        with pytest.warns(UserWarning, match=r"queries of layers\.0\.multihead_attn compete .* modules='\*self_attn'"):
+        with pytest.warns(
+            UserWarning, match=r"queries of layers\.0\.multihead_attn compete .* modules='\*self_attn'"
+        ) as caught:
             swap_attention(model, attention, **options)
+        assert caught[0].filename == __file__
     else:
         swap_attention(model, attention, **options)
     x, memory = torch.randn(2, 7, 16).double(), torch.randn(2, 5, 16).double()
