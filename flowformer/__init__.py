@@ -22,6 +22,7 @@ _HOME = {
     "create_model": "models",
     "list_models": "models",
     "swap_attention": "models",
+    "FlowMultiheadAttention": "interop.torch",
     "FlowformerClassifier": "interop.estimator",
     "FlowformerConfig": "interop.hf",
     "FlowformerForCausalLM": "interop.hf",
@@ -35,6 +36,7 @@ __all__ = [
     "AFTLocal",
     "AFTSimple",
     "FlowAttention",
+    "FlowMultiheadAttention",
     "FlowformerClassifier",
     "FlowformerConfig",
     "FlowformerForCausalLM",
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
         FlowformerForSequenceClassification,
         FlowformerModel,
     )
+    from flowformer.interop.torch import FlowMultiheadAttention
     from flowformer.mechanisms import create_attention, list_attentions
     from flowformer.mechanisms.aft import AFTConv, AFTFull, AFTLocal, AFTSimple
     from flowformer.mechanisms.flow import FlowAttention

@@ -111,13 +111,31 @@ def test_language_run_is_resumed(language_run, capsys):
 def test_a_run_is_used_for_what_it_is(language_run, arguments, tmp_path, capsys):
     status, _, err = run(capsys, "predict", str(language_run), "no.csv")
     assert status == 2
-    assert "no run of a classifier of series or pictures, but of a LanguageModel" in err
+    assert f"`flowformer predict` does not apply to {language_run}, whose data is TextFormat" in err
+    assert "what does: evaluate, generate, visualize, export" in err
     folder = str(tmp_path / "series")
     assert run(capsys, "train", *arguments, "--epochs", "1", "--out", folder)[0] == 0
     for words in (["generate", folder], ["export", folder, "--to", "hf"]):
         status, _, err = run(capsys, *words)
         assert status == 2
-        assert "no run of a language model, but of a SeriesClassifier" in err
+        assert f"does not apply to {folder}, whose data is SeriesFormat; what does: evaluate, predict, visualize" in err
+
+
+def test_options_of_generation_are_those_of_the_run(language_run, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["generate", str(language_run), "--help"])
+    out = capsys.readouterr().out
+    for words in ("--prompt", "--tokens", "--stop", "--temperature", "default: 0.8", "default: 200"):
+        assert words in out
+    assert "--count" not in out
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--help"])
+    out = capsys.readouterr().out
+    assert "`flowformer generate RUN --help`" in out
+    assert "--prompt" not in out
+    status, _, err = run(capsys, "generate", "--tokens", "3", str(language_run), "--promt", "to be")
+    assert status == 2
+    assert f"--promt does not apply to {language_run}; its options are " in err
 
 
 def test_data_sets_are_listed(capsys):
@@ -140,7 +158,7 @@ def test_killed_process_resumes_to_the_same_result(arguments, tmp_path):
     """The real thing: SIGKILL in the middle of a run, then --resume."""
 
     def start(folder, *more):
-        words = [sys.executable, "-m", "flowformer.cli", "train", *arguments, "--epochs", "25", "--out", str(folder)]
+        words = [sys.executable, "-m", "flowformer", "train", *arguments, "--epochs", "25", "--out", str(folder)]
         return subprocess.Popen([*words, *more], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
     def untimed(folder):
@@ -183,19 +201,19 @@ def test_interrupt_tells_how_to_go_on(arguments, tmp_path, capsys, monkeypatch):
         (["train", "uea/JapaneseVowel"], "did you mean 'uea/JapaneseVowels'?"),
         (["train", "japanesevowels"], "did you mean 'uea/JapaneseVowels'?"),
         (["train", "uea/JapaneseVowels", "--epoch", "3"], "did you mean --epochs?"),
-        (["train", "uea/JapaneseVowels", "--epochs", "many"], "invalid int value: 'many'"),
+        (["train", "uea/JapaneseVowels", "--epochs", "many"], "epochs must be a whole number, at least 1, got 'many'"),
         (["train", "uea/JapaneseVowels", "--epochs", "0"], "epochs must be at least 1, got 0"),
         (["train", "uea/JapaneseVowels", "--attention", "flw", "--epochs", "1"], "did you mean 'flow'?"),
-        (["train", "uea/JapaneseVowels", "--preset", "cor", "--epochs", "1"], "did you mean 'core'?"),
+        (["train", "uea/JapaneseVowels", "--attention-options.preset", "cor", "--epochs", "1"], "did you mean 'core'?"),
         (["train", "uea/JapaneseVowels", "--precision", "8-bit"], "precision must be one of auto, 32-true"),
         (["train", "uea/JapaneseVowels", "--accelerator", "abacus"], "abacus"),
-        (["train", "timeseries/own"], "wants --train-file FILE"),
+        (["train", "timeseries/own"], "needs --train-file FILE"),
         (["train", "timeseries/own", "--train-file", "no.csv", "--test-file", "no.csv"], "no.csv: no such file"),
         (["trian"], "did you mean 'train'?"),
         (["info", "flwo"], "did you mean 'flow'?"),
         (["evaluate", "nowhere"], "nowhere is no run's folder"),
         (["generate", "nowhere"], "nowhere is no run's folder"),
-        (["train", "text/own"], "text/own wants --file FILE"),
+        (["train", "text/own"], "text/own needs --file FILE"),
         (["train", "text/own", "--file", "no.txt"], "no file or folder no.txt"),
         (["train", "text/bytes", "--attention", "flw"], "did you mean 'flow'?"),
         (["train", "enwik8/aft-local-12", "--data-dir", "nowhere"], "flowformer data enwik8"),
@@ -207,6 +225,7 @@ def test_mistakes_are_explained(words, message, capsys, tmp_path, monkeypatch):
     status, _, err = run(capsys, *words)
     assert status == 2
     assert message in err
+    assert err.count("\n") == 1
     assert "Traceback" not in err
 
 

@@ -1,10 +1,9 @@
-"""What commands share: their parser, errors that are the user's to mend, and opening the folder of a run."""
+"""What commands share: their parser, and errors that the user can mend."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from flowformer.common.errors import RunError
@@ -23,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise what is wrong, with where to look."""
-        raise UsageError(f"{message}\n`{self.prog} --help` shows what there is.")
+        raise UsageError(f"{message}; see `{self.prog} --help`")
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
         """Parse all words; an unknown option is an error that names the nearest."""
@@ -32,7 +31,7 @@ class Parser(argparse.ArgumentParser):
             return values
         options = [option for action in self._actions for option in action.option_strings]
         near = find_nearest(unknown[0].split("=")[0], options)
-        hint = f"; did you mean {near}?" if near else ""
+        hint = f" (did you mean {near}?)" if near else ""
         return self.error(f"unknown argument {unknown[0]}{hint}")
 
 
@@ -52,21 +51,3 @@ def usable(function: Any, *words: Any, **values: Any) -> Any:
         return function(*words, **values)
     except (ValueError, RunError) as error:
         raise UsageError(str(error)) from error
-
-
-def run_arguments(parser: Parser) -> None:
-    """Add what every command takes that uses a run."""
-    parser.add_argument("run", type=Path, help="folder of a run")
-    parser.add_argument("--checkpoint", default="last", help="last, best-test or best-validation")
-
-
-def open_run(folder: Path, checkpoint: str) -> tuple[Any, Any, Any]:
-    """Recipe, model and data format of a run."""
-    from flowformer.common.files import read_json
-    from flowformer.recipes import read_recipe
-    from flowformer.training.fit import load
-
-    if not (folder / "recipe.json").exists():
-        raise UsageError(f"{folder} is no run's folder: it has no recipe.json")
-    recipe = usable(read_recipe, read_json(folder / "recipe.json"))
-    return recipe, *usable(load, recipe, folder, checkpoint)

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from flowformer.models.timeseries import SeriesClassifier
 from flowformer.models.vision import VisionModel
 
 Names = Sequence[tuple[str, str]]
+M = TypeVar("M", bound=nn.Module)
 
 # thuml/Flowformer, Flowformer_TimeSeries -> ours, as patterns.
 _TIMESERIES_NAMES = (
@@ -163,7 +164,7 @@ def load_vision(published: Mapping[str, Tensor], *, num_heads: int = 12, **optio
     Args:
         published: As in :func:`vision_state_dict`.
         num_heads: Heads of every stage, which the tensors do not tell.
-        **options: Other options of :class:`flowformer.models.vision.VisionModel`; ``image_size``, in pixels, where
+        **options: Other options of :class:`flowformer.models.vision.VisionModel`; ``img_size``, in pixels, where
             positions are not those of squares.
 
     Returns:
@@ -175,19 +176,19 @@ def load_vision(published: Mapping[str, Tensor], *, num_heads: int = 12, **optio
     state = vision_state_dict(published)
     _require(state, "position", "head.bias", "stages.0.embed.weight", "stages.0.blocks.0.linear1.weight")
     stages = sum(name.endswith("embed.weight") for name in state)
-    dims = [len(state[f"stages.{stage}.embed.bias"]) for stage in range(stages)]
+    embed_dims = [len(state[f"stages.{stage}.embed.bias"]) for stage in range(stages)]
     depths = [
         sum(bool(re.fullmatch(rf"stages\.{s}\..*\.linear1\.weight", name)) for name in state) for s in range(stages)
     ]
-    _, channels, patch_size, _ = state["stages.0.embed.weight"].shape
+    _, in_chans, patch_size, _ = state["stages.0.embed.weight"].shape
     sizes: dict[str, Any] = {
-        "channels": channels,
-        "image_size": math.isqrt(len(state["position"])) * patch_size,
+        "in_chans": in_chans,
+        "img_size": math.isqrt(len(state["position"])) * patch_size,
         "patch_size": patch_size,
-        "dims": dims,
+        "embed_dims": embed_dims,
         "depths": depths,
         "num_heads": num_heads,
-        "ffn_ratio": len(state["stages.0.blocks.0.linear1.weight"]) / dims[0],
+        "mlp_ratio": len(state["stages.0.blocks.0.linear1.weight"]) / embed_dims[0],
         "layer_scale": 1e-5,  # of the fresh model, to be overwritten
     }
     return _fill(VisionModel(len(state["head.bias"]), **{**sizes, **options}), state)
@@ -364,8 +365,8 @@ def _require(state: Mapping[str, Tensor], *names: str) -> None:
         raise ValueError(f"the weights do not fit the model: missing {', '.join(missing)} (in our names)")
 
 
-def _fill(model: Any, state: Mapping[str, Tensor]) -> Any:
-    """Load weights that must fit to the last, and hand the model back in evaluation mode."""
+def _fill(model: M, state: Mapping[str, Tensor]) -> M:
+    """Load weights, all of which must fit, and return the model in evaluation mode."""
     wanted = model.state_dict()
     shared = sorted(set(wanted) & set(state))
     wrong = [

@@ -6,13 +6,16 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 
 from flowformer.recipes.series import SeriesRecipe
-from flowformer.tasks.series import SeriesFormat, SeriesSet, SeriesTask, classify, fill_missing
+from flowformer.tasks.series.dataset import SeriesSet
+from flowformer.tasks.series.format import SeriesFormat, classify, fill_missing
+from flowformer.tasks.series.task import SeriesTask
+from flowformer.training.recipe import Optimizer, Precision
 
 try:
     from aeon.classification.base import BaseClassifier
@@ -49,7 +52,7 @@ class FlowformerClassifier(BaseClassifier):
         optimizer: ``"radam"``, ``"adam"`` or ``"adamw"``.
         learning_rate: Constant learning rate.
         weight_decay: Weight decay of the optimizer.
-        clip_grad_norm: Gradients are scaled down to this norm; 0 for no clipping.
+        clip_grad_norm: Gradients are scaled down to this norm; ``None`` for no clipping.
         precision: Of training: ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``. Weights are float32 in any case.
         accelerator: Where to train: ``"auto"``, ``"cpu"``, ``"gpu"`` or another that Lightning knows.
         verbose: Whether to show a progress bar on standard output; else nothing is printed.
@@ -103,7 +106,7 @@ class FlowformerClassifier(BaseClassifier):
         optimizer: str = "radam",
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
-        clip_grad_norm: float = 4.0,
+        clip_grad_norm: float | None = 4.0,
         precision: str = "32-true",
         accelerator: str = "auto",
         verbose: bool = False,
@@ -161,7 +164,7 @@ class FlowformerClassifier(BaseClassifier):
             classes=tuple(str(label) for label in self.classes_),
             seed=int(generator.randint(np.iinfo(np.int32).max)),
             attention=self.attention,
-            preset=self.preset,
+            attention_options={"preset": self.preset} if self.attention == "flow" else {},
             dim=int(self.dim),
             num_heads=int(self.num_heads),
             num_layers=int(self.num_layers),
@@ -169,11 +172,11 @@ class FlowformerClassifier(BaseClassifier):
             dropout=float(self.dropout),
             epochs=int(self.n_epochs),
             batch_size=int(self.batch_size),
-            optimizer=self.optimizer,
+            optimizer=cast("Optimizer", self.optimizer),  # checked by the recipe
             learning_rate=float(self.learning_rate),
             weight_decay=float(self.weight_decay),
-            clip_grad_norm=float(self.clip_grad_norm),
-            precision=self.precision,
+            clip_grad_norm=None if self.clip_grad_norm is None else float(self.clip_grad_norm),
+            precision=cast("Precision", self.precision),
             accelerator=self.accelerator,
         )
 
@@ -182,11 +185,13 @@ class FlowformerClassifier(BaseClassifier):
         for name in ("dim", "num_heads", "num_layers", "ffn_dim", "n_epochs", "batch_size"):
             if self._number(name, Integral) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("weight_decay", "clip_grad_norm"):
-            if not 0 <= self._number(name, Real) < np.inf:
-                raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
-        if not 0 < self._number("learning_rate", Real) < np.inf:
-            raise ValueError(f"learning_rate must be finite and positive, got {self.learning_rate}")
+        if not 0 <= self._number("weight_decay", Real) < np.inf:
+            raise ValueError(f"weight_decay must be finite and at least 0, got {self.weight_decay}")
+        for name in ("learning_rate", "clip_grad_norm"):
+            if name == "clip_grad_norm" and self.clip_grad_norm is None:
+                continue
+            if not 0 < self._number(name, Real) < np.inf:
+                raise ValueError(f"{name} must be finite and positive, got {getattr(self, name)}")
         if not 0 <= self._number("dropout", Real) < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
 

@@ -1,13 +1,13 @@
 """Flowformer's image models in timm: importing this module makes them known to ``timm.create_model``.
 
-They are called by the same names in both libraries, have parameters of the same names, and can read each other's state
-dicts. timm's arguments mean what they mean in its own models. Source: timm 1.0, models/vision_transformer.py and
+They have the same names in both libraries, have parameters of the same names, and can read each other's state dicts.
+timm's arguments have the meaning that they have in its own models. Source: timm 1.0, models/vision_transformer.py and
 models/pvt_v2.py, for what it asks of a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -19,13 +19,13 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint
 
 from flowformer.models import list_models, vision
+from flowformer.models.initialization import draw_parameters, set_initializer, truncated_normal
 from flowformer.models.registry import find_model
-from flowformer.models.vision import Grid, VisionModel, VisionStage
+from flowformer.models.vision import VisionModel
+from flowformer.models.vision_blocks import Grid, VisionStage
 
 __all__ = ["TimmVisionModel"]
 
-# timm's words for ours.
-_WORDS = {"in_chans": "channels", "img_size": "image_size", "drop_path_rate": "drop_path", "proj_drop_rate": "dropout"}
 _NAMES = tuple(name for name in list_models() if find_model(name).__module__ == vision.__name__)
 HEAD_STD = 0.02  # of a fresh head: timm's ViT and ours alike
 
@@ -39,8 +39,8 @@ class TimmVisionModel(VisionModel):
         global_pool: What the head sees: ``"token"``, the class token; ``"avg"``, the mean over patches; ``""``, all
             tokens. What the model does by itself if absent.
         drop_rate: Probability of dropping a channel before the head.
-        **options: ``in_chans``, ``img_size``, ``drop_path_rate`` and ``proj_drop_rate`` as in timm, and options of
-            :class:`VisionModel`.
+        proj_drop_rate: ``dropout`` of :class:`VisionModel`.
+        **options: Other options of :class:`VisionModel`, ``in_chans``, ``img_size`` and ``drop_path_rate`` among them.
 
     Attributes:
         feature_info: Channels, pixels per patch, and last module, of the maps that can be had: one for each stage, or
@@ -57,29 +57,24 @@ class TimmVisionModel(VisionModel):
         num_classes: int = 1000,
         global_pool: str | None = None,
         drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
         **options: Any,
     ) -> None:
         nn.Module.__init__(self)
-        if num_classes < 0:
-            raise ValueError(f"num_classes must not be negative, got {num_classes}")
-        for word, meant in _WORDS.items():
-            if meant in options:
-                raise TypeError(f"timm's word for {meant} is {word}")
-        ours = {_WORDS.get(word, word): value for word, value in options.items()}
+        if "dropout" in options:
+            raise TypeError("timm's word for dropout is proj_drop_rate")
         # The model is what the function of that name builds: all that it has becomes this one's.
-        vars(self).update(vars(find_model(name)(max(num_classes, 1), **ours)))
-        self.in_chans, self.num_classes, self.grad_checkpointing = self.channels, num_classes, False
+        vars(self).update(vars(find_model(name)(num_classes, dropout=proj_drop_rate, **options)))
+        self.grad_checkpointing = False
         self.num_prefix_tokens = int(self.class_token is not None)
         self.global_pool = self._pooling(
             ("token" if self.num_prefix_tokens else "avg") if global_pool is None else global_pool
         )
         self.head_drop = nn.Dropout(drop_rate)
         self._by_block = len(self.stages) == 1
-        if num_classes == 0:
-            self.head = nn.Identity()
         self.feature_info = [
             {"num_chs": dim, "reduction": stride, "module": f"stages.{stage}.blocks.{block}"}
-            for stage, (dim, stride) in enumerate(zip(self.dims, self.strides, strict=True))
+            for stage, (dim, stride) in enumerate(zip(self.embed_dims, self.strides, strict=True))
             for block in self._tapped_blocks(stage)
         ]
 
@@ -94,19 +89,14 @@ class TimmVisionModel(VisionModel):
         return name
 
     @property
-    def num_features(self) -> int:
-        """Channels of :meth:`forward_features`."""
-        return self.dims[-1]
-
-    @property
     def head_hidden_size(self) -> int:
-        """Channels that the head sees."""
-        return self.dims[-1]
+        """Channels of the head's input."""
+        return self.num_features
 
     @property
     def embed_dim(self) -> int:
         """Channels of the last stage."""
-        return self.dims[-1]
+        return self.num_features
 
     # ---------------------------------------------------------------------------------------------------------- forward
 
@@ -117,7 +107,7 @@ class TimmVisionModel(VisionModel):
     def forward_features(self, images: Tensor) -> Tensor:
         """All tokens after the final norm: (batch, tokens, dim), a class token first."""
         tokens = images
-        for tap in self._taps(images):  # a list of all would hold what is not needed any more
+        for tap in self._taps(images):  # a list of all would keep tensors that are not needed any more
             tokens = tap[0]
         return self.norm(tokens)
 
@@ -138,7 +128,7 @@ class TimmVisionModel(VisionModel):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> Any:
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Maps along the way: see ``feature_info``.
 
         Args:
@@ -193,15 +183,15 @@ class TimmVisionModel(VisionModel):
         if num_classes == 0:
             self.head = nn.Identity()
             return
-        self.classes, like = num_classes, next(self.parameters())
+        like = next(self.parameters())
         self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
-        nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
-        nn.init.zeros_(self.head.bias)
+        set_initializer(self.head, partial(truncated_normal, std=HEAD_STD))
+        draw_parameters(self.head)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Leave out what maps of these numbers do not need, the final norm and the head if so said.
+        """Remove the layers that maps of these numbers do not need, and on request the final norm and the head.
 
         Returns:
             The numbers of the maps.
@@ -213,7 +203,7 @@ class TimmVisionModel(VisionModel):
             stage.blocks = stage.blocks[: last + 1]
         else:
             self.stages = self.stages[: last + 1]
-            self.dims, self.strides = self.dims[: last + 1], self.strides[: last + 1]
+            self.embed_dims, self.strides = self.embed_dims[: last + 1], self.strides[: last + 1]
         self.feature_info = self.feature_info[: last + 1]
         if prune_norm or not (whole or self._by_block):
             self.norm = nn.Identity()
@@ -248,7 +238,7 @@ class TimmVisionModel(VisionModel):
 
 
 def _cfg(name: str) -> dict[str, Any]:
-    """What timm wants to know of a model's images: ImageNet as in the published evaluation, 224 of 256 pixels."""
+    """Describe a model's images to timm: ImageNet as in the published evaluation, 224 of 256 pixels."""
     small = name == "flowformer_vision_micro"
     return {
         "input_size": (3, 32, 32) if small else (3, 224, 224), "num_classes": 10 if small else 1000,
@@ -258,7 +248,7 @@ def _cfg(name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _register(name: str) -> Any:
+def _register(name: str) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **options: Any) -> nn.Module:
         # As timm has it: the last three blocks of a ViT, all stages of a pyramid.
         maps = None if name.startswith("flowformer_vision") else 3

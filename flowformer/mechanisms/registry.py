@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 # What a mechanism may be unable to do by its definition; see Mechanism.cannot.
 LIMITS = {
-    "causal": "has a causal form",
-    "state": "continues from a state, and decodes token by token",
-    "fixed state": "has a state of fixed size, however many tokens came before",
-    "cross": "takes another number of queries than of keys, where it is not causal",
-    "permutation": "knows no order of tokens, where it is not causal",
-    "linear memory": "needs memory linear in length",
-    "linear time": "needs time linear in length",
-    "smooth": "has gradients that equal finite differences",
+    "causal": "causal form",
+    "state": "state to continue from, and no decoding token by token",
+    "fixed state": "state of fixed size, however many tokens came before",
+    "cross": "cross-attention",
+    "permutation": "permutation equivariance: it knows the order of tokens",
+    "linear memory": "memory linear in length",
+    "linear time": "time linear in length",
+    "smooth": "gradients that equal finite differences",
 }
 
 

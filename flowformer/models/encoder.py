@@ -1,13 +1,14 @@
-"""Blocks that encoders share."""
+"""The Transformer block and the encoder that models of series and of language share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from flowformer.mechanisms import create_attention
 
@@ -36,6 +37,8 @@ class EncoderBlock(nn.Module):
         norm_first: Normalise what attention and feed-forward network see (pre-norm), and not their sums (post-norm).
         activation: ``"gelu"`` (exact), ``"gelu_tanh"`` or ``"relu"``.
         activation_dropout: Probability after the first layer of the feed-forward network; ``dropout`` if absent.
+        device: Of the parameters.
+        dtype: Of the parameters.
 
     Raises:
         ValueError, TypeError: for an unknown activation, and as :func:`flowformer.create_attention`.
@@ -55,37 +58,51 @@ class EncoderBlock(nn.Module):
         norm_first: bool = False,
         activation: str = "gelu",
         activation_dropout: float | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         self.norm_first = norm_first
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.attention = create_attention(
-            attention, dim, num_heads, causal=causal, max_length=max_length, **dict(attention_options or {})
+            attention, dim, num_heads, causal=causal, max_length=max_length, **factory, **(attention_options or {})
         )
-        self.norm1 = nn.LayerNorm(dim)
-        self.linear1 = nn.Linear(dim, ffn_dim)
-        self.linear2 = nn.Linear(ffn_dim, dim)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim, **factory)
+        self.linear1 = nn.Linear(dim, ffn_dim, **factory)
+        self.linear2 = nn.Linear(ffn_dim, dim, **factory)
+        self.norm2 = nn.LayerNorm(dim, **factory)
         self.dropout = nn.Dropout(dropout)
         self.activation_dropout = nn.Dropout(dropout if activation_dropout is None else activation_dropout)
         self.activation = ACTIVATIONS[activation]()
 
-    def forward(self, x: Tensor, **arguments: Any) -> Any:
+    @overload
+    def forward(self, x: Tensor, *, return_state: Literal[False] = False, **arguments: Any) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, *, return_state: Literal[True], **arguments: Any) -> tuple[Tensor, Any]: ...
+
+    @overload
+    def forward(self, x: Tensor, *, return_state: bool, **arguments: Any) -> Tensor | tuple[Tensor, Any]: ...
+
+    def forward(self, x: Tensor, *, return_state: bool = False, **arguments: Any) -> Tensor | tuple[Tensor, Any]:
         """Transform (batch, length, dim).
 
         Args:
             x: (batch, length, dim).
-            **arguments: Of the attention: what is real, ``mask`` or ``cu_seqlens``; and, where causal,
-                ``initial_state`` and ``return_state``.
+            return_state: Return the attention's state after the last token as well (causal blocks).
+            **arguments: Other arguments of the attention: ``mask`` or ``cu_seqlens``, and in causal blocks
+                ``initial_state``.
 
         Returns:
             (batch, length, dim); with ``return_state`` also the attention's state.
         """
-        out = self.attention(self.norm1(x) if self.norm_first else x, **arguments)
-        if arguments.get("return_state"):
-            return self._add(x, out[0]), out[1]
-        return self._add(x, out)
+        seen = self.norm1(x) if self.norm_first else x
+        if not return_state:
+            return self._add(x, self.attention(seen, **arguments))
+        out, state = self.attention(seen, return_state=True, **arguments)
+        return self._add(x, out), state
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """One token of a causal block: (batch, dim) and the state before it, to the same after it."""
@@ -104,7 +121,7 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of blocks and a final norm, which spends nothing on padding.
+    """A stack of blocks and a final norm that computes real tokens only.
 
     A padded batch is packed before the first block and unpacked after the last, so that projections, feed-forward
     networks and norms see real tokens only. While a graph is traced (compile, export), where shapes must not depend on
@@ -113,12 +130,16 @@ class Encoder(nn.Module):
     Args:
         blocks: The blocks.
         dim: Channels.
+        device: Of the norm.
+        dtype: Of the norm.
     """
 
-    def __init__(self, blocks: list[EncoderBlock], dim: int) -> None:
+    def __init__(
+        self, blocks: list[EncoderBlock], dim: int, *, device: Device = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Encode (batch, length, dim); ``mask`` (batch, length), True = real. Zeros at padding."""

@@ -1,8 +1,8 @@
-"""Generation: a language model goes on from prompts, one token of each at a time.
+"""Sampling from language models, token by token: what :meth:`LanguageModel.generate` does, and its streaming form.
 
-A prompt is read in pieces, each after the state of those before it, and only its last position is scored. After that
-nothing is kept but the state: with flow, linear, mobile and AFT but AFT-full, the ten-thousandth token takes the time
-and memory of the first.
+A prompt is read in pieces, each continuing from the state of the one before, and only its last position is scored.
+After that only the state is kept: with flow, linear, mobile and the forms of AFT except AFT-full, the ten-thousandth
+token takes the time and memory of the first.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import reprlib
 import secrets
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,51 +19,55 @@ from torch import Tensor, nn
 from flowformer.core.checks import describe
 from flowformer.core.precision import state_dtype
 from flowformer.models.cross_entropy import check_tokens
-from flowformer.models.language import LanguageModel, LanguageState
+from flowformer.models.decoder import LanguageState
 from flowformer.models.positions import LearnedPositions
 
-CHUNK = 4096  # tokens of each prompt read at a time
-DONE = -1  # in place of a token, in a row that has met a stop token before
+if TYPE_CHECKING:
+    from flowformer.models.language import LanguageModel
+
+CHUNK_SIZE = 4096  # tokens of each prompt read at a time
+DONE = -1  # in place of a token, in a row that has ended before
 SEEDS = 2**32  # PyTorch's generator on the CPU takes the lower 32 bits of a seed
 
 
-def generate(
+def stream_tokens(
     model: LanguageModel,
-    prompts: Sequence[Tensor | Sequence[int]],
+    prompts: Sequence[Tensor | Sequence[int]] | Tensor,
     *,
-    max_tokens: int,
+    max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
-    stop_tokens: Collection[int] = (),
-    chunk: int = CHUNK,
+    eos_token_id: int | Collection[int] | None = None,
+    chunk_size: int = CHUNK_SIZE,
 ) -> Iterator[Tensor]:
-    """Continue prompts, and hand out each token as soon as it is chosen.
+    """Continue prompts and yield each token as soon as it is chosen.
 
     Arguments are checked in the call; the prompts are read when the first token is asked for, and a token is computed
-    when it is. The model computes in evaluation mode and without gradients; between tokens it is as the caller left it.
+    when it is asked for. The model computes in evaluation mode and without gradients; between tokens it is as the
+    caller left it.
 
-    A row gives what its prompt gives alone, but for rounding. Random numbers are those of a generator of its own for
-    each row, seeded with ``seed`` plus the number of the row: row 2 samples what its prompt alone does with ``seed +
-    2``. So two runs that are to differ want seeds as far apart as there are rows. They are drawn on the CPU whatever
-    the model's device, and the global generator is left alone.
+    A row gives what its prompt gives alone, up to rounding. Each row has a random generator of its own, seeded with
+    ``seed`` plus the number of the row: row 2 samples what its prompt alone samples with ``seed + 2``. Runs that must
+    differ therefore need seeds at least as far apart as there are rows. Random numbers are drawn on the CPU, whatever
+    the model's device, and the global generator is not used.
 
     Args:
         model: The model.
         prompts: One sequence of tokens for each row, (length,) tensors of integers or sequences of int, each of one
-            token or more; lengths may differ.
-        max_tokens: The most tokens to choose in each row.
-        temperature: What scores are divided by. 0 always takes the likeliest token.
+            token or more; lengths may differ. Or a (batch, length) tensor.
+        max_new_tokens: The most tokens to choose in each row.
+        temperature: Divides the scores. 0 always takes the likeliest token.
         top_k: Choose among the ``top_k`` likeliest tokens only: see :func:`next_probabilities`.
-        top_p: Choose among the likeliest tokens that have probability ``top_p`` together.
-        seed: Of the random numbers; from 0. A fresh one if absent.
-        stop_tokens: Tokens after which a row is done.
-        chunk: Tokens of each prompt that are read at a time: memory, not the result, depends on it.
+        top_p: Choose among the fewest likeliest tokens that have probability ``top_p`` together.
+        seed: Seed of the random numbers, from 0. A fresh one if absent.
+        eos_token_id: Token, or tokens, after which a row ends.
+        chunk_size: Tokens of each prompt that are read at a time; memory depends on it, the result does not.
 
     Returns:
-        An iterator of (batch,) int64 on the model's device: the next token of each row, a stop token too; -1 in rows
-        that are done. It ends after ``max_tokens``, or when all rows are done.
+        An iterator of (batch,) int64 tensors on the model's device: the next token of each row, that which ends it
+        too; -1 in rows that have ended. It stops after ``max_new_tokens``, or when all rows have ended.
 
     Raises:
         TypeError, ValueError: in the call, for arguments that are not as said above, and for more tokens than the model
@@ -72,20 +76,33 @@ def generate(
     Example:
         >>> import torch
         >>> import flowformer
-        >>> from flowformer.models.generation import generate
+        >>> from flowformer.models.generation import stream_tokens
         >>> model = flowformer.create_model("flowformer_gpt_nano", vocab_size=65, max_length=64)
-        >>> tokens = list(generate(model, [[1, 2, 3], [4]], max_tokens=5, temperature=0.8, seed=0))
+        >>> tokens = list(stream_tokens(model, [[1, 2, 3], [4]], max_new_tokens=5, temperature=0.8, seed=0))
         >>> torch.stack(tokens, 1).shape
         torch.Size([2, 5])
     """
-    rows = _check_prompts(prompts, model)
-    _check_whole("max_tokens", max_tokens, 1)
-    _check_whole("chunk", chunk, 1)
+    rows = check_prompts(prompts, model)
+    _check_whole("max_new_tokens", max_new_tokens, 1)
+    _check_whole("chunk_size", chunk_size, 1)
     _check_sampling(temperature, top_k, top_p)
-    stop = _check_stop_tokens(stop_tokens, model)
-    _check_positions(model, max(map(len, rows)), max_tokens)
+    eos = _check_eos(eos_token_id, model)
+    _check_positions(model, max(map(len, rows)), max_new_tokens)
     sampler = _Sampler(temperature, top_k, top_p, _make_generators(seed, len(rows)))
-    return _iterate(model, rows, max_tokens, sampler, stop, chunk)
+    return _iterate(model, rows, max_new_tokens, sampler, eos, chunk_size)
+
+
+def complete(model: LanguageModel, prompts: Sequence[Tensor | Sequence[int]] | Tensor, **options: Any) -> list[Tensor]:
+    """Prompts and what follows them, row by row: see :meth:`LanguageModel.generate`.
+
+    Args:
+        model: The model.
+        prompts: As in :func:`stream_tokens`.
+        **options: As in :func:`stream_tokens`.
+    """
+    rows = check_prompts(prompts, model)
+    new = torch.stack(list(stream_tokens(model, rows, **options)), 1)
+    return [torch.cat((prompt, tokens[tokens != DONE])) for prompt, tokens in zip(rows, new, strict=True)]
 
 
 def next_probabilities(
@@ -147,22 +164,22 @@ class _Sampler:
 
 
 def _iterate(
-    model: LanguageModel, rows: list[Tensor], max_tokens: int, sampler: _Sampler, stop: Tensor, chunk: int
+    model: LanguageModel, rows: list[Tensor], max_new_tokens: int, sampler: _Sampler, eos: Tensor, chunk_size: int
 ) -> Iterator[Tensor]:
     modules = list(model.modules())
     with _evaluating(modules):
-        scores, state = _read(model, rows, chunk)
+        scores, state = _read(model, rows, chunk_size)
         tokens = sampler(scores)
     done = torch.zeros_like(tokens, dtype=torch.bool)
-    for left in range(max_tokens - 1, -1, -1):
+    for left in range(max_new_tokens - 1, -1, -1):
         # Made out here, a tensor may enter computations with gradients.
         yield tokens.masked_fill(done, DONE)
-        if stop.numel():
-            done = done | torch.isin(tokens, stop)
+        if eos.numel():
+            done = done | torch.isin(tokens, eos)
         if not left or bool(done.all()):
             return
         with _evaluating(modules):
-            # A row that is done goes on unseen, so that states keep their shape.
+            # Rows that have ended are computed too, so that states keep their shape.
             scores, state = model.step(tokens, state)
             tokens = sampler(scores)
 
@@ -181,14 +198,14 @@ def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
             module.training = True
 
 
-def _read(model: LanguageModel, rows: list[Tensor], chunk: int) -> tuple[Tensor, LanguageState]:
+def _read(model: LanguageModel, rows: list[Tensor], chunk_size: int) -> tuple[Tensor, LanguageState]:
     """Scores (batch, vocabulary) of the token after each prompt, and the state there."""
     # Padding is on the left, so that all prompts end in the last piece, at its last position.
     tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
     lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
     real = torch.arange(tokens.shape[1], 0, -1, device=tokens.device) <= lengths.unsqueeze(1)
     hidden, state = torch.empty(0), None
-    for piece, mask in zip(tokens.split(chunk, 1), real.split(chunk, 1), strict=True):
+    for piece, mask in zip(tokens.split(chunk_size, 1), real.split(chunk_size, 1), strict=True):
         whole = bool(mask.all())
         hidden, state = model.hidden(piece, None if whole else mask, initial_state=state, return_state=True)
     assert state is not None  # no prompt is empty
@@ -204,8 +221,12 @@ def _make_generators(seed: int | None, rows: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
 
 
-def _check_prompts(prompts: Sequence[Tensor | Sequence[int]], model: LanguageModel) -> list[Tensor]:
-    """Prompts as int64 tensors on the model's device."""
+def check_prompts(prompts: Sequence[Tensor | Sequence[int]] | Tensor, model: LanguageModel) -> list[Tensor]:
+    """Prompts as (length,) int64 tensors on the model's device.
+
+    Raises:
+        TypeError, ValueError: for what is no prompt, an empty one, or a token beyond the vocabulary.
+    """
     rows = [_check_prompt(number, prompt, model) for number, prompt in enumerate(prompts)]
     if not rows:
         raise ValueError("prompts must be one sequence of tokens or more, got none")
@@ -222,7 +243,7 @@ def _check_prompt(number: int, prompt: Any, model: LanguageModel) -> Tensor:
         hint = "; a single prompt goes in a list" if tokens.ndim == 0 else ""
         raise ValueError(f"{name} must be (length,), got {describe(tokens)}{hint}")
     if not len(tokens):
-        raise ValueError(f"{name} is empty: there must be a token to go on from")
+        raise ValueError(f"{name} is empty: a prompt has one token or more")
     if tokens.dtype == torch.bool or tokens.is_floating_point() or tokens.is_complex():
         raise TypeError(f"{name} must be integers, got {describe(tokens)}")
     check_tokens(name, tokens, model.vocab_size)
@@ -248,23 +269,26 @@ def _check_sampling(temperature: Any, top_k: Any, top_p: Any) -> None:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
 
 
-def _check_stop_tokens(stop_tokens: Collection[int], model: LanguageModel) -> Tensor:
-    for token in stop_tokens:
-        _check_whole("a stop token", token, 0)
-    stop = torch.tensor(sorted(stop_tokens), dtype=torch.int64)
-    check_tokens("stop tokens", stop, model.vocab_size)
-    return stop.to(model.embed.weight.device)
+def _check_eos(eos_token_id: int | Collection[int] | None, model: LanguageModel) -> Tensor:
+    if eos_token_id is None:
+        eos_token_id = ()
+    tokens = (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
+    for token in tokens:
+        _check_whole("eos_token_id", token, 0)
+    eos = torch.tensor(sorted(tokens), dtype=torch.int64)
+    check_tokens("eos_token_id", eos, model.vocab_size)
+    return eos.to(model.embed.weight.device)
 
 
-def _check_positions(model: LanguageModel, longest: int, max_tokens: int) -> None:
+def _check_positions(model: LanguageModel, longest: int, max_new_tokens: int) -> None:
     """Refuse more tokens than there are learned positions for; the last one chosen is not read."""
     attentions = [block.attention for block in model.decoder.layers]
     limits = [cast("int", attention.max_length) for attention in attentions if attention.learns_positions]
     if isinstance(model.position, LearnedPositions):
         limits.append(model.position.num_embeddings)
-    wanted = longest + max_tokens - 1
-    if limits and wanted > min(limits):
+    needed = longest + max_new_tokens - 1
+    if limits and needed > min(limits):
         raise ValueError(
-            f"a prompt of {longest} tokens and max_tokens = {max_tokens} want {wanted} positions (the last token is not"
-            f" read), and this model has learned {min(limits)}"
+            f"a prompt of {longest} tokens and max_new_tokens = {max_new_tokens} need {needed} positions (the last"
+            f" token is not read), and this model has {min(limits)}"
         )

@@ -6,75 +6,26 @@ transformer_lm); Zhai et al., "An Attention Free Transformer", 2021 (Enwik8, CIF
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from flowformer.core.checks import describe
+from flowformer.models import generation
 from flowformer.models.cross_entropy import check_tokens, cross_entropy
-from flowformer.models.encoder import Encoder, EncoderBlock
-from flowformer.models.positions import count_positions, create_positions
+from flowformer.models.decoder import LanguageState, TokenDecoder, check_sizes, check_token_ids, find_targets
+from flowformer.models.initialization import draw_parameters
 from flowformer.models.registry import register_model
 
 
-class LanguageState(NamedTuple):
-    """What a language model remembers of the past.
+class LanguageModel(TokenDecoder):
+    """A causal language model: token embeddings, positions, blocks, and a head that scores the vocabulary.
 
-    Attributes:
-        length: Real tokens so far, (batch,), int64.
-        layers: The states of the attentions, first layer first.
-    """
-
-    length: Tensor
-    layers: tuple[Any, ...]
-
-
-class Decoder(Encoder):
-    """A stack of causal blocks, which can go on from a state. Post-norm blocks need no norm after the last.
-
-    Args:
-        blocks: The blocks.
-        dim: Channels.
-        norm_first: Whether the blocks are pre-norm.
-    """
-
-    def __init__(self, blocks: list[EncoderBlock], dim: int, *, norm_first: bool) -> None:
-        super().__init__(blocks, dim)
-        if not norm_first:
-            self.norm = nn.Identity()
-
-    @property
-    def layers(self) -> list[EncoderBlock]:
-        """The blocks, first one first."""
-        return cast("list[EncoderBlock]", list(self.blocks))
-
-    def extend(self, x: Tensor, mask: Tensor | None, states: tuple) -> tuple[Tensor, tuple]:
-        """Transform (batch, length, dim) after what ``states`` remember; a state of None is that of a beginning."""
-        after = []
-        for block, state in zip(self.layers, states, strict=True):
-            x, state = block(x, mask=mask, initial_state=state, return_state=True)
-            after.append(state)
-        x = self.norm(x)
-        if mask is not None:
-            x = x.masked_fill(~mask.unsqueeze(-1), 0)
-        return x, tuple(after)
-
-    def step(self, x: Tensor, states: tuple) -> tuple[Tensor, tuple]:
-        """One token: (batch, dim) and the states before it, to the same after it."""
-        after = []
-        for block, state in zip(self.layers, states, strict=True):
-            x, state = block.step(x, state)
-            after.append(state)
-        return self.norm(x), tuple(after)
-
-
-class LanguageModel(nn.Module):
-    """A decoder: embed tokens, transform them block by block, and score the vocabulary for the token that follows.
-
-    Padding is invisible, on either side: positions count real tokens only, and a row gives what it gives alone.
+    Padding is invisible, on either side: positions count real tokens only, and a row of a batch gives what it gives
+    alone.
 
     Args:
         vocab_size: Tokens of the vocabulary.
@@ -92,7 +43,10 @@ class LanguageModel(nn.Module):
         tied: Whether the embedding is the output head too.
         attention: Name of a causal mechanism: :func:`flowformer.list_attentions`.
         attention_options: Options of the mechanism.
-        init: Fresh parameters as ``"gpt"`` (:meth:`init_gpt`) or ``"fairseq"`` (:meth:`init_fairseq`) has them.
+        init: Fresh parameters as ``"gpt"`` or ``"fairseq"`` has them:
+            :class:`flowformer.models.initialization.LanguageInit`.
+        device: Of the parameters.
+        dtype: Of the parameters.
 
     Raises:
         ValueError, TypeError: for sizes or options that do not fit.
@@ -117,34 +71,58 @@ class LanguageModel(nn.Module):
         attention: str = "flow",
         attention_options: Mapping[str, Any] | None = None,
         init: str = "gpt",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if vocab_size < 1 or num_layers < 1:
-            raise ValueError(f"vocab_size and num_layers must be positive, got {vocab_size} and {num_layers}")
-        if init not in ("gpt", "fairseq"):
-            raise ValueError(f'init must be "gpt" or "fairseq", got {init!r}')
+        check_sizes(vocab_size=vocab_size, num_layers=num_layers)
         self.vocab_size, self.max_length, self.dim = vocab_size, max_length, dim
-        self.scale = math.sqrt(dim) if scale_embedding else 1.0
-        self.embed = nn.Embedding(vocab_size, dim)
-        self.position = create_positions(positions, dim, max_length)
-        self.dropout = nn.Dropout(dropout)
-        blocks = [
-            EncoderBlock(
-                dim, num_heads, 4 * dim if ffn_dim is None else ffn_dim, dropout=dropout, attention=attention,
-                attention_options=attention_options, max_length=max_length, causal=True, norm_first=norm_first,
-                activation=activation, activation_dropout=activation_dropout,
-            )
-            for _ in range(num_layers)
-        ]  # fmt: skip
-        self.decoder = Decoder(blocks, dim, norm_first=norm_first)
+        self.build_decoder(
+            vocab_size, dim=dim, num_layers=num_layers, num_heads=num_heads,
+            ffn_dim=4 * dim if ffn_dim is None else ffn_dim, max_length=max_length, positions=positions,
+            scale_embedding=scale_embedding, norm_first=norm_first, activation=activation, dropout=dropout,
+            activation_dropout=activation_dropout, attention=attention, attention_options=attention_options, init=init,
+            device=device, dtype=dtype,
+        )  # fmt: skip
         # No second name for a tied weight: files of weights then hold it once.
-        self.head = None if tied else nn.Linear(dim, vocab_size, bias=False)
-        self.init_gpt() if init == "gpt" else self.init_fairseq()
+        self.head = None if tied else nn.Linear(dim, vocab_size, bias=False, device=device, dtype=dtype)
+        self.initialization.set_on(self)
+        draw_parameters(self)
 
     @property
     def head_weight(self) -> Tensor:
         """The output head, (vocab_size, dim)."""
         return self.embed.weight if self.head is None else self.head.weight
+
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        *,
+        initial_state: LanguageState | None = None,
+        return_state: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        *,
+        initial_state: LanguageState | None = None,
+        return_state: Literal[True],
+    ) -> tuple[Tensor, LanguageState]: ...
+
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        *,
+        initial_state: LanguageState | None = None,
+        return_state: bool,
+    ) -> Tensor | tuple[Tensor, LanguageState]: ...
 
     def forward(
         self,
@@ -153,26 +131,56 @@ class LanguageModel(nn.Module):
         *,
         initial_state: LanguageState | None = None,
         return_state: bool = False,
-    ) -> Any:
-        """Scores of the token that follows, at each position.
+    ) -> Tensor | tuple[Tensor, LanguageState]:
+        """Scores of the next token, at each position.
 
-        For a large vocabulary they are large: :meth:`loss` does without, and :meth:`logits` scores those hidden states
-        that are wanted.
+        Over a large vocabulary they take much memory: :meth:`loss` does without them, and :meth:`logits` scores a
+        selection of hidden states.
 
         Args:
             tokens: (batch, length), integers below ``vocab_size``; any at padding.
             mask: (batch, length) boolean, True = a real token; padding on either side.
-            initial_state: State to go on from.
+            initial_state: State to continue from.
             return_state: Return the state after the last token as well.
 
         Returns:
-            Logits (batch, length, vocab_size), which mean nothing at padding; with ``return_state`` also the state.
+            Logits (batch, length, vocab_size), undefined at padding; with ``return_state`` also the state.
 
         Raises:
             ValueError, TypeError: for input that is not as said above, or a sequence beyond the learned positions.
         """
-        out = self.hidden(tokens, mask, initial_state=initial_state, return_state=return_state)
-        return (self.logits(out[0]), out[1]) if return_state else self.logits(out)
+        hidden, state = self._hidden(tokens, mask, initial_state, return_state)
+        return self.logits(hidden) if state is None else (self.logits(hidden), state)
+
+    @overload
+    def hidden(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        *,
+        initial_state: LanguageState | None = None,
+        return_state: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def hidden(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        *,
+        initial_state: LanguageState | None = None,
+        return_state: Literal[True],
+    ) -> tuple[Tensor, LanguageState]: ...
+
+    @overload
+    def hidden(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        *,
+        initial_state: LanguageState | None = None,
+        return_state: bool,
+    ) -> Tensor | tuple[Tensor, LanguageState]: ...
 
     def hidden(
         self,
@@ -181,23 +189,17 @@ class LanguageModel(nn.Module):
         *,
         initial_state: LanguageState | None = None,
         return_state: bool = False,
-    ) -> Any:
-        """What the output head sees: (batch, length, dim), zeros at padding. Arguments as those of :meth:`forward`."""
-        self._check(tokens, mask, initial_state)
-        if mask is not None:
-            tokens = tokens.masked_fill(~mask, 0)
-        check_tokens("tokens", tokens, self.vocab_size)
-        before = None if initial_state is None else initial_state.length
-        x = self._embed(tokens, count_positions(tokens, mask, before))
-        if initial_state is None and not return_state:
-            return self.decoder(x, mask)
-        layers = (None,) * len(self.decoder.blocks) if initial_state is None else initial_state.layers
-        out, layers = self.decoder.extend(x, mask, layers)
-        if not return_state:
-            return out
-        length = torch.full_like(tokens[:, 0], tokens.shape[1], dtype=torch.int64)
-        length = length if mask is None else mask.sum(-1)
-        return out, LanguageState(length if before is None else before + length, layers)
+    ) -> Tensor | tuple[Tensor, LanguageState]:
+        """The input of the output head: (batch, length, dim), zeros at padding. Arguments as in :meth:`forward`."""
+        hidden, state = self._hidden(tokens, mask, initial_state, return_state)
+        return hidden if state is None else (hidden, state)
+
+    def _hidden(
+        self, tokens: Tensor, mask: Tensor | None, state: LanguageState | None, return_state: bool
+    ) -> tuple[Tensor, LanguageState | None]:
+        self._check(tokens, mask, state)
+        x = self.embed_tokens(tokens, mask)
+        return self.decode(x, mask, state, return_state=return_state)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores (..., vocab_size) of hidden states (..., dim)."""
@@ -212,13 +214,13 @@ class LanguageModel(nn.Module):
         ignore_index: int = -100,
         reduction: str = "mean",
     ) -> Tensor:
-        """Cross-entropy of the tokens that follow, in nats, without ever holding (tokens x vocabulary) scores.
+        """Cross-entropy of the next tokens, in nats, without ever holding (tokens x vocabulary) scores.
 
         Args:
             tokens: (batch, length).
-            targets: The token that follows each, (batch, length). If absent, each row of ``tokens`` is its own target:
-                all but its last token are seen, and all but its first are to be foretold.
-            mask: (batch, length) boolean, True = a real token. The rest does not count.
+            targets: The token that follows each, (batch, length). If absent, they are ``tokens`` shifted by one: all
+                but the last token of a row are read, all but the first are predicted.
+            mask: (batch, length) boolean, True = a real token. Padding does not count.
             ignore_index: Target that does not count.
             reduction: ``"mean"``, ``"sum"`` or ``"none"``: see :func:`flowformer.models.cross_entropy.cross_entropy`.
 
@@ -235,8 +237,7 @@ class LanguageModel(nn.Module):
                 raise ValueError(f"without targets, tokens must be two or more in a row, got {describe(tokens)}")
             tokens, targets = tokens[:, :-1], tokens[:, 1:]
             if mask is not None:
-                # After left padding the first real token has nothing before it to be foretold from.
-                seen, real = mask[:, :-1], mask[:, 1:] & mask[:, :-1]
+                seen, real = mask[:, :-1], find_targets(mask)[:, 1:]
         if real is not None:
             targets = targets.masked_fill(~real, ignore_index)
         return cross_entropy(
@@ -265,54 +266,57 @@ class LanguageModel(nn.Module):
             raise ValueError(f"step: tokens must be (batch,), got {describe(tokens)}")
         self._check(tokens.unsqueeze(1), None, state)
         check_tokens("tokens", tokens, self.vocab_size)
-        x, layers = self.decoder.step(self._embed(tokens, state.length), state.layers)
+        x, layers = self.decoder.step(self.add_positions(self.embed(tokens), state.length), state.layers)
         return self.logits(x), LanguageState(state.length + 1, layers)
 
-    def init_gpt(self) -> None:
-        """Fresh parameters as the GPT-style module has them: N(0, 0.02), no biases, the last layers scaled down.
+    def generate(
+        self,
+        prompts: Sequence[Tensor | Sequence[int]] | Tensor,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        eos_token_id: int | Collection[int] | None = None,
+    ) -> list[Tensor]:
+        """Continue prompts.
 
-        Its scaling by 1 / sqrt(2 num_layers), GPT-2's, looks for the name ``c_proj``, and so finds the second layer of
-        each feed-forward network but not the output projections of its attentions. What it trained with is kept here.
-        Parameters of mechanisms that are not linear layers keep their own.
+        The model computes in evaluation mode and without gradients, and is left in the mode that it was in. To get each
+        token as soon as it is chosen, iterate over :func:`flowformer.models.generation.stream_tokens`.
+
+        Args:
+            prompts: Token ids, a sequence or a (length,) tensor of one token or more for each row, or a (batch, length)
+                tensor. Lengths may differ.
+            max_new_tokens: Most tokens to add to each row.
+            temperature: Divides the scores. 0 always takes the likeliest token.
+            top_k: Sample from the ``top_k`` likeliest tokens only.
+            top_p: Sample from the fewest likeliest tokens that have probability ``top_p`` together.
+            seed: Seed of the random numbers, from 0; a fresh one if absent. Row i is sampled with ``seed + i``, and so
+                gives what its prompt gives alone with that seed.
+            eos_token_id: Token, or tokens, after which a row ends.
+
+        Returns:
+            One (length,) int64 tensor for each row, on the model's device: the prompt and the new tokens, the one that
+            ended it included.
+
+        Raises:
+            TypeError, ValueError: for arguments that are not as said above, for more tokens than the model has
+                positions, and for scores that are not finite.
+
+        Example:
+            >>> import flowformer
+            >>> model = flowformer.create_model("flowformer_gpt_nano", vocab_size=65, max_length=64)
+            >>> [len(row) for row in model.generate([[1, 2, 3], [4]], max_new_tokens=5, temperature=0.8, seed=0)]
+            [8, 6]
         """
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        for block in self.decoder.layers:
-            nn.init.normal_(block.linear2.weight, std=0.02 / math.sqrt(2 * len(self.decoder.blocks)))
-
-    def init_fairseq(self) -> None:
-        """Fresh parameters as fairseq's transformer_lm has them.
-
-        Embeddings N(0, 1/sqrt(dim)); Xavier-uniform projections in attentions, by 1/sqrt(2) but for the output's, whose
-        biases are zero; PyTorch's own elsewhere.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=self.dim**-0.5)
-        if self.head is not None:
-            nn.init.normal_(self.head.weight, std=self.dim**-0.5)
-        for block in self.decoder.layers:
-            attention = block.attention
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
-                nn.init.xavier_uniform_(projection.weight, gain=1 / math.sqrt(2))
-            nn.init.xavier_uniform_(attention.out_proj.weight)
-            if attention.out_proj.bias is not None:
-                nn.init.zeros_(attention.out_proj.bias)
-
-    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        x = self.embed(tokens) * self.scale
-        if self.position is not None:
-            x = x + self.position(positions).to(x.dtype)
-        return self.dropout(x)
+        return generation.complete(
+            self, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+            eos_token_id=eos_token_id,
+        )  # fmt: skip
 
     def _check(self, tokens: Tensor, mask: Tensor | None, state: LanguageState | None) -> None:
-        if tokens.is_floating_point() or tokens.dtype == torch.bool:
-            raise TypeError(f"tokens must be integers, got {describe(tokens)}")
-        if tokens.ndim != 2 or not tokens.shape[1]:
-            raise ValueError(f"tokens must be (batch, length) with one token or more, got {describe(tokens)}")
+        check_token_ids("tokens", tokens)
         if mask is not None:
             if mask.dtype != torch.bool:
                 raise TypeError(f"mask must be boolean, got {describe(mask)}")

@@ -6,20 +6,24 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from flowformer.core.precision import state_dtype
+from flowformer.models.initialization import Embedding
 
 
-class LearnedPositions(nn.Embedding):
-    """A vector for each position, up to ``max_length`` of them.
+class LearnedPositions(Embedding):
+    """A learned vector for each position, up to ``max_length`` of them.
 
     Args:
         max_length: Positions.
         dim: Channels.
+        device: Of the table.
+        dtype: Of the table.
     """
 
-    def __init__(self, max_length: int, dim: int) -> None:
-        super().__init__(max_length, dim)
+    def __init__(self, max_length: int, dim: int, *, device: Device = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__(max_length, dim, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """The vectors (..., dim) of positions (...), the first of which is 0.
@@ -64,8 +68,15 @@ class SinusoidalPositions(nn.Module):
         return nn.functional.pad(waves, (0, self.dim % 2))
 
 
-def create_positions(kind: str | None, dim: int, max_length: int | None) -> nn.Module | None:
-    """The module of a kind: ``"learned"``, ``"sinusoidal"``, or None for none.
+def create_positions(
+    kind: str | None,
+    dim: int,
+    max_length: int | None,
+    *,
+    device: Device = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module | None:
+    """The module of a kind: ``"learned"``, ``"sinusoidal"`` (which has no parameters), or None for none.
 
     Raises:
         ValueError: for another kind, or learned positions without ``max_length``.
@@ -77,8 +88,8 @@ def create_positions(kind: str | None, dim: int, max_length: int | None) -> nn.M
     if kind != "learned":
         raise ValueError(f'positions must be "learned", "sinusoidal" or None, got {kind!r}')
     if max_length is None:
-        raise ValueError('positions="learned" wants max_length; positions="sinusoidal" takes any length')
-    return LearnedPositions(max_length, dim)
+        raise ValueError('positions="learned" needs max_length; positions="sinusoidal" takes any length')
+    return LearnedPositions(max_length, dim, device=device, dtype=dtype)
 
 
 def count_positions(tokens: Tensor, mask: Tensor | None, before: Tensor | None) -> Tensor:

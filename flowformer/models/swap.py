@@ -1,4 +1,4 @@
-"""Other attention in models of timm: its Vision Transformers, DeiT among them, and PVT-v2.
+"""Replace the attention of a model: that of timm's ViT, DeiT and PVT-v2, and ``torch.nn.MultiheadAttention``.
 
 timm is not imported: its modules are known by what they are made of.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from flowformer.core.checks import describe
 from flowformer.mechanisms import Attention, Mechanism, create_attention, find_attention
 from flowformer.mechanisms.aft import AFTConv
+from flowformer.models.swap_torch import MultiheadSwap, find_multiheads
 from flowformer.models.vision import ATTENTION_DEFAULTS
 
 NEW_STD = 0.02  # of fresh projections, as timm's ViT begins its own
@@ -66,22 +68,32 @@ def swap_attention(
     model: nn.Module,
     attention: str,
     *,
+    modules: str = "*",
     num_heads: int | None = None,
     spatial_reduction: str | None = None,
-    image_size: int | tuple[int, int] | None = None,
+    img_size: int | tuple[int, int] | None = None,
     **options: Any,
 ) -> SwapReport:
-    """Replace the attention of a ViT, DeiT or PVT-v2 of timm, in place, keeping all weights that have a counterpart.
+    """Replace the attention of a model in place, keeping all weights that have a counterpart.
 
-    All that is not attention is kept, and so are the four projections; but AFT-conv has a key for each head and not for
-    each channel, and its query and key projections begin anew, as in the transfer from DeiT in its paper (Zhai et al.,
-    2021, ImageNet). With ``"softmax"`` the model computes what it did.
+    Known are the attention of timm's ViT, DeiT and PVT-v2, and ``torch.nn.MultiheadAttention`` in any model, such as
+    torchvision's ViT or ``torch.nn.Transformer``.
+
+    ``torch.nn.MultiheadAttention`` becomes a :class:`flowformer.models.multihead.DropInMultiheadAttention` with the
+    same parameters, by the same names. It is called as before, and is causal where the call says so. Dropout of
+    attention weights, and the keys that ``add_bias_kv`` and ``add_zero_attn`` append, go. As ``multihead_attn`` of a
+    ``torch.nn.TransformerDecoderLayer``, Flow-Attention lets all queries compete for the memory, later ones too: in a
+    causal decoder, replace ``self_attn`` alone (``modules="*self_attn"``).
+
+    In models of timm, all that is not attention is kept, and so are the four projections; but AFT-conv has a key for
+    each head and not for each channel, and its query and key projections begin anew, as in the transfer from DeiT in
+    its paper (Zhai et al., 2021, ImageNet). With ``"softmax"`` a model computes what it did.
 
     - AFT-conv over images sees patches only, and wants no position embedding. A ViT loses class and register tokens and
       its position embedding, and pools by the mean where the class token was read. ``kernel_size`` is (11, 11) unless
       given; one number makes it AFT-conv over the sequence of tokens, and no token is lost.
     - AFT-full and AFT-local learn biases for the first ``max_length`` tokens: unless given, those of an image of
-      ``image_size``. In images of other sizes a bias belongs to another pair of patches.
+      ``img_size``. In images of other sizes a bias belongs to another pair of patches.
     - Flow-Attention has the preset ``"vision"`` unless another is given.
     - Mobile-Attention's outputs grow with the number of tokens, as published, unless ``normalize=True`` is given.
 
@@ -92,15 +104,20 @@ def swap_attention(
     Args:
         model: The model, trained or not.
         attention: One of :func:`flowformer.list_attentions`.
+        modules: Pattern of the names of the modules to replace, such as ``"*.self_attn"`` or ``"decoder.*"``.
         num_heads: Heads, which divide the width of the projections; as many as there were if absent.
         spatial_reduction: In PVT-v2, ``"keep"`` has queries look at a reduced map as before, ``"drop"`` at all tokens.
             If absent it is dropped for mechanisms in linear time, and kept for others.
-        image_size: Pixels of the largest images to come, (height, width) or one number for both; those of the model if
-            absent. For mechanisms that learn positions.
-        **options: Options of the mechanism's module.
+        img_size: In timm's models, pixels of the largest images to come, (height, width) or one number for both;
+            those of the model if absent. For mechanisms that learn positions.
+        **options: Options of the mechanism's module; ``max_length`` where it learns positions and ``img_size`` does
+            not tell.
 
     Returns:
         What was kept, what is gone, and what is new.
+
+    Warns:
+        UserWarning: where queries of a ``torch.nn.TransformerDecoderLayer`` would compete for the memory.
 
     Raises:
         TypeError: for a model that is none, or an option that the mechanism does not have.
@@ -111,22 +128,30 @@ def swap_attention(
         raise TypeError(f"swap_attention: model must be a torch.nn.Module, got {type(model).__name__}")
     mechanism = find_attention(attention)
     if options.get("causal"):
-        raise ValueError("swap_attention: the patches of an image all see each other: there is no causal form")
-    sources = list(_find(model))
+        raise ValueError(
+            "swap_attention: the patches of an image all see each other: there is no causal form; in the place of "
+            "torch.nn.MultiheadAttention attention is causal where a call says so"
+        )
+    sources, multiheads = _find(model, modules), find_multiheads(model, modules)
+    _check_found(model, modules, bool(sources or multiheads))
     _check_reduction(spatial_reduction, sources, mechanism)
+    if multiheads and img_size is not None:
+        raise ValueError(f"swap_attention: img_size does not tell the tokens of {multiheads[0][0][0]}: give max_length")
     keep = not mechanism.can("linear time") if spatial_reduction is None else spatial_reduction == "keep"
+    swaps: list[_Swap | MultiheadSwap] = []
+    for names, old in multiheads:
+        swaps.append(MultiheadSwap.build(model, names, old, mechanism, num_heads, options))
     options = {**ATTENTION_DEFAULTS.get(attention, {}), **options}
-    swaps = []
     for source in sources:
-        limit = options.get("max_length", _count_tokens(model, source, image_size))
+        limit = options.get("max_length", _count_tokens(model, source, img_size))
         built = _build(source, attention, num_heads, {**options, "max_length": limit})
         swaps.append(_Swap(source, built, source.reduces and keep))
     return _carry_out(model, attention, swaps)
 
 
-def _carry_out(model: nn.Module, attention: str, swaps: list[_Swap]) -> SwapReport:
+def _carry_out(model: nn.Module, attention: str, swaps: list[_Swap | MultiheadSwap]) -> SwapReport:
     before, dropped, new, grid = _count_weights(model), {}, set(), None
-    if any(swap.source.kind is _FUSED and swap.attention.axes != "batch, length" for swap in swaps):
+    if any(isinstance(swap, _Swap) and swap.sees_patches_only for swap in swaps):
         gone, grid = _leave_patches(model)
         dropped = {name: before[name] for name in gone}
     for swap in swaps:
@@ -135,7 +160,7 @@ def _carry_out(model: nn.Module, attention: str, swaps: list[_Swap]) -> SwapRepo
         dropped |= gone
     now = _count_weights(model)
     return SwapReport(
-        attention, tuple(swap.source.name for swap in swaps), dropped=dropped,
+        attention, tuple(swap.name for swap in swaps), dropped=dropped,
         kept={name: count for name, count in now.items() if name not in new},
         new={name: count for name, count in now.items() if name in new},
     )  # fmt: skip
@@ -210,17 +235,18 @@ class _Source:
         return {f"{self.name}.{name}.{key}": parameter.numel() for name, (key, parameter) in parameters}
 
 
-def _find(model: nn.Module) -> Iterator[_Source]:
-    found = False
-    for name, module in model.named_modules():
-        for kind in (_FUSED, _SPATIAL):
-            if kind.matches(module):
-                found = True
-                yield _Source(name, module, kind)
+def _find(model: nn.Module, pattern: str) -> list[_Source]:
+    """Attention of timm whose name matches a pattern."""
+    named = [(name, module) for name, module in model.named_modules() if fnmatchcase(name, pattern)]
+    return [_Source(*pair, kind) for pair in named for kind in (_FUSED, _SPATIAL) if kind.matches(pair[1])]
+
+
+def _check_found(model: nn.Module, pattern: str, found: bool) -> None:
     if not found:
+        where = "" if pattern == "*" else f" by a name like {pattern!r}"
         raise ValueError(
-            f"swap_attention: {type(model).__name__} has no attention that is known; those of timm's ViT, DeiT and "
-            "PVT-v2 are, unless they were replaced before"
+            f"swap_attention: {type(model).__name__} has no attention that is known{where}; that of timm's ViT, DeiT "
+            "and PVT-v2 is, and torch.nn.MultiheadAttention, unless they were replaced before"
         )
 
 
@@ -235,9 +261,9 @@ def _check_reduction(wanted: str | None, sources: list[_Source], mechanism: Mech
         )
 
 
-def _count_tokens(model: Any, source: _Source, image_size: int | tuple[int, int] | None) -> int | None:
+def _count_tokens(model: Any, source: _Source, img_size: int | tuple[int, int] | None) -> int | None:
     """Tokens that an attention sees in an image, where the model tells."""
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size
     if source.kind is _FUSED:
         patches = getattr(model, "patch_embed", None)
         count = getattr(patches, "num_patches", None)
@@ -351,6 +377,16 @@ class _Swap:
     source: _Source
     attention: Attention
     keeps_reduction: bool
+
+    @property
+    def name(self) -> str:
+        """That of the module that goes."""
+        return self.source.name
+
+    @property
+    def sees_patches_only(self) -> bool:
+        """Whether this is attention over images, in a ViT."""
+        return self.source.kind is _FUSED and self.attention.axes != "batch, length"
 
     def carry_out(self, model: nn.Module, grid: Grid | None) -> tuple[list[str], dict[str, int]]:
         """Copy weights and replace the module.

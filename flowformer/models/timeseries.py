@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from flowformer.core.checks import describe
 from flowformer.models.encoder import Encoder, EncoderBlock
@@ -21,8 +22,8 @@ class SeriesClassifier(nn.Module):
     """The published classifier: embed each time step, encode, and classify the flattened sequence.
 
     Args:
-        channels: Channels of a series.
-        classes: Number of classes.
+        in_chans: Channels of a series.
+        num_classes: Number of classes.
         max_length: Longest series; sets the position table and the classifier's width.
         dim: Channels of the encoder.
         num_heads: Heads of each attention.
@@ -33,12 +34,17 @@ class SeriesClassifier(nn.Module):
         attention_options: Options of the mechanism; for ``"flow"`` the preset ``"timeseries"`` unless one is given.
         mask_padding: Whether padding is invisible. ``False`` is the published behaviour: padding takes part in
             attention, so that an answer depends on how far its batch is padded, and only the features are zeroed.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError, TypeError: for sizes or options that do not fit.
     """
 
     def __init__(
         self,
-        channels: int,
-        classes: int,
+        in_chans: int,
+        num_classes: int,
         max_length: int,
         *,
         dim: int = 512,
@@ -49,40 +55,48 @@ class SeriesClassifier(nn.Module):
         attention: str = "flow",
         attention_options: Mapping[str, Any] | None = None,
         mask_padding: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if min(channels, classes, max_length) < 1:
-            raise ValueError(f"channels, classes and max_length must be positive, got {channels, classes, max_length}")
+        if min(sizes := (in_chans, num_classes, max_length)) < 1:
+            raise ValueError(f"in_chans, num_classes and max_length must be positive, got {sizes}")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         options = dict(attention_options or {})
         if attention == "flow":
             options.setdefault("preset", "timeseries")
-        self.channels, self.max_length, self.mask_padding = channels, max_length, mask_padding
-        self.scale = math.sqrt(dim)
-        self.embed = nn.Linear(channels, dim)
-        self.position = nn.Parameter(torch.empty(max_length, dim).uniform_(-0.02, 0.02))
+        self.in_chans, self.num_classes, self.max_length = in_chans, num_classes, max_length
+        self.mask_padding, self.scale = mask_padding, math.sqrt(dim)
+        self.embed = nn.Linear(in_chans, dim, **factory)
+        self.position = nn.Parameter(torch.empty(max_length, dim, **factory))
+        self.reset_parameters()
         self.encoder = Encoder(
             [
                 EncoderBlock(
                     dim, num_heads, ffn_dim, dropout=dropout, attention=attention, attention_options=options,
-                    max_length=max_length,
+                    max_length=max_length, **factory,
                 )
                 for _ in range(num_layers)
             ],
-            dim,
+            dim, **factory,
         )  # fmt: skip
         self.dropout = nn.Dropout(dropout)
         self.activation = nn.GELU()
-        self.head = nn.Linear(max_length * dim, classes)
+        self.head = nn.Linear(max_length * dim, num_classes, **factory)
+
+    def reset_parameters(self) -> None:
+        """Draw fresh positions, uniform in +-0.02; all else is reset as modules of their own."""
+        nn.init.uniform_(self.position, -0.02, 0.02)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Class scores of a batch of series.
 
         Args:
-            x: (batch, length, channels) with length at most ``max_length``; padding on the right.
+            x: (batch, length, in_chans) with length at most ``max_length``; padding on the right.
             mask: (batch, length) boolean, True = real time step.
 
         Returns:
-            Logits (batch, classes).
+            Logits (batch, num_classes).
 
         Raises:
             ValueError: for another shape, or a series longer than the position table.
@@ -101,8 +115,8 @@ class SeriesClassifier(nn.Module):
         return nn.functional.linear(h, self.head.weight[:, : h.shape[1]], self.head.bias)
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
-        if x.ndim != 3 or x.shape[-1] != self.channels:
-            raise ValueError(f"x must be (batch, length, {self.channels}), got {describe(x)}")
+        if x.ndim != 3 or x.shape[-1] != self.in_chans:
+            raise ValueError(f"x must be (batch, length, {self.in_chans}), got {describe(x)}")
         if x.shape[1] > self.max_length:
             raise ValueError(f"x is {x.shape[1]} steps long; this model takes at most max_length = {self.max_length}")
         if mask is not None and mask.shape != x.shape[:2]:
@@ -110,13 +124,13 @@ class SeriesClassifier(nn.Module):
 
 
 @register_model
-def flowformer_timeseries(channels: int, classes: int, max_length: int, **options: Any) -> SeriesClassifier:
+def flowformer_timeseries(in_chans: int, num_classes: int, max_length: int, **options: Any) -> SeriesClassifier:
     """The classifier of the published UEA experiments: 2 layers, 512 channels, 8 heads, 2,048 inside.
 
     Args:
-        channels: Channels of a series.
-        classes: Number of classes.
+        in_chans: Channels of a series.
+        num_classes: Number of classes.
         max_length: Longest series.
         **options: As in :class:`SeriesClassifier`.
     """
-    return SeriesClassifier(channels, classes, max_length, **options)
+    return SeriesClassifier(in_chans, num_classes, max_length, **options)

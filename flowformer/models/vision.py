@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from flowformer.core.checks import describe
-from flowformer.mechanisms import create_attention
 from flowformer.mechanisms.aft import AFTFull, AFTLocal
+from flowformer.models.initialization import draw_parameters, set_initializer, truncated_normal
 from flowformer.models.registry import register_model
-
-NORM_EPS = 1e-6  # of every LayerNorm: Flowformer_CV and DeiT alike
+from flowformer.models.vision_blocks import NORM_EPS, Grid, VisionBlock, VisionStage
 
 # Options of a mechanism on images, unless others are given: the preset of Flowformer_CV, the filters of AFT's table 7.
 ATTENTION_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -27,138 +28,36 @@ ATTENTION_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "aft_conv": {"kernel_size": (11, 11)},
 }
 
-Grid = tuple[int, int]  # rows and columns of patches
-
-
-class DropPath(nn.Module):
-    """Leaves out what a block adds, for each image with a probability, in training (Huang et al., 2016).
-
-    Args:
-        probability: Of leaving out; what stays is scaled up, so that the mean is as without.
-    """
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.probability = probability
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Drop rows of (batch, ...)."""
-        if not self.training or not self.probability:
-            return x
-        kept = 1 - self.probability
-        mask = torch.empty(x.shape[0], *(1,) * (x.ndim - 1), dtype=x.dtype, device=x.device).bernoulli_(kept)
-        return x * (mask / kept)
-
-    def extra_repr(self) -> str:
-        """The probability, for printing."""
-        return f"probability={self.probability}"
-
-
-class VisionBlock(nn.Module):
-    """A pre-norm block: attention, and a feed-forward network under LayerScale, each added to its input.
-
-    Source: the block of Flowformer_CV/flowformer.py, which scales the feed-forward network only; without
-    ``layer_scale`` it is DeiT's.
-
-    Args:
-        dim: Channels.
-        num_heads: Heads of the attention.
-        ffn_dim: Channels inside the feed-forward network.
-        attention: Name of the mechanism.
-        attention_options: Options of the mechanism.
-        max_length: Longest sequence, for mechanisms that need to know.
-        layer_scale: Initial factor of the feed-forward network's channels; ``None`` for no factors.
-        drop_path: Probability of leaving out each of the two, in training.
-        dropout: Probability, on the attention's output and after both layers of the feed-forward network.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        ffn_dim: int,
-        *,
-        attention: str = "flow",
-        attention_options: Mapping[str, Any] | None = None,
-        max_length: int | None = None,
-        layer_scale: float | None = None,
-        drop_path: float = 0.0,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.attention = create_attention(
-            attention, dim, num_heads, max_length=max_length, **{"dropout": dropout, **(attention_options or {})}
-        )
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.linear1 = nn.Linear(dim, ffn_dim)
-        self.activation = nn.GELU()
-        self.linear2 = nn.Linear(ffn_dim, dim)
-        self.gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
-        self.drop_path, self.dropout = DropPath(drop_path), nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        """Transform (batch, tokens, dim), the tokens being the patches of ``grid``, and maybe a class token first."""
-        x = x + self.drop_path(self._attend(self.norm1(x), grid))
-        out = self.dropout(self.linear2(self.dropout(self.activation(self.linear1(self.norm2(x))))))
-        return x + self.drop_path(out if self.gamma is None else out * self.gamma)
-
-    def _attend(self, x: Tensor, grid: Grid) -> Tensor:
-        if self.attention.axes != "batch, height, width":
-            return self.attention(x)
-        return self.attention(x.unflatten(1, grid)).flatten(1, 2)
-
-
-class VisionStage(nn.Module):
-    """Patches of an image, or of the stage before, embedded by a convolution, and blocks.
-
-    Args:
-        channels: Channels of the input.
-        dim: Channels of the stage.
-        patch_size: Side of a patch.
-        blocks: The blocks.
-    """
-
-    def __init__(self, channels: int, dim: int, patch_size: int, blocks: Sequence[VisionBlock]) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-        self.embed = nn.Conv2d(channels, dim, patch_size, stride=patch_size)
-        self.blocks = nn.ModuleList(blocks)
-
-    def patches(self, x: Tensor) -> Tensor:
-        """Embed (batch, channels, height, width), padded with zeros to whole patches: (batch, dim, rows, columns)."""
-        height, width = x.shape[-2:]
-        missing = (-width % self.patch_size, -height % self.patch_size)
-        return self.embed(nn.functional.pad(x, (0, missing[0], 0, missing[1])) if any(missing) else x)
-
 
 class VisionModel(nn.Module):
     """Images to class scores: stages of blocks on ever fewer, ever wider patches, or one stage as in ViT and DeiT.
 
-    An image may have any size: learned positions, which exist for ``image_size``, are interpolated, and an image that
+    An image may have any size: learned positions, which exist for ``img_size``, are interpolated, and an image that
     is no whole number of patches is padded below and to the right. With a mechanism in linear time, cost is linear in
     the number of pixels. AFT-full and AFT-local have parameters for each position: for another size, :meth:`resize`.
 
     Args:
-        classes: Number of classes.
-        channels: Channels of an image.
-        image_size: Side of the images that positions are made for, or (height, width), in pixels.
-        patch_size: Side of a patch of the first stage, in pixels; later stages take 2 x 2 patches together.
-        dims: Channels of each stage.
+        num_classes: Number of classes; 0 for no head, as in timm.
+        in_chans: Channels of an image.
+        img_size: Side of the images that positions are made for, or (height, width), in pixels.
+        patch_size: Side of a patch of the first stage, in pixels; later stages merge 2 x 2 patches.
+        embed_dims: Channels of each stage.
         depths: Blocks of each stage.
         num_heads: Heads in each stage, or one number for all.
-        ffn_ratio: Channels inside feed-forward networks, as a multiple of the stage's.
+        mlp_ratio: Channels inside feed-forward networks, as a multiple of the stage's.
         attention: Name of the mechanism: :func:`flowformer.list_attentions`.
         attention_options: Options of the mechanism; for ``"flow"`` the preset ``"vision"`` unless one is given, for
             ``"aft_conv"`` filters of 11 x 11 patches.
         class_token: Classify by a token of its own, and not by the mean over patches; with one stage only.
         positions: Learned positions, added to the first stage's patches.
         layer_scale: As in :class:`VisionBlock`.
-        drop_path: As in :class:`VisionBlock`, of the last block; in those before it grows linearly from 0.
+        drop_path_rate: Probability of stochastic depth in the last block; in those before it grows linearly from 0.
         dropout: As in :class:`VisionBlock`.
         weight_std: Standard deviation of fresh weights of linear layers (a truncated normal distribution); ``None`` for
             the root of 1 / inputs.
         features_only: Return the maps of all stages, and have no head.
+        device: Of the parameters.
+        dtype: Of the parameters.
 
     Raises:
         ValueError: for sizes that do not fit, or a class token where a mechanism or the stages do not take one.
@@ -167,87 +66,101 @@ class VisionModel(nn.Module):
 
     def __init__(
         self,
-        classes: int = 1000,
+        num_classes: int = 1000,
         *,
-        channels: int = 3,
-        image_size: int | Grid = 224,
+        in_chans: int = 3,
+        img_size: int | Grid = 224,
         patch_size: int = 4,
-        dims: Sequence[int] = (96, 192, 384, 768),
+        embed_dims: Sequence[int] = (96, 192, 384, 768),
         depths: Sequence[int] = (3, 3, 10, 3),
         num_heads: int | Sequence[int] = 12,
-        ffn_ratio: float = 4.0,
+        mlp_ratio: float = 4.0,
         attention: str = "flow",
         attention_options: Mapping[str, Any] | None = None,
         class_token: bool = False,
         positions: bool = True,
         layer_scale: float | None = None,
-        drop_path: float = 0.0,
+        drop_path_rate: float = 0.0,
         dropout: float = 0.0,
         weight_std: float | None = 0.02,
         features_only: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        heads = (num_heads,) * len(dims) if isinstance(num_heads, int) else tuple(num_heads)
-        _check_sizes(classes, channels, patch_size, tuple(dims), tuple(depths), heads, drop_path)
-        if class_token and len(dims) > 1:
-            raise ValueError(f"a class token goes with one stage, got {len(dims)}: class_token=False")
-        self.classes, self.channels, self.features_only = classes, channels, features_only
-        self.dims = tuple(dims)
-        self.strides = tuple(patch_size * 2**stage for stage in range(len(dims)))
-        self.image_size = _pair(image_size)
+        heads = (num_heads,) * len(embed_dims) if isinstance(num_heads, int) else tuple(num_heads)
+        _check_sizes(num_classes, in_chans, patch_size, tuple(embed_dims), tuple(depths), heads, drop_path_rate)
+        if class_token and len(embed_dims) > 1:
+            raise ValueError(f"a class token goes with one stage, got {len(embed_dims)}: class_token=False")
+        self.num_classes, self.in_chans, self.features_only = num_classes, in_chans, features_only
+        self.embed_dims = tuple(embed_dims)
+        self.strides = tuple(patch_size * 2**stage for stage in range(len(embed_dims)))
+        self.img_size = _pair(img_size)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         options = {**ATTENTION_DEFAULTS.get(attention, {}), **(attention_options or {})}
-        rates = [drop_path * block / max(sum(depths) - 1, 1) for block in range(sum(depths))]
-        stages = []
-        for stage, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
-            grid = self.grids(self.image_size)[stage]
+        block = partial(
+            VisionBlock, attention=attention, attention_options=options, layer_scale=layer_scale, dropout=dropout,
+            **factory,
+        )  # fmt: skip
+        rates = [drop_path_rate * number / max(sum(depths) - 1, 1) for number in range(sum(depths))]
+        stages, before = [], in_chans
+        for stage, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True)):
+            length = math.prod(self.grids(self.img_size)[stage]) + class_token
             blocks = [
-                VisionBlock(
-                    dim, heads[stage], round(ffn_ratio * dim), attention=attention, attention_options=options,
-                    max_length=grid[0] * grid[1] + class_token, layer_scale=layer_scale, drop_path=rates.pop(0),
-                    dropout=dropout,
-                )
+                block(dim, heads[stage], round(mlp_ratio * dim), max_length=length, drop_path=rates.pop(0))
                 for _ in range(depth)
-            ]  # fmt: skip
-            if class_token and blocks[0].attention.axes == "batch, height, width":
-                raise ValueError(f"{attention} in two dimensions sees a grid of patches, and no class token")
-            before, side = (channels, patch_size) if stage == 0 else (dims[stage - 1], 2)
-            stages.append(VisionStage(before, dim, side, blocks))
+            ]
+            stages.append(VisionStage(before, dim, 2 if stage else patch_size, blocks, **factory))
+            before = dim
         self.stages = nn.ModuleList(stages)
-        rows, columns = self.grids(self.image_size)[0]
-        self.class_token = nn.Parameter(torch.zeros(1, dims[0])) if class_token else None
-        self.position = nn.Parameter(torch.zeros(rows * columns + class_token, dims[0])) if positions else None
-        self.norm = nn.Identity() if features_only else nn.LayerNorm(dims[-1], eps=NORM_EPS)
-        self.head = nn.Identity() if features_only else nn.Linear(dims[-1], classes)
-        self._init(weight_std)
+        if class_token and stages[0].blocks[0].attention.axes == "batch, height, width":
+            raise ValueError(f"{attention} in two dimensions sees a grid of patches, and no class token")
+        self._build_ends(class_token, positions, factory)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                set_initializer(module, partial(truncated_normal, std=weight_std))
+        self.reset_parameters()
+        draw_parameters(self)
 
-    def _init(self, weight_std: float | None) -> None:
+    def _build_ends(self, class_token: bool, positions: bool, factory: dict[str, Any]) -> None:
+        """Make what comes before the blocks and after them."""
+        first, last = self.embed_dims[0], self.embed_dims[-1]
+        places = math.prod(self.grids(self.img_size)[0]) + class_token
+        self.class_token = nn.Parameter(torch.empty(1, first, **factory)) if class_token else None
+        self.position = nn.Parameter(torch.empty(places, first, **factory)) if positions else None
+        headless = self.features_only or self.num_classes == 0
+        self.norm = nn.Identity() if self.features_only else nn.LayerNorm(last, eps=NORM_EPS, **factory)
+        self.head = nn.Identity() if headless else nn.Linear(last, self.num_classes, **factory)
+
+    def reset_parameters(self) -> None:
+        """Draw fresh positions and a fresh class token; all else is reset as modules of their own."""
         for parameter in (self.class_token, self.position):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                std = weight_std or 1 / math.sqrt(module.in_features)
-                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
 
-    def grids(self, image_size: int | Grid) -> list[Grid]:
+    @property
+    def num_features(self) -> int:
+        """Channels of the last stage."""
+        return self.embed_dims[-1]
+
+    def grids(self, img_size: int | Grid) -> list[Grid]:
         """Rows and columns of patches in each stage, for images of a size in pixels."""
-        height, width = _pair(image_size)
+        height, width = _pair(img_size)
         return [(-(-height // stride), -(-width // stride)) for stride in self.strides]
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters, besides those of one axis, that weight decay leaves alone in the published recipes."""
         return {"position", "class_token"}
 
-    def forward(self, images: Tensor) -> Any:
+    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
         """Class scores of a batch of images.
 
         Args:
-            images: (batch, channels, height, width).
+            images: (batch, in_chans, height, width).
 
         Returns:
-            Logits (batch, classes); with ``features_only`` what :meth:`features` returns.
+            Logits (batch, num_classes), or (batch, channels of the last stage) without a head; with ``features_only``
+            what :meth:`features` returns.
 
         Raises:
             ValueError: for another shape, or another size where the mechanism has parameters for each position.
@@ -255,7 +168,7 @@ class VisionModel(nn.Module):
         return self.features(images) if self.features_only else self.head(self.pool_features(images))
 
     def pool_features(self, images: Tensor) -> Tensor:
-        """What the head sees, the class token or the mean over patches: (batch, channels of the last stage)."""
+        """The input of the head, the class token or the mean over patches: (batch, channels of the last stage)."""
         tokens = self.norm(self._encode(images)[0])
         return tokens[:, 0] if self.class_token is not None else tokens.mean(1)
 
@@ -299,7 +212,7 @@ class VisionModel(nn.Module):
             tokens = torch.cat([self.class_token.expand(len(tokens), 1, -1).to(tokens.dtype), tokens], 1)
         if self.position is None:
             return tokens
-        return tokens + self._interpolate(self.position, self.grids(self.image_size)[0], grid)
+        return tokens + self._interpolate(self.position, self.grids(self.img_size)[0], grid)
 
     def _interpolate(self, table: Tensor, old: Grid, new: Grid) -> Tensor:
         """Positions (patches, and the class token's first, channels) of one grid for another."""
@@ -310,18 +223,18 @@ class VisionModel(nn.Module):
         image = nn.functional.interpolate(image, new, mode="bicubic", antialias=True, align_corners=False)
         return torch.cat([first, image.squeeze(0).flatten(1).T])
 
-    def resize(self, image_size: int | Grid) -> VisionModel:
+    def resize(self, img_size: int | Grid) -> VisionModel:
         """Make the model one for another size of images, in place: everything learned of positions is interpolated.
 
         Only AFT-full and AFT-local need it; what else there is takes images of any size as it is.
 
         Args:
-            image_size: Side, or (height, width), in pixels.
+            img_size: Side, or (height, width), in pixels.
 
         Returns:
             The model itself.
         """
-        before, after = self.grids(self.image_size), self.grids(image_size)
+        before, after = self.grids(self.img_size), self.grids(img_size)
         with torch.no_grad():
             if self.position is not None:
                 self.position = nn.Parameter(self._interpolate(self.position, before[0], after[0]))
@@ -329,7 +242,7 @@ class VisionModel(nn.Module):
                 for attention in stage.modules():
                     if isinstance(attention, AFTFull | AFTLocal):
                         self._resize_biases(attention, old, new)
-        self.image_size = _pair(image_size)
+        self.img_size = _pair(img_size)
         return self
 
     def _resize_biases(self, attention: AFTFull | AFTLocal, old: Grid, new: Grid) -> None:
@@ -342,14 +255,14 @@ class VisionModel(nn.Module):
         attention.max_length = new[0] * new[1] + (self.class_token is not None)
 
     def _check(self, images: Tensor) -> None:
-        if images.ndim != 4 or images.shape[1] != self.channels or 0 in images.shape:
-            raise ValueError(f"images must be (batch, {self.channels}, height, width), got {describe(images)}")
+        if images.ndim != 4 or images.shape[1] != self.in_chans or 0 in images.shape:
+            raise ValueError(f"images must be (batch, {self.in_chans}, height, width), got {describe(images)}")
         size: Grid = (images.shape[-2], images.shape[-1])
-        if self.grids(size) != self.grids(self.image_size):
+        if self.grids(size) != self.grids(self.img_size):
             learner = next((one for one in self.modules() if getattr(one, "learns_positions", False)), None)
             if learner is not None:
                 raise ValueError(
-                    f"{type(learner).__name__} has learned positions for images of {self.image_size}, got {size}; "
+                    f"{type(learner).__name__} has learned positions for images of {self.img_size}, got {size}; "
                     f"resize({size}) interpolates them"
                 )
 
@@ -362,62 +275,66 @@ def _pair(size: int | Grid) -> Grid:
 
 
 def _check_sizes(
-    classes: int, channels: int, patch_size: int, dims: tuple, depths: tuple, heads: tuple, drop_path: float
+    num_classes: int, in_chans: int, patch_size: int, embed_dims: tuple, depths: tuple, heads: tuple, rate: float
 ) -> None:
-    if not dims or not len(dims) == len(depths) == len(heads):
-        raise ValueError(f"dims, depths and num_heads must be as many as stages, got {dims}, {depths}, {heads}")
-    if min(classes, channels, patch_size, *dims, *depths) < 1:
+    if not embed_dims or not len(embed_dims) == len(depths) == len(heads):
         raise ValueError(
-            f"classes, channels, patch_size, dims and depths must be positive, got {classes}, {channels}, "
-            f"{patch_size}, {dims}, {depths}"
+            f"embed_dims, depths and num_heads must have one entry for each stage, got {embed_dims}, {depths}, {heads}"
         )
-    if not 0 <= drop_path < 1:
-        raise ValueError(f"drop_path must be at least 0 and below 1, got {drop_path}")
+    if num_classes < 0:
+        raise ValueError(f"num_classes must not be negative, got {num_classes}")
+    if min(in_chans, patch_size, *embed_dims, *depths) < 1:
+        raise ValueError(
+            f"in_chans, patch_size, embed_dims and depths must be positive, got {in_chans}, {patch_size}, "
+            f"{embed_dims}, {depths}"
+        )
+    if not 0 <= rate < 1:
+        raise ValueError(f"drop_path_rate must be at least 0 and below 1, got {rate}")
 
 
-# Both LayerScale and drop path as Flowformer_CV/flowformer.py has them.
-_HIERARCHICAL: Mapping[str, Any] = {"layer_scale": 1e-5, "drop_path": 0.2}
+_LAYER_SCALE = 1e-5  # Flowformer_CV/flowformer.py
 
 
 @register_model
-def flowformer_vision_small(classes: int = 1000, **options: Any) -> VisionModel:
+def flowformer_vision_small(num_classes: int = 1000, **options: Any) -> VisionModel:
     """The published hierarchical Flowformer, 43.3 M parameters: 3, 3, 10 and 3 blocks of 96, 192, 384 and 768 channels.
 
     Source: Flowformer_CV/flowformer.py: patches of 4 x 4 pixels, 12 heads in every stage, LayerScale 1e-5 on the
-    feed-forward networks, drop path 0.2, positions learned for images of 224 x 224.
+    feed-forward networks, positions learned for images of 224 x 224. It is trained with ``drop_path_rate=0.2`` there;
+    here, as in timm, the rate is 0 unless given.
 
     Args:
-        classes: Number of classes.
+        num_classes: Number of classes.
         **options: As in :class:`VisionModel`.
     """
-    return VisionModel(classes, **{**_HIERARCHICAL, **options})
+    return VisionModel(num_classes, **{"layer_scale": _LAYER_SCALE, **options})
 
 
 @register_model
-def flowformer_vision_tiny(classes: int = 1000, **options: Any) -> VisionModel:
+def flowformer_vision_tiny(num_classes: int = 1000, **options: Any) -> VisionModel:
     """A smaller hierarchical Flowformer, a shape of our own, 28.6 M parameters: 2, 2, 6 and 2 blocks.
 
     Args:
-        classes: Number of classes.
+        num_classes: Number of classes.
         **options: As in :class:`VisionModel`.
     """
-    return VisionModel(classes, **{**_HIERARCHICAL, "depths": (2, 2, 6, 2), "drop_path": 0.1, **options})
+    return VisionModel(num_classes, **{"layer_scale": _LAYER_SCALE, "depths": (2, 2, 6, 2), **options})
 
 
 @register_model
-def flowformer_vision_base(classes: int = 1000, **options: Any) -> VisionModel:
+def flowformer_vision_base(num_classes: int = 1000, **options: Any) -> VisionModel:
     """A larger hierarchical Flowformer, a shape of our own, 76.5 M parameters: 128 to 1,024 channels, 16 heads.
 
     Args:
-        classes: Number of classes.
+        num_classes: Number of classes.
         **options: As in :class:`VisionModel`.
     """
-    shape = {"dims": (128, 256, 512, 1024), "num_heads": 16, "drop_path": 0.3}
-    return VisionModel(classes, **{**_HIERARCHICAL, **shape, **options})
+    shape = {"layer_scale": _LAYER_SCALE, "embed_dims": (128, 256, 512, 1024), "num_heads": 16}
+    return VisionModel(num_classes, **{**shape, **options})
 
 
 @register_model
-def flowformer_vision_micro(classes: int = 10, **options: Any) -> VisionModel:
+def flowformer_vision_micro(num_classes: int = 10, **options: Any) -> VisionModel:
     """A hierarchical Flowformer for pictures of 32 x 32 pixels, a shape of our own, 0.6 M parameters.
 
     Patches of 2 x 2 pixels, 2 blocks each of 32, 64 and 128 channels in 4 heads. Fresh weights are larger than the
@@ -425,43 +342,43 @@ def flowformer_vision_micro(classes: int = 10, **options: Any) -> VisionModel:
     another, and short training with them.
 
     Args:
-        classes: Number of classes.
+        num_classes: Number of classes.
         **options: As in :class:`VisionModel`.
     """
     shape: dict[str, Any] = {
-        "image_size": 32, "patch_size": 2, "dims": (32, 64, 128), "depths": (2, 2, 2), "num_heads": 4,
-        "layer_scale": None, "drop_path": 0.0, "weight_std": None,
+        "img_size": 32, "patch_size": 2, "embed_dims": (32, 64, 128), "depths": (2, 2, 2), "num_heads": 4,
+        "weight_std": None,
     }  # fmt: skip
-    return VisionModel(classes, **{**shape, **options})
+    return VisionModel(num_classes, **{**shape, **options})
 
 
-def _deit(dim: int, attention: str, attention_options: Mapping[str, Any], shape: Mapping[str, Any]) -> Any:
+def _deit(dim: int, attention: str, attention_options: Mapping[str, Any], shape: Mapping[str, Any]) -> dict[str, Any]:
     """DeiT of 12 blocks with heads of 64 channels, patches of 16 x 16 pixels, a class token and learned positions."""
     published = {
-        "patch_size": 16, "dims": (dim,), "depths": (12,), "num_heads": dim // 64, "class_token": True,
-        "drop_path": 0.1, "attention": attention, "attention_options": attention_options,
+        "patch_size": 16, "embed_dims": (dim,), "depths": (12,), "num_heads": dim // 64, "class_token": True,
+        "attention": attention, "attention_options": attention_options,
     }  # fmt: skip
     return {**published, **shape}
 
 
 def _register_deit(size: str, dim: int, mechanism: str, options: Mapping[str, Any], what: str) -> None:
-    def build(classes: int = 1000, **changes: Any) -> VisionModel:
-        return VisionModel(classes, **_deit(dim, mechanism, options, changes))
+    def build(num_classes: int = 1000, **changes: Any) -> VisionModel:
+        return VisionModel(num_classes, **_deit(dim, mechanism, options, changes))
 
     build.__name__ = build.__qualname__ = f"deit_{size}_{mechanism}"
     build.__doc__ = f"""DeiT {size} with {what}: 12 blocks of {dim} channels, heads of 64.
 
     Args:
-        classes: Number of classes.
+        num_classes: Number of classes.
         **changes: As in :class:`VisionModel`.
     """
     register_model(build)
 
 
 def _register_aft_conv(size: str, dim: int, kernel: int, heads: int) -> None:
-    def build(classes: int = 1000, **changes: Any) -> VisionModel:
+    def build(num_classes: int = 1000, **changes: Any) -> VisionModel:
         shape = {"num_heads": heads, "class_token": False, "positions": False, **changes}
-        return VisionModel(classes, **_deit(dim, "aft_conv", {"kernel_size": (kernel, kernel)}, shape))
+        return VisionModel(num_classes, **_deit(dim, "aft_conv", {"kernel_size": (kernel, kernel)}, shape))
 
     build.__name__ = build.__qualname__ = f"aft_conv_{size}_{kernel}_{heads}"
     build.__doc__ = f"""AFT-conv {size}, kernel {kernel}, {heads} heads (Zhai et al., 2021, table 7).
@@ -470,7 +387,7 @@ def _register_aft_conv(size: str, dim: int, kernel: int, heads: int) -> None:
     over patches is classified.
 
     Args:
-        classes: Number of classes.
+        num_classes: Number of classes.
         **changes: As in :class:`VisionModel`.
     """
     register_model(build)

@@ -11,12 +11,14 @@ from typing import Any
 from torch.utils.data import Sampler
 
 from flowformer.recipes.language import LanguageRecipe
-from flowformer.recipes.options import read_options
+from flowformer.recipes.mechanism import merge_fields
 from flowformer.recipes.registry import RECIPES, register_recipe
-from flowformer.tasks import density
-from flowformer.tasks.density import DensityTask, PixelFormat
+from flowformer.tasks.images import density
+from flowformer.tasks.images.density import DensityTask
+from flowformer.tasks.images.pixels import PixelFormat
+from flowformer.training.fields import option
 from flowformer.training.order import RoundSampler
-from flowformer.training.recipe import option
+from flowformer.training.recipe import DataState
 
 
 class SeededRounds(Sampler[tuple[int, tuple[int, int]]]):
@@ -49,8 +51,10 @@ class SeededRounds(Sampler[tuple[int, tuple[int, int]]]):
 class PixelRecipe(LanguageRecipe):
     """A model of images, a sub-pixel at a time."""
 
-    flip: bool = option(True, "turn images left to right, half of the time")
-    shift: int = option(10, "largest number that is added to all sub-pixels of an image, or taken from them")
+    flip: bool = option(True, "mirror half of the images in training", group="data")
+    shift: int = option(
+        10, "largest number that is added to, or subtracted from, all sub-pixels of an image", group="data", at_least=0
+    )
 
     def read_format(self, values: dict[str, Any]) -> Any:
         """The format that a run has written down."""
@@ -65,25 +69,33 @@ class PixelRecipe(LanguageRecipe):
 class Cifar10DensityRecipe(PixelRecipe):
     """A model of CIFAR-10, or of other images of 32 x 32 pixels."""
 
-    data: str = option("", "folder or archive of CIFAR-10, or of PNG pictures in folders named by its classes")
-    held_out: float = option(0.1, "part of the images to test with, where the data has none for it")
+    data: Path | None = option(
+        None, "folder or archive of CIFAR-10, or of PNG images in folders named by its classes", group="data"
+    )
+    held_out: float = option(
+        0.1, "part of the images to test with, where the data has no test part", group="data", above=0, below=1
+    )
 
     def build_task(self) -> DensityTask:
         """Read the images."""
-        if not self.data:
-            raise ValueError(f"{self.name} wants --data PATH: a folder or archive of CIFAR-10")
-        return density.load_cifar10(Path(self.data), flip=self.flip, shift=self.shift, held_out=self.held_out)
+        if self.data is None:
+            raise ValueError(f"{self.name} needs --data PATH: a folder or archive of CIFAR-10")
+        return density.load_cifar10(self.data, flip=self.flip, shift=self.shift, held_out=self.held_out)
+
+    @property
+    def data_state(self) -> DataState:
+        """The folder or archive is the user's to name."""
+        return "unknown"
 
     @property
     def row(self) -> str:
-        """What the published table calls this model; "" for a departure from all of them."""
+        """The name of this model in the published tables; "" for a model that is in none of them."""
         own = self._shape(vars(self))
         return next((row for row, fields in _ROWS.items() if self._shape({**_PLAIN, **fields}) == own), "")
 
     @staticmethod
     def _shape(fields: Mapping[str, Any]) -> dict[str, Any]:
-        options = read_options(fields["attention_options"])
-        return {**{name: fields[name] for name in _PLAIN}, "attention_options": options}
+        return {name: fields[name] for name in _PLAIN}
 
     def published_table(self) -> tuple[str, Mapping[str, float]]:
         """The published figures."""
@@ -111,9 +123,9 @@ def cifar10(row: str, model: Mapping[str, Any], /, **fields: Any) -> Cifar10Dens
     published: dict[str, Any] = {
         **_PLAIN, **model, "dropout": 0.1, "optimizer": "adamw", "weight_decay": 0.1,
         "decayed": "linear", "learning_rate": 3e-3, "schedule": "inverse-sqrt", "warmup_steps": 4_000,
-        "clip_grad_norm": 0.0, "batch_size": 8, "accumulate": 16, "steps": 78_125, "eval_every": 625,
+        "clip_grad_norm": None, "batch_size": 8, "accumulate": 16, "steps": 78_125, "eval_every": 625,
     }  # fmt: skip
-    return Cifar10DensityRecipe(**{"name": f"density/{row}", **published, **fields})
+    return Cifar10DensityRecipe(**merge_fields({"name": f"density/{row}", **published}, fields))
 
 
 @register_recipe("density/digits")
@@ -123,24 +135,25 @@ def digits(**fields: Any) -> DigitsRecipe:
     The digits come with scikit-learn: nothing is downloaded. AFT-local with a window of two rows.
     """
     ours: dict[str, Any] = {
-        "model": "aft_cifar_24", "attention": "aft_local", "attention_options": '{"window": 16, "position_dim": 16}',
+        "model": "aft_cifar_24", "attention": "aft_local", "attention_options": {"window": 16, "position_dim": 16},
         "num_layers": 4, "dim": 64, "num_heads": 1, "ffn_dim": 256, "positions": "learned", "dropout": 0.1,
         "flip": False, "shift": 0, "optimizer": "adamw", "weight_decay": 0.1, "decayed": "linear",
         "learning_rate": 4e-3, "schedule": "cosine", "warmup_steps": 100, "clip_grad_norm": 1.0, "batch_size": 32,
         "steps": 1_000, "eval_every": 250,
     }  # fmt: skip
-    return DigitsRecipe(**{"name": "density/digits", **ours, **fields})
+    return DigitsRecipe(**merge_fields({"name": "density/digits", **ours}, fields))
 
 
 # What tells a row of the tables from the others.
 _PLAIN: Mapping[str, Any] = {
-    "attention_options": "", "num_layers": 0, "num_heads": 0, "dim": 0, "ffn_dim": 0, "positions": "learned",
+    "attention_options": {}, "num_layers": None, "num_heads": None, "dim": None, "ffn_dim": None,
+    "positions": "learned",
     "model": "aft_cifar_24", "attention": "aft_local",
 }  # fmt: skip
 _ROWS: Mapping[str, Mapping[str, Any]] = {
     "aft-local-12": {"model": "aft_cifar_12"},
     "aft-local-24": {},
-    "aft-local-24-free": {"attention_options": '{"position_dim": null}'},
+    "aft-local-24-free": {"attention_options": {"position_dim": None}},
     "aft-simple": {"attention": "aft_simple"},
     "transformer-12": {"model": "aft_cifar_12", "attention": "softmax", "num_heads": 4},
     "transformer-24": {"attention": "softmax", "num_heads": 2},

@@ -1,6 +1,6 @@
 """ImageNet: the experiments of Flowformer and of AFT, and Mobile-Attention in DeiT.
 
-``--data DIR`` names ImageNet, or images of your own in its manner: :func:`flowformer.tasks.imagenet.load`.
+``--data DIR`` names ImageNet, or images of your own in its manner: :func:`flowformer.tasks.images.imagenet.load`.
 
 Sources: thuml/Flowformer, Flowformer_CV (Wu et al., ICML 2022); facebookresearch/deit, main.py (Touvron et al., 2021);
 Zhai et al., "An Attention Free Transformer", 2021, section 5.3. On any number of devices a step is of the published
@@ -15,36 +15,38 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 
 from flowformer.models.swap import swap_attention
 from flowformer.recipes.images import ImageRecipe
-from flowformer.recipes.options import read_options
+from flowformer.recipes.mechanism import merge_fields
 from flowformer.recipes.registry import RECIPES, register_recipe
-from flowformer.tasks import imagenet
-from flowformer.tasks.imagenet import Augmentation, DrawSampler, ImageNetFormat, ImageNetTask
-from flowformer.training.recipe import option
+from flowformer.tasks.images import imagenet
+from flowformer.tasks.images.imagenet import Augmentation, DrawSampler, ImageNetFormat, ImageNetTask
+from flowformer.training.fields import option
+from flowformer.training.recipe import DataState, Precision
 
 logger = logging.getLogger(__name__)
 
 # The published rows that a command line can reach from one another by --model and --attention.
-_ROWS: Mapping[tuple[str, str], str] = {
-    ("flowformer_vision_small", ""): "flowformer",
+_ROWS: Mapping[tuple[str, str | None], str] = {
+    ("flowformer_vision_small", None): "flowformer",
     ("flowformer_vision_small", "flow"): "flowformer",
     ("flowformer_vision_small", "softmax"): "softmax",
     ("flowformer_vision_small", "linear"): "linear",
     ("deit_tiny_flow", "softmax"): "deit-tiny-softmax",
     ("deit_small_flow", "softmax"): "deit-small-softmax",
-    ("deit_small_flow", ""): "deit-small-flow",
-    ("deit_tiny_aft_full", ""): "aft-full-tiny",
-    ("deit_small_aft_full", ""): "aft-full-small",
-    ("aft_conv_tiny_11_32", ""): "aft-conv-tiny-11-32",
-    ("aft_conv_tiny_11_192", ""): "aft-conv-tiny-11-192",
-    ("aft_conv_small_11_16", ""): "aft-conv-small-11-16",
-    ("aft_conv_small_11_384", ""): "aft-conv-small-11-384",
-    ("aft_conv_small_15_384", ""): "aft-conv-small-15-384",
+    ("deit_small_flow", None): "deit-small-flow",
+    ("deit_tiny_aft_full", None): "aft-full-tiny",
+    ("deit_small_aft_full", None): "aft-full-small",
+    ("aft_conv_tiny_11_32", None): "aft-conv-tiny-11-32",
+    ("aft_conv_tiny_11_192", None): "aft-conv-tiny-11-192",
+    ("aft_conv_small_11_16", None): "aft-conv-small-11-16",
+    ("aft_conv_small_11_384", None): "aft-conv-small-11-384",
+    ("aft_conv_small_15_384", None): "aft-conv-small-15-384",
 }
 
 
@@ -52,41 +54,49 @@ _ROWS: Mapping[tuple[str, str], str] = {
 class ImageNetRecipe(ImageRecipe):
     """A classifier of ImageNet's images."""
 
-    image_size: int = option(224, "side of an image, in pixels")
-    step_images: int = option(1_024, "images of one step, over all devices, where accumulate is 0")
-    accumulate: int = option(0, "batches whose gradients make one step; 0 for as many as make up step_images")
-    precision: str = option("auto", "32-true, bf16-mixed or 16-mixed; auto: 16-mixed on a GPU, else 32-true")
-    workers: int = option(
-        min(8, os.cpu_count() or 1), "processes that prepare batches; 0 for none besides the main one", neutral=True
+    data: Path | None = option(
+        None, "folder of the images: folders by class, parquet files or tar files", group="data", neutral=True
     )
-    rand_augment: str = option("rand-m9-mstd0.5-inc1", "what RandAugment does, as timm names it; '' for none")
-    color_jitter: float = option(0.4, "strength of changes of colour, without RandAugment only")
-    erasing: float = option(0.0, "probability of erasing a part of an image")
-    mixup: float = option(0.8, "parameter of mixup; 0 for none")
-    cutmix: float = option(1.0, "parameter of CutMix; 0 for none")
-    repeats: int = option(1, "views of an image that follow each other, of so many fewer images in an epoch")
+    image_size: int = option(224, "side of an image, in pixels", group="data", at_least=1)
+    step_images: int = option(
+        1_024, "images of one step, over all devices, where accumulate is null", group="optimisation", at_least=1
+    )
+    accumulate: int | None = option(
+        None,
+        "batches whose gradients make one step; null for as many as make up step_images",
+        group="optimisation",
+        at_least=1,
+    )
+    precision: Precision = option(
+        "auto", "precision of training; auto: 16-mixed on a GPU, else 32-true", group="machine"
+    )
+    workers: int = option(
+        min(8, os.cpu_count() or 1), "processes that prepare batches; 0 for the main process alone", group="machine",
+        neutral=True, at_least=0,
+    )  # fmt: skip
+    rand_augment: str | None = option(
+        "rand-m9-mstd0.5-inc1", "RandAugment's setting, as timm names it; null for none", group="data"
+    )
+    color_jitter: float = option(
+        0.4, "strength of changes of colour, without RandAugment only", group="data", at_least=0
+    )
+    erasing: float = option(0.0, "probability of erasing a part of an image", group="data", at_least=0, at_most=1)
+    mixup: float | None = option(0.8, "parameter of mixup; null for none", group="data", above=0)
+    cutmix: float | None = option(1.0, "parameter of CutMix; null for none", group="data", above=0)
+    repeats: int = option(
+        1, "consecutive views of an image, with as many times fewer images in an epoch", group="data", at_least=1
+    )
 
     def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
+        """Check every field."""
         super().__post_init__()
-        for name in ("repeats", "step_images", "image_size"):
-            self._want_positive(name)
-        for name in ("mixup", "cutmix", "color_jitter"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.erasing <= 1:
-            raise ValueError(f"erasing must be from 0 to 1, got {self.erasing}")
         if self.batch_size % 2 and (self.mixup or self.cutmix):
             raise ValueError(f"batch_size must be even, for images are mixed in pairs, got {self.batch_size}")
-        if not self.accumulate and self.step_images % (self.batch_size * self.devices):
+        if self.accumulate is None and self.step_images % (self.batch_size * self.devices):
             raise ValueError(
                 f"step_images {self.step_images} are no whole number of batches of {self.batch_size} on "
                 f"{self.devices} devices{self._fitting()}; or give --accumulate N for a step of another size"
             )
-
-    def _want_positive(self, name: str) -> None:
-        if name != "accumulate" or self.accumulate:
-            super()._want_positive(name)
 
     def _fitting(self) -> str:
         share = self.step_images // self.devices
@@ -104,20 +114,26 @@ class ImageNetRecipe(ImageRecipe):
     def augmentation(self) -> Augmentation:
         """What varies training images."""
         return Augmentation(
-            self.rand_augment, self.color_jitter, self.erasing, self.mixup, self.cutmix, self.label_smoothing
-        )
+            rand_augment=self.rand_augment or "", color_jitter=self.color_jitter, erasing=self.erasing,
+            mixup=self.mixup or 0.0, cutmix=self.cutmix or 0.0, smoothing=self.label_smoothing,
+        )  # fmt: skip
 
     def build_task(self) -> ImageNetTask:
         """Find the images."""
-        if not self.data:
-            raise ValueError(f"{self.name} wants --data DIR: images as folders by class, parquet files or tar files")
-        return self._load()
+        if self.data is None:
+            raise ValueError(f"{self.name} needs --data DIR: images as folders by class, parquet files or tar files")
+        return self._load(self.data)
 
-    def _load(self, **more: Any) -> ImageNetTask:
+    def _load(self, data: Path, **more: Any) -> ImageNetTask:
         return imagenet.load(
-            self.data, image_size=self.image_size, augmentation=self.augmentation, seed=self.seed,
-            validation_fraction=self.validation_fraction, **more,
+            data, image_size=self.image_size, augmentation=self.augmentation, seed=self.seed,
+            validation_fraction=self.validation_fraction or 0.0, **more,
         )  # fmt: skip
+
+    @property
+    def data_state(self) -> DataState:
+        """The folder of images is the user's to name."""
+        return "unknown"
 
     def read_format(self, values: dict[str, Any]) -> ImageNetFormat:
         """The format that a run has written down."""
@@ -132,12 +148,8 @@ class ImageNetRecipe(ImageRecipe):
     @property
     def row(self) -> str:
         """What the published tables call this model; "" for a model of no table."""
-        changed = self.attention_options or self.patch_size or self.image_size != 224
+        changed = self.attention_options or self.patch_size is not None or self.image_size != 224
         return "" if changed else _ROWS.get((self.model, self.attention), "")
-
-    def published(self, task: Any) -> float | None:
-        """The published top-1 accuracy of this model, in percent; None where the images are not all of ImageNet's."""
-        return task.published.get(self.row)
 
     def published_table(self) -> tuple[str, Mapping[str, float]] | None:
         """The published accuracies."""
@@ -148,16 +160,12 @@ class ImageNetRecipe(ImageRecipe):
 class OwnImageRecipe(ImageNetRecipe):
     """A classifier of a user's own pictures."""
 
-    test_fraction: float = option(0.1, "part of each class held out to test on, where the data has no test part")
+    test_fraction: float = option(
+        0.1, "part of each class held out to test on, where the data has no test part", group="data", above=0, below=1
+    )
 
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        super().__post_init__()
-        if not 0 < self.test_fraction < 1:
-            raise ValueError(f"test_fraction must be above 0 and below 1, got {self.test_fraction}")
-
-    def _load(self, **more: Any) -> ImageNetTask:
-        return super()._load(test_fraction=self.test_fraction, **more)
+    def _load(self, data: Path, **more: Any) -> ImageNetTask:
+        return super()._load(data, test_fraction=self.test_fraction, **more)
 
     def published_table(self) -> None:
         """Nothing is published of a user's pictures."""
@@ -167,7 +175,15 @@ class OwnImageRecipe(ImageNetRecipe):
 class TransferRecipe(ImageNetRecipe):
     """A ViT of timm's that goes on with another attention."""
 
-    weights: str = option("", "file of the ViT's weights; fetched by timm if absent", neutral=True)
+    weights: Path | None = option(
+        None, "file of the ViT's weights; null for timm to fetch them", group="model", neutral=True
+    )
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        super().__post_init__()
+        if self.attention is None:
+            raise ValueError("attention must be the mechanism that replaces the ViT's own, got None")
 
     def build_model(self, form: Any) -> nn.Module:
         """The ViT with its attention replaced; with the weights it begins from, where it is to be trained."""
@@ -176,13 +192,13 @@ class TransferRecipe(ImageNetRecipe):
         trains = form.augmentation is not None  # a model that a run has will be given the run's weights
         options = {"num_classes": len(form.classes), "img_size": form.size, "drop_path_rate": self.drop_path}
         try:
-            model = timm.create_model(self.model, pretrained=trains and not self.weights, **options)
+            model = timm.create_model(self.model, pretrained=trains and self.weights is None, **options)
         except Exception as error:  # of timm, the hub's client, or what it uses
             raise ValueError(f"timm cannot make {self.model}: {error}. Without a network: --weights FILE") from error
-        if trains and self.weights:
+        if trains and self.weights is not None:
             _load_weights(model, self.weights)
         try:
-            report = swap_attention(model, self.attention, **read_options(self.attention_options))
+            report = swap_attention(model, cast("str", self.attention), **self.attention_options)
         except TypeError as error:
             raise ValueError(str(error)) from error
         logger.info("%s", report)
@@ -199,12 +215,12 @@ class TransferRecipe(ImageNetRecipe):
         return "aft-conv-transfer" if same else ""
 
 
-def _load_weights(model: nn.Module, path: str) -> None:
+def _load_weights(model: nn.Module, path: Path) -> None:
     """Weights of a file, as timm reads it; a head for other classes and positions of other sizes stay fresh."""
     import timm.models
 
     try:
-        given = timm.models.load_state_dict(path)
+        given = timm.models.load_state_dict(str(path))
     except Exception as error:  # of pickle, safetensors, the file system
         raise ValueError(f"{path}: no weights that can be read: {error}") from error
     own = model.state_dict()
@@ -225,7 +241,7 @@ _FLOWFORMER: Mapping[str, Any] = {
     "clip_grad_norm": 1.0, "drop_path": 0.2,
 }  # fmt: skip
 _DEIT: Mapping[str, Any] = {
-    **_SHARED, "learning_rate": 1e-3, "step_images": 1_024, "batch_size": 128, "clip_grad_norm": 0.0, "drop_path": 0.1,
+    **_SHARED, "learning_rate": 1e-3, "step_images": 1_024, "batch_size": 128, "clip_grad_norm": None, "drop_path": 0.1,
     "erasing": 0.25, "repeats": 3,
 }  # fmt: skip
 
@@ -239,10 +255,10 @@ def flowformer(row: str, attention: str, /, **fields: Any) -> ImageNetRecipe:
     which 1, 2, 4 or 8 devices divide. The published runs go on for 10 epochs at 1e-5 (timm's cooldown); these do not.
     The published figure is that of the best epoch on the validation set, which stands as test set here.
     """
-    return ImageNetRecipe(**{"name": f"imagenet/{row}", **_FLOWFORMER, "attention": attention, **fields})
+    return ImageNetRecipe(**merge_fields({"name": f"imagenet/{row}", **_FLOWFORMER, "attention": attention}, fields))
 
 
-def deit(row: str, model: str, attention: str, /, **fields: Any) -> ImageNetRecipe:
+def deit(row: str, model: str, attention: str | None, /, **fields: Any) -> ImageNetRecipe:
     """DeiT with other attention, by DeiT's own recipe (facebookresearch/deit, main.py), which AFT's experiments follow.
 
     300 epochs of AdamW, cosine from 5e-4 * 1,024 / 512 to 1e-5 after 5 epochs of warm-up from 1e-6, weight decay 0.05,
@@ -251,7 +267,9 @@ def deit(row: str, model: str, attention: str, /, **fields: Any) -> ImageNetReci
     the weights themselves. Of Flow-Attention in DeiT the accuracy is published, and of Mobile-Attention that it was
     done, but neither's recipe nor the latter's accuracy.
     """
-    return ImageNetRecipe(**{"name": f"imagenet/{row}", **_DEIT, "model": model, "attention": attention, **fields})
+    return ImageNetRecipe(
+        **merge_fields({"name": f"imagenet/{row}", **_DEIT, "model": model, "attention": attention}, fields)
+    )
 
 
 @register_recipe("imagenet/aft-conv-transfer")
@@ -264,10 +282,10 @@ def transfer(**fields: Any) -> TransferRecipe:
     """
     published: dict[str, Any] = {
         **_DEIT, "model": "deit_base_patch16_384", "attention": "aft_conv", "image_size": 384, "epochs": 100,
-        "attention_options": '{"num_heads": 32, "kernel_size": [25, 25]}',
+        "attention_options": {"num_heads": 32, "kernel_size": [25, 25]},
         "learning_rate": 6.25e-5, "min_learning_rate": 1e-6, "step_images": 64, "batch_size": 16,
     }  # fmt: skip
-    return TransferRecipe(**{"name": "imagenet/aft-conv-transfer", **published, **fields})
+    return TransferRecipe(**merge_fields({"name": "imagenet/aft-conv-transfer", **published}, fields))
 
 
 @register_recipe("images/own")
@@ -282,16 +300,16 @@ def own(**fields: Any) -> OwnImageRecipe:
         "model": "flowformer_vision_micro", "attention": "flow", "image_size": 64, "patch_size": 4, "epochs": 50,
         "optimizer": "adamw", "learning_rate": 2e-3, "weight_decay": 0.05, "decayed": "weights", "schedule": "cosine",
         "warmup_epochs": 1, "clip_grad_norm": 1.0, "batch_size": 64, "accumulate": 1, "label_smoothing": 0.1,
-        "rand_augment": "", "color_jitter": 0.2, "mixup": 0.0, "cutmix": 0.0, "eval_every": 1,
+        "rand_augment": None, "color_jitter": 0.2, "mixup": None, "cutmix": None, "eval_every": 1,
     }  # fmt: skip
-    return OwnImageRecipe(**{"name": "images/own", **ours, **fields})
+    return OwnImageRecipe(**merge_fields({"name": "images/own", **ours}, fields))
 
 
 _FLOWFORMER_ROWS = {"flowformer": "flow", "softmax": "softmax", "linear": "linear"}
-_DEIT_ROWS: Mapping[str, tuple[str, str]] = {
+_DEIT_ROWS: Mapping[str, tuple[str, str | None]] = {
     **{row: pair for pair, row in _ROWS.items() if not pair[0].startswith("flowformer")},
-    "deit-tiny-mobile": ("deit_tiny_mobile", ""),
-    "deit-small-mobile": ("deit_small_mobile", ""),
+    "deit-tiny-mobile": ("deit_tiny_mobile", None),
+    "deit-small-mobile": ("deit_small_mobile", None),
 }
 for _row, _attention in _FLOWFORMER_ROWS.items():
     RECIPES.add(f"imagenet/{_row}", partial(flowformer, _row, _attention))

@@ -7,40 +7,48 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from flowformer.models import create_model
-from flowformer.recipes.options import read_options
+from flowformer.recipes.mechanism import check_attention, merge_fields
 from flowformer.recipes.registry import register_recipe
-from flowformer.tasks import images
-from flowformer.tasks.images import ImageFormat, ImageTask
-from flowformer.training.recipe import EpochRecipe, option
+from flowformer.tasks.images import task as images
+from flowformer.tasks.images.format import ImageFormat
+from flowformer.tasks.images.task import ImageTask
+from flowformer.training.fields import option
+from flowformer.training.recipe import DataState, EpochRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRecipe(EpochRecipe):
     """A classifier of pictures."""
 
-    data: str = option("", "folder or archive of the pictures", neutral=True)
-    model: str = option("flowformer_vision_micro", "shape: a model of images that `flowformer list` shows")
-    attention: str = option("", "attention mechanism: any that `flowformer list` shows; the model's own if absent")
-    attention_options: str = option("", "options of the mechanism, as JSON: '{\"competition\": null}'")
-    patch_size: int = option(0, "side of a patch, in pixels; 0 for the model's own")
-    drop_path: float = option(0.0, "probability of leaving out what the last block adds, less in those before")
-    dropout: float = option(0.0, "dropout, on what attention and feed-forward networks add")
-    label_smoothing: float = option(0.0, "share of the target that all classes have")
+    model: str = option("flowformer_vision_micro", "shape: an image model, see `flowformer list models`", group="model")
+    attention: str | None = option(
+        None, "attention mechanism, see `flowformer list attentions`; null for the model's own", group="attention"
+    )
+    attention_options: dict[str, Any] = option({}, "options of the mechanism", group="attention")
+    patch_size: int | None = option(
+        None, "side of a patch, in pixels; null for the model's own", group="model", at_least=1
+    )
+    drop_path: float = option(
+        0.0, "probability of skipping the last block's branches, less in those before", group="model", at_least=0,
+        below=1,
+    )  # fmt: skip
+    dropout: float = option(
+        0.0, "dropout, on the outputs of attention and feed-forward networks", group="model", at_least=0, below=1
+    )
+    label_smoothing: float = option(
+        0.0, "share of the target that is spread over all classes", group="optimisation", at_least=0, below=1
+    )
 
     def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
+        """Check every field."""
         super().__post_init__()
-        if self.patch_size < 0:
-            raise ValueError(f"patch_size must not be negative, got {self.patch_size}")
-        for name in ("drop_path", "dropout", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
-        read_options(self.attention_options)
+        check_attention(self.attention, self.attention_options)
 
     @property
     def label(self) -> str:
@@ -53,16 +61,20 @@ class ImageRecipe(EpochRecipe):
 
     def build_model(self, form: ImageFormat) -> nn.Module:
         """The model of the recipe, with its attention."""
-        options: dict[str, Any] = {"image_size": form.size, "channels": form.channels}
-        if self.patch_size:
+        options: dict[str, Any] = {"img_size": form.size, "in_chans": form.channels}
+        if self.patch_size is not None:
             options["patch_size"] = self.patch_size
-        if self.attention:
+        if self.attention is not None:
             options["attention"] = self.attention
-        if self.attention or self.attention_options:
-            options["attention_options"] = read_options(self.attention_options)
+        if self.attention is not None or self.attention_options:
+            options["attention_options"] = self.attention_options
         try:
             return create_model(
-                self.model, classes=len(form.classes), drop_path=self.drop_path, dropout=self.dropout, **options
+                self.model,
+                num_classes=len(form.classes),
+                drop_path_rate=self.drop_path,
+                dropout=self.dropout,
+                **options,
             )
         except TypeError as error:  # a model of another kind, an option that a mechanism does not have
             raise ValueError(str(error)) from error
@@ -72,18 +84,11 @@ class ImageRecipe(EpochRecipe):
 class SmallImageRecipe(ImageRecipe):
     """A classifier of pictures that fit in memory."""
 
-    flip: bool = option(True, "mirror half of the pictures in training")
-    crop_padding: int = option(4, "in training, shift pictures by up to so many pixels")
-    test_fraction: float = option(0.1, "part held out to test on, where the data has no test part")
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        super().__post_init__()
-        if self.crop_padding < 0 or not 0 < self.test_fraction < 1:
-            raise ValueError(
-                f"crop_padding must not be negative, and test_fraction in (0, 1), got {self.crop_padding} and "
-                f"{self.test_fraction}"
-            )
+    flip: bool = option(True, "mirror half of the images in training", group="data")
+    crop_padding: int = option(4, "in training, shift images by up to this many pixels", group="data", at_least=0)
+    test_fraction: float = option(
+        0.1, "part held out to test on, where the data has no test part", group="data", above=0, below=1
+    )
 
     def _prepare(self, task: ImageTask) -> ImageTask:
         task = replace(
@@ -96,9 +101,16 @@ class SmallImageRecipe(ImageRecipe):
 class Cifar10Recipe(SmallImageRecipe):
     """A classifier of CIFAR-10."""
 
+    data: Path | None = option(None, "folder or archive of CIFAR-10", group="data", neutral=True)
+
     def build_task(self) -> ImageTask:
         """Read CIFAR-10."""
-        return self._prepare(images.load_cifar10(self.data, test_fraction=self.test_fraction))
+        return self._prepare(images.load_cifar10(str(self.data or ""), test_fraction=self.test_fraction))
+
+    @property
+    def data_state(self) -> DataState:
+        """The folder or archive is the user's to name."""
+        return "unknown"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +134,11 @@ def cifar10(**fields: Any) -> Cifar10Recipe:
 
     Without a test set (a part of the archive, say) a tenth of each class is held out, always the same.
     """
-    return Cifar10Recipe(**{"name": "images/cifar10", **_OURS, "epochs": 30, **fields})
+    return Cifar10Recipe(**merge_fields({"name": "images/cifar10", **_OURS, "epochs": 30}, fields))
 
 
 @register_recipe("images/digits")
 def digits(**fields: Any) -> DigitsRecipe:
     """The same on the digits of 8 x 8 pixels that scikit-learn ships, a fifth held out: about a minute on a laptop."""
     ours = {"patch_size": 1, "epochs": 30, "flip": False, "crop_padding": 1, "test_fraction": 0.2, "eval_every": 5}
-    return DigitsRecipe(**{"name": "images/digits", **_OURS, **ours, **fields})
+    return DigitsRecipe(**merge_fields({"name": "images/digits", **_OURS, **ours}, fields))

@@ -6,26 +6,30 @@ Enwik8 the honest protocol is the paper's: the model is chosen on the validation
 
 from __future__ import annotations
 
-import json
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import nn
 
 from flowformer.models import create_model
 from flowformer.models.language import LanguageModel
-from flowformer.recipes.options import read_options
+from flowformer.recipes.mechanism import check_attention, merge_fields
 from flowformer.recipes.registry import RECIPES, register_recipe
-from flowformer.tasks import enwik8, text, text_files, wikitext
-from flowformer.tasks.text import TextFormat, TextTask
-from flowformer.training.recipe import StepRecipe, option
+from flowformer.tasks.text import enwik8, wikitext
+from flowformer.tasks.text import files as text_files
+from flowformer.tasks.text import task as text
+from flowformer.tasks.text.format import TextFormat
+from flowformer.tasks.text.task import TextTask
+from flowformer.training.fields import option
+from flowformer.training.recipe import DataState, StepRecipe
 
-NO_COMPETITION = json.dumps({"competition": None})
-NO_ALLOCATION = json.dumps({"allocation": False})
+NO_COMPETITION: Mapping[str, Any] = {"competition": None}
+NO_ALLOCATION: Mapping[str, Any] = {"allocation": False}
 _ENWIK8_ROWS = {
     ("aft_enwik8_12", "aft_local"): "aft-local-12",
     ("aft_enwik8_24", "aft_local"): "aft-local-24",
@@ -41,28 +45,32 @@ _SIZES = ("num_layers", "num_heads", "dim", "ffn_dim")
 class LanguageRecipe(StepRecipe):
     """A language model."""
 
-    attention: str = option("flow", "attention mechanism: any causal one that `flowformer list` shows")
-    attention_options: str = option("", "options of the mechanism, as JSON: '{\"competition\": null}'")
-    model: str = option(
-        "flowformer_wikitext", "shape and initial weights: a language model that `flowformer list` shows"
+    attention: str = option(
+        "flow", "attention mechanism, a causal one of `flowformer list attentions`", group="attention"
     )
-    num_layers: int = option(0, "blocks; 0 for the model's own")
-    num_heads: int = option(0, "attention heads; 0 for the model's own")
-    dim: int = option(0, "channels; 0 for the model's own")
-    ffn_dim: int = option(0, "channels inside the feed-forward networks; 0 for the model's own")
-    query_key_gain: float = option(1.0, "factor on the initial weights of queries and keys")
-    positions: str = option("learned", "learned (which end with the training length), sinusoidal or none")
-    dropout: float = option(0.1, "dropout, on embeddings and what each block adds")
+    attention_options: dict[str, Any] = option({}, "options of the mechanism", group="attention")
+    model: str = option(
+        "flowformer_wikitext", "shape and initial weights: a language model, see `flowformer list models`",
+        group="model",
+    )  # fmt: skip
+    num_layers: int | None = option(None, "blocks; null for the model's own", group="model", at_least=1)
+    num_heads: int | None = option(None, "attention heads; null for the model's own", group="attention", at_least=1)
+    dim: int | None = option(None, "channels; null for the model's own", group="model", at_least=1)
+    ffn_dim: int | None = option(
+        None, "channels inside the feed-forward networks; null for the model's own", group="model", at_least=1
+    )
+    query_key_gain: float = option(1.0, "factor on the initial weights of queries and keys", group="attention")
+    positions: Literal["learned", "sinusoidal"] | None = option(
+        "learned", "learned (which end with the training length), sinusoidal, or null for none", group="model"
+    )
+    dropout: float = option(
+        0.1, "dropout, on embeddings and the outputs of each block's parts", group="model", at_least=0, below=1
+    )
 
     def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
+        """Check every field."""
         super().__post_init__()
-        if self.positions not in ("learned", "sinusoidal", "none"):
-            raise ValueError(f"positions must be learned, sinusoidal or none, got {self.positions!r}")
-        for name in _SIZES:
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be positive, or 0 for the model's own, got {getattr(self, name)}")
-        read_options(self.attention_options)
+        check_attention(self.attention, self.attention_options)
 
     @property
     def label(self) -> str:
@@ -80,11 +88,11 @@ class LanguageRecipe(StepRecipe):
                 self.model,
                 vocab_size=form.vocab_size,
                 max_length=form.length,
-                positions=None if self.positions == "none" else self.positions,
+                positions=self.positions,
                 dropout=self.dropout,
                 attention=self.attention,
-                attention_options=read_options(self.attention_options),
-                **{name: getattr(self, name) for name in _SIZES if getattr(self, name)},
+                attention_options=self.attention_options,
+                **{name: getattr(self, name) for name in _SIZES if getattr(self, name) is not None},
             )
         except TypeError as error:  # a model of another kind, an option that a mechanism does not have
             raise ValueError(str(error)) from error
@@ -94,49 +102,45 @@ class LanguageRecipe(StepRecipe):
                     projection.weight.mul_(self.query_key_gain)
         return model
 
-    def published(self, task: Any) -> float | None:
-        """The published value of the metric for this recipe."""
-        return task.published.get(self.row)
-
-    @property
-    def row(self) -> str:
-        """What the published table calls this model."""
-        return ""
-
 
 @dataclass(frozen=True, kw_only=True)
 class TextRecipe(LanguageRecipe):
     """A language model of running text."""
 
-    length: int = option(512, "tokens of a sequence")
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        super().__post_init__()
-        self._want_positive("length")
+    length: int = option(512, "tokens of a sequence", group="data", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WikiTextRecipe(TextRecipe):
     """A language model of WikiText-103, word by word."""
 
-    data_dir: str = option("", "folder of wiki.train.tokens and the others, or of their archive", neutral=True)
-    context_window: int = option(400, "tokens of a test sequence that are seen and do not count")
-    check_counts: bool = option(True, "refuse a text with other counts of tokens than the published ones")
+    data_dir: Path | None = option(
+        None, "folder of wiki.train.tokens and the others, or of their archive; null for the cache", group="data",
+        neutral=True,
+    )  # fmt: skip
+    context_window: int = option(
+        400, "tokens at the start of a test sequence that are seen but not scored", group="data", at_least=0
+    )
+    check_counts: bool = option(True, "refuse a text with other counts of tokens than the published ones", group="data")
 
     def build_task(self) -> TextTask:
         """Read the corpus."""
-        corpus = wikitext.load(Path(self.data_dir) if self.data_dir else None, check_counts=self.check_counts)
+        corpus = wikitext.load(self.data_dir, check_counts=self.check_counts)
         # What was published is of the published text.
         published = wikitext.PUBLISHED if self.check_counts else None
         return text.build_task(corpus, self.length, context=self.context_window, published=published)
 
     @property
+    def data_state(self) -> DataState:
+        """Whether the corpus is on this machine."""
+        return "here" if wikitext.is_here(self.data_dir) else "absent"
+
+    @property
     def row(self) -> str:
-        """What the published table calls this model."""
-        rows = {"": "", NO_COMPETITION: "-no-competition", NO_ALLOCATION: "-no-allocation"}
-        own = read_options(self.attention_options)
-        return self.attention + next((row for said, row in rows.items() if json.loads(said or "{}") == own), "?")
+        """The name of this model in the published table; "" for a model that is not in it."""
+        rows = {"": {}, "-no-competition": NO_COMPETITION, "-no-allocation": NO_ALLOCATION}
+        found = [self.attention + row for row, options in rows.items() if options == self.attention_options]
+        return found[0] if found else ""
 
     def published_table(self) -> tuple[str, Mapping[str, float]]:
         """The published perplexities."""
@@ -147,16 +151,23 @@ class WikiTextRecipe(TextRecipe):
 class Enwik8Recipe(TextRecipe):
     """A language model of Enwik8, byte by byte."""
 
-    data_dir: str = option("", "folder of enwik8 or enwik8.zip", neutral=True)
+    data_dir: Path | None = option(
+        None, "folder of enwik8 or enwik8.zip; null for the cache", group="data", neutral=True
+    )
 
     def build_task(self) -> TextTask:
         """Read the corpus."""
-        corpus = enwik8.load(Path(self.data_dir) if self.data_dir else None)
+        corpus = enwik8.load(self.data_dir)
         return text.build_task(corpus, self.length, published=enwik8.PUBLISHED)
 
     @property
+    def data_state(self) -> DataState:
+        """Whether the corpus is on this machine."""
+        return "here" if enwik8.is_here(self.data_dir) else "absent"
+
+    @property
     def row(self) -> str:
-        """What the published table calls this model."""
+        """The name of this model in the published table; "" for a model that is not in it."""
         return _ENWIK8_ROWS.get((self.model, self.attention), "")
 
     def published_table(self) -> tuple[str, Mapping[str, float]]:
@@ -170,16 +181,27 @@ class OwnTextRecipe(TextRecipe):
 
     needs_file: ClassVar[bool] = True
 
-    file: str = option("", "file or folder of text")
-    tokenizer: str = option("bytes", "bytes, characters, words, or one of Hugging Face: folder, tokenizer.json or name")
-    held_out: float = option(0.02, "end of the text to test with: a share below 1, or a number of bytes")
+    file: Path | None = option(None, "file or folder of text", group="data")
+    tokenizer: str = option(
+        "bytes", "bytes, characters, words, or one of Hugging Face: folder, tokenizer.json or name", group="data"
+    )
+    held_out: float = option(
+        0.02, "end of the text to test with: a share below 1, or a number of bytes", group="data", above=0
+    )
 
     def build_task(self) -> TextTask:
         """Read the text."""
-        if self.needs_file and not self.file:
-            raise ValueError(f"{self.name} wants --file FILE: a file or folder of text")
-        corpus = text_files.load(self.file or None, tokenizer=self.tokenizer, held_out=self.held_out)
+        if self.needs_file and self.file is None:
+            raise ValueError(f"{self.name} needs --file FILE: a file or folder of text")
+        corpus = text_files.load(self.file, tokenizer=self.tokenizer, held_out=self.held_out)
         return text.build_task(corpus, self.length)
+
+    @property
+    def data_state(self) -> DataState:
+        """The text is the user's, or that of the gensim package."""
+        if self.needs_file:
+            return "unknown"
+        return "here" if importlib.util.find_spec("gensim") else "absent"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,10 +223,10 @@ def wikitext103(row: str, mechanism: Mapping[str, Any], /, **fields: Any) -> Wik
     published: dict[str, Any] = {
         "model": "flowformer_wikitext", **mechanism, "positions": "sinusoidal", "length": 512, "dropout": 0.1,
         "optimizer": "adamw", "beta1": 0.9, "beta2": 0.98, "weight_decay": 0.01, "learning_rate": 1e-3,
-        "schedule": "inverse-sqrt", "warmup_steps": 6_000, "clip_grad_norm": 0.0,
+        "schedule": "inverse-sqrt", "warmup_steps": 6_000, "clip_grad_norm": None,
         "batch_size": 4, "accumulate": 32, "steps": 150_000, "eval_every": 1_500,
     }  # fmt: skip
-    return WikiTextRecipe(**{"name": f"wikitext103/{row}", **published, **fields})
+    return WikiTextRecipe(**merge_fields({"name": f"wikitext103/{row}", **published}, fields))
 
 
 def enwik8_aft(row: str, model: Mapping[str, Any], /, **fields: Any) -> Enwik8Recipe:
@@ -217,9 +239,9 @@ def enwik8_aft(row: str, model: Mapping[str, Any], /, **fields: Any) -> Enwik8Re
     published: dict[str, Any] = {
         **model, "positions": "learned", "length": 1_024, "dropout": 0.1, "optimizer": "adamw", "weight_decay": 0.5,
         "decayed": "linear", "learning_rate": 3e-3, "schedule": "inverse-sqrt", "warmup_steps": 4_000,
-        "clip_grad_norm": 0.0, "batch_size": 128, "steps": 68_600, "eval_every": 686,
+        "clip_grad_norm": None, "batch_size": 128, "steps": 68_600, "eval_every": 686,
     }  # fmt: skip
-    return Enwik8Recipe(**{"name": f"enwik8/{row}", **published, **fields})
+    return Enwik8Recipe(**merge_fields({"name": f"enwik8/{row}", **published}, fields))
 
 
 # Ours, for a few minutes on a laptop.
@@ -237,7 +259,7 @@ def text_bytes(**fields: Any) -> DemoTextRecipe:
     Without a file: a slice of the English Wikipedia that the gensim package ships. Positions have no end, so that the
     model goes on for as long as it is asked to.
     """
-    return DemoTextRecipe(**{"name": "text/bytes", **_OWN_TEXT, **fields})
+    return DemoTextRecipe(**merge_fields({"name": "text/bytes", **_OWN_TEXT}, fields))
 
 
 @register_recipe("text/own")
@@ -246,7 +268,7 @@ def text_own(**fields: Any) -> OwnTextRecipe:
 
     As text/bytes otherwise. A tokenizer of Hugging Face is a folder, a tokenizer.json or a name on the hub.
     """
-    return OwnTextRecipe(**{"name": "text/own", **_OWN_TEXT, **fields})
+    return OwnTextRecipe(**merge_fields({"name": "text/own", **_OWN_TEXT}, fields))
 
 
 _WIKITEXT: Mapping[str, Mapping[str, Any]] = {

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from flowformer.common.registry import Registry
+from flowformer.training.fields import check_names
 from flowformer.training.recipe import Recipe
 
 RecipeFunction = Callable[..., Recipe]
@@ -49,13 +50,20 @@ def create_recipe(name: str, **fields: Any) -> Recipe:
     """Make a recipe by name, with some of its fields overridden.
 
     Raises:
-        ValueError: for an unknown name or an invalid value.
-        TypeError: for a field that the recipe does not have.
+        ValueError: for an unknown name, a field that the recipe does not have, or a value that a field does not take.
     """
-    return find_recipe(name)(**fields)
+    function = find_recipe(name)
+    check_names(type(function()), fields)
+    return function(**fields)
 
 
 def read_recipe(values: dict[str, Any]) -> Recipe:
-    """The recipe of a run, from the contents of its ``recipe.json``."""
+    """The recipe that :meth:`flowformer.training.recipe.Recipe.to_json` wrote, as a run's ``recipe.json`` holds it.
+
+    Raises:
+        ValueError: as :func:`create_recipe`, or where there is no name.
+    """
     fields = dict(values)
+    if "name" not in fields:
+        raise ValueError("no name among the fields of a recipe")
     return create_recipe(fields.pop("name"), **fields)

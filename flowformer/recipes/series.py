@@ -8,6 +8,7 @@ reported beside the published one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,27 +17,35 @@ from typing import Any
 from torch import nn
 
 from flowformer.models import create_model
+from flowformer.recipes.mechanism import check_attention, merge_fields
 from flowformer.recipes.registry import RECIPES, register_recipe
-from flowformer.tasks import uea
-from flowformer.tasks.series import SeriesFormat, SeriesTask, load_pair
-from flowformer.training.recipe import EpochRecipe, option
+from flowformer.tasks.series import uea
+from flowformer.tasks.series.format import SeriesFormat
+from flowformer.tasks.series.task import SeriesTask, load_pair
+from flowformer.training.fields import option
+from flowformer.training.recipe import DataState, EpochRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeriesRecipe(EpochRecipe):
     """A classifier of time series."""
 
-    attention: str = option("flow", "attention mechanism: any name that `flowformer list` shows")
-    preset: str = option("timeseries", "variant of Flow-Attention; for attention flow only")
-    dim: int = option(512, "channels of the encoder")
-    num_heads: int = option(8, "attention heads")
-    num_layers: int = option(2, "encoder blocks")
-    ffn_dim: int = option(2048, "channels inside the feed-forward networks")
-    dropout: float = option(0.1, "dropout, throughout")
-    mask_padding: bool = option(True, "hide padding from attention; the published code does not")
+    attention: str = option("flow", "attention mechanism, see `flowformer list attentions`", group="attention")
+    attention_options: dict[str, Any] = option({}, "options of the mechanism", group="attention")
+    dim: int = option(512, "channels of the encoder", group="model", at_least=1)
+    num_heads: int = option(8, "attention heads", group="attention", at_least=1)
+    num_layers: int = option(2, "encoder blocks", group="model", at_least=1)
+    ffn_dim: int = option(2048, "channels inside the feed-forward networks", group="model", at_least=1)
+    dropout: float = option(0.1, "dropout, throughout", group="model", at_least=0, below=1)
+    mask_padding: bool = option(True, "hide padding from attention; the published code does not", group="attention")
     trim_batches: bool = option(
-        True, "pad to the longest series of a batch; the published code pads to that of the set"
+        True, "pad to the longest series of a batch; the published code pads to that of the set", group="data"
     )
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        super().__post_init__()
+        check_attention(self.attention, self.attention_options)
 
     @property
     def label(self) -> str:
@@ -51,8 +60,8 @@ class SeriesRecipe(EpochRecipe):
         """The published classifier, with the attention of the recipe."""
         return create_model(
             "flowformer_timeseries",
-            channels=form.channels,
-            classes=len(form.classes),
+            in_chans=form.channels,
+            num_classes=len(form.classes),
             max_length=form.max_length,
             dim=self.dim,
             num_heads=self.num_heads,
@@ -60,13 +69,14 @@ class SeriesRecipe(EpochRecipe):
             ffn_dim=self.ffn_dim,
             dropout=self.dropout,
             attention=self.attention,
-            attention_options={"preset": self.preset} if self.attention == "flow" else {},
+            attention_options=self.attention_options,
             mask_padding=self.mask_padding,
         )
 
-    def published(self, task: Any) -> float | None:
-        """The published accuracy of this attention on this data set, in percent."""
-        return task.published.get(self.attention)
+    @property
+    def row(self) -> str:
+        """The name of this model in the published table: that of its attention."""
+        return self.attention
 
     def _prepare(self, task: SeriesTask) -> SeriesTask:
         task = replace(task, format=replace(task.format, trim=self.trim_batches))
@@ -77,7 +87,12 @@ class SeriesRecipe(EpochRecipe):
 class UEARecipe(SeriesRecipe):
     """A classifier of one of the published UEA subsets."""
 
-    data_dir: str = option("", "folder that holds <Subset>/<Subset>_TRAIN.ts and _TEST.ts", neutral=True)
+    data_dir: Path | None = option(
+        None,
+        "folder that holds <Subset>/<Subset>_TRAIN.ts and _TEST.ts; null for aeon's, or the cache",
+        group="data",
+        neutral=True,
+    )
 
     @property
     def subset(self) -> str:
@@ -86,7 +101,12 @@ class UEARecipe(SeriesRecipe):
 
     def build_task(self) -> SeriesTask:
         """Read the subset."""
-        return self._prepare(uea.load(self.subset, Path(self.data_dir) if self.data_dir else None))
+        return self._prepare(uea.load(self.subset, self.data_dir))
+
+    @property
+    def data_state(self) -> DataState:
+        """Whether both files of the subset are on this machine."""
+        return "here" if uea.find(self.subset, self.data_dir) else "absent"
 
     def published_table(self) -> tuple[str, dict[str, float]]:
         """The published accuracies on the subset."""
@@ -97,16 +117,25 @@ class UEARecipe(SeriesRecipe):
 class OwnSeriesRecipe(SeriesRecipe):
     """A classifier of a user's own series."""
 
-    train_file: str = option("", "training series: .ts, or .csv in long form (columns series, time, label, values)")
-    test_file: str = option("", "test series, in the same form")
+    train_file: Path | None = option(
+        None, "training series: .ts, or .csv in long form (columns series, time, label, values)", group="data"
+    )
+    test_file: Path | None = option(None, "test series, in the same form", group="data")
 
     def build_task(self) -> SeriesTask:
         """Read the two files."""
-        for name in ("train_file", "test_file"):
-            if not getattr(self, name):
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{self.name} wants {flag} FILE: series as .ts, or as .csv in long form")
-        return self._prepare(load_pair(Path(self.train_file), Path(self.test_file)))
+        if self.train_file is None or self.test_file is None:
+            flag = "--test-file" if self.train_file else "--train-file"
+            raise ValueError(f"{self.name} needs {flag} FILE: series as .ts, or as .csv in long form")
+        return self._prepare(load_pair(self.train_file, self.test_file))
+
+    @property
+    def data_state(self) -> DataState:
+        """The files are the user's."""
+        return "unknown"
+
+
+_FLOW: Mapping[str, Any] = {"attention": "flow", "attention_options": {"preset": "timeseries"}}
 
 
 def uea_subset(subset: str, **fields: Any) -> UEARecipe:
@@ -117,18 +146,18 @@ def uea_subset(subset: str, **fields: Any) -> UEARecipe:
     SpokenArabicDigits Adam (scripts/flowformer.sh). An earlier revision of options.py (15b15d6) had 3 layers and 96
     channels inside: --num-layers 3 --ffn-dim 96.
     """
-    published: dict[str, Any] = {}
+    published: dict[str, Any] = {"name": f"uea/{subset}", **_FLOW}
     if subset == "PEMS-SF":
         published["epochs"] = 400  # scripts/flowformer.sh
     if subset == "SpokenArabicDigits":
         published["optimizer"] = "adam"  # scripts/flowformer.sh
-    return UEARecipe(**{"name": f"uea/{subset}", **published, **fields})
+    return UEARecipe(**merge_fields(published, fields))
 
 
 @register_recipe("timeseries/own")
 def timeseries_own(**fields: Any) -> OwnSeriesRecipe:
     """The same classifier on a user's own series, with the hyper-parameters of the published experiments."""
-    return OwnSeriesRecipe(**{"name": "timeseries/own", **fields})
+    return OwnSeriesRecipe(**merge_fields({"name": "timeseries/own", **_FLOW}, fields))
 
 
 for _subset in uea.SUBSETS:

@@ -11,8 +11,8 @@ from typing import Any
 
 from flowformer.recipes.language import DemoTextRecipe, LanguageRecipe
 from flowformer.recipes.registry import register_recipe
-from flowformer.tasks import toys
-from flowformer.training.recipe import option
+from flowformer.tasks.text import toys
+from flowformer.training.fields import option
 
 _SHARED: dict[str, Any] = {
     "optimizer": "adamw", "beta1": 0.9, "beta2": 0.95, "learning_rate": 5e-4, "weight_decay": 0.1, "decayed": "linear",
@@ -24,7 +24,7 @@ _SHARED: dict[str, Any] = {
 class AdderRecipe(LanguageRecipe):
     """A model that adds two numbers."""
 
-    digits: int = option(2, "digits of a number")
+    digits: int = option(2, "digits of a number", group="data", at_least=1)
 
     def build_task(self) -> toys.ToyTask:
         """Make the problems."""
@@ -35,8 +35,8 @@ class AdderRecipe(LanguageRecipe):
 class SortRecipe(LanguageRecipe):
     """A model that sorts digits."""
 
-    size: int = option(6, "digits to sort")
-    kinds: int = option(3, "kinds of digits")
+    size: int = option(6, "digits to sort", group="data", at_least=1)
+    kinds: int = option(3, "kinds of digits", group="data", at_least=1)
 
     def build_task(self) -> toys.ToyTask:
         """Make the problems."""

@@ -9,14 +9,12 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from flowformer.common.files import replacing
-
-if TYPE_CHECKING:
-    from flowformer.report.pictures import Scene, Strip
+from flowformer.tasks.scenes import Scene, Strip
 
 FORMATS = (".png", ".pdf", ".svg")
 COLOURS, UNSEEN = "viridis", "#e4e4e4"

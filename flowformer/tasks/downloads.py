@@ -137,6 +137,14 @@ def search_folders(dataset: Dataset, data_dir: str | Path | None) -> list[Path]:
     return [*given, data_folder(dataset.folder)]
 
 
+def is_here(dataset: Dataset, data_dir: str | Path | None = None) -> bool:
+    """Whether all files of a data set, or its zip file, are in one of the folders to look in."""
+    return any(
+        (folder / dataset.archive).is_file() or all((folder / name).is_file() for name in dataset.files.values())
+        for folder in search_folders(dataset, data_dir)
+    )
+
+
 def describe_missing(dataset: Dataset, wanted: str, looked_in: Iterable[Path]) -> str:
     """Say what is missing, where it was sought, and how to get it.
 

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,11 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, command: str = 
     torch.manual_seed(recipe.seed)
     model = recipe.build_model(task.format)
     if is_first:
-        write_json(folder / "recipe.json", asdict(recipe))
+        write_json(folder / "recipe.json", recipe.to_json())
         write_json(folder / "format.json", task.format.to_json())
     records = fit(recipe, task, model, folder=folder, console=console if is_first else None)
     result = {
-        "recipe": asdict(recipe),
+        "recipe": recipe.to_json(),
         "seed": recipe.seed,
         "command": command,
         "environment": environment(),
@@ -84,7 +84,7 @@ def _check_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
         return
     if not resume:
         raise RunError(f"{folder} holds a run already: go on with it by --resume, or give another folder by --out")
-    before, now = read_json(path), asdict(recipe)
+    before, now = read_json(path), recipe.to_json()
     binding = [field.name for field in fields(recipe) if not field.metadata.get("neutral")]
     differ = [
         f"{name} was {before.get(name)!r}, now {now[name]!r}" for name in binding if before.get(name) != now[name]
@@ -154,7 +154,7 @@ def _arguments(recipe: Recipe, callbacks: list[Callback], folder: Path | None, e
         "max_epochs": recipe.rounds,
         "accumulate_grad_batches": recipe.batches_of_a_step,
         "limit_val_batches": 1.0 if evaluating else 0,
-        "gradient_clip_val": recipe.clip_grad_norm or None,
+        "gradient_clip_val": recipe.clip_grad_norm,
         "callbacks": callbacks,
         "logger": False,
         "default_root_dir": folder,

@@ -3,100 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DistributedSampler
 
-from flowformer.tasks.metric import Metric
+from flowformer.tasks.protocols import Task
+from flowformer.training.fields import check_fields, option, plain_fields
 from flowformer.training.order import RoundSampler
-from flowformer.training.schedules import SCHEDULES
 
-
-def option(default: Any, help: str, *, neutral: bool = False) -> Any:
-    """Declare a field of a recipe.
-
-    Args:
-        default: Its default.
-        help: What ``--help`` says of it.
-        neutral: Whether it leaves the result as it is, and may change when a run is resumed.
-    """
-    return field(default=default, metadata={"help": help, "neutral": neutral})
-
-
-class Task(Protocol):
-    """Data, loss and metric of a benchmark.
-
-    A task whose :attr:`evaluated` sets have no "test" is tested once, when training is over.
-    """
-
-    @property
-    def name(self) -> str:
-        """Name of the benchmark."""
-        ...
-
-    @property
-    def metric(self) -> Metric:
-        """The figure of merit."""
-        ...
-
-    @property
-    def published(self) -> Mapping[str, float]:
-        """Published values of the metric by method."""
-        ...
-
-    @property
-    def source(self) -> str:
-        """Where the data came from."""
-        ...
-
-    @property
-    def licence(self) -> str:
-        """What is known of the terms of the data."""
-        ...
-
-    @property
-    def format(self) -> Format:
-        """How data is prepared for a model."""
-        ...
-
-    @property
-    def train(self) -> Any:
-        """The training set, a map-style dataset."""
-        ...
-
-    @property
-    def test(self) -> Any:
-        """The test set."""
-        ...
-
-    @property
-    def evaluated(self) -> Mapping[str, Any]:
-        """The sets evaluated during training, by name ("test", "validation"); none that is empty."""
-        ...
-
-    def step(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run the model on a batch; means over it of ``"loss"`` and of what the metric is made of."""
-        ...
-
-    def size(self, batch: Mapping[str, Tensor]) -> int:
-        """How many examples, or tokens, the means of a batch are over."""
-        ...
-
-
-class Format(Protocol):
-    """How data is prepared for a model: all that is needed to use a trained one on new data."""
-
-    def collate(self, items: Sequence[Any]) -> dict[str, Tensor]:
-        """Make a batch."""
-        ...
-
-    def to_json(self) -> dict[str, Any]:
-        """The format as plain values."""
-        ...
+Optimizer = Literal["radam", "adam", "adamw"]
+Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]  # weights stay float32
+Schedule = Literal["constant", "inverse-sqrt", "cosine", "linear"]
+Decayed = Literal["all", "linear", "weights"]
+DataState = Literal["here", "absent", "unknown"]  # absent: it can be fetched; unknown: an option has to name its path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,54 +35,61 @@ class Recipe(ABC):
 
     unit: ClassVar[str]  # what the length of a run is counted in
 
-    name: str = option("", "name of the experiment")
-    seed: int = option(0, "seed of initial weights, order of data and dropout")
-    batch_size: int = option(16, "examples in a batch, on each device")
-    accumulate: int = option(1, "batches whose gradients make one step")
-    optimizer: str = option("radam", "radam, adam or adamw")
-    learning_rate: float = option(1e-3, "largest learning rate")
-    schedule: str = option("constant", "learning rate after warm-up: constant, inverse-sqrt, cosine or linear")
-    min_learning_rate: float = option(0.0, "learning rate at the end of the schedules cosine and linear")
-    warmup_steps: int = option(0, "steps in which the learning rate rises")
-    warmup_learning_rate: float = option(0.0, "learning rate that it rises from")
-    beta1: float = option(0.9, "decay of the optimizer's mean of gradients")
-    beta2: float = option(0.999, "decay of the optimizer's mean of squared gradients")
-    weight_decay: float = option(0.0, "weight decay of the optimizer")
-    decayed: str = option(
-        "all",
-        "what weight decay acts on: all; the weights of linear layers (linear); all but biases, norms, positions, "
-        "class token (weights)",
+    name: str = ""  # of the experiment
+    seed: int = option(0, "seed of initial weights, order of data and dropout", group="optimisation", at_least=0)
+    batch_size: int = option(16, "examples in a batch, on each device", group="optimisation", at_least=1)
+    accumulate: int | None = option(
+        1, "batches whose gradients make one step; null for 1", group="optimisation", at_least=1
     )
-    clip_grad_norm: float = option(4.0, "gradients are scaled down to this norm; 0 for no clipping")
-    precision: str = option("32-true", "32-true, bf16-mixed or 16-mixed; auto: 16-mixed on a GPU, else 32-true")
-    accelerator: str = option("auto", "auto, cpu, gpu or another that Lightning knows")
-    devices: int = option(1, "number of devices")
-    workers: int = option(0, "processes that prepare batches; 0 for none besides the main one", neutral=True)
+    optimizer: Optimizer = option("radam", "optimizer", group="optimisation")
+    learning_rate: float = option(1e-3, "largest learning rate", group="optimisation", above=0)
+    schedule: Schedule = option("constant", "learning rate after warm-up", group="optimisation")
+    min_learning_rate: float = option(
+        0.0, "learning rate at the end of the schedules cosine and linear", group="optimisation", at_least=0
+    )
+    warmup_steps: int = option(0, "steps in which the learning rate rises", group="optimisation", at_least=0)
+    warmup_learning_rate: float = option(0.0, "learning rate that it rises from", group="optimisation", at_least=0)
+    beta1: float = option(0.9, "decay of the optimizer's mean of gradients", group="optimisation", at_least=0, below=1)
+    beta2: float = option(
+        0.999, "decay of the optimizer's mean of squared gradients", group="optimisation", at_least=0, below=1
+    )
+    weight_decay: float = option(0.0, "weight decay of the optimizer", group="optimisation", at_least=0)
+    decayed: Decayed = option(
+        "all",
+        "parameters that weight decay acts on: all; the weights of linear layers (linear); all but biases, norms, "
+        "positions and class token (weights)",
+        group="optimisation",
+    )
+    clip_grad_norm: float | None = option(
+        4.0, "gradients are scaled down to this norm; null for no clipping", group="optimisation", above=0
+    )
+    precision: Precision = option(
+        "32-true", "precision of training; auto: 16-mixed on a GPU, else 32-true", group="machine"
+    )
+    accelerator: str = option("auto", "auto, cpu, gpu or another that Lightning knows", group="machine")
+    devices: int = option(1, "number of devices", group="machine", at_least=1)
+    workers: int = option(
+        0, "processes that prepare batches; 0 for the main process alone", group="machine", neutral=True, at_least=0
+    )
 
     def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        for name in ("batch_size", "accumulate", "devices"):
-            self._want_positive(name)
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        for name in ("min_learning_rate", "warmup_learning_rate"):
-            if not 0 <= getattr(self, name) <= self.learning_rate:
-                raise ValueError(
-                    f"{name} must be from 0 to learning_rate {self.learning_rate}, got {getattr(self, name)}"
-                )
-        if self.warmup_steps < 0 or (self.schedule == "inverse-sqrt" and not self.warmup_steps):
-            least = "positive for the schedule inverse-sqrt" if self.schedule == "inverse-sqrt" else "at least 0"
-            raise ValueError(f"warmup_steps must be {least}, got {self.warmup_steps}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        """Check every field, and convert paths and numbers.
 
-    def _want_positive(self, name: str) -> None:
-        if getattr(self, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        Raises:
+            ValueError: for a value that a field does not take, or values that do not fit each other.
+        """
+        check_fields(self)
+        for name in ("min_learning_rate", "warmup_learning_rate"):
+            if getattr(self, name) > self.learning_rate:
+                raise ValueError(
+                    f"{name} must be at most learning_rate {self.learning_rate}, got {getattr(self, name)}"
+                )
+        if self.schedule == "inverse-sqrt" and not self.warmup_steps:
+            raise ValueError(f"warmup_steps must be positive for the schedule inverse-sqrt, got {self.warmup_steps}")
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as plain values: what ``recipe.json`` holds, and :func:`flowformer.recipes.read_recipe` reads."""
+        return plain_fields(self)
 
     @property
     def used_precision(self) -> str:
@@ -172,7 +102,7 @@ class Recipe(ABC):
     @property
     def batches_of_a_step(self) -> int:
         """Batches on each device whose gradients make one step."""
-        return self.accumulate
+        return self.accumulate or 1
 
     def count_warmup_steps(self, steps: int) -> int:
         """Steps in which the learning rate rises, in a run of so many steps of the optimizer."""
@@ -213,13 +143,23 @@ class Recipe(ABC):
     def build_model(self, form: Any) -> nn.Module:
         """Build the model for a format of data."""
 
+    @property
+    def row(self) -> str:
+        """The name of this model in the published table; "" for a model that is not in it."""
+        return ""
+
     def published(self, task: Task) -> float | None:
-        """The published value of the metric for this recipe; ``None`` where there is none."""
-        return None
+        """The published value of the metric for this recipe on the data of a task; ``None`` where there is none."""
+        return task.published.get(self.row)
 
     def published_table(self) -> tuple[str, Mapping[str, float]] | None:
-        """What was published of this experiment, to be shown: of which figure, and its value by method."""
+        """The published values of this experiment: the name of the figure, and its value by method."""
         return None
+
+    @property
+    def data_state(self) -> DataState:
+        """Whether the data is on this machine, as far as that is known without reading it."""
+        return "here"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,20 +168,29 @@ class EpochRecipe(Recipe):
 
     unit: ClassVar[str] = "epoch"
 
-    epochs: int = option(100, "passes over the training set")
-    eval_every: int = option(2, "epochs between evaluations, besides those before training and after the first epoch")
-    validation_fraction: float = option(0.0, "part of the training set held out to choose the epoch by; 0 for none")
-    warmup_epochs: int = option(0, "epochs in which the learning rate rises, before warmup_steps are counted")
+    epochs: int = option(100, "passes over the training set", group="optimisation", at_least=1)
+    eval_every: int = option(
+        2,
+        "epochs between evaluations, besides those before training and after the first epoch",
+        group="optimisation",
+        at_least=1,
+    )
+    validation_fraction: float | None = option(
+        None,
+        "part of the training set held out to choose the epoch by; null for none",
+        group="data",
+        above=0,
+        below=1,
+    )
+    warmup_epochs: int = option(
+        0, "epochs in which the learning rate rises, before warmup_steps are counted", group="optimisation", at_least=0
+    )
 
     def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
+        """Check every field."""
         super().__post_init__()
-        for name in ("epochs", "eval_every"):
-            self._want_positive(name)
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction must be at least 0 and below 1, got {self.validation_fraction}")
-        if not 0 <= self.warmup_epochs <= self.epochs:
-            raise ValueError(f"warmup_epochs must be from 0 to epochs {self.epochs}, got {self.warmup_epochs}")
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs must be at most epochs {self.epochs}, got {self.warmup_epochs}")
 
     def count_warmup_steps(self, steps: int) -> int:
         """Steps in which the learning rate rises, in a run of so many steps of the optimizer."""
@@ -273,14 +222,17 @@ class StepRecipe(Recipe):
 
     unit: ClassVar[str] = "step"
 
-    steps: int = option(10_000, "steps of the optimizer")
-    eval_every: int = option(1_000, "steps between evaluations, each of which ends in a checkpoint; divides steps")
+    steps: int = option(10_000, "steps of the optimizer", group="optimisation", at_least=1)
+    eval_every: int = option(
+        1_000,
+        "steps between evaluations, each of which ends in a checkpoint; divides steps",
+        group="optimisation",
+        at_least=1,
+    )
 
     def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
+        """Check every field."""
         super().__post_init__()
-        for name in ("steps", "eval_every"):
-            self._want_positive(name)
         if self.steps > self.eval_every and self.steps % self.eval_every:
             raise ValueError(f"eval_every must divide steps, got eval_every {self.eval_every} and steps {self.steps}")
 
@@ -305,16 +257,5 @@ class StepRecipe(Recipe):
 
     def sampler(self, data: Any, world: int, rank: int) -> RoundSampler:
         """The training set in one order after another, as much of it as the steps of a round take."""
-        return RoundSampler(
-            len(data), self.steps_of_a_round * self.accumulate * self.batch_size, world=world, rank=rank, seed=self.seed
-        )
-
-
-OPTIMIZERS = ("radam", "adam", "adamw")
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")  # weights stay float32
-_CHOICES = {
-    "optimizer": OPTIMIZERS,
-    "precision": PRECISIONS,
-    "schedule": tuple(SCHEDULES),
-    "decayed": ("all", "linear", "weights"),
-}
+        length = self.steps_of_a_round * self.batches_of_a_step * self.batch_size
+        return RoundSampler(len(data), length, world=world, rank=rank, seed=self.seed)

@@ -58,7 +58,7 @@ def test_learns_series_of_equal_length():
     X, y = load_basic_motions(split="train")
     classifier = FlowformerClassifier(**SMALL, n_epochs=20, random_state=0).fit(X, y)
     assert classifier.score(*load_basic_motions(split="test")) > 0.85  # chance is 0.25
-    assert (classifier.model_.channels, classifier.model_.max_length) == (6, 100)
+    assert (classifier.model_.in_chans, classifier.model_.max_length) == (6, 100)
 
 
 def test_learns_series_of_unequal_length():
@@ -162,6 +162,7 @@ def test_defaults_are_those_of_the_recipe():
         name: parameter.default for name, parameter in inspect.signature(FlowformerClassifier).parameters.items()
     }
     ours = {name: value for name, value in defaults.items() if name not in ("verbose", "random_state")}
+    assert ours.pop("preset") == recipe.attention_options["preset"]
     assert ours == {name: getattr(recipe, names.get(name, name)) for name in ours}
 
 
@@ -196,7 +197,8 @@ WRONG = [
     ({"learning_rate": float("nan")}, ValueError, "learning_rate"),
     ({"weight_decay": -1.0}, ValueError, "weight_decay"),
     ({"clip_grad_norm": -4.0}, ValueError, "clip_grad_norm"),
-    ({"clip_grad_norm": None}, TypeError, "clip_grad_norm"),
+    ({"clip_grad_norm": 0.0}, ValueError, "clip_grad_norm"),
+    ({"clip_grad_norm": "4.0"}, TypeError, "clip_grad_norm"),
     ({"random_state": "zero"}, ValueError, "zero"),
 ]
 

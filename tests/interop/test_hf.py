@@ -80,6 +80,7 @@ def test_published_models(name, options):
     assert torch.equal(model(draw(2, 9), use_cache=False).logits, language(draw(2, 9)))
     assert repr(from_hf(model)) == repr(language)
     assert model.config.tie_word_embeddings is (language.head is None)
+    assert from_hf(model).initialization == language.initialization
     assert (model.lm_head.weight is model.model.embed.weight) is (language.head is None)
 
 
@@ -156,7 +157,7 @@ def test_configurations_refuse():
         FlowformerModel(configure(num_hidden_layers=0))
     with pytest.raises(ValueError, match="no attention 'flwo'"):
         FlowformerModel(configure("flwo"))
-    with pytest.raises(ValueError, match="wants max_length"):
+    with pytest.raises(ValueError, match="needs max_length"):
         FlowformerModel(configure(max_position_embeddings=None))
     with pytest.raises(StrictDataclassFieldValidationError, match="hidden_size"):
         configure(hidden_size="wide")

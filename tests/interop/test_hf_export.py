@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import flowformer
 from flowformer.interop.hf.export import save_run, to_hf_tokenizer
-from flowformer.tasks.tokenizers import BytesTokenizer, CharacterTokenizer, HuggingFaceTokenizer, WordTokenizer
+from flowformer.tasks.text.tokenizers import BytesTokenizer, CharacterTokenizer, HuggingFaceTokenizer, WordTokenizer
 
 TEXT = "One caf\u00e9, two \u20ac 3.\n  A tab:\t\x00\u00a0 \U0001f600 end\n"
 

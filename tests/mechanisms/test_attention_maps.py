@@ -190,7 +190,7 @@ def test_maps_of_a_language_model() -> None:
 @pytest.mark.parametrize("attention", ["flow", "aft_conv"])
 def test_maps_of_a_model_of_images(attention: str) -> None:
     model = VisionModel(
-        4, image_size=16, patch_size=2, dims=(8, 16), depths=(1, 2), num_heads=2, attention=attention
+        4, img_size=16, patch_size=2, embed_dims=(8, 16), depths=(1, 2), num_heads=2, attention=attention
     ).eval()  # fmt: skip
     asked = {}
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from flowformer.mechanisms import find_attention, list_attentions
 from flowformer.models import generation
-from flowformer.models.generation import generate, next_probabilities
+from flowformer.models.generation import next_probabilities, stream_tokens
 from flowformer.models.language import LanguageModel
 
 CAUSAL = [name for name in list_attentions() if find_attention(name).can("causal")]
@@ -47,7 +47,7 @@ def build_constant(probabilities):
 
 def collect(model, prompts, **options):
     """All tokens as lists, row by row."""
-    return torch.stack(list(generate(model, prompts, **options)), 1).tolist()
+    return torch.stack(list(stream_tokens(model, prompts, **options)), 1).tolist()
 
 
 def draw(row, steps, seed):
@@ -84,14 +84,14 @@ def by_whole_sequences(model, prompts, steps, seed=0, **options):
 @pytest.mark.parametrize("attention", CAUSAL)
 def test_equals_whole_sequences(attention, temperature, chunk):
     model = build(attention)
-    got = collect(model, PROMPTS, max_tokens=8, temperature=temperature, seed=5, chunk=chunk)
+    got = collect(model, PROMPTS, max_new_tokens=8, temperature=temperature, seed=5, chunk_size=chunk)
     assert got == by_whole_sequences(model, PROMPTS, 8, seed=5, temperature=temperature)
     assert len({token for row in got for token in row}) > 4
 
 
 @pytest.mark.parametrize("attention", CAUSAL)
 def test_a_prompt_gives_in_a_batch_what_it_gives_alone(attention):
-    model, options = build(attention), {"max_tokens": 8, "top_k": 9, "top_p": 0.9}
+    model, options = build(attention), {"max_new_tokens": 8, "top_k": 9, "top_p": 0.9}
     together = collect(model, PROMPTS, seed=5, **options)
     alone = [collect(model, [prompt], seed=5 + row, **options)[0] for row, prompt in enumerate(PROMPTS)]
     assert together == alone
@@ -101,7 +101,9 @@ def test_a_prompt_gives_in_a_batch_what_it_gives_alone(attention):
 @pytest.mark.parametrize("attention", CAUSAL)
 def test_pieces_of_a_prompt_do_not_matter(attention):
     model, prompts = build(attention), [*PROMPTS, list(range(15))]
-    one, *others = (collect(model, prompts, max_tokens=6, seed=1, chunk=chunk) for chunk in (15, 1, 2, 7, 4096))
+    one, *others = (
+        collect(model, prompts, max_new_tokens=6, seed=1, chunk_size=chunk) for chunk in (15, 1, 2, 7, 4096)
+    )
     assert all(one == other for other in others)
 
 
@@ -110,17 +112,21 @@ def test_a_piece_at_a_time_and_one_position_is_scored(monkeypatch):
     hidden, logits = model.hidden, model.logits
     monkeypatch.setattr(model, "hidden", lambda x, *rest, **more: (seen.append(x.shape), hidden(x, *rest, **more))[1])
     monkeypatch.setattr(model, "logits", lambda x: (seen.append(x.shape), logits(x))[1])
-    next(generate(model, [[1] * 100, [2] * 30], max_tokens=1, chunk=40))
+    next(stream_tokens(model, [[1] * 100, [2] * 30], max_new_tokens=1, chunk_size=40))
     assert seen == [(2, 40), (2, 40), (2, 20), (2, 16)]
 
 
 def test_tensors_and_lists_are_prompts():
     model = build()
-    wanted = collect(model, PROMPTS, max_tokens=3, seed=0)
-    assert collect(model, [torch.tensor(prompt) for prompt in PROMPTS], max_tokens=3, seed=0) == wanted
-    assert collect(model, [torch.tensor(PROMPTS[0], dtype=torch.uint8), *PROMPTS[1:]], max_tokens=3, seed=0) == wanted
+    wanted = collect(model, PROMPTS, max_new_tokens=3, seed=0)
+    assert collect(model, [torch.tensor(prompt) for prompt in PROMPTS], max_new_tokens=3, seed=0) == wanted
+    assert (
+        collect(model, [torch.tensor(PROMPTS[0], dtype=torch.uint8), *PROMPTS[1:]], max_new_tokens=3, seed=0) == wanted
+    )
     square = torch.tensor([PROMPTS[2], PROMPTS[2]])
-    assert collect(model, square, max_tokens=3, seed=0) == collect(model, [PROMPTS[2]] * 2, max_tokens=3, seed=0)
+    assert collect(model, square, max_new_tokens=3, seed=0) == collect(
+        model, [PROMPTS[2]] * 2, max_new_tokens=3, seed=0
+    )
 
 
 def test_three_thousand_tokens_from_a_state_that_does_not_grow(monkeypatch):
@@ -128,7 +134,7 @@ def test_three_thousand_tokens_from_a_state_that_does_not_grow(monkeypatch):
     states, step = [], model.step
     monkeypatch.setattr(model, "step", lambda tokens, state: (states.append(sizes(state)), step(tokens, state))[1])
     tokens, alive = [], []
-    for number, token in enumerate(generate(model, [[7]], max_tokens=3000, temperature=0.9, seed=2)):
+    for number, token in enumerate(stream_tokens(model, [[7]], max_new_tokens=3000, temperature=0.9, seed=2)):
         tokens.append(int(token))
         if number in (100, 2900):
             alive.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
@@ -186,7 +192,7 @@ def test_probabilities_are_those_of_the_allowed_tokens(options, allowed):
 @pytest.mark.parametrize(("options", "allowed"), ALLOWED)
 def test_tokens_are_as_frequent_as_they_are_likely(options, allowed):
     rows, steps = 50, 100
-    got = collect(build_constant(GIVEN), [[0]] * rows, max_tokens=steps, seed=11, **options)
+    got = collect(build_constant(GIVEN), [[0]] * rows, max_new_tokens=steps, seed=11, **options)
     counts = torch.tensor(got).flatten().bincount(minlength=5).tolist()
     assert {token for token, count in enumerate(counts) if count} == allowed
     for count, wanted in zip(counts, renormalise(allowed, **options), strict=True):
@@ -208,26 +214,26 @@ def test_the_ends_of_what_may_be_drawn(monkeypatch, share, wanted):
     # Ten tenths sum to less than one, and what top-k leaves out stands before and behind them.
     model = build_constant([0.01, *[0.098] * 10, 0.01])
     monkeypatch.setattr(torch, "rand", lambda *sizes, generator, dtype: torch.full(sizes, share, dtype=dtype))
-    assert collect(model, [[0]], max_tokens=1, top_k=10) == [[wanted]]
+    assert collect(model, [[0]], max_new_tokens=1, top_k=10) == [[wanted]]
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-6])
 def test_low_temperatures_are_greedy(temperature):
     model = build()
-    assert collect(model, PROMPTS, max_tokens=5, temperature=temperature) == collect(
-        model, PROMPTS, max_tokens=5, temperature=0
+    assert collect(model, PROMPTS, max_new_tokens=5, temperature=temperature) == collect(
+        model, PROMPTS, max_new_tokens=5, temperature=0
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_models_of_other_dtypes_sample_in_float64(dtype):
     assert next_probabilities(torch.randn(2, 9, dtype=dtype)).dtype == torch.float64
-    got = collect(build().to(dtype), PROMPTS, max_tokens=5, seed=0)
+    got = collect(build().to(dtype), PROMPTS, max_new_tokens=5, seed=0)
     assert all(0 <= token < VOCABULARY for row in got for token in row)
 
 
 def test_seed_alone_decides():
-    model, options = build(), {"max_tokens": 8}
+    model, options = build(), {"max_new_tokens": 8}
     before = torch.get_rng_state()
     one = collect(model, PROMPTS, seed=3, **options)
     torch.manual_seed(99)
@@ -247,13 +253,13 @@ def test_seed_alone_decides():
 
 @pytest.mark.parametrize("attention", ["flow", "softmax"])
 def test_rows_stop_by_themselves(attention):
-    model, options = build(attention), {"max_tokens": 12, "seed": 0, "temperature": 2.0}
+    model, options = build(attention), {"max_new_tokens": 12, "seed": 0, "temperature": 2.0}
     free = collect(model, PROMPTS, **options)
     stop = {free[0][2], free[1][7], free[2][4]}
     first = [next(place for place, token in enumerate(row) if token in stop) for row in free]
     assert len(set(first)) > 1
     assert max(first) < 11
-    got = collect(model, PROMPTS, stop_tokens=stop, **options)
+    got = collect(model, PROMPTS, eos_token_id=stop, **options)
     steps = max(first) + 1
     for row, before, end in zip(got, free, first, strict=True):
         assert row == before[: end + 1] + [-1] * (steps - end - 1)
@@ -262,8 +268,8 @@ def test_rows_stop_by_themselves(attention):
 def test_nothing_is_computed_after_all_have_stopped(monkeypatch):
     model, calls = build(), []
     count(monkeypatch, model, calls)
-    (first,) = collect(model, PROMPTS[:1], max_tokens=1, temperature=0)
-    assert collect(model, PROMPTS[:1], max_tokens=9, temperature=0, stop_tokens=first) == [first]
+    (first,) = collect(model, PROMPTS[:1], max_new_tokens=1, temperature=0)
+    assert collect(model, PROMPTS[:1], max_new_tokens=9, temperature=0, eos_token_id=first) == [first]
     assert calls == ["hidden", "hidden"]
 
 
@@ -287,7 +293,7 @@ def count(monkeypatch, model, calls):
 def test_tokens_come_as_they_are_asked_for(monkeypatch):
     model, calls = build(positions="sinusoidal", max_length=None), []
     count(monkeypatch, model, calls)
-    tokens = generate(model, PROMPTS, max_tokens=10**12)
+    tokens = stream_tokens(model, PROMPTS, max_new_tokens=10**12)
     assert calls == []
     next(tokens)
     assert calls == ["hidden"]
@@ -297,13 +303,13 @@ def test_tokens_come_as_they_are_asked_for(monkeypatch):
 
 def test_the_model_is_left_as_it_was():
     model = build(dropout=0.5)
-    wanted = collect(model, PROMPTS, max_tokens=6, temperature=0)
+    wanted = collect(model, PROMPTS, max_new_tokens=6, temperature=0)
     model.embed.register_forward_hook(lambda *_: inside.append(torch.is_inference_mode_enabled()))
     model.train()
     model.decoder.blocks[0].eval()
     modes = [module.training for module in model.modules()]
     got, inside = [], []
-    for token in generate(model, PROMPTS, max_tokens=6, temperature=0):
+    for token in stream_tokens(model, PROMPTS, max_new_tokens=6, temperature=0):
         got.append(token)
         assert all(inside)
         assert [module.training for module in model.modules()] == modes
@@ -317,7 +323,7 @@ def test_the_model_is_left_as_it_was():
 
 def test_the_model_is_left_as_it_was_when_it_fails():
     model = build().train()
-    tokens = generate(model, PROMPTS, max_tokens=6)
+    tokens = stream_tokens(model, PROMPTS, max_new_tokens=6)
     next(tokens)
     with torch.no_grad():
         model.head.weight[3] = torch.nan
@@ -332,7 +338,7 @@ def test_scores_that_are_not_finite_are_refused_by_greed_too():
     with torch.no_grad():
         model.embed.weight[6, 0] = torch.inf
     with pytest.raises(ValueError, match="not finite"):
-        next(generate(model, PROMPTS, max_tokens=1, temperature=0))
+        next(stream_tokens(model, PROMPTS, max_new_tokens=1, temperature=0))
 
 
 # -------------------------------------------------------------------------------------------------------------- limits
@@ -344,13 +350,13 @@ def test_learned_positions_are_used_to_the_last_and_no_further(attention, positi
     model = build(attention, positions=positions)
     longest = len(PROMPTS[0])
     last = LENGTH - longest + 1
-    assert len(collect(model, PROMPTS, max_tokens=last)[0]) == last
+    assert len(collect(model, PROMPTS, max_new_tokens=last)[0]) == last
     if positions == "learned" or find_attention(attention).module.learns_positions:
-        message = rf"a prompt of 7 tokens and max_tokens = {last + 1} want 25 positions .* has learned {LENGTH}"
+        message = rf"a prompt of 7 tokens and max_new_tokens = {last + 1} need 25 positions .* has {LENGTH}"
         with pytest.raises(ValueError, match=message):
-            generate(model, PROMPTS, max_tokens=last + 1)
+            stream_tokens(model, PROMPTS, max_new_tokens=last + 1)
     else:
-        assert len(collect(model, PROMPTS, max_tokens=last + 1)[0]) == last + 1
+        assert len(collect(model, PROMPTS, max_new_tokens=last + 1)[0]) == last + 1
 
 
 @pytest.mark.parametrize(
@@ -368,9 +374,9 @@ def test_learned_positions_are_used_to_the_last_and_no_further(attention, positi
         ({"prompts": [[True]]}, TypeError, "must be integers, got .* bool"),
         ({"prompts": [[1], [31]]}, ValueError, r"prompts\[1\] must be from 0 to 30, got 31"),
         ({"prompts": [[-1]]}, ValueError, "must be from 0 to 30, got -1"),
-        ({"max_tokens": 0}, ValueError, "max_tokens must be at least 1, got 0"),
-        ({"max_tokens": 2.0}, TypeError, "max_tokens must be a whole number, got 2.0"),
-        ({"chunk": 0}, ValueError, "chunk must be at least 1, got 0"),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": 2.0}, TypeError, "max_new_tokens must be a whole number, got 2.0"),
+        ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
         ({"temperature": -0.1}, ValueError, "temperature must be finite and not negative, got -0.1"),
         ({"temperature": math.inf}, ValueError, "temperature must be finite"),
         ({"temperature": math.nan}, ValueError, "temperature must be finite"),
@@ -385,18 +391,66 @@ def test_learned_positions_are_used_to_the_last_and_no_further(attention, positi
         ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
         ({"seed": 2**32 - 2}, ValueError, "seed must be at most 4294967293 for 3 rows, got 4294967294"),
         ({"seed": 1.0}, TypeError, "seed must be a whole number, got 1.0"),
-        ({"stop_tokens": [31]}, ValueError, "stop tokens must be from 0 to 30, got 31"),
-        ({"stop_tokens": [-1]}, ValueError, "a stop token must be at least 0, got -1"),
-        ({"stop_tokens": "x"}, TypeError, "a stop token must be a whole number, got 'x'"),
+        ({"eos_token_id": [31]}, ValueError, "eos_token_id must be from 0 to 30, got 31"),
+        ({"eos_token_id": [-1]}, ValueError, "eos_token_id must be at least 0, got -1"),
+        ({"eos_token_id": "x"}, TypeError, "eos_token_id must be a whole number, got 'x'"),
     ],
 )
 def test_refuses_what_does_not_fit(changes, error, message):
-    arguments = {"prompts": PROMPTS, "max_tokens": 4, **changes}
+    arguments = {"prompts": PROMPTS, "max_new_tokens": 4, **changes}
     with pytest.raises(error, match=message):
-        generate(build(), arguments.pop("prompts"), **arguments)
+        stream_tokens(build(), arguments.pop("prompts"), **arguments)
 
 
 def test_the_likeliest_token_has_no_probabilities():
     with pytest.raises(ValueError, match="temperature must be positive to have probabilities"):
         next_probabilities(torch.zeros(3), temperature=0)
     assert generation.DONE == -1
+
+
+# ------------------------------------------------------------------------------------------------ as a method
+
+
+def test_the_method_gives_whole_rows():
+    model = build().train()
+    wanted = collect(model, PROMPTS, max_new_tokens=6, temperature=0.8, top_k=9, top_p=0.9, seed=3)
+    rows = model.generate(PROMPTS, max_new_tokens=6, temperature=0.8, top_k=9, top_p=0.9, seed=3)
+    assert [row.tolist() for row in rows] == [prompt + new for prompt, new in zip(PROMPTS, wanted, strict=True)]
+    assert {row.dtype for row in rows} == {torch.int64}
+    assert model.training
+    square = torch.tensor([PROMPTS[2], PROMPTS[2]])
+    assert [row.tolist() for row in model.generate(square, max_new_tokens=2, temperature=0)] == [
+        model.generate([PROMPTS[2]], max_new_tokens=2, temperature=0)[0].tolist()
+    ] * 2
+
+
+def test_the_method_ends_rows_at_eos():
+    model = build()
+    options = {"max_new_tokens": 12, "seed": 0, "temperature": 2.0}
+    free = [row.tolist() for row in model.generate(PROMPTS, **options)]
+    eos = free[0][len(PROMPTS[0]) + 2]
+    for given in (eos, [eos], {eos, VOCABULARY - 1}):
+        ends = {eos} if given == eos else set(given)
+        for prompt, row, whole in zip(
+            PROMPTS, model.generate(PROMPTS, eos_token_id=given, **options), free, strict=True
+        ):
+            new = whole[len(prompt) :]
+            stop = next((place + 1 for place, token in enumerate(new) if token in ends), len(new))
+            assert row.tolist() == prompt + new[:stop]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"prompts": []}, ValueError, "one sequence of tokens or more"),
+        ({"prompts": [[]]}, ValueError, r"prompts\[0\] is empty"),
+        ({"prompts": torch.tensor([1, 2])}, ValueError, "a single prompt goes in a list"),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1"),
+        ({"eos_token_id": True}, TypeError, "eos_token_id must be a whole number"),
+        ({"temperature": -1}, ValueError, "temperature must be finite and not negative"),
+    ],
+)
+def test_the_method_refuses(changes, error, message):
+    arguments = {"prompts": PROMPTS, "max_new_tokens": 4, **changes}
+    with pytest.raises(error, match=message):
+        build().generate(arguments.pop("prompts"), **arguments)

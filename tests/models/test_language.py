@@ -354,7 +354,7 @@ def test_refuses_what_does_not_fit():
         (ValueError, "of 2 layers", lambda: model(tokens, initial_state=LanguageState(torch.zeros(2), ()))),
         (ValueError, "without targets, tokens must be two or more", lambda: model.loss(tokens[:, :1])),
         (ValueError, "reduction must be", lambda: model.loss(tokens, reduction="max")),
-        (ValueError, "wants max_length", lambda: build(max_length=None)),
+        (ValueError, "needs max_length", lambda: build(max_length=None)),
         (ValueError, "positions must be", lambda: build(positions="rotary")),
         (ValueError, "activation must be one of", lambda: build(activation="swish")),
         (ValueError, "init must be", lambda: build(init="zeros")),

@@ -235,13 +235,13 @@ def test_norms_without_a_place_are_dropped_or_refused():
 @pytest.mark.parametrize("build", [vit, pvt])
 def test_every_mechanism_learns_and_survives(build, attention):
     model = build()
-    swap_attention(model, attention, **({"image_size": 64} if build is pvt else {}))
+    swap_attention(model, attention, **({"img_size": 64} if build is pvt else {}))
     x = images()
     model.train()(x).square().mean().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     before = model.eval()(x)
     other = build()
-    swap_attention(other, attention, **({"image_size": 64} if build is pvt else {}))
+    swap_attention(other, attention, **({"img_size": 64} if build is pvt else {}))
     other.load_state_dict(model.state_dict())
     buffer = io.BytesIO()
     torch.save(model, buffer)
@@ -262,7 +262,7 @@ def test_another_resolution(attention):
     with pytest.raises(ValueError, match="position_bias has 17 places, and there are 65 tokens"):
         model(images(128))
     model = vit(dynamic_img_size=True)
-    swap_attention(model, attention, image_size=(128, 96))
+    swap_attention(model, attention, img_size=(128, 96))
     assert model(images(128, 96)).shape == model(images(64)).shape == (2, 5)
     assert model.blocks[0].attn.attention.max_length == 8 * 6 + 1
 
@@ -371,7 +371,7 @@ def test_whom_the_queries_of_a_pvt_look_at(attention, reduction, options):
 
 def test_the_length_of_each_stage_is_known():
     model = pvt()
-    swap_attention(model, "aft_local", image_size=(60, 100))
+    swap_attention(model, "aft_local", img_size=(60, 100))
     lengths = [stage.blocks[0].attn.attention.max_length for stage in model.stages]
     assert lengths == [15 * 25, 8 * 13, 4 * 7, 2 * 4]
     assert model(images(60, 100)).shape == (2, 5)
@@ -386,6 +386,12 @@ def test_masks_are_refused():
     for arguments in ({"attn_mask": torch.ones(17, 17, dtype=torch.bool)}, {"is_causal": True}):
         with pytest.raises(ValueError, match="takes no mask"):
             model(images(), **arguments)
+
+
+def test_modules_are_chosen_by_name():
+    model = vit()
+    assert swap_attention(model, "flow", modules="blocks.1.*").modules == ("blocks.1.attn",)
+    assert isinstance(model.blocks[0].attn, timm.layers.Attention)
 
 
 def test_blocks_with_several_attentions():

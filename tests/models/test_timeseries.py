@@ -8,7 +8,7 @@ import flowformer
 from flowformer.models.encoder import Encoder, EncoderBlock
 from flowformer.models.timeseries import SeriesClassifier
 
-SMALL = {"channels": 3, "classes": 4, "max_length": 20, "dim": 16, "num_heads": 2, "ffn_dim": 32}
+SMALL = {"in_chans": 3, "num_classes": 4, "max_length": 20, "dim": 16, "num_heads": 2, "ffn_dim": 32}
 
 
 def build(seed: int = 0, **options) -> SeriesClassifier:
@@ -24,7 +24,7 @@ def batch(length: int = 20, lengths: tuple[int, ...] = (20, 7, 1)):
 
 
 def test_published_size():
-    model = flowformer.create_model("flowformer_timeseries", channels=12, classes=9, max_length=26)
+    model = flowformer.create_model("flowformer_timeseries", in_chans=12, num_classes=9, max_length=26)
     # Counted from the published shapes: embedding, positions, two layers of 4 projections, 2 convolutions and 2 norms,
     # the final norm, and the classifier over 26 x 512 features.
     layer = 4 * (512 * 512 + 512) + (512 * 2048 + 2048) + (2048 * 512 + 512) + 4 * 512
@@ -114,7 +114,7 @@ def test_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="mask must be"):
         model(torch.zeros(1, 5, 3), torch.ones(1, 6, dtype=torch.bool))
     with pytest.raises(ValueError, match="must be positive"):
-        build(classes=0)
+        build(num_classes=0)
     with pytest.raises(ValueError, match="did you mean 'flowformer_timeseries'"):
         flowformer.create_model("flowformer_timeserie")
     with pytest.raises(ValueError, match="did you mean 'softmax'"):

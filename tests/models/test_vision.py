@@ -7,17 +7,18 @@ import pytest
 import torch
 
 from flowformer import FlowAttention, create_model, list_attentions, list_models
-from flowformer.models.vision import DropPath, VisionModel
+from flowformer.models.vision import VisionModel
+from flowformer.models.vision_blocks import DropPath
 
 DOCS = Path(__file__).parents[2] / "docs" / "vision.md"
 FAMILIES = ("flowformer_vision_", "deit_", "aft_conv_")
 MODELS = [name for name in list_models() if name.startswith(FAMILIES)]
-SMALL = {"dims": (16, 24), "depths": (1, 2), "num_heads": 4, "image_size": 32}
+SMALL = {"embed_dims": (16, 24), "depths": (1, 2), "num_heads": 4, "img_size": 32}
 
 
-def small(classes=5, **options):
+def small(num_classes=5, **options):
     torch.manual_seed(0)
-    return VisionModel(classes, **{**SMALL, **options}).eval()
+    return VisionModel(num_classes, **{**SMALL, **options}).eval()
 
 
 def rows_of_sizes():
@@ -42,8 +43,8 @@ def test_sizes_are_those_of_the_table_and_published(name):
 
 def test_published_shape():
     with torch.device("meta"):
-        model = create_model("flowformer_vision_small")
-    assert model.dims == (96, 192, 384, 768)
+        model = create_model("flowformer_vision_small", drop_path_rate=0.2)
+    assert model.embed_dims == (96, 192, 384, 768)
     assert [len(stage.blocks) for stage in model.stages] == [3, 3, 10, 3]
     assert model.grids(224) == [(56, 56), (28, 28), (14, 14), (7, 7)]
     blocks = [block for stage in model.stages for block in stage.blocks]
@@ -93,14 +94,14 @@ def test_positions_are_interpolated_as_a_picture():
 
 
 def test_the_class_token_keeps_its_position():
-    model = small(class_token=True, dims=(16,), depths=(1,))
+    model = small(class_token=True, embed_dims=(16,), depths=(1,))
     resized = model._interpolate(model.position, (8, 8), (4, 6))
     assert resized.shape == (25, 16)
     torch.testing.assert_close(resized[0], model.position[0])
 
 
 def test_the_class_token_is_classified():
-    model = small(class_token=True, dims=(16,), depths=(1,))
+    model = small(class_token=True, embed_dims=(16,), depths=(1,))
     images = torch.randn(2, 3, 32, 32)
     before = model(images)
     model.class_token.data += torch.randn(1, 16)
@@ -110,7 +111,7 @@ def test_the_class_token_is_classified():
 
 @pytest.mark.parametrize("options", [{}, {"attention_options": {"position_dim": None}}, {"class_token": True}])
 def test_aft_full_is_resized(options):
-    shape = {"attention": "aft_full", "dims": (16,), "depths": (2,)}
+    shape = {"attention": "aft_full", "embed_dims": (16,), "depths": (2,)}
     model, images = small(**shape, **options), torch.randn(2, 3, 32, 32)
     before = model(images)
     with pytest.raises(ValueError, match=r"AFTFull has learned positions for images of \(32, 32\), got \(48, 40\)"):
@@ -122,7 +123,7 @@ def test_aft_full_is_resized(options):
     model.resize((48, 40))
     assert model.stages[0].blocks[0].attention.max_length == len(model.position)
     assert model(torch.randn(2, 3, 48, 40)).shape == (2, 5)
-    small(**shape, **options, **{"image_size": (48, 40)}).load_state_dict(model.state_dict())
+    small(**shape, **options, **{"img_size": (48, 40)}).load_state_dict(model.state_dict())
     assert (small(**shape, **options).resize((32, 32))(images) - before).abs().max() == 0
 
 
@@ -147,11 +148,11 @@ def test_flow_is_the_preset_of_vision_unless_said():
 def test_filters_of_images_have_two_dimensions():
     assert small(attention="aft_conv").stages[0].blocks[0].attention.kernel_size == (11, 11)
     with pytest.raises(ValueError, match="no class token"):
-        small(attention="aft_conv", class_token=True, dims=(16,), depths=(1,))
+        small(attention="aft_conv", class_token=True, embed_dims=(16,), depths=(1,))
 
 
 def test_mobile_keeps_its_scale_at_any_resolution():
-    model = create_model("deit_tiny_mobile", classes=3, image_size=64).eval()
+    model = create_model("deit_tiny_mobile", num_classes=3, img_size=64).eval()
     attention = model.stages[0].blocks[0].attention
     token = torch.randn(1, 1, 192)
     few, many = (attention(token.expand(1, tokens, 192)).std() for tokens in (17, 1700))
@@ -170,7 +171,7 @@ def test_drop_path_keeps_the_mean():
 
 
 def test_fresh_weights():
-    published, wide = small(dims=(64, 64)), small(dims=(64, 64), weight_std=None)
+    published, wide = small(embed_dims=(64, 64)), small(embed_dims=(64, 64), weight_std=None)
     assert published.stages[0].blocks[0].linear1.weight.std().item() == pytest.approx(0.88 * 0.02, rel=0.05)
     assert wide.stages[0].blocks[0].linear1.weight.std().item() == pytest.approx(0.88 / 8, rel=0.05)
     assert published.head.bias.abs().max() == 0
@@ -179,11 +180,11 @@ def test_fresh_weights():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"dims": (16,)}, r"as many as stages, got \(16,\), \(1, 2\), \(4,\)"),
-        ({"num_heads": (4, 4, 4)}, "as many as stages"),
+        ({"embed_dims": (16,)}, r"one entry for each stage, got \(16,\), \(1, 2\), \(4,\)"),
+        ({"num_heads": (4, 4, 4)}, "one entry for each stage"),
         ({"depths": (1, 0)}, "must be positive"),
-        ({"drop_path": 1.0}, "drop_path must be at least 0 and below 1, got 1.0"),
-        ({"image_size": 0}, "at least one pixel, got 0 x 0"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate must be at least 0 and below 1, got 1.0"),
+        ({"img_size": 0}, "at least one pixel, got 0 x 0"),
         ({"class_token": True}, "goes with one stage, got 2"),
         ({"attention": "flwo"}, "did you mean 'flow'"),
     ],
@@ -200,7 +201,7 @@ def test_images_of_another_shape_are_refused(shape):
 
 
 def test_tokens_that_decay_leaves_alone():
-    names = {name for name, _ in small(class_token=True, dims=(16,), depths=(1,)).named_parameters()}
+    names = {name for name, _ in small(class_token=True, embed_dims=(16,), depths=(1,)).named_parameters()}
     assert small().no_weight_decay() <= names
 
 
@@ -208,3 +209,18 @@ def test_compiles_without_breaks():
     model, images = small(), torch.randn(2, 3, 32, 32)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images), model(images))
+
+
+def test_no_classes_no_head():
+    model = small(num_classes=0)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, model.num_features) == (2, 24)
+    assert not [name for name, _ in model.named_parameters() if "head" in name]
+    with pytest.raises(ValueError, match="num_classes must not be negative, got -1"):
+        small(num_classes=-1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_is_dropped_unless_asked_for(name):
+    with torch.device("meta"):
+        blocks = [block for stage in create_model(name).stages for block in stage.blocks]
+    assert {block.drop_path.probability for block in blocks} == {0}

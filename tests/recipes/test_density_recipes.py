@@ -12,8 +12,9 @@ from rich.console import Console
 from flowformer import cli
 from flowformer.recipes import create_recipe, find_recipe, list_recipes
 from flowformer.recipes.density import SeededRounds
-from flowformer.tasks import density
-from flowformer.tasks.density import DensityTask, PixelFormat, PixelImages
+from flowformer.tasks.images import density
+from flowformer.tasks.images.density import DensityTask, PixelImages
+from flowformer.tasks.images.pixels import PixelFormat
 from flowformer.training.fit import train
 from flowformer.training.module import TaskModule
 from flowformer.training.order import RoundSampler
@@ -78,9 +79,9 @@ def test_published_values_stand_beside_their_own_row(row, bits):
     assert recipe.published(whole) == bits
     assert recipe.published(task_of({})) is None
     assert recipe.published_table()[1][row] == bits
-    for change in ({"attention": "mobile"}, {"dim": 128}, {"positions": "none"}, {"num_heads": 8}):
+    for change in ({"attention": "mobile"}, {"dim": 128}, {"positions": None}, {"num_heads": 8}):
         assert create_recipe(f"density/{row}", **change).published(whole) is None
-    other = create_recipe(f"density/{row}", attention_options='{"window": 9}')
+    other = create_recipe(f"density/{row}", attention="aft_local", attention_options={"window": 9})
     assert other.published(whole) is None
 
 
@@ -216,10 +217,10 @@ def test_images_are_drawn_from_the_command_line(finished, tmp_path, capsys):
     [
         (["generate", "RUN"], "images want --out FILE.png, got None"),
         (["generate", "RUN", "--out", "grid.jpg"], "images want --out FILE.png, got grid.jpg"),
-        (["generate", "RUN", "--out", "a.png", "--prompt", "x", "--stop", "y"], "nothing to do for --prompt, --stop"),
+        (["generate", "RUN", "--out", "a.png", "--prompt", "x", "--stop", "y"], "--prompt, --stop does not apply to"),
         (["generate", "RUN", "--out", "a.png", "--count", "0"], "one sequence of tokens or more"),
-        (["export", "RUN", "--to", "hf"], "is no run of a language model, but of a LanguageModel (PixelFormat)"),
-        (["train", "density/aft-simple"], "density/aft-simple wants --data PATH"),
+        (["export", "RUN", "--to", "hf"], "data is PixelFormat; what does: evaluate, generate"),
+        (["train", "density/aft-simple"], "density/aft-simple needs --data PATH"),
         (["train", "density/aft-simple", "--data", "nowhere"], "nowhere: no such file or folder"),
     ],
 )  # fmt: skip
@@ -239,14 +240,14 @@ def test_a_run_of_text_draws_nothing(tmp_path, capsys):
     words = ["generate", tmp_path / "run", "--out", tmp_path / "grid.png", "--count", 2]
     status, _, err = command(capsys, *words)
     assert status == 2
-    assert "is the run of a model of text: nothing to do for --out, --count" in err
+    assert f"--out, --count does not apply to {tmp_path / 'run'}; its options are --temperature, " in err
 
 
-def test_a_growing_state_is_announced(tmp_path, capsys):
-    run(tmp_path / "run", attention="softmax", attention_options="", num_heads=1, steps=1, eval_every=1)
-    status, _, err = command(capsys, "generate", tmp_path / "run", "--out", tmp_path / "grid.png", "--count", 1)
+def test_a_growing_state_is_announced(tmp_path, capsys, caplog):
+    run(tmp_path / "run", attention="softmax", num_heads=1, steps=1, eval_every=1)
+    status, _, _ = command(capsys, "generate", tmp_path / "run", "--out", tmp_path / "grid.png", "--count", 1)
     assert status == 0
-    assert "softmax remembers every sub-pixel" in err
+    assert "softmax remembers every sub-pixel" in caplog.text
 
 
 def test_images_in_the_form_of_cifar10_go_from_data_to_picture(tmp_path, capsys):

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from flowformer.cli import main
 from flowformer.recipes import create_recipe
-from flowformer.tasks.cifar import CLASSES
+from flowformer.tasks.images.cifar import CLASSES
 from flowformer.training.fit import load, train
 
 # Most digits are held out: training is what takes time.
@@ -104,7 +104,7 @@ def test_cifar10_by_command(tmp_path, pictures, capsys, caplog):
 
 
 def test_a_model_of_its_own_attention_is_named(tmp_path, capsys):
-    words = ["train", "images/digits", "--attention", "", "--patch-size", "4"]
+    words = ["train", "images/digits", "--attention", "null", "--patch-size", "4"]
     small = ["--epochs", "1", "--batch-size", "50", "--accelerator", "cpu", "--test-fraction", "0.9"]
     assert main([*words, *small, "--out", str(tmp_path / "run")]) == 0
     assert "attention of flowformer_vision_micro" in capsys.readouterr().out.replace("\n", " ")
@@ -124,13 +124,14 @@ def test_the_command_says_what_is_missing(capsys):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"attention_options": "{window: 3}"}, "attention_options must be JSON"),
+        ({"attention_options": "{window: 3}"}, "attention_options must be a mapping from names of options to values"),
+        ({"attention_options": {"clmp": 1}}, "Flow-Attention has no option 'clmp'"),
         ({"drop_path": 1.0}, "drop_path must be at least 0 and below 1"),
         ({"label_smoothing": -0.1}, "label_smoothing must be at least 0 and below 1"),
-        ({"patch_size": -1}, "must not be negative"),
-        ({"crop_padding": -1}, "crop_padding must not be negative"),
-        ({"test_fraction": 1.0}, r"test_fraction in \(0, 1\)"),
-        ({"warmup_epochs": 99}, "warmup_epochs must be from 0 to epochs 30, got 99"),
+        ({"patch_size": -1}, "patch_size must be at least 1, or None, got -1"),
+        ({"crop_padding": -1}, "crop_padding must be at least 0, got -1"),
+        ({"test_fraction": 1.0}, "test_fraction must be above 0 and below 1, got 1.0"),
+        ({"warmup_epochs": 99}, "warmup_epochs must be at most epochs 30, got 99"),
     ],
 )
 def test_meaningless_values_are_refused(fields, said):
@@ -156,7 +157,7 @@ def test_the_demo_reaches_97_percent(tmp_path):
 
 
 def test_options_reach_the_mechanism():
-    made = create_recipe("images/digits", attention_options='{"competition": null}')
+    made = create_recipe("images/digits", attention_options={"competition": None})
     torch.manual_seed(0)
     model = made.build_model(made.build_task().format).eval()
     with_competition = create_recipe("images/digits")

@@ -9,10 +9,11 @@ import torch
 
 from flowformer.models import create_model
 from flowformer.recipes import create_recipe, find_recipe, list_recipes
-from flowformer.tasks import enwik8, wikitext
-from flowformer.tasks.corpus import Corpus
-from flowformer.tasks.text import TextFormat, build_task
-from flowformer.tasks.tokenizers import BytesTokenizer, WordTokenizer
+from flowformer.tasks.text import enwik8, wikitext
+from flowformer.tasks.text.corpus import Corpus
+from flowformer.tasks.text.format import TextFormat
+from flowformer.tasks.text.task import build_task
+from flowformer.tasks.text.tokenizers import BytesTokenizer, WordTokenizer
 from flowformer.training.recipe import StepRecipe
 
 LANGUAGE = [name for name in list_recipes() if name.split("/")[0] in ("wikitext103", "enwik8", "text", "toys")]
@@ -71,9 +72,9 @@ def test_published_values_stand_beside_their_own_row(name, published):
 
 
 def test_a_published_row_is_known_however_its_options_are_written():
-    ablation = create_recipe("wikitext103/flow", attention_options='{"competition":null}')
+    ablation = create_recipe("wikitext103/flow", attention_options={"competition": None})
     assert ablation.row == create_recipe("wikitext103/flow-no-competition").row == "flow-no-competition"
-    assert create_recipe("wikitext103/flow", attention_options='{"clamp": 1}').row not in wikitext.PUBLISHED
+    assert create_recipe("wikitext103/flow", attention_options={"clamp": 1}).row not in wikitext.PUBLISHED
 
 
 def test_wikitext_model_is_the_published_one():
@@ -142,8 +143,9 @@ _STEP = """
 import resource, sys, time, torch
 from flowformer.models import create_model
 from flowformer.recipes import create_recipe
-from flowformer.tasks.text import TextFormat, build_task
-from flowformer.tasks.corpus import Corpus
+from flowformer.tasks.text.format import TextFormat
+from flowformer.tasks.text.task import build_task
+from flowformer.tasks.text.corpus import Corpus
 from flowformer.training.module import TaskModule
 import numpy as np
 

@@ -16,13 +16,16 @@ from flowformer.mechanisms.maps import model_maps
 from flowformer.models.language import LanguageModel
 from flowformer.models.timeseries import SeriesClassifier
 from flowformer.models.vision import VisionModel
-from flowformer.report import drawing, pictures
-from flowformer.report.pictures import Scene, Strip, Wish, image_scene, parse_point, series_scene, text_scene
-from flowformer.tasks.images import ImageFormat
-from flowformer.tasks.series import SeriesFormat, SeriesScaler
-from flowformer.tasks.tokenizers import BytesTokenizer
+from flowformer.report import drawing
+from flowformer.tasks.images.format import ImageFormat
+from flowformer.tasks.images.pixels import PixelFormat
+from flowformer.tasks.scenes import Scene, Strip, View, parse_point
+from flowformer.tasks.series.format import SeriesFormat, SeriesScaler
+from flowformer.tasks.text.format import TextFormat
+from flowformer.tasks.text.tokenizers import BytesTokenizer
 
 FORM = ImageFormat(("a", "b"), 16)
+TEXT = TextFormat(BytesTokenizer(), 40)
 SERIES = SeriesFormat(("a", "b"), 12, SeriesScaler(np.zeros(2), np.ones(2)))
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)
 STEPS = np.random.default_rng(1).normal(size=(9, 2))
@@ -30,7 +33,7 @@ STEPS = np.random.default_rng(1).normal(size=(9, 2))
 
 def vision(**options) -> VisionModel:
     torch.manual_seed(0)
-    shape = {"image_size": 16, "patch_size": 2, "dims": (8, 16), "depths": (1, 2), "num_heads": (2, 4)}
+    shape = {"img_size": 16, "patch_size": 2, "embed_dims": (8, 16), "depths": (1, 2), "num_heads": (2, 4)}
     return VisionModel(2, **{**shape, **options}).eval()
 
 
@@ -50,7 +53,7 @@ def language(**options) -> LanguageModel:
 @pytest.mark.parametrize("attention", ["flow", "softmax", "aft_conv"])
 def test_scene_of_an_image(attention):
     model = vision(attention=attention)
-    scene = image_scene(model, FORM, PIXELS, Wish(at=((5, 12),)))
+    scene = FORM.scene(model, PIXELS, View(at=((5, 12),)))
     assert scene.title == attention
     assert [strip.label for strip in scene.strips] == [f"layer {n}, from (5, 12)" for n in range(3)]
     assert [strip.maps.shape for strip in scene.strips] == [(3, 8, 8), (5, 4, 4), (5, 4, 4)]
@@ -69,19 +72,19 @@ def test_scene_of_an_image(attention):
 
 
 def test_class_token_is_no_place_of_an_image():
-    model = vision(dims=(8,), depths=(2,), num_heads=2, class_token=True, attention="softmax")
+    model = vision(embed_dims=(8,), depths=(2,), num_heads=2, class_token=True, attention="softmax")
     x = FORM.collate([(PIXELS, 0)])["x"]
     for at, row in (((), 0), ((0.0, 0.0), 1), ((0.0, 0.99), 8)):
-        scene = image_scene(model, FORM, PIXELS, Wish(at=(at,), heads=(1,)))
+        scene = FORM.scene(model, PIXELS, View(at=(at,), heads=(1,)))
         weights = model_maps(model, x, rows=[row])["stages.0.blocks.1.attention"].weights[0, 1, 0]
         assert np.allclose(scene.strips[1].maps, weights[1:].reshape(1, 8, 8))
         assert (scene.strips[1].point is None) == (at == ())
     with pytest.raises(ValueError, match="ROW,COLUMN to look from, got class"):
-        image_scene(vision(), FORM, PIXELS, Wish(at=((),)))
+        FORM.scene(vision(), PIXELS, View(at=((),)))
 
 
 def test_flows_follow_the_layer_they_are_of():
-    scene = image_scene(vision(), FORM, PIXELS, Wish(flows=True, layers=(2,), heads=("mean",)))
+    scene = FORM.scene(vision(), PIXELS, View(flows=True, layers=(2,), heads=("mean",)))
     assert [strip.label for strip in scene.strips] == [
         "layer 2, from (8, 8)", "layer 2, conserved incoming flow", "layer 2, conserved outgoing flow",
         "layer 2, competition", "layer 2, allocation",
@@ -89,14 +92,14 @@ def test_flows_follow_the_layer_they_are_of():
     for strip in scene.strips[1:4]:
         assert abs(strip.maps.mean() - 1) < 1e-3
         assert strip.point is None
-    assert len(image_scene(vision(attention="linear"), FORM, PIXELS, Wish(flows=True)).strips) == 3
+    assert len(FORM.scene(vision(attention="linear"), PIXELS, View(flows=True)).strips) == 3
 
 
 @pytest.mark.parametrize("trim", [True, False])
 @pytest.mark.parametrize("mask_padding", [True, False])
 def test_scene_of_a_series(trim, mask_padding):
     form = SeriesFormat(SERIES.classes, 12, SERIES.scaler, trim)
-    scene = series_scene(series(mask_padding=mask_padding), form, STEPS, Wish(at=((3,), (-1,))))
+    scene = form.scene(series(mask_padding=mask_padding), STEPS, View(at=((3,), (-1,))))
     length = 9 if trim or mask_padding else 12
     assert scene.series.shape == (length, 2)
     assert np.allclose(scene.series[:9], STEPS)
@@ -106,32 +109,32 @@ def test_scene_of_a_series(trim, mask_padding):
 
 
 def test_scene_of_a_text():
-    scene = text_scene(language(), BytesTokenizer(), "a b\nö", Wish())
+    scene = TEXT.scene(language(), "a b\nö", View())
     assert scene.tokens == ("a", "␣", "b", "↵", "c3", "b6")
     assert [strip.label for strip in scene.strips] == [f"layer {n}, from token 5, 'b6'" for n in (0, 1)]
-    early = text_scene(language(), BytesTokenizer(), "a b\nö", Wish(at=((2,),), layers=(1,)))
+    early = TEXT.scene(language(), "a b\nö", View(at=((2,),), layers=(1,)))
     assert np.isnan(early.strips[0].maps[:, 3:]).all()
     assert not np.isnan(early.strips[0].maps[:, :3]).any()
 
 
 def test_what_is_not_there_is_refused():
     model = vision()
-    for wish, message in (
-        (Wish(layers=(3,)), "no layer 3: there are 3, from 0 to 2"),
-        (Wish(heads=(2,)), "no head 2: layer 0 has 2, from 0 to 1"),
-        (Wish(heads=("all",)), "no head 'all'"),
-        (Wish(at=((16, 0),)), "16,0 is no place: want 0 to 15"),
-        (Wish(at=((0.5, 1.5),)), "0.5,1.5 is no place"),
-        (Wish(at=((0.5,),)), "want ROW,COLUMN to look from, got 0.5"),
+    for view, message in (
+        (View(layers=(3,)), "no layer 3: there are 3, from 0 to 2"),
+        (View(heads=(2,)), "no head 2: layer 0 has 2, from 0 to 1"),
+        (View(heads=("all",)), "no head 'all'"),
+        (View(at=((16, 0),)), "16,0 is no place: want 0 to 15"),
+        (View(at=((0.5, 1.5),)), "0.5,1.5 is no place"),
+        (View(at=((0.5,),)), "want ROW,COLUMN to look from, got 0.5"),
     ):
         with pytest.raises(ValueError, match=message):
-            image_scene(model, FORM, PIXELS, wish)
+            FORM.scene(model, PIXELS, view)
     with pytest.raises(ValueError, match="a place to look from, got 1,2"):
-        series_scene(series(), SERIES, STEPS, Wish(at=((1, 2),)))
+        SERIES.scene(series(), STEPS, View(at=((1, 2),)))
     with pytest.raises(ValueError, match="a token or more"):
-        text_scene(language(), BytesTokenizer(), "", Wish())
+        TEXT.scene(language(), "", View())
     with pytest.raises(ValueError, match="max_length = 40"):
-        text_scene(language(), BytesTokenizer(), 41 * "a", Wish())
+        TEXT.scene(language(), 41 * "a", View())
 
 
 def test_points_are_read():
@@ -149,13 +152,11 @@ def test_points_are_read():
 
 
 def scenes() -> dict[str, list[Scene]]:
-    wish = Wish(flows=True, layers=(0,))
+    view = View(flows=True, layers=(0,))
     return {
-        "image": [image_scene(vision(attention=name), FORM, PIXELS, wish) for name in ("flow", "softmax")],
-        "series": [series_scene(series(attention=name), SERIES, STEPS, wish) for name in ("flow", "linear")],
-        "text": [
-            text_scene(language(attention=name), BytesTokenizer(), "to $be$", wish) for name in ("flow", "mobile")
-        ],
+        "image": [FORM.scene(vision(attention=name), PIXELS, view) for name in ("flow", "softmax")],
+        "series": [SERIES.scene(series(attention=name), STEPS, view) for name in ("flow", "linear")],
+        "text": [TEXT.scene(language(attention=name), "to $be$", view) for name in ("flow", "mobile")],
     }
 
 
@@ -234,11 +235,15 @@ def runs(tmp_path, monkeypatch):
         "flow": (vision(), FORM),
         "softmax": (vision(attention="softmax"), FORM),
         "series": (series(), SERIES),
-        "text": (language(), type("Form", (pictures.TextFormat,), {})(BytesTokenizer(), 40)),
-        "pixels": (language(), FORM),
+        "text": (language(), TEXT),
+        "pixels": (language(), PixelFormat(8, 8, 1)),
     }
-    monkeypatch.setattr("flowformer.cli.runs.open_run", lambda folder, checkpoint: (None, *made[str(folder)]))
+    monkeypatch.setattr("flowformer.cli.visualize.open_run", lambda folder, checkpoint: (None, *made[str(folder)]))
+    monkeypatch.setattr("flowformer.cli.visualize.open_format", lambda folder: made[str(folder)][1])
     monkeypatch.chdir(tmp_path)
+    for name in made:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.json").write_text("{}")
     from PIL import Image
 
     Image.fromarray(PIXELS).resize((40, 24)).save("image.png")
@@ -282,11 +287,19 @@ def test_runs_of_one_mechanism_are_told_apart_by_their_folders(runs, capsys, mon
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["image.png"], "want RUN ... FILE"),
+        (["image.png"], "image.png is no run's folder"),
+        (["flow", "nowhere", "image.png"], "nowhere is no run's folder"),
+        (["image.png", "flow"], "the file image.png comes after the runs"),
+        (["flow"], "give a file to look at: a picture"),
+        (["flow", "series", "image.png"], "give runs on one kind of data"),
         (["flow", "image.png", "--out", "a.jpg"], "written as .png, .pdf, .svg"),
         (["flow", "no.png"], "no.png cannot be read: No such file"),
         (["flow", "text.txt"], "text.txt: no image"),
-        (["flow", "--text", "a"], "reads no text"),
+        (["flow", "--text", "a"], "--text does not apply to flow; its options are --out, --checkpoint, --at, --layer"),
+        (["flow", "image.png", "--index", "1"], "--index does not apply to flow"),
+        (["series"], "give a file to look at: series as .ts"),
+        (["text"], "or give --text TEXT"),
+        (["text", "text.txt", "--text", "a"], "give a file or --text, got both"),
         (["softmax", "image.png", "--flows"], "--flows has nothing to show"),
         (["flow", "image.png", "--at", "here"], "want ROW,COLUMN or a place, got 'here'"),
         (["flow", "image.png", "--layer", "9"], "no layer 9"),
@@ -294,7 +307,7 @@ def test_runs_of_one_mechanism_are_told_apart_by_their_folders(runs, capsys, mon
         (["series", "no.csv"], "no such file"),
         (["text", "bytes"], "no text in UTF-8"),
         (["text", "no.txt"], "cannot be read"),
-        (["pixels", "image.png"], "no picture of it"),
+        (["pixels", "image.png"], "does not apply to pixels, whose data is PixelFormat; what does: evaluate, generate"),
     ],
 )
 def test_mistakes_are_explained(words, message, runs, capsys):

@@ -12,8 +12,9 @@ import pytest
 from rich.console import Console
 
 from flowformer.common.errors import DataError
-from flowformer.tasks import downloads, enwik8, wikitext
+from flowformer.tasks import downloads
 from flowformer.tasks.downloads import DATASETS, Dataset, checksum, data_folder, fetch, find_dataset
+from flowformer.tasks.text import enwik8, wikitext
 
 pytestmark = pytest.mark.usefixtures("cache")
 

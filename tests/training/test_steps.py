@@ -10,10 +10,10 @@ from rich.console import Console
 
 from flowformer.recipes import create_recipe
 from flowformer.recipes.language import OwnTextRecipe
-from flowformer.tasks import text
-from flowformer.tasks.corpus import Corpus
-from flowformer.tasks.text import TextTask
-from flowformer.tasks.tokenizers import BytesTokenizer
+from flowformer.tasks.text import task as text
+from flowformer.tasks.text.corpus import Corpus
+from flowformer.tasks.text.task import TextTask
+from flowformer.tasks.text.tokenizers import BytesTokenizer
 from flowformer.training.fit import evaluate, load, train
 from flowformer.training.module import TaskModule
 
@@ -187,20 +187,26 @@ def test_with_a_validation_set_the_test_is_made_once(tmp_path, monkeypatch):
     [
         ({"steps": 10, "eval_every": 4}, "eval_every must divide steps, got eval_every 4 and steps 10"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
+        ({"accumulate": 0}, "accumulate must be at least 1, or None, got 0"),
         ({"schedule": "step"}, "schedule must be one of constant, inverse-sqrt, cosine, linear, got 'step'"),
         (
             {"schedule": "inverse-sqrt", "warmup_steps": 0},
             "warmup_steps must be positive for the schedule inverse-sqrt",
         ),
         ({"decayed": "some"}, "decayed must be one of all, linear, weights, got 'some'"),
-        ({"min_learning_rate": 1.0}, "min_learning_rate must be from 0 to learning_rate 0.004, got 1.0"),
-        ({"warmup_learning_rate": -1.0}, "warmup_learning_rate must be from 0 to learning_rate 0.004, got -1.0"),
+        ({"min_learning_rate": 1.0}, "min_learning_rate must be at most learning_rate 0.004, got 1.0"),
+        ({"warmup_learning_rate": -1.0}, "warmup_learning_rate must be at least 0, got -1.0"),
         ({"beta2": 1.0}, "beta2 must be at least 0 and below 1, got 1.0"),
-        ({"positions": "rotary"}, "positions must be learned, sinusoidal or none, got 'rotary'"),
-        ({"attention_options": "{window: 3}"}, "attention_options must be JSON, got '{window: 3}'"),
-        ({"dim": -1}, "dim must be positive, or 0 for the model's own, got -1"),
-        ({"attention_options": "3"}, "attention_options must be a JSON object, got '3'"),
+        ({"positions": "rotary"}, "positions must be one of learned, sinusoidal, or None, got 'rotary'"),
+        ({"attention_options": "{window: 3}"}, "attention_options must be a mapping .*, got '{window: 3}'"),
+        ({"dim": -1}, "dim must be at least 1, or None, got -1"),
+        ({"attention": "flw"}, "did you mean 'flow'"),
+        (
+            {"attention_options": {"windw": 3}, "attention": "aft_local"},
+            r"aft_local has no option 'windw' \(did you mean 'window'\?\); it has window, hard, position_dim",
+        ),
+        ({"attention_options": {"clmp": 3}}, r"Flow-Attention has no option 'clmp'; .*did you mean 'clamp'"),
+        ({"attention_options": 3}, "attention_options must be a mapping .*, got 3"),
     ],
 )
 def test_meaningless_values_are_refused(fields, message):
@@ -226,8 +232,6 @@ def test_fewer_steps_than_a_round_are_a_round():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"attention_options": '{"windw": 3}', "attention": "aft_local"}, "windw"),
-        ({"attention": "flw"}, "did you mean 'flow'"),
         ({"model": "flowformer_timeseries"}, "unexpected keyword|missing"),
     ],
 )
@@ -238,7 +242,7 @@ def test_models_that_cannot_be_built_are_explained(fields, message):
 
 
 def test_recipe_fields_reach_the_model():
-    made = recipe(positions="none", attention="aft_local", attention_options='{"window": 3, "position_dim": 2}')
+    made = recipe(positions=None, attention="aft_local", attention_options={"window": 3, "position_dim": 2})
     model = made.build_model(made.build_task().format)
     assert model.position is None
     attention = model.decoder.layers[0].attention

@@ -1,4 +1,4 @@
-"""What a model remembers, as a layer of a cache of transformers."""
+"""The state of a model as a layer of a cache of transformers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from flowformer.models.language import LanguageState
+from flowformer.models.decoder import LanguageState
 
 
 class FlowformerCacheLayer(CacheLayerMixin):
@@ -49,7 +49,7 @@ class FlowformerCacheLayer(CacheLayerMixin):
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Tokens that a mask for ``query_length`` more speaks of, and the first of them."""
+        """Length of a mask for ``query_length`` more tokens, and its first token."""
         return self.seen + query_length, 0
 
     def reset(self) -> None:
@@ -71,13 +71,15 @@ class FlowformerCacheLayer(CacheLayerMixin):
         self._map(lambda part: part[indices.to(part.device)])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take no token back.
+        """Refuse to remove tokens.
 
         Raises:
             ValueError: when asked to.
         """
         if tokens_to_remove:
-            raise ValueError(f"a state cannot go back, by {tokens_to_remove} tokens: copy the cache before it goes on")
+            raise ValueError(
+                f"a state cannot go back, by {tokens_to_remove} tokens: copy the cache before it is updated"
+            )
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> NoReturn:
         """Refused: there are no keys and values to keep. A model calls :meth:`store`."""

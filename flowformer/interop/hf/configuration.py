@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from flowformer.models.initialization import check_language_init
+
 
 @strict
 class FlowformerConfig(PreTrainedConfig):
@@ -78,8 +80,7 @@ class FlowformerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
-        if self.init not in ("gpt", "fairseq"):
-            raise ValueError(f'init must be "gpt" or "fairseq", got {self.init!r}')
+        check_language_init(self.init)
 
     @property
     def layer_types(self) -> list[str]:

@@ -1,9 +1,9 @@
-"""From a language model of the library to one of transformers, and back: the same weights, the same numbers."""
+"""Conversion between language models of the library and of transformers: the same weights, the same numbers."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +30,8 @@ _OPTIONS = (
     "vocab_size", "dim", "num_layers", "num_heads", "ffn_dim", "max_length", "positions", "scale_embedding",
     "norm_first", "activation", "dropout", "activation_dropout", "tied", "attention", "attention_options", "init",
 )  # fmt: skip
+# Arguments of a mechanism's module that the model gives, or that are none of its options.
+_OF_THE_MODEL = ("dim", "num_heads", "causal", "max_length", "device", "dtype")
 
 
 def to_hf(model: LanguageModel, **fields: Any) -> FlowformerForCausalLM:
@@ -37,8 +39,7 @@ def to_hf(model: LanguageModel, **fields: Any) -> FlowformerForCausalLM:
 
     Args:
         model: The language model.
-        **fields: Further fields of :class:`FlowformerConfig`, such as ``eos_token_id``. How fresh weights would begin
-            cannot be told from a model: that is ``init``, ``"gpt"`` where not said.
+        **fields: Further fields of :class:`FlowformerConfig`, such as ``eos_token_id``.
 
     Returns:
         The model, in evaluation mode and in the dtype of the weights.
@@ -89,7 +90,7 @@ def from_hf(model: FlowformerForCausalLM) -> LanguageModel:
 
 
 def _read_options(model: LanguageModel) -> dict[str, Any]:
-    """The options a language model was built with, all but ``init``."""
+    """The options a language model was built with."""
     block = model.decoder.layers[0]
     options = {
         "vocab_size": model.vocab_size,
@@ -107,6 +108,7 @@ def _read_options(model: LanguageModel) -> dict[str, Any]:
         "tied": model.head is None,
         "attention": _read_name(block.attention),
         "attention_options": _read_attention(block.attention),
+        "init": model.initialization.kind,
     }
     with torch.device("meta"):
         again = LanguageModel(**options)
@@ -130,18 +132,21 @@ def _read_name(attention: Attention) -> str:
 
 
 def _read_attention(attention: Attention) -> dict[str, Any]:
-    """The options of a mechanism: each is kept under its own name, those that override a preset together.
-
-    The deviation of fresh position biases alone is not kept; weights that are there do not need it.
-    """
-    options: dict[str, Any] = {}
-    for name, parameter in inspect.signature(type(attention)).parameters.items():
-        if name in ("dim", "num_heads", "causal", "max_length"):
-            continue
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            options.update(cast("dict[str, Any]", attention.overrides))
-        elif name in ("bias", "dropout"):
-            options[name] = attention.q_proj.bias is not None if name == "bias" else attention.dropout.p
-        elif hasattr(attention, name):
+    """The options of a mechanism: each is kept under its own name, those that override a preset together."""
+    options: dict[str, Any] = {"bias": attention.q_proj.bias is not None, "dropout": attention.dropout.p}
+    for name in _named_options(type(attention)):
+        if hasattr(attention, name) and name not in (*options, *_OF_THE_MODEL):
             options[name] = getattr(attention, name)
+    options.update(getattr(attention, "overrides", {}))
     return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+
+
+def _named_options(kind: type[Attention]) -> dict[str, None]:
+    """Names of a module's arguments, those that it passes on to its base classes included."""
+    return {
+        name: None
+        for base in kind.__mro__
+        if issubclass(base, Attention)
+        for name, parameter in inspect.signature(base).parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }

@@ -1,14 +1,12 @@
-"""The models: what transformers asks of one, around the blocks of :mod:`flowformer.models.language`."""
+"""Models of transformers around :class:`flowformer.models.decoder.TokenDecoder`."""
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -24,12 +22,9 @@ from transformers.utils.output_capturing import capture_outputs
 from flowformer.core.checks import describe
 from flowformer.interop.hf.cache import read_cache, write_cache
 from flowformer.interop.hf.configuration import FlowformerConfig
-from flowformer.mechanisms import create_attention
-from flowformer.mechanisms.base import Attention
-from flowformer.models.cross_entropy import check_tokens
+from flowformer.models.decoder import LanguageState, TokenDecoder, check_sizes, check_token_ids, find_targets
 from flowformer.models.encoder import EncoderBlock
-from flowformer.models.language import Decoder, LanguageState
-from flowformer.models.positions import count_positions, create_positions
+from flowformer.models.initialization import LanguageInit, set_initializer
 
 # The old name of `cache`, which transformers itself understands until then.
 _old_cache_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -38,30 +33,20 @@ _old_cache_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
 class FlowformerBlock(GradientCheckpointingLayer, EncoderBlock):
     """A block of the decoder, which transformers can checkpoint. Arguments as those of :class:`EncoderBlock`."""
 
-    def forward(self, x: Tensor, **arguments: Any) -> Any:
-        """As :meth:`EncoderBlock.forward`; one token after a state goes the way of a step, which costs less."""
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - two base classes, and overloads in one of them
+        self, x: Tensor, *, return_state: bool = False, **arguments: Any
+    ) -> Tensor | tuple[Tensor, Any]:
+        """As :meth:`EncoderBlock.forward`; one token after a state is computed by ``step``, which costs less."""
         state = arguments.get("initial_state")
         alone = x.shape[1] == 1 and arguments.get("mask") is None
-        if alone and state is not None and arguments.get("return_state"):
+        if alone and state is not None and return_state:
             out, state = self.step(x.squeeze(1), state)
             return out.unsqueeze(1), state
-        return super().forward(x, **arguments)
-
-
-def _attention_arguments(config: FlowformerConfig) -> dict[str, Any]:
-    return {"causal": True, "max_length": config.max_position_embeddings}
-
-
-def _block(config: FlowformerConfig) -> FlowformerBlock:
-    return FlowformerBlock(
-        config.hidden_size, config.num_attention_heads, cast("int", config.intermediate_size), dropout=config.dropout,
-        attention=config.attention, attention_options=config.attention_options, norm_first=config.norm_first,
-        activation=config.activation, activation_dropout=config.activation_dropout, **_attention_arguments(config),
-    )  # fmt: skip
+        return super().forward(x, return_state=return_state, **arguments)
 
 
 class FlowformerPreTrainedModel(PreTrainedModel):
-    """What the models share: how weights begin, and what transformers may do with them."""
+    """Base class of the models: initialisation, and what transformers may do with them."""
 
     config: FlowformerConfig
     config_class = FlowformerConfig
@@ -79,48 +64,28 @@ class FlowformerPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Fresh parameters of one module, children first: :class:`LanguageModel` says which."""
-        if isinstance(module, Attention):
-            self._init_mechanism(module)
-        elif self.config.init == "gpt" or "Norm" in type(module).__name__ or module is getattr(self, "score", None):
+        """Fresh parameters of one module, as :class:`flowformer.models.initialization.LanguageInit` draws them.
+
+        transformers replaces the functions of ``torch.nn.init`` meanwhile by ones that leave loaded parameters alone.
+        """
+        if module is getattr(self, "score", None):
             super()._init_weights(module)
-        elif isinstance(module, nn.Embedding) or module is self.get_output_embeddings():
-            init.normal_(cast("Tensor", module.weight), std=self.config.hidden_size**-0.5)
-        elif isinstance(module, nn.Linear):
-            module.reset_parameters()
-        if isinstance(module, FlowformerBlock):
-            self._init_block(module)
-
-    def _init_block(self, block: FlowformerBlock) -> None:
-        if self.config.init == "gpt":
-            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
-            init.normal_(block.linear2.weight, std=std)
             return
-        attention = block.attention
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
-            init.xavier_uniform_(projection.weight, gain=1 / math.sqrt(2))
-        init.xavier_uniform_(attention.out_proj.weight)
-        if attention.out_proj.bias is not None:
-            init.zeros_(attention.out_proj.bias)
+        if type(module) in (nn.Linear, nn.Embedding):  # made by transformers, for another size of the vocabulary
+            set_initializer(module, self._initialization().embedding)
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
 
-    def _init_mechanism(self, attention: Attention) -> None:
-        """Parameters of a mechanism that are not linear layers begin as in a new module of it."""
-        own = dict(attention.named_parameters(recurse=False))
-        if not own:
-            return
+    def _initialization(self) -> LanguageInit:
         config = self.config
-        fresh = create_attention(
-            config.attention, config.hidden_size, config.num_attention_heads, **_attention_arguments(config),
-            **(config.attention_options or {}),
-        )  # fmt: skip
-        for name, parameter in own.items():
-            init.copy_(parameter, fresh.get_parameter(name))
+        return LanguageInit(config.init, config.hidden_size, config.num_hidden_layers, config.initializer_range)
 
 
-class FlowformerModel(FlowformerPreTrainedModel):
+class FlowformerModel(FlowformerPreTrainedModel, TokenDecoder):
     """The decoder without a head.
 
-    Padding is invisible, on either side: positions count real tokens only, and a row gives what it gives alone.
+    Padding is invisible, on either side: positions count real tokens only, and a row of a batch gives what it gives
+    alone.
 
     Args:
         config: The options.
@@ -129,19 +94,20 @@ class FlowformerModel(FlowformerPreTrainedModel):
         ValueError, TypeError: for options that do not fit.
     """
 
+    block_class = FlowformerBlock
+
     def __init__(self, config: FlowformerConfig) -> None:
         super().__init__(config)
-        if config.vocab_size < 1 or config.num_hidden_layers < 1:
-            raise ValueError(
-                "vocab_size and num_hidden_layers must be positive, got"
-                f" {config.vocab_size} and {config.num_hidden_layers}"
-            )
-        self.scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position = create_positions(config.positions, config.hidden_size, config.max_position_embeddings)
-        self.dropout = nn.Dropout(config.dropout)
-        blocks: list[EncoderBlock] = [_block(config) for _ in range(config.num_hidden_layers)]
-        self.decoder = Decoder(blocks, config.hidden_size, norm_first=config.norm_first)
+        check_sizes(vocab_size=config.vocab_size, num_hidden_layers=config.num_hidden_layers)
+        self.build_decoder(
+            config.vocab_size, dim=config.hidden_size, num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads, ffn_dim=cast("int", config.intermediate_size),
+            max_length=config.max_position_embeddings, positions=config.positions,
+            scale_embedding=config.scale_embedding, norm_first=config.norm_first, activation=config.activation,
+            dropout=config.dropout, activation_dropout=config.activation_dropout, attention=config.attention,
+            attention_options=config.attention_options, init=config.init, init_std=config.initializer_range,
+        )  # fmt: skip
+        self.initialization.set_on(self)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -163,9 +129,9 @@ class FlowformerModel(FlowformerPreTrainedModel):
             input_ids: (batch, length), integers below ``vocab_size``; any at padding.
             attention_mask: (batch, length), or (batch, tokens so far + length) with a cache; 1 or True = a real token,
                 padding on either side.
-            cache: What came before: a cache that the model returned, or ``DynamicCache(config=config)``. It goes on.
+            cache: What came before: a cache that the model returned, or ``DynamicCache(config=config)``. It is updated.
             inputs_embeds: (batch, length, dim), instead of ``input_ids``; as the embedding gives them.
-            use_cache: Return the cache; where not said, if one was given, or ``config.use_cache`` outside of training.
+            use_cache: Return the cache; if absent, when one was given, or ``config.use_cache`` outside of training.
                 While activations are checkpointed, none is.
             output_attentions: Refused: no mechanism but softmax has a map of weights, and it does not keep it.
             output_hidden_states: Return the embeddings and the outputs of all blocks too, or of those numbered.
@@ -183,20 +149,21 @@ class FlowformerModel(FlowformerPreTrainedModel):
         before = read_cache(cache, self.config.num_hidden_layers, batch)
         seen = 0 if cache is None else cache.get_seq_length()
         real = _real_tokens(attention_mask, batch, length, seen, before)
-        x = self._embed(input_ids, inputs_embeds, real, None if before is None else before.length)
+        if input_ids is not None:
+            x = self.embed_tokens(input_ids, real, name="input_ids")
+        else:
+            x = cast("Tensor", inputs_embeds)
+            x = x if real is None else x.masked_fill(~real.unsqueeze(-1), 0)
         hidden_wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        # This way is faster where there is padding, but hidden states between the blocks have another shape there.
-        if cache is None and not hidden_wanted:
-            return BaseModelOutputWithPast(last_hidden_state=self.decoder(x, real))
-        now = torch.full_like(x[:, 0, 0], length, dtype=torch.int64) if real is None else real.sum(-1)
-        states = (None,) * self.config.num_hidden_layers if before is None else before.layers
-        x, states = self.decoder.extend(x, real, states)
+        # Without a state the decoder packs a padded batch, which is faster, but changes the shape between its blocks.
+        whole = cache is not None or bool(hidden_wanted)
+        x, state = self.decode(x, real, before, return_state=whole)
         if cache is not None:
-            write_cache(cache, LanguageState(now if before is None else before.length + now, states), length)
+            write_cache(cache, cast("LanguageState", state), length)
         return BaseModelOutputWithPast(last_hidden_state=x, cache=cache)
 
     def _prepare_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
-        """The cache to go on with, if any."""
+        """The cache to continue from, if any."""
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if cache is not None:
                 raise ValueError("no cache while activations are checkpointed: disable one of the two")
@@ -204,29 +171,12 @@ class FlowformerModel(FlowformerPreTrainedModel):
         if use_cache is None:
             use_cache = cache is not None or (self.config.use_cache and not self.training)
         if cache is not None and not use_cache:
-            raise ValueError("a cache goes on as it is read: use_cache=False does not go with one")
+            raise ValueError("a cache that is given is updated: use_cache=False contradicts it")
         return DynamicCache(config=self.config) if use_cache and cache is None else cache
-
-    def _embed(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, real: Tensor | None, before: Tensor | None
-    ) -> Tensor:
-        """Embeddings and positions, (batch, length, dim)."""
-        if input_ids is not None:
-            input_ids = input_ids if real is None else input_ids.masked_fill(~real, 0)
-            check_tokens("input_ids", input_ids, self.config.vocab_size)
-            x = self.embed(input_ids)
-        else:
-            x = cast("Tensor", inputs_embeds)
-            x = x if real is None else x.masked_fill(~real.unsqueeze(-1), 0)
-        positions = count_positions(x[..., 0], real, before)
-        x = x * self.scale
-        if self.position is not None:
-            x = x + self.position(positions).to(x.dtype)
-        return self.dropout(x)
 
 
 class FlowformerForCausalLM(FlowformerPreTrainedModel, GenerationMixin):
-    """The decoder and a head that scores the vocabulary for the token that follows.
+    """The decoder and a head that scores the vocabulary for the next token.
 
     Args:
         config: The options.
@@ -241,6 +191,7 @@ class FlowformerForCausalLM(FlowformerPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = FlowformerModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        set_initializer(self.lm_head, self.model.initialization.embedding)
         self.post_init()
 
     @can_return_tuple
@@ -256,7 +207,7 @@ class FlowformerForCausalLM(FlowformerPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Scores of the token that follows, at each position.
+        """Scores of the next token, at each position.
 
         Args:
             input_ids: As in :meth:`FlowformerModel.forward`, as are the next three and ``use_cache``.
@@ -264,14 +215,14 @@ class FlowformerForCausalLM(FlowformerPreTrainedModel, GenerationMixin):
             cache: As there.
             inputs_embeds: As there.
             labels: (batch, length): the tokens again, or -100 for those that do not count. They are shifted here. Those
-                at padding do not count, nor does a row's first token, which has nothing to be foretold from.
+                at padding do not count, nor does a row's first token, which nothing precedes.
             use_cache: As there.
             logits_to_keep: Score the last so many positions only (0: all), or those numbered; not with ``labels``.
             **kwargs: ``num_items_in_batch`` to divide the loss by, ``shift_labels`` that are shifted already, and the
                 other arguments of :meth:`FlowformerModel.forward`.
 
         Returns:
-            ``logits`` (batch, length, vocab_size), which mean nothing at padding; ``loss`` with labels; ``cache``;
+            ``logits`` (batch, length, vocab_size), undefined at padding; ``loss`` with labels; ``cache``;
             ``hidden_states``.
 
         Raises:
@@ -358,10 +309,7 @@ def _sizes(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int,
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give input_ids or inputs_embeds, and not both")
     if input_ids is not None:
-        if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-            raise TypeError(f"input_ids must be integers, got {describe(input_ids)}")
-        if input_ids.ndim != 2 or not input_ids.shape[1]:
-            raise ValueError(f"input_ids must be (batch, length) with one token or more, got {describe(input_ids)}")
+        check_token_ids("input_ids", input_ids)
         return input_ids.shape[0], input_ids.shape[1]
     embeds = cast("Tensor", inputs_embeds)
     if embeds.ndim != 3 or not embeds.shape[1]:
@@ -400,11 +348,11 @@ def _countable(
     if labels.shape != sizes:
         raise ValueError(f"labels must be {sizes}, as the input is, got {describe(labels)}")
     if isinstance(logits_to_keep, Tensor) or logits_to_keep:
-        raise ValueError("logits_to_keep does not go with labels, which want the scores of all positions")
+        raise ValueError("logits_to_keep does not go with labels, which need the scores of all positions")
     if attention_mask is None:
         return labels
     real = attention_mask[:, -labels.shape[1] :].bool().to(labels.device)
-    return labels.masked_fill(~(real & nn.functional.pad(real[:, :-1], (1, 0), value=True)), -100)
+    return labels.masked_fill(~find_targets(real), -100)
 
 
 def _last_token(

@@ -1,7 +1,0 @@
-"""``python -m flowformer.cli``."""
-
-import sys
-
-from flowformer.cli import main
-
-sys.exit(main())

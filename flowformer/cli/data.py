@@ -1,0 +1,27 @@
+"""``flowformer data``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from flowformer.cli.parser import Parser, usable
+
+
+def main(words: Sequence[str]) -> int:
+    """Download a data set and verify it, or list the data sets."""
+    from flowformer.tasks import downloads
+
+    parser = Parser(prog="flowformer data", description=main.__doc__)
+    parser.add_argument("name", nargs="?", help="data set to fetch; none lists them", default="")
+    parser.add_argument("--dir", type=Path, help="folder to put it in; where recipes look if absent", default=None)
+    values = parser.parse(words)
+    if not values.name:
+        for dataset in downloads.DATASETS.values():
+            print(f"{dataset.name:10} {dataset.title}, {dataset.size_bytes:,} bytes from {dataset.addresses[0]}")
+        return 0
+
+    from rich.console import Console
+
+    usable(downloads.fetch, values.name, values.dir, console=Console())
+    return 0

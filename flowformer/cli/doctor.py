@@ -1,0 +1,44 @@
+"""``flowformer doctor``."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import flowformer
+from flowformer.cli.extras import EXTRAS
+from flowformer.cli.parser import Parser, usable
+
+
+def main(words: Sequence[str]) -> int:
+    """Show what is installed here, and which backend would run."""
+    Parser(prog="flowformer doctor", description=main.__doc__).parse(words)
+
+    import torch
+
+    from flowformer.core.backends import choose_and_say_why, list_backends
+
+    chosen, why = usable(choose_and_say_why, "flow_attention")
+    refusals = {f"backend {row.name}": row.refuses("cpu", torch.float32) or row.describe() for row in list_backends()}
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    rows = {
+        "flowformer": f"{flowformer.__version__} in {Path(flowformer.__file__).parent}",
+        "python": f"{platform.python_version()} in {sys.prefix}",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} CPUs",
+        "GPUs": ", ".join(gpus) or "none",
+        "backend": f"{chosen}: {why}",
+        **refusals,
+        **{f"extra {extra}": _describe_extra(extra) for extra in EXTRAS},
+    }
+    for name, value in rows.items():
+        print(f"{name:18} {value}")
+    return 0
+
+
+def _describe_extra(extra: str) -> str:
+    missing = [module for module in EXTRAS[extra] if importlib.util.find_spec(module) is None]
+    return f"missing {', '.join(missing)}: pip install 'flowformer[{extra}]'" if missing else "installed"

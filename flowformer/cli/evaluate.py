@@ -1,0 +1,38 @@
+"""``flowformer evaluate``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from flowformer.cli.parser import Parser, UsageError, usable
+from flowformer.cli.trained import open_run, run_arguments
+
+
+def main(words: Sequence[str]) -> int:
+    """Measure a run's model on its test set again."""
+    parser = Parser(prog="flowformer evaluate", description=main.__doc__)
+    run_arguments(parser)
+    parser.add_argument("--data", "--data-dir", help="folder of the data, if it has moved", default="")
+    values = parser.parse(words)
+    recipe, model, _ = open_run(values.run, values.checkpoint)
+    if values.data:
+        recipe = _move_data(recipe, values.data, f"{values.run}/recipe.json")
+
+    from flowformer.training.fit import evaluate
+
+    task = usable(recipe.build_task)
+    found = usable(evaluate, recipe, task, model)
+    for name, value in found.items():
+        print(f"{name}: {value:.4f}")
+    print(f"test {task.metric}: {task.metric.shown(found[f'test/{task.metric.key}']):.{task.metric.digits}f}")
+    return 0
+
+
+def _move_data(recipe: Any, data: str, written: str) -> Any:
+    """The recipe with its data in another folder."""
+    named = [field.name for field in dataclasses.fields(recipe) if field.name in ("data", "data_dir")]
+    if not named:
+        raise UsageError(f"{recipe.name} has no folder of data; {written} says what it reads")
+    return dataclasses.replace(recipe, **{named[0]: data})

@@ -1,0 +1,43 @@
+"""``flowformer generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from flowformer.cli.options import add_options, read_options
+from flowformer.cli.parser import Parser, usable
+from flowformer.cli.trained import find_run, open_format, open_run, parse_for_run, require, run_arguments
+
+NOTE = "Options depend on the run: `flowformer generate RUN --help` shows them."
+
+
+def main(words: Sequence[str]) -> int:
+    """Generate data with a run's model: a language model continues text, a model of images draws."""
+    run = find_run(words)
+    parser = Parser(prog="flowformer generate", description=main.__doc__, epilog=None if run else NOTE)
+    run_arguments(parser)
+    if run is None:
+        parser.parse(words)
+        return 0
+    form = open_format(run)
+    require(run, form, "generate")
+    flags = add_options(parser, form.generate_options)
+    values = parse_for_run(parser, words, run, flags)
+    options = read_options(values, form.generate_options)
+    _, model, form = open_run(values.run, values.checkpoint)
+    usable(_print, form.generate(model, options, track=_track))
+    return 0
+
+
+def _print(pieces: Iterable[str]) -> None:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+
+
+def _track(steps: Iterable[Any], total: int, what: str) -> Iterable[Any]:
+    """Show progress on standard error."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(steps, total=total, description=what, console=Console(stderr=True))

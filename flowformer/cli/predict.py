@@ -1,0 +1,51 @@
+"""``flowformer predict``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flowformer.cli.parser import Parser, usable
+from flowformer.cli.trained import open_run, require, run_arguments
+
+
+def main(words: Sequence[str]) -> int:
+    """Classify files with a run's model; writes CSV to standard output or a file."""
+    parser = Parser(prog="flowformer predict", description=main.__doc__)
+    run_arguments(parser)
+    parser.add_argument("files", type=Path, nargs="+", metavar="file", help="files of the kind that the run was on")
+    parser.add_argument("--out", type=Path, help="file to write", default=None)
+    values = parser.parse(words)
+    _, model, form = open_run(values.run, values.checkpoint)
+    require(values.run, form, "predict")
+    names, probabilities = usable(form.classify_files, model, values.files)
+    text = to_csv(form, names, probabilities)
+    if values.out is None:
+        print(text, end="")
+        return 0
+
+    from flowformer.common.files import write_whole
+
+    write_whole(values.out, text)
+    print(f"{len(names)} predictions in {values.out}")
+    return 0
+
+
+def to_csv(form: Any, names: Sequence[str], probabilities: Any) -> str:
+    """Predictions as CSV: name, most probable label, and the probability of each class.
+
+    Args:
+        form: A :class:`flowformer.tasks.protocols.Classifies`.
+        names: Names of the examples.
+        probabilities: (n, classes).
+    """
+    import csv
+    import io
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([form.item, "label", *(f"p_{name}" for name in form.classes)])
+    for name, row in zip(names, probabilities, strict=True):
+        writer.writerow([name, form.classes[int(row.argmax())], *(f"{value:.6f}" for value in row)])
+    return text.getvalue()

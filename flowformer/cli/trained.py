@@ -1,0 +1,113 @@
+"""Trained runs as commands use them: finding the folder, opening it, and asking its format what it can do."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flowformer.cli.parser import Parser, UsageError, usable
+
+CHECKPOINTS = "last, best-test or best-validation"
+
+
+def run_arguments(parser: Parser) -> None:
+    """Add the arguments of every command that uses one run."""
+    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("--checkpoint", default="last", help=CHECKPOINTS)
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether a folder holds a run."""
+    return (Path(folder) / "recipe.json").exists()
+
+
+def find_run(words: Sequence[str]) -> Path | None:
+    """The first run among the words of a command line; ``None`` if only help is asked for.
+
+    Raises:
+        UsageError: if there is none, naming the first word that could be meant.
+    """
+    found = next((word for word in words if not word.startswith("-") and is_run(word)), None)
+    if found is not None:
+        return Path(found)
+    named = [word for word in words if not word.startswith("-")]
+    if named and not {"-h", "--help"} & set(words):
+        raise UsageError(f"{named[0]} is no run's folder: it has no recipe.json")
+    return None
+
+
+def open_recipe(folder: Path) -> Any:
+    """The recipe of a run.
+
+    Raises:
+        UsageError: for a folder that holds no run.
+    """
+    from flowformer.common.files import read_json
+    from flowformer.recipes import read_recipe
+
+    if not is_run(folder):
+        raise UsageError(f"{folder} is no run's folder: it has no recipe.json")
+    return usable(read_recipe, read_json(folder / "recipe.json"))
+
+
+def open_format(folder: Path) -> Any:
+    """The data format of a run, without its model.
+
+    Raises:
+        UsageError: for a folder that holds no run, or one that did not start.
+    """
+    from flowformer.common.files import read_json
+
+    recipe = open_recipe(folder)
+    if not (folder / "format.json").exists():
+        raise UsageError(f"{folder} holds a run that did not start: it has no format.json")
+    return usable(recipe.read_format, read_json(folder / "format.json"))
+
+
+def open_run(folder: Path, checkpoint: str) -> tuple[Any, Any, Any]:
+    """Recipe, model and data format of a run.
+
+    Raises:
+        UsageError: for a folder that holds no run, or no such checkpoint.
+    """
+    from flowformer.training.fit import load
+
+    recipe = open_recipe(folder)
+    return recipe, *usable(load, recipe, folder, checkpoint)
+
+
+def require(folder: Path, form: Any, command: str) -> None:
+    """Check that a command applies to a run.
+
+    Raises:
+        UsageError: if it does not; the message names the commands that do.
+    """
+    known = _commands()
+    if not isinstance(form, known[command]):
+        others = [name for name, protocol in known.items() if isinstance(form, protocol)]
+        raise UsageError(
+            f"`flowformer {command}` does not apply to {folder}, whose data is {type(form).__name__}; "
+            f"what does: {', '.join(['evaluate', *others])}"
+        )
+
+
+def _commands() -> Mapping[str, type]:
+    """What a command asks of a format."""
+    from flowformer.tasks.protocols import Classifies, Generates, Shows, Tokenizes
+
+    return {"predict": Classifies, "generate": Generates, "visualize": Shows, "export": Tokenizes}
+
+
+def parse_for_run(parser: Parser, words: Sequence[str], run: Path, options: Sequence[str]) -> argparse.Namespace:
+    """Parse words whose options depend on a run.
+
+    Raises:
+        UsageError: for an option that the run does not take; the message names those that it takes.
+    """
+    values, unknown = parser.parse_known_args(words)
+    if unknown:
+        flags = ", ".join([word.split("=")[0] for word in unknown if word.startswith("-")] or unknown)
+        parser.error(f"{flags} does not apply to {run}; its options are {', '.join(options) or 'none'}")
+    return values

@@ -1,0 +1,98 @@
+"""``flowformer visualize``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flowformer.cli.options import add_options, read_options
+from flowformer.cli.parser import Parser, UsageError, usable
+from flowformer.cli.trained import CHECKPOINTS, find_run, is_run, open_format, open_run, parse_for_run, require
+
+NOTE = "Further options depend on the run: `flowformer visualize RUN --help` shows them."
+
+
+def main(words: Sequence[str]) -> int:
+    """Draw what the models of runs attend to, over an example from a file."""
+    from flowformer.report import drawing
+
+    run = find_run(words)
+    parser = Parser(prog="flowformer visualize", description=main.__doc__, epilog=None if run else NOTE)
+    flags = _add_arguments(parser)
+    if run is None:
+        parser.parse(words)
+        raise UsageError("give RUN ... FILE: a run, and what it is to look at")
+    form = open_format(run)
+    require(run, form, "visualize")
+    flags += add_options(parser, form.show_options)
+    values = parse_for_run(parser, words, run, flags)
+    usable(drawing.check_path, values.out)
+    runs, file = _split(values.paths)
+    scenes = _scenes(runs, file, values, form.show_options)
+    drawing.write(scenes, values.out)
+    strips = sum(len(scene.strips) for scene in scenes)
+    print(f"{strips} strips of {', '.join(scene.title for scene in scenes)} in {values.out}")
+    return 0
+
+
+def _add_arguments(parser: Parser) -> list[str]:
+    """Add what applies to every run; returns the options."""
+    parser.usage = "%(prog)s RUN [RUN ...] [FILE] --out PICTURE [options]"
+    add = parser.add_argument
+    add("paths", nargs="+", type=Path, metavar="RUN FILE", help="folders of runs, and the file to look at")
+    actions = [
+        add("--out", type=Path, required=True, help="picture to write: .png, .pdf or .svg"),
+        add("--checkpoint", default="last", help=CHECKPOINTS),
+        add("--at", action="append", metavar="PLACE", help=(
+            "query to look from; may be repeated: ROW,COLUMN of an image, else a step or token; whole numbers count "
+            "from 0 (pixels of the image as the model sees it), fractions are shares; 'class' is the class token"
+        )),
+        add("--layer", action="append", type=int, help="layer to show, from 0; may be repeated; all if absent"),
+        add("--head", action="append", help="head to show, from 0, or mean; may be repeated; all if absent"),
+        add("--flows", action="store_true", help="show the flows of Flow- and Mobile-Attention too"),
+    ]  # fmt: skip
+    return [action.option_strings[0] for action in actions]
+
+
+def _split(paths: Sequence[Path]) -> tuple[list[Path], Path | None]:
+    """The runs, and the file after them if there is one."""
+    runs = [path for path in paths if is_run(path)]
+    others = [path for path in paths if not is_run(path)]
+    if len(others) > 1:
+        raise UsageError(f"{others[0]} is no run's folder: it has no recipe.json")
+    if others and paths[-1] != others[0]:
+        raise UsageError(f"give RUN ... FILE: the file {others[0]} comes after the runs")
+    return runs, others[0] if others else None
+
+
+def _scenes(runs: Sequence[Path], file: Path | None, values: argparse.Namespace, kind: type) -> list[Any]:
+    """One scene for each run; those of one title are told apart by their folders."""
+    from flowformer.tasks.scenes import has_flows
+
+    view, scenes = usable(_view, values), []
+    for run in runs:
+        _, model, form = open_run(run, values.checkpoint)
+        require(run, form, "visualize")
+        if form.show_options is not kind:
+            raise UsageError("give runs on one kind of data: images, series or text")
+        scenes.append(usable(form.show, model, file, read_options(values, kind), view))
+    if view.flows and not any(map(has_flows, scenes)):
+        raise UsageError("only Flow- and Mobile-Attention have flows: --flows has nothing to show")
+    titles = [scene.title for scene in scenes]
+    return [
+        scene._replace(title=f"{scene.title}: {run}") if titles.count(scene.title) > 1 else scene
+        for scene, run in zip(scenes, runs, strict=True)
+    ]
+
+
+def _view(values: argparse.Namespace) -> Any:
+    from flowformer.tasks.scenes import View, parse_point
+
+    return View(
+        tuple(parse_point(text) for text in values.at or ()),
+        tuple(values.layer or ()),
+        tuple(int(head) if head.isdigit() else head for head in values.head or ()),
+        values.flows,
+    )

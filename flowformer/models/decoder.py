@@ -1,0 +1,236 @@
+"""The part of a language model before its head: embeddings, positions and causal blocks.
+
+:class:`flowformer.models.language.LanguageModel` and the models of :mod:`flowformer.interop.hf` are built on it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.types import Device
+
+from flowformer.core.checks import describe
+from flowformer.models.cross_entropy import check_tokens
+from flowformer.models.encoder import Encoder, EncoderBlock
+from flowformer.models.initialization import GPT_STD, LanguageInit
+from flowformer.models.positions import count_positions, create_positions
+
+
+class LanguageState(NamedTuple):
+    """The state of a language model after the tokens it has read.
+
+    Attributes:
+        length: Real tokens so far, (batch,), int64.
+        layers: The states of the attentions, first layer first.
+    """
+
+    length: Tensor
+    layers: tuple[Any, ...]
+
+
+class Decoder(Encoder):
+    """A stack of causal blocks that can continue from a state. Post-norm blocks need no norm after the last.
+
+    Args:
+        blocks: The blocks.
+        dim: Channels.
+        norm_first: Whether the blocks are pre-norm.
+        device: Of the norm.
+        dtype: Of the norm.
+    """
+
+    def __init__(
+        self,
+        blocks: list[EncoderBlock],
+        dim: int,
+        *,
+        norm_first: bool,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(blocks, dim, device=device, dtype=dtype)
+        if not norm_first:
+            self.norm = nn.Identity()
+
+    @property
+    def layers(self) -> list[EncoderBlock]:
+        """The blocks, first one first."""
+        return cast("list[EncoderBlock]", list(self.blocks))
+
+    def extend(self, x: Tensor, mask: Tensor | None, states: tuple) -> tuple[Tensor, tuple]:
+        """Transform (batch, length, dim), continuing from ``states``; None is the state before the first token."""
+        after = []
+        for block, state in zip(self.layers, states, strict=True):
+            x, state = block(x, mask=mask, initial_state=state, return_state=True)
+            after.append(state)
+        x = self.norm(x)
+        if mask is not None:
+            x = x.masked_fill(~mask.unsqueeze(-1), 0)
+        return x, tuple(after)
+
+    def step(self, x: Tensor, states: tuple) -> tuple[Tensor, tuple]:
+        """One token: (batch, dim) and the states before it, to the same after it."""
+        after = []
+        for block, state in zip(self.layers, states, strict=True):
+            x, state = block.step(x, state)
+            after.append(state)
+        return self.norm(x), tuple(after)
+
+
+class TokenDecoder(nn.Module):
+    """Token embeddings, positions and a stack of causal blocks: a language model without its head.
+
+    A base class for models. It has no constructor of its own, because its subclasses have constructors of different
+    kinds: they call :meth:`build_decoder`.
+
+    Attributes:
+        block_class: Class of the blocks.
+        embed: The token embedding.
+        position: The module of the positions, or None.
+        scale: Factor of the embeddings.
+        dropout: Dropout on the embeddings.
+        decoder: The blocks.
+        initialization: How fresh parameters are drawn.
+    """
+
+    block_class: ClassVar[type[EncoderBlock]] = EncoderBlock
+    embed: nn.Embedding
+    position: nn.Module | None
+    scale: float
+    dropout: nn.Dropout
+    decoder: Decoder
+    initialization: LanguageInit
+
+    def build_decoder(
+        self,
+        vocab_size: int,
+        *,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        ffn_dim: int,
+        max_length: int | None,
+        positions: str | None,
+        scale_embedding: bool,
+        norm_first: bool,
+        activation: str,
+        dropout: float,
+        activation_dropout: float,
+        attention: str,
+        attention_options: Mapping[str, Any] | None,
+        init: str,
+        init_std: float = GPT_STD,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the modules; their parameters are not yet drawn as ``init`` has them.
+
+        Args: as those of :class:`flowformer.models.language.LanguageModel`, and
+
+            init_std: Standard deviation of ``init="gpt"``.
+        """
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.initialization = LanguageInit(init, dim, num_layers, init_std)
+        self.scale = math.sqrt(dim) if scale_embedding else 1.0
+        self.embed = nn.Embedding(vocab_size, dim, **factory)
+        self.position = create_positions(positions, dim, max_length, **factory)
+        self.dropout = nn.Dropout(dropout)
+        blocks = [
+            self.block_class(
+                dim, num_heads, ffn_dim, dropout=dropout, attention=attention, attention_options=attention_options,
+                max_length=max_length, causal=True, norm_first=norm_first, activation=activation,
+                activation_dropout=activation_dropout, **factory,
+            )
+            for _ in range(num_layers)
+        ]  # fmt: skip
+        self.decoder = Decoder(blocks, dim, norm_first=norm_first, **factory)
+
+    def embed_tokens(self, tokens: Tensor, mask: Tensor | None = None, *, name: str = "tokens") -> Tensor:
+        """Embeddings (batch, length, dim) of tokens (batch, length), any numbers at padding.
+
+        Raises:
+            ValueError: for a token beyond the vocabulary; ``name`` is what the message calls the tokens.
+        """
+        if mask is not None:
+            tokens = tokens.masked_fill(~mask, 0)
+        check_tokens(name, tokens, self.embed.num_embeddings)
+        return self.embed(tokens)
+
+    def add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Scale embeddings (..., dim), add their positions (...), the first of which is 0, and apply dropout."""
+        x = x * self.scale
+        if self.position is not None:
+            x = x + self.position(positions).to(x.dtype)
+        return self.dropout(x)
+
+    def decode(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        state: LanguageState | None = None,
+        *,
+        return_state: bool = False,
+    ) -> tuple[Tensor, LanguageState | None]:
+        """Run the blocks.
+
+        Args:
+            x: Embeddings (batch, length, dim), without positions.
+            mask: (batch, length) boolean, True = a real token.
+            state: State to continue from.
+            return_state: Return the state after the last token.
+
+        Returns:
+            Hidden states (batch, length, dim), zeros at padding; and the state, or None.
+        """
+        before = None if state is None else state.length
+        positions = count_positions(x[..., 0], mask, before)
+        x = self.add_positions(x, positions)
+        if state is None and not return_state:
+            return self.decoder(x, mask), None
+        layers = (None,) * len(self.decoder.blocks) if state is None else state.layers
+        out, layers = self.decoder.extend(x, mask, layers)
+        if not return_state:
+            return out, None
+        length = torch.full_like(x[:, 0, 0], x.shape[1], dtype=torch.int64)
+        length = length if mask is None else mask.sum(-1)
+        return out, LanguageState(length if before is None else before + length, layers)
+
+
+def check_token_ids(name: str, tokens: Tensor) -> None:
+    """Refuse what is not a batch of sequences of token ids.
+
+    Raises:
+        TypeError: for a tensor that is not of integers.
+        ValueError: for another shape than (batch, length), or no tokens.
+    """
+    if tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {describe(tokens)}")
+    if tokens.ndim != 2 or not tokens.shape[1]:
+        raise ValueError(f"{name} must be (batch, length) with one token or more, got {describe(tokens)}")
+
+
+def check_sizes(**sizes: int) -> None:
+    """Refuse sizes below 1.
+
+    Raises:
+        ValueError: naming all of them.
+    """
+    if min(sizes.values()) < 1:
+        values = " and ".join(map(str, sizes.values()))
+        raise ValueError(f"{' and '.join(sizes)} must be positive, got {values}")
+
+
+def find_targets(mask: Tensor) -> Tensor:
+    """Which tokens can be predicted: real ones that follow a real one. In the first column, all real ones.
+
+    Args:
+        mask: (batch, length) boolean, True = a real token; padding on either side.
+
+    Returns:
+        (batch, length) boolean.
+    """
+    return mask & nn.functional.pad(mask[:, :-1], (1, 0), value=True)

@@ -1,0 +1,439 @@
+"""Labelled images as people have them: folders by class, parquet files, tar files; and their decoding.
+
+What cannot be read never ends a run: it is left out, named once in the log, and kept in :attr:`ImageFiles.left_out`.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from flowformer.common.errors import DataError
+from flowformer.tasks.images.decoding import SUFFIXES, UnreadableImage, decode
+from flowformer.tasks.images.shards import Found, Label, Store, read_parquet, read_tar
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+SPLITS: Mapping[str, str] = {
+    "train": "train", "training": "train",
+    "val": "validation", "valid": "validation", "validation": "validation",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+PLACES = ("", "data", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")  # below a data set's root, where its splits lie
+WANTED = (
+    "wanted are folders of images by class (CLASS/IMAGE, or train/CLASS/IMAGE and val/CLASS/IMAGE; a val of images "
+    "alone needs a labels.tsv or labels.csv of names and classes), parquet files with columns image and label, or tar "
+    "files of KEY.jpg and KEY.cls; the names of files, or of their folders, say train or validation"
+)
+_IGNORED = ("thumbs.db", "desktop.ini")
+_TRIES = 1_000  # images, before a set counts as unreadable
+_NAMED = 20  # what is left out, in one message
+
+
+class EncodedImage(NamedTuple):
+    """An image as its source has it: encoded bytes, the index of its class, and what to call it."""
+
+    data: bytes
+    label: int
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles(Dataset[EncodedImage]):
+    """Labelled images, each read when it is asked for; can be pickled.
+
+    Attributes:
+        origin: Where they are.
+        form: How: "folders by class", "a folder and a list of labels", "parquet files" or "tar files".
+        store: The encoded images.
+        rows: (n,) int64, which of the store's images these are.
+        labels: (n,) int64, indices of classes.
+        classes: Names of the classes, sorted; of numbered ones what the source calls them, or else their numbers.
+        numbered: Whether the source has numbers of classes, not names.
+        left_out: What is not among the images or could not be read: why, by name.
+    """
+
+    origin: str
+    form: str
+    store: Store
+    rows: np.ndarray
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    numbered: bool = False
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        present = len(np.unique(self.labels))
+        return f"{self.origin}: {len(self):,} images of {present:,} classes in {self.form}"
+
+    def __getitem__(self, index: int) -> EncodedImage:
+        return EncodedImage(self.store.read(int(self.rows[index])), int(self.labels[index]), self.name(index))
+
+    def name(self, index: int) -> str:
+        """What to call an image: its path below the origin, or its file and its place there."""
+        return self.store.name(int(self.rows[index]))
+
+    def decode(self, index: int) -> Image.Image:
+        """An image, as :func:`decode` gives it.
+
+        Raises:
+            UnreadableImage: where it cannot be read, whatever the reason.
+        """
+        try:
+            data = self.store.read(int(self.rows[index]))
+        except OSError as error:
+            raise UnreadableImage(error.strerror or str(error)) from error
+        return decode(data)
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Put on record that an image cannot be read, and log it; once."""
+        if name not in self.left_out:
+            self.left_out[name] = reason
+            logger.warning("%s: %s is left out: %s (%d so far)", self.origin, name, reason, len(self.left_out))
+
+    def check(self) -> ImageFiles:
+        """Make sure that there is an image that can be read; tries a thousand of them at most.
+
+        Raises:
+            DataError: if there is none.
+        """
+        why = "there is none"
+        for index in np.unique(np.linspace(0, max(len(self) - 1, 0), min(len(self), _TRIES)).astype(int)):
+            reason = self._reason(int(index))
+            if reason is None:
+                return self
+            why = f"{self.name(int(index))}: {reason}"
+        raise DataError(f"{self.origin}: none of {len(self):,} images can be read; {why}")
+
+    def _reason(self, index: int) -> str | None:
+        """Why an image cannot be read; None where it can."""
+        try:
+            self.decode(index)
+        except UnreadableImage as error:
+            return str(error)
+        return None
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> ImageFiles:
+        """The images at ``indices``, in that order; what is left out is put on one record."""
+        indices = np.asarray(indices, dtype=np.int64)
+        return replace(self, rows=self.rows[indices], labels=self.labels[indices])
+
+    def with_classes(self, classes: Sequence[str]) -> ImageFiles:
+        """The same images with the classes of another set, in their order.
+
+        Raises:
+            DataError: for images of a class that is not among them.
+        """
+        if tuple(classes) == self.classes:
+            return self
+        index = {name: number for number, name in enumerate(classes)}
+        present = np.unique(self.labels)
+        unknown = [self.classes[label] for label in present if self.classes[label] not in index]
+        if unknown:
+            some = ", ".join(repr(name) for name in unknown[:5])
+            raise DataError(f"{self.origin}: unknown classes {some}{', ...' if len(unknown) > 5 else ''}")
+        numbers = np.array([index.get(name, -1) for name in self.classes], dtype=np.int64)
+        return replace(self, labels=numbers[self.labels], classes=tuple(classes))
+
+
+class FileImages:
+    """Images that are files.
+
+    Args:
+        root: The folder that names are below.
+        names: Of the files, relative to the root.
+    """
+
+    def __init__(self, root: Path, names: Sequence[str]) -> None:
+        self.root = root
+        # One array: a list of a million strings is copied, bit by bit, into every process that reads it.
+        self.names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        """The path below the root."""
+        return os.fsdecode(bytes(self.names[index]))
+
+    def read(self, index: int) -> bytes:
+        """The encoded image; raises OSError."""
+        return (self.root / self.name(index)).read_bytes()
+
+
+def find_images(path: str | Path) -> dict[str, ImageFiles]:
+    """Find labelled images, whichever form they have.
+
+    Args:
+        path: A folder: of class folders; of ``train`` and ``val`` (or ``validation``, ``test``) with class folders in
+            them; of parquet files; of tar files; of train and val with such files; the root of ImageNet as Kaggle has
+            it. Or one parquet or tar file.
+
+    Returns:
+        Sets by split: "train", "validation", "test"; or "all" where nothing says which it is.
+
+    Raises:
+        DataError: where there is nothing of the kind, or more than one kind; the message says what was wanted.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path} is not there; {WANTED}")
+    if path.is_file():
+        readers = [(form, read) for form, (suffix, read) in _SHARDS.items() if path.suffix == suffix]
+        if not readers:
+            raise DataError(f"{path} is a file; {WANTED}. Archives of other kinds must be unpacked")
+        form, read = readers[0]
+        return _logged({"all": _labelled(str(path), form, read([path]))})
+    places = [place for below in PLACES if (place := path / below).is_dir()]
+    for place in places:
+        forms = {form: files for form, (suffix, _) in _SHARDS.items() if (files := _shards(place, suffix))}
+        folders = _split_folders(place)
+        if len(forms) + bool(folders) > 1:
+            kinds = [*forms, *(["folders by class"] if folders else [])]
+            raise DataError(f"{place} holds {' and '.join(kinds)}: give the folder of one of them")
+        if folders:
+            return _logged({split: _read_split(folder) for split, folder in folders.items()})
+        for form, files in forms.items():
+            return _logged(_read_shards(place, form, files))
+    if _is_labelled(path):
+        return _logged({"all": _read_split(path)})
+    raise DataError(f"{path} holds no labelled images; {WANTED}")
+
+
+_SHARDS = {"parquet files": (".parquet", read_parquet), "tar files": (".tar", read_tar)}
+
+
+def _logged(sets: dict[str, ImageFiles]) -> dict[str, ImageFiles]:
+    for files in sets.values():
+        if files.left_out:
+            some = "; ".join(f"{name}: {reason}" for name, reason in list(files.left_out.items())[:_NAMED])
+            more = f"; and {len(files.left_out) - _NAMED} more" if len(files.left_out) > _NAMED else ""
+            logger.warning("%s: left out are %s%s", files.origin, some, more)
+    return sets
+
+
+def _shards(place: Path, suffix: str) -> list[Path]:
+    files = [file for pattern in ("*", "*/*") for file in place.glob(pattern + suffix) if file.is_file()]
+    archives = [file.name for file in files if file.name.startswith("ILSVRC2012_")]
+    if archives:
+        raise DataError(f"{place}: {archives[0]} is ImageNet as it is published: unpack it; {WANTED}")
+    return sorted(file for file in files if not file.name.startswith("."))
+
+
+def _split_of(name: str) -> str | None:
+    return next((SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS), None)
+
+
+def _read_shards(place: Path, form: str, files: Sequence[Path]) -> dict[str, ImageFiles]:
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        by_split.setdefault(_split_of(file.stem) or SPLITS.get(file.parent.name.lower(), "all"), []).append(file)
+    if len(by_split) > 1 and "all" in by_split:
+        raise DataError(f"{by_split['all'][0]}: nothing in the name says whether it is train or validation")
+    sets = {}
+    for split, shards in _in_order(by_split).items():
+        found = _SHARDS[form][1](shards)
+        if all(isinstance(label, int) and label < 0 for label in found.labels):
+            logger.info("%s: the %s set has no labels, and is not used", place, split)
+            continue
+        sets[split] = _labelled(f"{place}, {split}", form, found)
+    if not sets:
+        raise DataError(f"{place}: no image has a label")
+    return sets
+
+
+def _labelled(origin: str, form: str, found: Found) -> ImageFiles:
+    """Number the classes."""
+    numbered = all(isinstance(label, int) for label in found.labels)
+    if not numbered and any(isinstance(label, int) for label in found.labels):
+        raise DataError(f"{origin}: some labels are numbers, some are names: {found.labels[:5]}")
+    if numbered:
+        labels = np.array(found.labels, dtype=np.int64)
+        most = int(labels.max(initial=-1))
+        classes = found.class_names or tuple(str(number) for number in range(most + 1))
+        if labels.min(initial=0) < 0 or most >= len(classes):
+            raise DataError(f"{origin}: labels from {labels.min()} to {most} for {len(classes)} classes")
+    else:
+        classes = _sorted_names({str(label) for label in found.labels})
+        index = {name: number for number, name in enumerate(classes)}
+        labels = np.array([index[str(label)] for label in found.labels], dtype=np.int64)
+    rows = np.arange(len(found.store), dtype=np.int64)
+    return ImageFiles(origin, form, found.store, rows, labels, classes, numbered, found.left_out)
+
+
+def _sorted_names(names: set[str]) -> tuple[str, ...]:
+    numbers = all(name.isascii() and name.isdigit() for name in names)
+    return tuple(sorted(names, key=int) if numbers else sorted(names))
+
+
+def read_folder(path: str | Path) -> ImageFiles:
+    """Read a folder of class folders: ``CLASS/IMAGE``, also in folders within those of the classes.
+
+    Hidden files are passed over; what is no image by its name is left out by name.
+
+    Raises:
+        DataError: where there are no class folders, one only, or one without images.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise DataError(f"{path} is no folder; wanted is one with a folder for each class, CLASS/IMAGE")
+    files = _read_class_folders(path)
+    if len(files.classes) == 1:
+        raise DataError(f"{path} has one class folder only, {files.classes[0]!r}; classification needs two classes")
+    return _logged({"all": files})["all"]
+
+
+def _read_class_folders(root: Path) -> ImageFiles:
+    folders = [entry for entry in _visible(root) if entry.is_dir()]
+    if not folders:
+        raise DataError(f"{root} has no class folders; wanted is a folder for each class, CLASS/IMAGE")
+    left_out = {entry.name: "beside the class folders" for entry in _visible(root) if _is_image(entry.name)}
+    folders = [entry for entry in folders if entry.name not in left_out]
+    names: list[str] = []
+    labels: list[Label] = []
+    for folder in folders:
+        before = len(names)
+        for name in _walk(root, folder.name):
+            if _is_image(name):
+                names.append(name)
+            else:
+                left_out[name] = "no image by its name"
+        labels += [folder.name] * (len(names) - before)
+        if len(names) == before:
+            raise DataError(f"{root}: class folder {folder.name!r} holds no images ({', '.join(SUFFIXES)})")
+    return _labelled(str(root), "folders by class", Found(FileImages(root, names), labels, None, left_out))
+
+
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        shown = [one for one in entries if not one.name.startswith(".") and one.name.lower() not in _IGNORED]
+    return sorted(shown, key=lambda entry: entry.name)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
+
+
+def _walk(root: Path, below: str) -> Iterator[str]:
+    """Paths of files; a folder that is called like an image counts as one, and will be named as unreadable."""
+    for entry in _visible(root / below):
+        name = f"{below}/{entry.name}"
+        if entry.is_dir() and not _is_image(name):
+            yield from _walk(root, name)
+        else:
+            yield name
+
+
+def _split_folders(place: Path) -> dict[str, Path]:
+    """Folders of images by split; none where there is neither a train nor a validation set."""
+    found: dict[str, Path] = {}
+    for entry in _visible(place):
+        split = SPLITS.get(entry.name.lower())
+        if split and entry.is_dir() and _has_images(Path(entry.path), flat=True):
+            if split in found:
+                raise DataError(f"{place} holds two folders for {split}: {found[split].name} and {entry.name}")
+            found[split] = Path(entry.path)
+    if "train" not in found and "validation" not in found:
+        return {}
+    if "test" in found and not _is_labelled(found["test"]):
+        logger.info("%s has no labels, and is not used", found.pop("test"))
+    return _in_order(found)
+
+
+def _in_order(by_split: Mapping[str, Any]) -> dict[str, Any]:
+    return {split: by_split[split] for split in (*dict.fromkeys(SPLITS.values()), "all") if split in by_split}
+
+
+def _has_images(folder: Path, *, flat: bool) -> bool:
+    entries = _visible(folder)
+    if flat and any(_is_image(entry.name) for entry in entries):
+        return True
+    return any(any(map(_is_image, _walk(folder, entry.name))) for entry in entries if entry.is_dir())
+
+
+def _is_labelled(folder: Path) -> bool:
+    return _has_images(folder, flat=_labels_file(folder) is not None)
+
+
+def _read_split(folder: Path) -> ImageFiles:
+    if _has_images(folder, flat=False):
+        return _read_class_folders(folder)
+    path = _labels_file(folder)
+    if path is None:
+        raise DataError(
+            f"{folder} holds images, and no class folders; they need a labels.tsv or labels.csv there, with the name "
+            "of each and its class"
+        )
+    return _read_flat(folder, path)
+
+
+def _labels_file(folder: Path) -> Path | None:
+    beside = [folder.parent / f"{folder.name}{rest}" for rest in ("_labels.tsv", "_labels.csv", ".tsv", ".csv")]
+    kaggle = [
+        above / "LOC_val_solution.csv" for above in (folder, *folder.parents[:4]) if folder.name.lower() in SPLITS
+    ]
+    candidates = [folder / "labels.tsv", folder / "labels.csv", *beside, *kaggle]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _read_flat(folder: Path, path: Path) -> ImageFiles:
+    label_of = _read_labels(path)
+    names: list[str] = []
+    labels: list[Label] = []
+    left_out: dict[str, str] = {}
+    for entry in _visible(folder):
+        if not _is_image(entry.name):
+            continue
+        label = label_of.get(entry.name, label_of.get(Path(entry.name).stem))
+        if label is None:
+            left_out[entry.name] = f"not in {path.name}"
+            continue
+        names.append(entry.name)
+        labels.append(label)
+    if not names:
+        raise DataError(f"{path} names none of the images in {folder}")
+    found = Found(FileImages(folder, names), labels, None, left_out)
+    return _labelled(str(folder), "a folder and a list of labels", found)
+
+
+_NAME_COLUMNS = ("name", "file", "filename", "image", "imageid")
+_CLASS_COLUMNS = ("class", "label", "wnid", "synset", "index", "predictionstring")
+
+
+def _read_labels(path: Path) -> dict[str, Label]:
+    """Classes by name of file, with or without its suffix: of columns with a header, or else of the first two."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = [row for row in csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",") if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: no table that can be read: {error}") from error
+    header = [cell.strip().lower() for cell in lines[0]] if lines else []
+    name_at, class_at = (
+        next((header.index(name) for name in known if name in header), -1) for known in (_NAME_COLUMNS, _CLASS_COLUMNS)
+    )
+    if min(name_at, class_at) < 0:
+        name_at, class_at = 0, 1
+    else:
+        del lines[0]
+    found: dict[str, Label] = {}
+    for row in lines:
+        if len(row) <= max(name_at, class_at) or not row[class_at].strip():
+            raise DataError(f"{path}: wanted are a name and a class in each line, got {row}")
+        label = row[class_at].split()[0]  # Kaggle's list has boxes behind the class
+        found[row[name_at].strip()] = int(label) if label.isascii() and label.isdigit() else label
+    return found

@@ -1,0 +1,278 @@
+"""Labelled images inside larger files: parquet, as on the Hugging Face hub, and tar, as WebDataset has it.
+
+Nothing but labels, names and places is kept in memory; an image is read when it is asked for. Both stores can be
+pickled, and go into other processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from flowformer.common.errors import DataError
+from flowformer.tasks.images.decoding import SUFFIXES, UnreadableImage
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "png")
+LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")
+LABEL_KEYS = ("label", "cls", "class_index", "index", "wnid", "synset", "class_id")
+
+# A label as its source has it: a number, or a name.
+Label = int | str
+
+
+class Store(Protocol):
+    """Encoded images by their numbers; can be pickled."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What to call an image."""
+        ...
+
+    def read(self, index: int) -> bytes:
+        """The encoded image; raises UnreadableImage or OSError."""
+        ...
+
+
+class Found(NamedTuple):
+    """What files of labelled images hold.
+
+    Attributes:
+        store: The images.
+        labels: A label for each.
+        class_names: Names of the classes that numbers stand for, where the source has them.
+        left_out: What is not among the images though it is in the files: why, by name.
+    """
+
+    store: Store
+    labels: list[Label]
+    class_names: tuple[str, ...] | None
+    left_out: dict[str, str]
+
+
+def read_parquet(files: Sequence[Path]) -> Found:
+    """Labelled images in parquet files: a column of structs of ``bytes`` and ``path``, or of bytes, and one of labels.
+
+    Names of classes are found where the ``datasets`` library wrote the files.
+
+    Raises:
+        DataError: for a file that is no parquet file, or that has no such columns.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    labels: list[Label] = []
+    names: tuple[str, ...] | None = None
+    groups: list[tuple[int, int, int]] = []
+    column = ""
+    for number, path in enumerate(files):
+        try:
+            file = parquet.ParquetFile(path)
+            column, label = (_column(path, file.schema_arrow, known) for known in (IMAGE_COLUMNS, LABEL_COLUMNS))
+            values = file.read([label], use_threads=False).column(0).to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{path}: no parquet file that can be read: {error}") from error
+        if any(value is None for value in values):
+            raise DataError(f"{path}: row {values.index(None)} has no {label}")
+        names = names or _class_names(file.schema_arrow, label)
+        first = len(labels)
+        for group in range(file.num_row_groups):
+            groups.append((number, group, first))
+            first += file.metadata.row_group(group).num_rows
+        labels += values
+    return Found(ParquetImages(files, column, groups, len(labels)), labels, names, {})
+
+
+class ParquetImages:
+    """Images in the rows of parquet files.
+
+    A row is read with the group of rows that it is in, the smallest that can be read; the last group is kept.
+
+    Args:
+        files: The files, in their order.
+        column: The images' column.
+        groups: Of each group of rows the file, its number there, and its first row among all.
+        rows: All rows.
+    """
+
+    def __init__(self, files: Sequence[Path], column: str, groups: Sequence[tuple[int, int, int]], rows: int) -> None:
+        self.files, self.column, self.rows = list(files), column, rows
+        self.groups = np.array(groups, dtype=np.int64).reshape(-1, 3)
+        self._drop_handles()
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._drop_handles()
+
+    def _drop_handles(self) -> None:
+        self._open, self._kept = {}, (-1, None)
+
+    def _group_of(self, index: int) -> int:
+        return int(np.searchsorted(self.groups[:, 2], index, side="right")) - 1
+
+    def name(self, index: int) -> str:
+        """What to call an image: its file and its row there."""
+        number = self.groups[self._group_of(index), 0]
+        first = self.groups[np.searchsorted(self.groups[:, 0], number), 2]
+        return f"{self.files[number].name}:{index - int(first)}"
+
+    def read(self, index: int) -> bytes:
+        """The encoded image.
+
+        Raises:
+            UnreadableImage: where the row holds none, or cannot be read.
+        """
+        import pyarrow
+
+        place = self._group_of(index)
+        try:
+            value = self._read_group(place)[index - int(self.groups[place, 2])].as_py()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UnreadableImage(f"rows that cannot be read: {error}") from error
+        data = value.get("bytes") if isinstance(value, Mapping) else value
+        if not isinstance(data, bytes):
+            raise UnreadableImage("the row holds no bytes")
+        return data
+
+    def _read_group(self, place: int) -> Any:
+        from pyarrow import parquet
+
+        if self._kept[0] != place:
+            number, group, _ = (int(value) for value in self.groups[place])
+            if number not in self._open:
+                # Mapped into memory: a process that is forked shares no position in the file.
+                self._open[number] = parquet.ParquetFile(self.files[number], memory_map=True)
+            table = self._open[number].read_row_group(group, [self.column], use_threads=False)
+            self._kept = (place, table.column(0))
+        return self._kept[1]
+
+
+def _column(path: Path, schema: Any, known: Sequence[str]) -> str:
+    found = next((name for name in known if name in schema.names), None)
+    if found is None:
+        raise DataError(f"{path}: no column {' or '.join(known)}; there is {', '.join(schema.names) or 'none'}")
+    return found
+
+
+def _class_names(schema: Any, label: str) -> tuple[str, ...] | None:
+    """Names of classes from what the ``datasets`` library leaves in a file."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        names = features[label].get("names")
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
+        return None
+    return tuple(map(str, names)) if isinstance(names, list) and names else None
+
+
+def read_tar(files: Sequence[Path]) -> Found:
+    """Labelled images in tar files as WebDataset has them: KEY.jpg beside KEY.cls (a number or a name) or KEY.json.
+
+    The headers of all members are read once. Tar files do not name their classes.
+
+    Raises:
+        DataError: for a file that is no tar file, and for labels that cannot be read.
+    """
+    labels: list[Label] = []
+    left_out: dict[str, str] = {}
+    places: list[tuple[int, int, int]] = []
+    names: list[str] = []
+    for number, path in enumerate(files):
+        for key, sample in _samples(path, left_out).items():
+            missing = [part for part in ("image", "label") if part not in sample]
+            if missing:
+                left_out[f"{path.name}:{key}"] = f"no {' and no '.join(missing)} of this name"
+                continue
+            names.append(sample["image"].name)
+            places.append((number, sample["image"].offset_data, sample["image"].size))
+            labels.append(sample["label"])
+    return Found(TarImages(files, places, names), labels, None, left_out)
+
+
+def _samples(path: Path, left_out: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """What belongs together in a tar file, by key; what lies behind damage is left out."""
+    samples: dict[str, dict[str, Any]] = {}
+    try:
+        with tarfile.open(path, "r:") as archive:
+            try:
+                for member in archive:
+                    if member.isfile():
+                        _add(samples, path, archive, member)
+            except tarfile.ReadError as error:
+                left_out[f"{path.name}, from byte {archive.offset:,} on"] = f"damaged: {error}"
+    except (tarfile.ReadError, OSError) as error:
+        raise DataError(f"{path}: no tar file that can be read (a compressed one cannot): {error}") from error
+    return samples
+
+
+def _add(samples: dict[str, dict[str, Any]], path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    folder, _, file = member.name.rpartition("/")
+    key, _, extension = file.partition(".")
+    sample = samples.setdefault(f"{folder}/{key}" if folder else key, {})
+    suffix = f".{extension.lower()}"
+    if suffix in SUFFIXES:
+        sample["image"] = member
+    elif suffix == ".cls" or (suffix == ".json" and "label" not in sample):
+        content = archive.extractfile(member)
+        text = content.read() if content else b""
+        label = _label_of(text, suffix)
+        if label is None:
+            raise DataError(f"{path}: {member.name} holds no label: {text[:80]!r}")
+        sample["label"] = label
+
+
+class TarImages:
+    """Images in tar files, each read from its place.
+
+    Args:
+        files: The tar files.
+        places: Of each image the file, its first byte there, and its size in bytes.
+        names: Of each image.
+    """
+
+    def __init__(self, files: Sequence[Path], places: Sequence[tuple[int, int, int]], names: Sequence[str]) -> None:
+        self.files = list(files)
+        self.places = np.array(places, dtype=np.int64).reshape(-1, 3)
+        self.names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def name(self, index: int) -> str:
+        """What to call an image: its file and its name there."""
+        return f"{self.files[self.places[index, 0]].name}:{os.fsdecode(bytes(self.names[index]))}"
+
+    def read(self, index: int) -> bytes:
+        """The encoded image.
+
+        Raises:
+            OSError: where the file cannot be read.
+        """
+        number, offset, size = (int(value) for value in self.places[index])
+        with self.files[number].open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+
+def _label_of(text: bytes, suffix: str) -> Label | None:
+    try:
+        value: Any = text.decode("utf-8").strip()
+        if suffix == ".json":
+            content = json.loads(value)
+            value = next((content[key] for key in LABEL_KEYS if key in content), None)
+    except (UnicodeDecodeError, json.JSONDecodeError, TypeError):
+        return None
+    if isinstance(value, str):
+        return int(value) if value.isascii() and value.isdigit() else value or None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

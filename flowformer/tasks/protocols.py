@@ -1,0 +1,215 @@
+"""What a benchmark offers to training, and what its data format offers to the commands.
+
+A command asks a format what it can do and knows no kind of data: ``flowformer predict`` runs where the format is a
+:class:`Classifies`, ``generate`` where it is a :class:`Generates`, ``visualize`` where it is a :class:`Shows`, and
+``export`` where it is a :class:`Tokenizes`. A format implements the ones that its models support.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+from torch import Tensor, nn
+
+from flowformer.tasks.metric import Metric
+
+if TYPE_CHECKING:
+    from flowformer.tasks.scenes import Scene, View
+    from flowformer.tasks.text.tokenizers import Tokenizer
+
+
+class Task(Protocol):
+    """Data, loss and metric of a benchmark.
+
+    A task whose :attr:`evaluated` sets have no "test" is tested once, when training is over.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name of the benchmark."""
+        ...
+
+    @property
+    def metric(self) -> Metric:
+        """The figure of merit."""
+        ...
+
+    @property
+    def published(self) -> Mapping[str, float]:
+        """Published values of the metric by method."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """Where the data came from."""
+        ...
+
+    @property
+    def licence(self) -> str:
+        """What is known of the terms of the data."""
+        ...
+
+    @property
+    def format(self) -> Format:
+        """How data is prepared for a model."""
+        ...
+
+    @property
+    def train(self) -> Any:
+        """The training set, a map-style dataset."""
+        ...
+
+    @property
+    def test(self) -> Any:
+        """The test set."""
+        ...
+
+    @property
+    def evaluated(self) -> Mapping[str, Any]:
+        """The sets evaluated during training, by name ("test", "validation"); none that is empty."""
+        ...
+
+    def step(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the model on a batch; means over it of ``"loss"`` and of what the metric is made of."""
+        ...
+
+    def size(self, batch: Mapping[str, Tensor]) -> int:
+        """How many examples, or tokens, the means of a batch are over."""
+        ...
+
+
+class Format(Protocol):
+    """How data is prepared for a model: all that is needed to use a trained one on new data."""
+
+    def collate(self, items: Sequence[Any]) -> dict[str, Tensor]:
+        """Make a batch."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """The format as plain values."""
+        ...
+
+
+class SupportsLoss(Protocol):
+    """What a language model must offer: its loss, without the scores of a whole batch."""
+
+    def loss(self, tokens: Tensor, targets: Tensor | None = None, mask: Tensor | None = None, **options: Any) -> Tensor:
+        """Mean cross-entropy of the targets that count, in nats."""
+        ...
+
+
+# ---------------------------------------------------------------------------- what else the models of a format can do
+
+Track = Callable[[Iterable[Any], int, str], Iterable[Any]]  # (steps, how many, what they are) -> the same steps
+
+
+@runtime_checkable
+class Classifies(Protocol):
+    """A format whose models classify files.
+
+    Attributes:
+        classes: Names; class index i means ``classes[i]``.
+        item: What one example is called, "series" or "picture".
+        files: Which files are accepted, for help and error messages.
+    """
+
+    @property
+    def classes(self) -> tuple[str, ...]:  # noqa: D102 - see the class
+        ...
+
+    @property
+    def item(self) -> str:  # noqa: D102
+        ...
+
+    @property
+    def files(self) -> str:  # noqa: D102
+        ...
+
+    def classify_files(self, model: Any, paths: Sequence[Path]) -> tuple[list[str], np.ndarray]:
+        """Class probabilities of the examples in files.
+
+        Args:
+            model: A trained model, in evaluation mode.
+            paths: Files or folders.
+
+        Returns:
+            Names of the examples, and (n, classes) float64.
+
+        Raises:
+            DataError: for files that cannot be used.
+        """
+        ...
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """A format whose models generate data, such as text or images.
+
+    Attributes:
+        generate_options: A dataclass whose fields are the options, declared by
+            :func:`flowformer.common.options.option`.
+    """
+
+    @property
+    def generate_options(self) -> type:  # noqa: D102 - see the class
+        ...
+
+    def generate(self, model: Any, options: Any, *, track: Track) -> Iterator[str]:
+        """Generate, and write what is generated to a file if it is not text.
+
+        Args:
+            model: A trained model, in evaluation mode.
+            options: A :attr:`generate_options`.
+            track: Shows progress over steps that take time.
+
+        Yields:
+            Text to print, as soon as there is some.
+
+        Raises:
+            ValueError, TypeError: for options that cannot be used, before anything is generated.
+        """
+        ...
+
+
+@runtime_checkable
+class Shows(Protocol):
+    """A format whose models' attention can be drawn over an example.
+
+    Attributes:
+        show_options: A dataclass whose fields say which example, declared by
+            :func:`flowformer.common.options.option`.
+    """
+
+    @property
+    def show_options(self) -> type:  # noqa: D102 - see the class
+        ...
+
+    def show(self, model: Any, file: Path | None, options: Any, view: View) -> Scene:
+        """What a model attends to.
+
+        Args:
+            model: A trained model, in evaluation mode.
+            file: The file to read the example from; ``None`` if none was given.
+            options: A :attr:`show_options`.
+            view: Which queries, layers and heads.
+
+        Raises:
+            ValueError: for an example, query, layer or head that is not there.
+        """
+        ...
+
+
+@runtime_checkable
+class Tokenizes(Protocol):
+    """A format of text.
+
+    Attributes:
+        tokenizer: Text to tokens and back.
+    """
+
+    @property
+    def tokenizer(self) -> Tokenizer:  # noqa: D102 - see the class
+        ...

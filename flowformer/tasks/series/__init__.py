@@ -1,0 +1,1 @@
+"""Benchmarks of time series: the UEA archive, and files of your own."""

@@ -1,0 +1,154 @@
+"""How text is prepared for a language model, and what such a model writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowformer.common.errors import DataError
+from flowformer.common.options import option
+from flowformer.models.language import LanguageModel
+from flowformer.tasks.protocols import Track
+from flowformer.tasks.sampling import SamplingOptions
+from flowformer.tasks.scenes import Scene, View, find_mechanisms, line_strips, read_example
+from flowformer.tasks.text.tokenizers import Tokenizer, read_tokenizer
+from flowformer.tasks.text.writing import write
+
+IGNORED = -100  # a target that does not count
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritingOptions(SamplingOptions):
+    """What a language model continues, and how."""
+
+    prompt: tuple[str, ...] = option((), "text to continue; a new line if absent")
+    tokens: int = option(200, "most tokens to write for each prompt")
+    stop: tuple[str, ...] = option((), "text to end before")
+    temperature: float = option(0.8, "what scores are divided by; 0 always takes the likeliest token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextChoice:
+    """Which text is shown."""
+
+    text: str | None = option(None, "text to look at, instead of a file")
+
+
+@dataclass(frozen=True, eq=False)
+class TextFormat:
+    """How text is prepared for a model.
+
+    Attributes:
+        tokenizer: Text to tokens and back.
+        length: Tokens of a training sequence.
+    """
+
+    generate_options: ClassVar[type] = WritingOptions
+    show_options: ClassVar[type] = TextChoice
+
+    tokenizer: Tokenizer
+    length: int
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary."""
+        return self.tokenizer.vocab_size
+
+    def collate(self, items: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor]:
+        """Make a batch: ``tokens`` and ``targets``, (batch, length) int64; a ``mask`` too where lengths differ."""
+        longest = max(len(seen) for seen, _ in items)
+        tokens = torch.zeros(len(items), longest, dtype=torch.int64)
+        targets = torch.full_like(tokens, IGNORED)
+        for row, (seen, wanted) in enumerate(items):
+            tokens[row, : len(seen)] = torch.from_numpy(seen)
+            targets[row, : len(seen)] = torch.from_numpy(wanted)
+        batch = {"tokens": tokens, "targets": targets}
+        lengths = torch.tensor([len(seen) for seen, _ in items])
+        if int(lengths.min()) < longest:
+            batch["mask"] = torch.arange(longest) < lengths.unsqueeze(1)
+        return batch
+
+    def to_json(self) -> dict[str, Any]:
+        """The format as plain values."""
+        return {"tokenizer": self.tokenizer.to_json(), "length": self.length}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> TextFormat:
+        """The format that :meth:`to_json` wrote."""
+        return cls(read_tokenizer(values["tokenizer"]), values["length"])
+
+    def generate(self, model: LanguageModel, options: WritingOptions, *, track: Track) -> Iterator[str]:
+        """Continue prompts. One prompt is continued as the model writes; several are shown when all are complete.
+
+        Raises:
+            ValueError, TypeError: as :func:`flowformer.tasks.text.writing.write`.
+        """
+        texts = list(options.prompt or ["\n"])
+        pieces = write(
+            model, self.tokenizer, texts, stop=options.stop, max_new_tokens=options.tokens, **options.as_arguments()
+        )
+        if len(texts) == 1:
+            yield texts[0]
+            yield from (text for _, text in pieces)
+            yield "\n"
+            return
+        for row, text in pieces:
+            texts[row] += text
+        yield "\n---\n".join(texts) + "\n"
+
+    def show(self, model: LanguageModel, file: Path | None, options: TextChoice, view: View) -> Scene:
+        """What a language model attends to, over the text of a file or of ``--text``.
+
+        Raises:
+            ValueError: for both or neither, and as :meth:`scene`.
+            DataError: for a file that cannot be read, or is not UTF-8.
+        """
+        if options.text is None:
+            return self.scene(model, _read_text(file), view)
+        if file is not None:
+            raise ValueError(f"give a file or --text, got both {file} and --text {options.text!r}")
+        return self.scene(model, options.text, view)
+
+    def scene(self, model: LanguageModel, text: str, view: View) -> Scene:
+        """What a language model attends to, over a text.
+
+        Args:
+            model: The model, in evaluation mode.
+            text: The text, one token or more.
+            view: What to show.
+
+        Raises:
+            ValueError: for a text without tokens, or too long for the model, and for a query, layer or head that is not
+                there.
+        """
+        tokens = torch.from_numpy(self.tokenizer.encode(text).astype(np.int64))
+        if not len(tokens):
+            raise ValueError("want a text of a token or more, got an empty one")
+        shown = tuple(_label(self.tokenizer, token) for token in tokens.tolist())
+        strips = line_strips(
+            model, (tokens.unsqueeze(0),), len(tokens), view, default=-1,
+            name=lambda position: f"token {position}, {shown[position]!r}",
+        )  # fmt: skip
+        return Scene(", ".join(find_mechanisms(model)), strips, tokens=shown)
+
+
+def _label(tokenizer: Tokenizer, token: int) -> str:
+    """A token as it is written on an axis; its number in hexadecimal if it is no character by itself."""
+    text = tokenizer.decode([token])
+    if not text or "\ufffd" in text:
+        return f"{token:02x}"
+    return "".join({" ": "␣", "\n": "↵", "\t": "→"}.get(c, c if c.isprintable() else "·") for c in text)
+
+
+def _read_text(file: Path | None) -> str:
+    data = read_example(file, "a text in UTF-8; or give --text TEXT")
+    try:
+        return data.decode("utf-8").rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is no text in UTF-8: {error}") from error
