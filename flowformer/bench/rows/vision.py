@@ -95,7 +95,7 @@ def build(attention: str | None, shape: Shape) -> nn.Module:
         if attention is not None:
             # As many heads as channels where keys have one channel for each head (Zhai et al., 2021, table 7).
             heads = shape.width if find_attention(attention).layout.heads else shape.heads
-            options = {"num_heads": heads, "image_size": shape.length, **OPTIONS.get(attention, {})}
+            options = {"num_heads": heads, "img_size": shape.length, **OPTIONS.get(attention, {})}
             enlarge(model, swap_attention(model, attention, **options).new, BIAS_STD)
     return model.eval()
 

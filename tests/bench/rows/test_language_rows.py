@@ -152,7 +152,9 @@ def test_models_are_alike_but_for_their_attention():
             if name in own and own[name].shape == parameter.shape and torch.equal(own[name], parameter)
         ]
         assert len(list(model.parameters())) - len(same) == others.get(attention, 0), attention
-    assert all(block.attention.filters.std() > 0.05 for block in built["aft_conv"].decoder.layers)
+    assert all(
+        block.attention.filters.std() > 0.03 for block in built["aft_conv"].decoder.layers
+    )  # as images have them
     assert len({type(model.decoder.layers[0].attention) for model in built.values()}) == len(built)
 
 
