@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flowformer import cli
-from flowformer.cli.recipe_options import read_command
+from flowformer.cli.arguments.recipes import read_command
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

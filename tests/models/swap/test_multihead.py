@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import flowformer
-from flowformer.models.multihead import DropInMultiheadAttention
+from flowformer.models.swap.multihead import DropInMultiheadAttention
 
 BATCH, LENGTH, SOURCE, DIM, HEADS = 2, 7, 5, 16, 4
 MECHANISMS = [name for name in flowformer.list_attentions() if name != "aft_conv"]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flowformer import swap_attention
-from flowformer.models.multihead import DropInMultiheadAttention
+from flowformer.models.swap.multihead import DropInMultiheadAttention
 
 TRANSFORMER = {"nhead": 4, "dim_feedforward": 32, "dropout": 0.0, "batch_first": True}
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from flowformer import cli
-from flowformer.cli.parser import UsageError
-from flowformer.cli.recipe_options import read_command
+from flowformer.cli.arguments.parser import UsageError
+from flowformer.cli.arguments.recipes import read_command
+from flowformer.common.fields import GROUPS, options_of
 from flowformer.recipes import create_recipe, list_recipes, read_recipe
-from flowformer.training.fields import GROUPS, options_of
 from flowformer.training.recipe import Schedule
 from flowformer.training.schedules import SCHEDULES
 
