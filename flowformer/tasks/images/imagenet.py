@@ -1,8 +1,8 @@
 """ImageNet: its classes, how its images are prepared and varied, loss and metric.
 
 Training images are varied by timm as DeiT's are (Touvron et al., 2021; facebookresearch/deit, main.py), which
-Flowformer and AFT follow. All that is random about an image is a function of the seed, the round, and its place in the
-round; all that is random about a batch, of its first image's. It is drawn where the batch is made, by a worker or not.
+Flowformer and AFT follow. The random changes of an image are a function of the seed, the round, and its place in
+the round; those of a batch, of its first image's. They are drawn where the batch is made, by a worker or not.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class Draw(NamedTuple):
-    """Which image is to be seen, and what all that is random about it follows from."""
+    """Which image is to be seen, and the seed of its random changes."""
 
     row: int
     seed: int
@@ -127,7 +127,7 @@ class Sample(NamedTuple):
     Attributes:
         image: (size, size, channels) uint8; None where none could be read.
         label: Index of its class.
-        seed: What is random about it follows from; None in an evaluation.
+        seed: Of its random changes; None in an evaluation.
         left_out: Images that could not be read, in whose place it stands: origin, name, and why.
     """
 

@@ -1,7 +1,7 @@
 """The toy projects of the GPT-style module: adding numbers and sorting, as texts of digits.
 
 Source: thuml/Flowformer, Flowformer_TorchModule/projects (adder) and its demonstration of sorting, which are minGPT's.
-A problem is a row of digits, the question before the answer; only the answer is to be foretold.
+A problem is a row of digits, the question before the answer; only the answer is predicted.
 """
 
 from __future__ import annotations
