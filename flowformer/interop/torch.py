@@ -18,7 +18,7 @@ from flowformer.models.swap.multihead import DropInMultiheadAttention
 class FlowMultiheadAttention(DropInMultiheadAttention):
     """Flow-Attention with the constructor, forward, masks, layouts and weights of ``torch.nn.MultiheadAttention``.
 
-    :class:`flowformer.models.swap.multihead.DropInMultiheadAttention` describes masks and padding, and does the same for
+    :class:`flowformer.models.swap.DropInMultiheadAttention` describes masks and padding, and does the same for
     other mechanisms.
 
     In cross-attention all queries compete for the keys, later ones too: as ``multihead_attn`` of a causal decoder, give
