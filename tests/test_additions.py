@@ -62,6 +62,7 @@ def test_benchmark_is_listed_and_described(benchmark, capsys):
     assert status == 0
     assert "Discs and rings, told apart in seconds." in out
     assert "did you mean 'toys/clouds'?" in call(capsys, "train", "toys/cluods")[2]
+    assert "toys/clouds" in call(capsys, "list", "recipes", "rings")[1]
 
 
 def test_benchmark_is_trained_and_evaluated(run, capsys):

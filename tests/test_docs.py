@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flowformer import cli
-from flowformer.cli.recipe_options import read_command
+from flowformer.cli.arguments.recipes import read_command
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -115,7 +115,15 @@ def test_example_runs(script, capsys):
 
 
 @pytest.mark.parametrize(
-    "module", ["attention.flow", "attention.mobile", "attention.aft", "models.generation", "interop.estimator"]
+    "module",
+    [
+        "mechanisms.flow.module",
+        "mechanisms.mobile.module",
+        "mechanisms.aft.modules",
+        "models.generation",
+        "models.language",
+        "interop.estimator",
+    ],
 )
 def test_examples_in_docstrings_run(module):
     outcome = doctest.testmod(importlib.import_module(f"flowformer.{module}"))

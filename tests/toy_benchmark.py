@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from flowformer.common.errors import DataError
+from flowformer.common.fields import option
 from flowformer.models import create_model
 from flowformer.recipes.registry import register_recipe
 from flowformer.tasks.metric import Metric
-from flowformer.training.fields import option
 from flowformer.training.recipe import EpochRecipe
 
 POINTS = 16

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flowformer.bench.compare import compare
-from flowformer.bench.registry import CONTENDERS, OPERATIONS, load
+from flowformer.bench.registry import OPERATIONS, contenders, load
 from flowformer.bench.results import WIDTH, claim, write_records, write_report, write_tables
 from flowformer.bench.runner import Plan, Record, run
 from flowformer.bench.tables import comparison_table, describe_run, point_tables
@@ -29,14 +29,14 @@ def _lengths(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(word) for word in _words(text))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"wants whole numbers with commas between, got {text!r}") from error
+        raise argparse.ArgumentTypeError(f"expects whole numbers separated by commas, got {text!r}") from error
 
 
 def describe() -> str:
     """Operations and contenders, for help."""
     load()
     lines = ["operations:", *(f"  {row.name:24} {row.about}" for row in OPERATIONS.values()), "", "contenders:"]
-    about = {name: row.about for (_, name), row in CONTENDERS.items()}
+    about = {name: row.about for (_, name), row in contenders().items()}
     return "\n".join([*lines, *(f"  {name:24} {text}" for name, text in about.items())])
 
 
@@ -44,21 +44,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give a parser the options of the command."""
     plan = Plan()
     add = parser.add_argument
-    add("operations", nargs="*", metavar="OPERATION", help="what to measure; all of it if absent")
-    add("--lengths", type=_lengths, default=(), metavar="N,N", help="those of each operation if absent")
+    add("operations", nargs="*", metavar="OPERATION", help="what to measure; everything by default")
+    add("--lengths", type=_lengths, default=(), metavar="N,N", help="by default those of each operation")
     for name, about in SIZES.items():
         add(f"--{name.replace('_', '-')}", type=int, default=getattr(plan, name), metavar="N", help=about)
-    add("--contenders", type=_words, default=(), metavar="A,B", help="all if absent; ratios are to the first")
-    add("--threads", type=int, default=0, metavar="N", help="what torch takes if absent")
+    add("--contenders", type=_words, default=(), metavar="A,B", help="all by default; ratios are to the first")
+    add("--threads", type=int, default=0, metavar="N", help="threads; by default as many as torch takes")
     add("--seconds", type=float, default=plan.seconds, metavar="S", help="time of each contender at each length")
     add("--repeats", type=int, default=0, metavar="N", help="the most calls of each contender at each length")
     add("--no-memory", action="store_true", help="do not measure memory, which takes a process for each point")
-    add("--no-limits", action="store_true", help="do not measure matrix products and copies beside")
+    add("--no-limits", action="store_true", help="do not measure matrix products and copies too")
     add("--memory-gb", type=float, default=0.0, metavar="GB",
-        help="what a contender may need above its inputs; half of what is available if absent")  # fmt: skip
-    add("--longest", type=float, default=plan.longest_s, metavar="S", help="leave out what takes longer for one call")
+        help="memory that a contender may need above its inputs; by default half of what is available")  # fmt: skip
+    add(
+        "--longest",
+        type=float,
+        default=plan.longest_s,
+        metavar="S",
+        help="leave out contenders of which one call takes longer",
+    )
     add("--import", dest="imports", type=_words, default=(), metavar="MODULE", help="modules with further contenders")
-    add("--out", default="", metavar="DIR", help="folder to write; runs/bench/DATE-TIME if absent")
+    add("--out", default="", metavar="DIR", help="folder to write; by default runs/bench/DATE-TIME")
     add("--compare", default="", metavar="REV", help="run here and at this commit by turns, and show the ratios")
 
 
@@ -69,10 +75,10 @@ def main(values: argparse.Namespace) -> int:
         0; 1 if a contender was wrong or failed; 130 if interrupted.
 
     Raises:
-        ValueError, RunError: for what the user can mend.
+        ValueError, RunError: for mistakes of the user, and where a commit cannot be measured.
     """
     plan = _plan(values)
-    plan.rows()  # unknown names are said before anything is made
+    plan.rows()  # unknown names are refused before anything is written
     folder = Path(values.out or Path("runs") / "bench" / datetime.now().strftime("%Y%m%d-%H%M%S"))
     claim(folder)
     records: list[Record] = []
@@ -121,7 +127,7 @@ def _rich() -> Any:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
-    """A line that says what is going on, on a terminal."""
+    """A line of progress, on a terminal."""
     console, progress = _rich()
     columns = (progress.SpinnerColumn(), progress.TextColumn("{task.description}"), progress.TimeElapsedColumn())
     with progress.Progress(*columns, console=console.Console(stderr=True), transient=True) as shown:

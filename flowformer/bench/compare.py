@@ -1,7 +1,7 @@
 """Did a change make it slower? The same run on this tree and on another commit, by turns.
 
-The other commit is checked out as a temporary git worktree, and this tree's ``flowformer/bench`` is put into it: both
-libraries are measured by the same code, even a commit from before there was any. Each turn is a process of its own.
+The other commit is checked out as a temporary git worktree, and measured by its own ``flowformer.bench``: what has the
+same name there and here is compared. Each turn is a process of its own.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from flowformer.bench.registry import BACKENDS
+from flowformer.bench.process import ROOT, ask
 from flowformer.bench.runner import Plan
-from flowformer.bench.worker import ROOT, ask
 from flowformer.common.errors import RunError
 from flowformer.common.names import nearest
+from flowformer.core.backends import list_backends
 
 Record = dict[str, Any]
 PAIRS = 2  # times that each side runs
@@ -54,7 +54,7 @@ def compare(
     """
     commit = find_commit(root, revision)
     plan = replace(plan, ours_only=True, threads=plan.threads or torch.get_num_threads())
-    plan.rows()  # unknown names are said before anything is checked out
+    plan.rows()  # unknown names are refused before anything is checked out
     records: list[Record] = []
     with worktree(root, commit) as there:
         for pair in range(pairs):
@@ -64,8 +64,6 @@ def compare(
                 tell(f"{name}, run {pair + 1} of {pairs}")
                 found = _run(replace(plan, memory=plan.memory and pair == 0), folder, name)
                 for record in found:
-                    if record["record"] == "run" and side == "there":
-                        record["environment"]["commit"] = commit  # it counts as changed, by our own bench in it
                     records.append({**record, "side": side, "pair": pair})
                     keep(records[-1])
     for record in ratios(records):
@@ -86,7 +84,7 @@ def find_commit(root: Path, revision: str) -> str:
         RunError: outside a git checkout, or for an unknown commit; the message suggests the nearest branch or tag.
     """
     if not (root / ".git").exists():
-        raise RunError(f"--compare wants flowformer to come from a git checkout; {root} is none")
+        raise RunError(f"--compare requires flowformer to come from a git checkout, and {root} is none")
     try:
         return _git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}").strip()
     except subprocess.CalledProcessError as error:
@@ -96,20 +94,17 @@ def find_commit(root: Path, revision: str) -> str:
 
 @contextmanager
 def worktree(root: Path, commit: str) -> Iterator[Path]:
-    """A temporary checkout of a commit, with this tree's bench package in it; removed whatever happens.
+    """A temporary checkout of a commit, removed whatever happens.
 
     Raises:
-        RunError: for a commit without the package ``flowformer``.
+        RunError: for a commit that has no benchmark.
     """
     with tempfile.TemporaryDirectory(prefix="flowformer-bench-") as temporary:
         folder = Path(temporary) / "tree"
         try:
             _git(root, "worktree", "add", "--detach", str(folder), commit)
-            if not (folder / "flowformer").is_dir():
-                raise RunError(f"commit {commit[:12]} has no package flowformer: there is nothing to compare with")
-            package = folder / "flowformer" / "bench"
-            shutil.rmtree(package, ignore_errors=True)
-            shutil.copytree(Path(__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+            if not (folder / "flowformer" / "bench" / "worker.py").is_file():
+                raise RunError(f"commit {commit[:12]} has no flowformer.bench, which could measure it")
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -150,6 +145,7 @@ def ratios(records: list[Record]) -> list[Record]:
 def _least_times(records: list[Record]) -> dict[tuple[str, int, str], dict[tuple[str, int], float]]:
     """Milliseconds by what was measured, then by side and pair."""
     times: dict[tuple[str, int, str], dict[tuple[str, int], float]] = {}
+    backends = {row.name for row in list_backends()}
     for record in records:
         turn = (record["side"], record["pair"])
         place = (record.get("operation", ""), record.get("length", 0))
@@ -159,7 +155,7 @@ def _least_times(records: list[Record]) -> dict[tuple[str, int, str], dict[tuple
         elif record["record"] == "point" and record["status"] == "timed":
             times.setdefault((*place, record["contender"]), {})[turn] = record["min_ms"]
             mechanism, _, backend = record["contender"].rpartition("-")
-            if record["ours"] and backend in BACKENDS:
+            if record["ours"] and backend in backends:
                 best = times.setdefault((*place, f"{mechanism} (best)"), {})
                 best[turn] = min(best.get(turn, record["min_ms"]), record["min_ms"])
     return dict(sorted(times.items(), key=lambda item: item[0][:2]))

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flowformer.bench.registry import CONTENDERS, OPERATIONS, Shape
+from flowformer.bench.registry import OPERATIONS, Shape, contenders
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
@@ -25,7 +25,7 @@ def measure(operation: str, contender: str, shape: dict[str, int]) -> dict[str, 
     Returns:
         ``peak_bytes``, ``bytes_per_token`` and ``method``.
     """
-    row, what, sizes = CONTENDERS[operation, contender], OPERATIONS[operation], Shape(**shape)
+    row, what, sizes = contenders()[operation, contender], OPERATIONS[operation], Shape(**shape)
     small = replace(sizes, length=min(WARM_LENGTH, sizes.length))
     what.bind(row.function, what.inputs(small, row.dtype, row.layout)).run()
     call = what.bind(row.function, what.inputs(sizes, row.dtype, row.layout))
@@ -49,7 +49,7 @@ def available_bytes() -> int | None:
 
 
 def _give_back() -> None:
-    """Return freed memory to the system, lest the call reuse it unseen."""
+    """Return freed memory to the system, since the call could reuse it unseen."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

@@ -1,30 +1,26 @@
-"""What an operation and a contender are, and the one place where all of them stand."""
+"""What an operation and a contender are, and where all of them are found.
+
+Nothing here knows what is timed: the modules of :mod:`flowformer.bench.rows` enter it, and :func:`load` imports them.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowformer.common.names import nearest
-from flowformer.core.backends import list_backends
-from flowformer.mechanisms import find_attention, list_attentions
 
 Function = Callable[..., Any]
 Inputs = tuple[Any, ...]
 Outputs = tuple[Tensor, ...]
-
-# The float64 truth of each operation, and the names of backends.
-reference = SimpleNamespace(
-    **{find_attention(name).operation.__name__: find_attention(name).truth for name in list_attentions()}
-)
-BACKENDS = tuple(row.name for row in list_backends())
 
 # Largest error of a row relative to that row; see check.error_of. The sums of bfloat16 and float16 are float32, and
 # what remains is the rounding of outputs, and of softmax's weights in peers.
@@ -52,10 +48,15 @@ class Shape:
     value_channels: int = 64
 
     def __post_init__(self) -> None:
-        """Refuse sizes that mean nothing."""
+        """Refuse sizes below 1."""
         for name, value in vars(self).items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+
+    @property
+    def width(self) -> int:
+        """Channels of all heads, side by side."""
+        return self.heads * self.channels
 
 
 @dataclass(frozen=True)
@@ -73,18 +74,17 @@ class Call:
 
 @dataclass(frozen=True)
 class Operation:
-    """A thing to be computed, whoever computes it.
+    """What is computed, by any contender.
 
     Attributes:
         name: The name it is called by.
         about: One line for help and figures.
         axis: What the length of a shape is: ``"length"`` or ``"context"``.
-        lengths: Lengths measured where none are given.
-        inputs: ``(shape, dtype, layout) -> inputs``: the same random numbers whatever the dtype and layout.
-        bind: ``(function, inputs) -> Call``: what is done beforehand and what is timed.
+        lengths: Lengths measured by default.
+        inputs: ``(shape, dtype, layout) -> inputs``: the same random numbers for every dtype and layout.
+        bind: ``(function, inputs) -> Call``: prepares the call, and returns it.
         truth: ``(reference, inputs) -> outputs`` in float64.
-        flops: ``shape -> `` floating-point operations of our way to compute it; ``None`` where that says nothing.
-        tokens: ``shape -> `` tokens that one call computes, or whatever ``unit`` says, for bytes per token and rates.
+        tokens: ``shape -> `` tokens that one call computes (or images: see ``unit``), for bytes per token and rates.
         check_length: The longest length at which the truth is computed; longer points are checked at this one.
         tolerances: Largest error allowed, by dtype.
         measure_memory: Whether a point's peak memory is measured, in a fresh process.
@@ -98,9 +98,8 @@ class Operation:
     axis: str
     lengths: tuple[int, ...]
     inputs: Callable[[Shape, torch.dtype, str], Inputs]
-    bind: Callable[[Function, Inputs], Call]
-    truth: Callable[[Function, Inputs], Outputs]
-    flops: Callable[[Shape], float] | None
+    bind: Callable[[Any, Inputs], Call]
+    truth: Callable[[Any, Inputs], Outputs]
     tokens: Callable[[Shape], int]
     check_length: int = 1024
     tolerances: Mapping[torch.dtype, float] = field(default_factory=lambda: TOLERANCES)
@@ -118,23 +117,23 @@ class Contender:
         name: The name it is called by.
         operation: Name of the operation.
         function: What the operation's ``bind`` is given.
-        reference: What the operation's ``truth`` is given; ``None`` where there is none, and only finite values are
-            asked.
+        reference: What the operation's ``truth`` is given; ``None`` where there is none, and results must only be
+            finite. Contenders with equal references are compared with one truth, computed once.
         about: One line for help.
         unchecked: Why there is no reference, where there is none.
-        ours: Whether it is this library's own.
+        ours: Whether it is an implementation of this library.
         dtype: dtype of the inputs.
         layout: ``"length-first"`` for contiguous (batch, length, heads, channels), ``"heads-first"`` for the same shape
             as a view of contiguous (batch, heads, length, channels).
-        flops: As in :class:`Operation`; that of the operation is meant for ``ours`` only.
+        flops: ``shape -> `` floating-point operations of one call; ``None`` where there is no formula.
         unavailable: ``inputs -> `` reason why it cannot run here, or ``None``.
-        needs_bytes: ``shape -> `` bytes above the inputs, estimated, for those that need much.
+        needs_bytes: ``shape -> `` bytes needed above the inputs, estimated where they are many.
     """
 
     name: str
     operation: str
-    function: Function
-    reference: Function | None
+    function: Any
+    reference: Any
     about: str
     unchecked: str = "approximation"
     ours: bool = False
@@ -145,19 +144,12 @@ class Contender:
     needs_bytes: Callable[[Shape], float] = lambda shape: 0.0
 
 
+Source = Callable[[], Iterable[Contender]]
+
+ROWS = "flowformer.bench.rows"  # the package whose modules enter operations and contenders
 OPERATIONS: dict[str, Operation] = {}
-CONTENDERS: dict[tuple[str, str], Contender] = {}
-# The rows; importing a module adds its own. Figures show contenders in this order, and ratios are to the first.
-MODULES = (
-    "flowformer.bench.operations",
-    "flowformer.bench.contenders",
-    "flowformer.bench.peers",
-    "flowformer.bench.aft",
-    "flowformer.bench.aft_peers",
-    "flowformer.bench.aft_steps",
-    "flowformer.bench.language",
-    "flowformer.bench.vision",
-)
+SOURCES: list[Source] = []
+ADDED: dict[tuple[str, str], Contender] = {}
 
 
 def add_operation(row: Operation) -> None:
@@ -169,17 +161,42 @@ def add_contender(row: Contender) -> None:
     """Enter a contender; one of the same name and operation is replaced."""
     if row.operation not in OPERATIONS:
         raise ValueError(f"contender {row.name}: {_unknown('operation', row.operation, OPERATIONS)}")
-    CONTENDERS[row.operation, row.name] = row
+    ADDED[row.operation, row.name] = row
+
+
+def add_contenders(source: Source) -> Source:
+    """Enter a function that yields contenders.
+
+    It is called whenever contenders are asked for, so what it yields may depend on another registry: a mechanism
+    registered at any time is timed.
+    """
+    SOURCES.append(source)
+    return source
+
+
+def contenders() -> dict[tuple[str, str], Contender]:
+    """All contenders by operation and name.
+
+    Figures show them in this order, and ratios are to the first one: those of sources come before those added singly.
+
+    Raises:
+        ValueError: for a contender that a source yields and that was added singly too.
+    """
+    found = {(row.operation, row.name): row for source in SOURCES for row in source()}
+    for operation, name in found.keys() & ADDED.keys():
+        raise ValueError(f"two contenders of {operation!r} are called {name!r}: rename the one that is no mechanism")
+    return found | ADDED
 
 
 def load(modules: Iterable[str] = ()) -> None:
-    """Import the rows of this package, then of further modules.
+    """Import the rows of this package, then further modules.
 
     Raises:
         ValueError: for a module that is not there.
     """
-    for module in MODULES:
-        importlib.import_module(module)
+    package = importlib.import_module(ROWS)
+    for found in pkgutil.iter_modules(package.__path__, f"{ROWS}."):
+        importlib.import_module(found.name)
     for module in modules:
         if importlib.util.find_spec(module.split(".")[0]) is None:
             raise ValueError(f"no module {module!r} to import contenders from")
@@ -200,18 +217,18 @@ def find_operations(names: Iterable[str] = ()) -> list[Operation]:
 
 
 def find_contenders(operations: Iterable[Operation], names: Iterable[str] = ()) -> list[Contender]:
-    """Contenders of some operations, those of ``names`` only where names are given, in that order.
+    """Contenders of some operations; where names are given only those, in the order of the names.
 
     Raises:
         ValueError: for a name that none of the operations has; the message suggests the nearest.
     """
-    chosen = [row.name for row in operations]
-    names = list(names)
-    known = dict.fromkeys(name for operation, name in CONTENDERS if operation in chosen)
+    chosen, names = [row.name for row in operations], list(names)
+    rows = [row for row in contenders().values() if row.operation in chosen]
+    known = dict.fromkeys(row.name for row in rows)
     for name in names:
         if name not in known:
             raise ValueError(_unknown("contender", name, known))
-    rows = [row for row in CONTENDERS.values() if row.operation in chosen and (not names or row.name in names)]
+    rows = [row for row in rows if not names or row.name in names]
     return sorted(rows, key=lambda row: (chosen.index(row.operation), names.index(row.name) if names else 0))
 
 

@@ -1,4 +1,4 @@
-"""One run: check, time by turns, measure memory, one operation and length after the other."""
+"""One run: check, time by turns and measure memory, one operation and length after the other."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch
 from flowformer.bench.check import Checker, WrongResultError
 from flowformer.bench.limits import SGEMM, Limit, make_limits
 from flowformer.bench.memory import available_bytes
+from flowformer.bench.process import ask
 from flowformer.bench.registry import Call, Contender, Inputs, Operation, Shape, find_contenders, find_operations, load
 from flowformer.bench.timing import estimate, interleave, schedule
-from flowformer.bench.worker import ask
 from flowformer.common.errors import RunError
 from flowformer.common.machine import environment
 
@@ -69,7 +69,7 @@ class Plan:
     imports: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
+        """Refuse values out of range."""
         for name in ("threads", "repeats", "memory_budget_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -274,9 +274,8 @@ def _compare(points: list[Record], what: Operation, rows: list[Contender], shape
         point["ratio_to"] = timed[0][0]["contender"]
         if what.show_rate:
             point["tokens_per_s"] = 1e3 * what.tokens(shape) / point["min_ms"]
-        count = row.flops or (what.flops if row.ours else None)
-        if count is not None:
-            point["gflops"] = count(shape) / point["min_ms"] / 1e6
+        if row.flops is not None:
+            point["gflops"] = row.flops(shape) / point["min_ms"] / 1e6
             point["share_of_sgemm"] = point["gflops"] / sgemm if sgemm else None
 
 

@@ -1,81 +1,53 @@
-"""The processes that a benchmark starts: one for each measured peak of memory, one for each side of a comparison.
+"""The processes that :mod:`flowformer.bench.process` starts: no module of this package imports this one.
 
 ``python -m flowformer.bench.worker TASK`` reads one JSON object from standard input, and the last line of its standard
-output is the answer, in JSON.
+output is the answer, in JSON. Another commit may be on the other side of ``--compare``: keep ``run`` as it is.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
+import torch
+
+from flowformer.bench.memory import measure
+from flowformer.bench.registry import OPERATIONS, contenders, load
+from flowformer.bench.runner import Plan, run
 from flowformer.common.errors import RunError
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def ask(task: str, threads: int, root: Path = ROOT, **values: Any) -> Any:
-    """Do a task in a fresh process.
-
-    Args:
-        task: ``"memory"`` or ``"run"``.
-        threads: Of torch and OpenMP there.
-        root: Folder that holds the ``flowformer`` to import.
-        **values: What the task takes, as JSON can say it.
-
-    Raises:
-        RunError: with the last line that the process wrote, if it fails.
-    """
-    # The library at root comes first; after it the places that modules of further contenders may be in.
-    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", ""), str(Path.cwd())])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(
-        [sys.executable, "-m", "flowformer.bench.worker", task], cwd=root, env=environment, text=True,
-        input=json.dumps({"threads": threads, **values}), capture_output=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        reason = f"was killed by signal {-done.returncode}" if done.returncode < 0 else (lines or ["failed"])[-1]
-        raise RunError(f"the process that was to do {task!r} with {root}: {reason}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def _memory(values: dict[str, Any]) -> Any:
-    from flowformer.bench.memory import measure
-
+def measure_memory(values: dict[str, Any]) -> Any:
+    """The peak of memory of one contender."""
     return measure(values["operation"], values["contender"], values["shape"])
 
 
-def _run(values: dict[str, Any]) -> Any:
-    from dataclasses import replace
-
-    from flowformer.bench.registry import CONTENDERS
-    from flowformer.bench.runner import Plan, run
-
+def run_plan(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of a plan, which may name operations and contenders that only the other side has."""
     plan = Plan.from_record(values["plan"])
-    known = {name for _, name in CONTENDERS}
-    names = tuple(name for name in plan.contenders if name in known)  # the other side of a comparison may have more
+    operations = tuple(name for name in plan.operations if name in OPERATIONS)
+    if plan.operations and not operations:
+        raise RunError(f"there is none of the operations {', '.join(plan.operations)}")
+    known = {name for operation, name in contenders() if operation in (operations or OPERATIONS)}
+    names = tuple(name for name in plan.contenders if name in known)
     if plan.contenders and not names:
         raise RunError(f"there is none of the contenders {', '.join(plan.contenders)}")
     records: list[dict[str, Any]] = []
-    run(replace(plan, contenders=names), records.append)
+    run(replace(plan, operations=operations, contenders=names), records.append)
     return records
+
+
+TASKS = {"memory": measure_memory, "run": run_plan}
 
 
 def main() -> None:
     """Do the task named on the command line."""
-    import torch
-
-    from flowformer.bench.registry import load
-
     values = json.load(sys.stdin)
     torch.set_num_threads(values["threads"])
     load(values.get("imports", ()))
-    print(json.dumps({"memory": _memory, "run": _run}[sys.argv[1]](values)))
+    print(json.dumps(TASKS[sys.argv[1]](values)))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import flowformer
 from flowformer.cli import bench, data, doctor, evaluate, export, generate, info, predict, train, visualize
 from flowformer.cli import list as listing
+from flowformer.cli.arguments.parser import Parser, UsageError
 from flowformer.cli.extras import find_extra
-from flowformer.cli.parser import Parser, UsageError
 from flowformer.common.names import nearest
 
 # Their modules import what they need when they run: `flowformer --help` does not wait for torch.

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import flowformer
+from flowformer.cli.arguments.parser import Parser, usable
 from flowformer.cli.extras import EXTRAS
-from flowformer.cli.parser import Parser, usable
 
 
 def main(words: Sequence[str]) -> int:

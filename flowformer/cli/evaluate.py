@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from flowformer.cli.parser import Parser, UsageError, usable
+from flowformer.cli.arguments.parser import Parser, UsageError, usable
 from flowformer.cli.trained import open_run, run_arguments
 
 

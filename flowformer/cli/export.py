@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from flowformer.cli.parser import Parser, usable
+from flowformer.cli.arguments.parser import Parser, usable
 from flowformer.cli.trained import open_run, require, run_arguments
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from flowformer.cli.options import add_options, read_options
-from flowformer.cli.parser import Parser, usable
+from flowformer.cli.arguments.options import add_options, read_options
+from flowformer.cli.arguments.parser import Parser, usable
 from flowformer.cli.trained import find_run, open_format, open_run, parse_for_run, require, run_arguments
 
 NOTE = "Options depend on the run: `flowformer generate RUN --help` shows them."

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from flowformer.cli.parser import Parser
+from flowformer.cli.arguments.parser import Parser
 from flowformer.common.names import nearest
 
 
@@ -43,7 +43,7 @@ def _describe_attention(name: str) -> None:
 
 
 def _describe_recipe(name: str, function: Any) -> None:
-    from flowformer.training.fields import options_of
+    from flowformer.common.fields import options_of
 
     print(f"{name}: {inspect.getdoc(getattr(function, 'func', function))}\n")
     recipe = function()

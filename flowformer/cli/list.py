@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from flowformer.cli.parser import Parser, UsageError
+from flowformer.cli.arguments.parser import Parser, UsageError
 from flowformer.common.names import nearest
 
 Row = dict[str, Any]  # "kind", "name", "about", and what this kind has besides

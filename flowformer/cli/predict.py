@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flowformer.cli.parser import Parser, usable
+from flowformer.cli.arguments.parser import Parser, usable
 from flowformer.cli.trained import open_run, require, run_arguments
 
 

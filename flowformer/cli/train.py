@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from flowformer.cli.parser import Parser, usable
+from flowformer.cli.arguments.parser import Parser, usable
 
 
 def main(words: Sequence[str]) -> int:
@@ -19,7 +19,7 @@ def main(words: Sequence[str]) -> int:
         parser.add_argument("recipe", help="name of the recipe, for example uea/JapaneseVowels")
         parser.parse(words)
 
-    from flowformer.cli.recipe_options import read_command
+    from flowformer.cli.arguments.recipes import read_command
 
     asked = read_command(words[0], words[1:])
 

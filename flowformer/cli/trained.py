@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowformer.cli.parser import Parser, UsageError, usable
+from flowformer.cli.arguments.parser import Parser, UsageError, usable
 
 CHECKPOINTS = "last, best-test or best-validation"
 

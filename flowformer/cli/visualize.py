@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flowformer.cli.options import add_options, read_options
-from flowformer.cli.parser import Parser, UsageError, usable
+from flowformer.cli.arguments.options import add_options, read_options
+from flowformer.cli.arguments.parser import Parser, UsageError, usable
 from flowformer.cli.trained import CHECKPOINTS, find_run, is_run, open_format, open_run, parse_for_run, require
 
 NOTE = "Further options depend on the run: `flowformer visualize RUN --help` shows them."

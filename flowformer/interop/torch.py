@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowformer.models.multihead import DropInMultiheadAttention
+from flowformer.models.swap.multihead import DropInMultiheadAttention
 
 
 class FlowMultiheadAttention(DropInMultiheadAttention):
     """Flow-Attention with the constructor, forward, masks, layouts and weights of ``torch.nn.MultiheadAttention``.
 
-    Masks and padding are described in :class:`flowformer.models.multihead.DropInMultiheadAttention`, which does
-    the same for other mechanisms.
+    :class:`flowformer.models.swap.DropInMultiheadAttention` describes masks and padding, and does the same for
+    other mechanisms.
 
     In cross-attention all queries compete for the keys, later ones too: as ``multihead_attn`` of a causal decoder, give
     ``competition=None, allocation=False``, which keeps queries apart, or leave softmax attention there.

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch.utils.data import Sampler
 
+from flowformer.common.fields import option
 from flowformer.recipes.language import LanguageRecipe
 from flowformer.recipes.mechanism import merge_fields
 from flowformer.recipes.registry import RECIPES, register_recipe
 from flowformer.tasks.images import density
 from flowformer.tasks.images.density import DensityTask
 from flowformer.tasks.images.pixels import PixelFormat
-from flowformer.training.fields import option
 from flowformer.training.order import RoundSampler
 from flowformer.training.recipe import DataState
 

@@ -20,13 +20,13 @@ from typing import Any, cast
 
 from torch import nn
 
+from flowformer.common.fields import option
 from flowformer.models.swap import swap_attention
 from flowformer.recipes.images import ImageRecipe
 from flowformer.recipes.mechanism import merge_fields
 from flowformer.recipes.registry import RECIPES, register_recipe
 from flowformer.tasks.images import imagenet
 from flowformer.tasks.images.imagenet import Augmentation, DrawSampler, ImageNetFormat, ImageNetTask
-from flowformer.training.fields import option
 from flowformer.training.recipe import DataState, Precision
 
 logger = logging.getLogger(__name__)

@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import nn
 
+from flowformer.common.fields import option
 from flowformer.models import create_model
 from flowformer.recipes.mechanism import check_attention, merge_fields
 from flowformer.recipes.registry import register_recipe
 from flowformer.tasks.images import task as images
 from flowformer.tasks.images.format import ImageFormat
 from flowformer.tasks.images.task import ImageTask
-from flowformer.training.fields import option
 from flowformer.training.recipe import DataState, EpochRecipe
 
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import nn
 
+from flowformer.common.fields import option
 from flowformer.models import create_model
 from flowformer.models.language import LanguageModel
 from flowformer.recipes.mechanism import check_attention, merge_fields
@@ -25,7 +26,6 @@ from flowformer.tasks.text import files as text_files
 from flowformer.tasks.text import task as text
 from flowformer.tasks.text.format import TextFormat
 from flowformer.tasks.text.task import TextTask
-from flowformer.training.fields import option
 from flowformer.training.recipe import DataState, StepRecipe
 
 NO_COMPETITION: Mapping[str, Any] = {"competition": None}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from flowformer.common.fields import check_names
 from flowformer.common.registry import Registry
-from flowformer.training.fields import check_names
 from flowformer.training.recipe import Recipe
 
 RecipeFunction = Callable[..., Recipe]

@@ -16,13 +16,13 @@ from typing import Any
 
 from torch import nn
 
+from flowformer.common.fields import option
 from flowformer.models import create_model
 from flowformer.recipes.mechanism import check_attention, merge_fields
 from flowformer.recipes.registry import RECIPES, register_recipe
 from flowformer.tasks.series import uea
 from flowformer.tasks.series.format import SeriesFormat
 from flowformer.tasks.series.task import SeriesTask, load_pair
-from flowformer.training.fields import option
 from flowformer.training.recipe import DataState, EpochRecipe
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from flowformer.common.fields import option
 from flowformer.recipes.language import DemoTextRecipe, LanguageRecipe
 from flowformer.recipes.registry import register_recipe
 from flowformer.tasks.text import toys
-from flowformer.training.fields import option
 
 _SHARED: dict[str, Any] = {
     "optimizer": "adamw", "beta1": 0.9, "beta2": 0.95, "learning_rate": 5e-4, "weight_decay": 0.1, "decayed": "linear",

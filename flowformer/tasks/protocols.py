@@ -150,7 +150,7 @@ class Generates(Protocol):
 
     Attributes:
         generate_options: A dataclass whose fields are the options, declared by
-            :func:`flowformer.common.options.option`.
+            :func:`flowformer.common.fields.option`.
     """
 
     @property
@@ -180,7 +180,7 @@ class Shows(Protocol):
 
     Attributes:
         show_options: A dataclass whose fields select an example, declared by
-            :func:`flowformer.common.options.option`.
+            :func:`flowformer.common.fields.option`.
     """
 
     @property

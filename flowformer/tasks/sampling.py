@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from flowformer.common.options import option
+from flowformer.common.fields import option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.data import DistributedSampler
 
+from flowformer.common.fields import check_fields, option, plain_fields
 from flowformer.tasks.protocols import Task
-from flowformer.training.fields import check_fields, option, plain_fields
 from flowformer.training.order import RoundSampler
 
 Optimizer = Literal["radam", "adam", "adamw"]

@@ -1,10 +1,13 @@
 """Contenders and an operation for tests, imported by name: also by the processes that a benchmark starts."""
 
+from functools import partial
+
 import torch
 
 from flowformer import ops
-from flowformer.bench.operations import forward, forward_truth, sequences
-from flowformer.bench.registry import Call, Contender, Operation, add_contender, add_operation, reference
+from flowformer.bench.registry import Contender, Operation, add_contender, add_operation
+from flowformer.bench.rows.attention import bind, sequences, truth
+from flowformer.bench.rows.forms import truth_of
 
 MEGABYTES = 64
 
@@ -29,17 +32,15 @@ def shifted(q, k, v, *, causal):
 
 add_operation(
     Operation(
-        "toy", "for tests", "length", (8,), sequences,
-        lambda function, inputs: Call(forward(function, inputs, causal=True).run),
-        lambda truth, inputs: forward_truth(truth, inputs, causal=True),
-        None, lambda shape: shape.batch * shape.length,
+        "toy", "for tests", "length", (8,), sequences, partial(bind, causal=True), partial(truth, causal=True),
+        lambda shape: shape.batch * shape.length,
     )
 )  # fmt: skip
 for _name, _function, _truth, _more in (
-    ("right", shifted, reference.flow_attention, {"ours": True}),
-    ("also-right", shifted, reference.flow_attention, {}),
-    ("wrong", wrong, reference.flow_attention, {}),
-    ("failing", failing, reference.flow_attention, {}),
+    ("right", shifted, truth_of("flow"), {"ours": True}),
+    ("also-right", shifted, truth_of("flow"), {}),
+    ("wrong", wrong, truth_of("flow"), {}),
+    ("failing", failing, truth_of("flow"), {}),
     ("allocate", allocate, None, {}),
     ("absent", shifted, None, {"unavailable": lambda inputs: "the moon is not up"}),
     ("hungry", shifted, None, {"needs_bytes": lambda shape: 1e18}),

@@ -17,8 +17,8 @@ def rows(monkeypatch):
     monkeypatch.syspath_prepend(HERE)
     monkeypatch.delitem(sys.modules, "bench_rows", raising=False)
     registry.load()
-    for name in ("OPERATIONS", "CONTENDERS"):
-        monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
+    for name in ("OPERATIONS", "ADDED", "SOURCES"):
+        monkeypatch.setattr(registry, name, getattr(registry, name).copy())
     return "bench_rows"
 
 

@@ -122,7 +122,7 @@ def test_interruption_leaves_results(rows, tmp_path, capsys, monkeypatch):
         (["casual"], "did you mean 'causal'?"),
         (["causal", "--contenders", "flow-torhc"], "did you mean 'flow-torch'?"),
         (["causal", "--length", "3"], "did you mean --lengths?"),
-        (["causal", "--lengths", "a few"], "wants whole numbers with commas between"),
+        (["causal", "--lengths", "a few"], "expects whole numbers separated by commas"),
         (["causal", "--heads", "0"], "heads must be at least 1"),
     ],
 )
@@ -150,13 +150,26 @@ def git(folder, *words):
     return subprocess.run(["git", *identity, "-C", folder, *words], check=True, capture_output=True, text=True).stdout
 
 
+YESTERDAY = """
+from flowformer.bench.registry import Contender, add_contender
+from flowformer.bench.rows.peers import sdpa
+
+add_contender(Contender("yesterday", "causal", sdpa, None, "what only the old commit has"))
+"""
+
+
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
-    """A repository with a library of old, without bench, and the present one uncommitted."""
+    """A repository with two commits: a library without a benchmark, and one with a contender that is gone today."""
     folder = tmp_path_factory.mktemp("repository")
-    ignored = shutil.ignore_patterns("__pycache__", "bench")
-    shutil.copytree(Path(flowformer.__file__).parent, folder / "flowformer", ignore=ignored)
+    shutil.copytree(
+        Path(flowformer.__file__).parent, folder / "flowformer", ignore=shutil.ignore_patterns("__pycache__")
+    )
     git(folder, "init", "-q", "-b", "trunk")
+    git(folder, "add", "flowformer/__init__.py")
+    git(folder, "commit", "-q", "-m", "without a benchmark")
+    git(folder, "tag", "first")
+    (folder / "flowformer" / "bench" / "rows" / "yesterday.py").write_text(YESTERDAY)
     git(folder, "add", "flowformer")
     git(folder, "commit", "-q", "-m", "old")
     return folder
@@ -166,17 +179,33 @@ def worktrees(folder):
     return git(folder, "worktree", "list").count("\n")
 
 
-def test_comparison_measures_a_commit_without_a_bench(repository, small):
-    """With real processes: the old commit gets this tree's bench."""
+def test_comparison_measures_a_commit_by_its_own_bench(repository, small):
+    """With real processes: what the old commit has not is left out, and what only it has is measured."""
     commit = compare.find_commit(repository, "HEAD")
-    plan = Plan(operations=("causal",), lengths=(16,), contenders=("flow-torch", "sdpa"), threads=1, **small)
+    names = ("flow-torch", "yesterday", "tomorrow")
+    plan = Plan(operations=("causal", "of-tomorrow"), lengths=(16,), contenders=names, threads=1, **small)
     with compare.worktree(repository, commit) as there:
         assert worktrees(repository) == 2
         found = compare._run(plan, there, "old")
-        assert found[0]["environment"]["commit"].startswith(commit)
+        assert found[0]["environment"]["commit"] == commit  # and nothing in it is changed
     assert not there.exists()
     assert worktrees(repository) == 1
-    assert [record["contender"] for record in found if record["record"] == "point"] == ["flow-torch", "sdpa"]
+    assert [record["contender"] for record in found if record["record"] == "point"] == ["flow-torch", "yesterday"]
+
+
+@pytest.mark.parametrize("names", [{"operations": ("of-tomorrow",)}, {"contenders": ("tomorrow",)}])
+def test_comparison_says_what_the_old_commit_has_not(names, repository, small):
+    plan = Plan(**{"operations": ("causal",), "lengths": (16,), "threads": 1, **names}, **small)
+    with pytest.raises(
+        results.RunError, match=r"old cannot be measured: .* there is none of the .* of-tomorrow|tomorrow"
+    ):
+        compare._run(plan, repository, "old")
+
+
+def test_comparison_with_a_commit_without_a_bench_is_refused(repository, small):
+    with pytest.raises(results.RunError, match=r"has no flowformer\.bench"):
+        compare.compare("first", Plan(operations=("causal",), **small), print, root=repository)
+    assert worktrees(repository) == 1
 
 
 def fake_run(times, calls):
@@ -204,8 +233,6 @@ def test_comparison_alternates_and_gives_ratios(repository, small, monkeypatch):
     assert row["memory_ratio"] == 2
     assert found["flow (best)"]["ratio"] == 3
     assert found["limit sgemm, per 1e9"]["here_ms"] == 20
-    there = [record for record in records if record.get("side") == "there" and record["record"] == "run"]
-    assert {record["environment"]["commit"] for record in there} == {git(repository, "rev-parse", "HEAD").strip()}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

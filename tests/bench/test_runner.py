@@ -8,9 +8,10 @@ import torch
 
 from flowformer.bench import registry, runner, timing
 from flowformer.bench.check import Checker, WrongResultError, error_of
-from flowformer.bench.published import flow_attention as published
-from flowformer.bench.registry import Shape, reference
+from flowformer.bench.registry import Shape
+from flowformer.bench.rows.published import flow_attention as published
 from flowformer.bench.runner import Plan
+from flowformer.mechanisms import find_attention
 
 
 def measured(rows, small, **fields):
@@ -56,14 +57,14 @@ def test_error_is_of_the_worst_row():
 
 
 def test_long_points_are_checked_at_a_length_that_truth_can_afford(checker):
-    what, row = registry.OPERATIONS["toy"], registry.CONTENDERS["toy", "right"]
+    what, row = registry.OPERATIONS["toy"], registry.contenders()["toy", "right"]
     sizes = {"heads": 1, "channels": 4, "value_channels": 4}
     assert checker.check(what, row, Shape(1500, **sizes)).length == what.check_length == 1024
     assert checker.check(what, row, Shape(7, **sizes)).length == 7
 
 
 def test_approximation_is_unchecked_but_finite(checker, monkeypatch):
-    what, row = registry.OPERATIONS["toy"], registry.CONTENDERS["toy", "allocate"]
+    what, row = registry.OPERATIONS["toy"], registry.contenders()["toy", "allocate"]
     assert checker.check(what, row, Shape(8)).note == "unchecked: approximation"
     spoilt = registry.Contender("spoilt", "toy", lambda q, k, v, causal: q * torch.nan, None, "")
     with pytest.raises(WrongResultError, match="spoilt gives values that are not finite"):
@@ -74,7 +75,7 @@ def test_approximation_is_unchecked_but_finite(checker, monkeypatch):
 def test_published_formulas_are_the_reference(causal):
     q, k, v = (torch.randn(2, 37, 3, width, dtype=torch.float64) for width in (5, 5, 7))
     torch.testing.assert_close(
-        published(q, k, v, causal=causal), reference.flow_attention(q, k, v, causal=causal), rtol=0, atol=1e-10
+        published(q, k, v, causal=causal), find_attention("flow").truth(q, k, v, causal=causal), rtol=0, atol=1e-10
     )
 
 
@@ -105,7 +106,7 @@ def test_ratios_are_to_the_first_and_shares_to_sgemm(rows, small):
     assert first["ratio"] == 1
     assert second["ratio"] == second["min_ms"] / first["min_ms"]
     assert second["ratio_to"] == "sdpa"
-    flops = 64 * 2 * 2 * (2 * 8 * 8 + 16 * (8 + 8))  # tokens, heads, and the formula of operations.py
+    flops = 64 * 2 * 2 * (2 * 8 * 8 + 16 * (8 + 8))  # tokens, heads, and the formula of variants.py
     assert second["gflops"] == pytest.approx(flops / second["min_ms"] / 1e6)
     sgemm = next(record for record in records if record.get("name") == "sgemm")
     assert second["share_of_sgemm"] == pytest.approx(second["gflops"] / sgemm["value"])
@@ -160,7 +161,7 @@ def test_repeats_bound_the_calls():
 
 
 def test_yardstick_says_that_it_is_one(checker):
-    what, row = registry.OPERATIONS["aft-causal"], registry.CONTENDERS["aft-causal", "cumulative-sums"]
+    what, row = registry.OPERATIONS["aft-causal"], registry.contenders()["aft-causal", "cumulative-sums"]
     assert checker.check(what, row, Shape(8)).note == "unchecked: no AFT, a yardstick"
 
 
@@ -226,21 +227,8 @@ def test_memory_of_a_fresh_process_sees_what_is_allocated(rows, small):
 
 
 def test_process_that_dies_is_a_remark(rows, small, monkeypatch):
-    from flowformer.bench import worker
+    from flowformer.bench import process
 
-    monkeypatch.setattr(worker.sys, "executable", "false")
+    monkeypatch.setattr(process.sys, "executable", "false")
     memory = points(measured(rows, {**small, "memory": True}, contenders=("right",)))["right"]["memory"]
     assert "the process that was to do 'memory'" in memory["reason"]
-
-
-def test_long_contexts_repeat_in_pieces(checker, monkeypatch):
-    from flowformer.bench import operations
-
-    monkeypatch.setattr(operations, "PERIOD", 8)
-    (given,) = operations.token(Shape(30, heads=1, channels=4, value_channels=3), torch.float32, "length-first")
-    pieces = given.pieces(16)
-    assert [piece[0].shape[1] for piece in pieces] == [16, 14]
-    for tensor, *parts in zip(given.context, *pieces, strict=True):
-        assert torch.equal(torch.cat(parts, 1), tensor[:, [place % 8 for place in range(30)]])
-    assert given.q.shape == (1, 1, 4)
-    assert not torch.equal(given.q, given.context[0][:, 0])

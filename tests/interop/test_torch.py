@@ -196,6 +196,16 @@ def test_positions_added_to_queries_and_keys_leave_it_self_attention():
     torch.testing.assert_close(got[1:, :3], short)
 
 
+@pytest.mark.parametrize("options", [{"preset": "lra"}, {"preset": "vision", "competition": None}], ids=str)
+def test_options_are_those_of_flow_attention(options):
+    ours, x = build(**options), rand(BATCH, LENGTH, DIM)
+    theirs = FlowAttention(DIM, HEADS, **options).double()
+    theirs.load_state_dict(own(ours).state_dict())
+    got, _ = ours(x, x, x)
+    torch.testing.assert_close(got, theirs(x))
+    assert (got - build()(x, x, x)[0]).abs().max() > 1e-3
+
+
 def test_dropout_is_that_of_outputs_in_training():
     ours = build(dropout=0.5)
     x = rand(BATCH, LENGTH, DIM)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +30,8 @@ _OPTIONS = (
     "vocab_size", "dim", "num_layers", "num_heads", "ffn_dim", "max_length", "positions", "scale_embedding",
     "norm_first", "activation", "dropout", "activation_dropout", "tied", "attention", "attention_options", "init",
 )  # fmt: skip
+# Arguments of a mechanism's module that the model gives, or that are none of its options.
+_OF_THE_MODEL = ("dim", "num_heads", "causal", "max_length", "device", "dtype")
 
 
 def to_hf(model: LanguageModel, **fields: Any) -> FlowformerForCausalLM:
@@ -131,14 +133,20 @@ def _read_name(attention: Attention) -> str:
 
 def _read_attention(attention: Attention) -> dict[str, Any]:
     """The options of a mechanism: each is kept under its own name, those that override a preset together."""
-    options: dict[str, Any] = {}
-    for name, parameter in inspect.signature(type(attention)).parameters.items():
-        if name in ("dim", "num_heads", "causal", "max_length"):
-            continue
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            options.update(cast("dict[str, Any]", attention.overrides))
-        elif name in ("bias", "dropout"):
-            options[name] = attention.q_proj.bias is not None if name == "bias" else attention.dropout.p
-        elif hasattr(attention, name):
+    options: dict[str, Any] = {"bias": attention.q_proj.bias is not None, "dropout": attention.dropout.p}
+    for name in _named_options(type(attention)):
+        if hasattr(attention, name) and name not in (*options, *_OF_THE_MODEL):
             options[name] = getattr(attention, name)
+    options.update(getattr(attention, "overrides", {}))
     return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+
+
+def _named_options(kind: type[Attention]) -> dict[str, None]:
+    """Names of a module's arguments, those that it passes on to its base classes included."""
+    return {
+        name: None
+        for base in kind.__mro__
+        if issubclass(base, Attention)
+        for name, parameter in inspect.signature(base).parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }

@@ -1,8 +1,8 @@
 """ImageNet: classes, preprocessing, augmentation, loss and metric.
 
 Training images are varied by timm as DeiT's are (Touvron et al., 2021; facebookresearch/deit, main.py), which
-Flowformer and AFT follow. All that is random about an image is a function of the seed, the round, and its place in the
-round; all that is random about a batch, of its first image's. It is drawn where the batch is made, by a worker or not.
+Flowformer and AFT follow. The random changes of an image are a function of the seed, the round, and its place in
+the round; those of a batch, of its first image's. They are drawn where the batch is made, by a worker or not.
 """
 
 from __future__ import annotations

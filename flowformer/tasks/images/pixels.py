@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flowformer.common.fields import option
 from flowformer.common.files import write_whole
-from flowformer.common.options import option
 from flowformer.mechanisms import find_attention
 from flowformer.models.generation import stream_tokens
 from flowformer.models.language import LanguageModel

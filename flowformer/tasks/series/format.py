@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flowformer.common.errors import DataError
-from flowformer.common.options import option
+from flowformer.common.fields import option
 from flowformer.models.timeseries import SeriesClassifier
 from flowformer.tasks.scenes import Scene, View, find_mechanisms, line_strips
 from flowformer.tasks.series.dataset import SeriesSet

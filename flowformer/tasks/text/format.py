@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowformer.common.errors import DataError
-from flowformer.common.options import option
+from flowformer.common.fields import option
 from flowformer.models.language import LanguageModel
 from flowformer.tasks.protocols import Track
 from flowformer.tasks.sampling import SamplingOptions

@@ -12,7 +12,7 @@ _METAVARS = {str: "TEXT", int: "N", float: "X", Path: "FILE"}
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type) -> list[str]:
-    """Add an option for every field of a dataclass, declared by :func:`flowformer.common.options.option`.
+    """Add an option for every field of a dataclass, declared by :func:`flowformer.common.fields.option`.
 
     Returns:
         The options as they are typed: ``["--prompt", "--tokens"]``.

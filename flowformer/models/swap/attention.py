@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from flowformer.core.checks import describe
 from flowformer.mechanisms import Attention, Mechanism, create_attention, find_attention
 from flowformer.mechanisms.aft import AFTConv
-from flowformer.models.swap_torch import MultiheadSwap, find_multiheads
+from flowformer.models.swap.multihead_attention import MultiheadSwap, find_multiheads
 from flowformer.models.vision import ATTENTION_DEFAULTS
 
 NEW_STD = 0.02  # of fresh projections, as timm's ViT begins its own
@@ -79,8 +79,8 @@ def swap_attention(
     Known are the attention of timm's ViT, DeiT and PVT-v2, and ``torch.nn.MultiheadAttention`` in any model, such as
     torchvision's ViT or ``torch.nn.Transformer``.
 
-    ``torch.nn.MultiheadAttention`` becomes a :class:`flowformer.models.multihead.DropInMultiheadAttention` with the
-    same parameters, by the same names. It is called as before, and is causal where the call says so. Dropout of
+    ``torch.nn.MultiheadAttention`` becomes a :class:`flowformer.models.swap.DropInMultiheadAttention` with the same
+    parameters, by the same names. It is called as before, and is causal where the call says so. Dropout of
     attention weights, and the keys that ``add_bias_kv`` and ``add_zero_attn`` append, go. As ``multihead_attn`` of a
     ``torch.nn.TransformerDecoderLayer``, Flow-Attention lets all queries compete for the memory, later ones too: in a
     causal decoder, replace ``self_attn`` alone (``modules="*self_attn"``).
@@ -138,9 +138,9 @@ def swap_attention(
     if multiheads and img_size is not None:
         raise ValueError(f"swap_attention: img_size does not tell the tokens of {multiheads[0][0][0]}: give max_length")
     keep = not mechanism.can("linear time") if spatial_reduction is None else spatial_reduction == "keep"
-    swaps: list[_Swap | MultiheadSwap] = [
-        MultiheadSwap.build(model, names, old, mechanism, num_heads, options) for names, old in multiheads
-    ]
+    swaps: list[_Swap | MultiheadSwap] = []
+    for names, old in multiheads:
+        swaps.append(MultiheadSwap.build(model, names, old, mechanism, num_heads, options))
     options = {**ATTENTION_DEFAULTS.get(attention, {}), **options}
     for source in sources:
         limit = options.get("max_length", _count_tokens(model, source, img_size))

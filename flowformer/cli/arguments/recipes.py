@@ -1,7 +1,7 @@
 """Options of a recipe on the command line and in YAML or JSON files, parsed by jsonargparse.
 
 A field of a recipe is an option by its own name, ``--learning-rate``; its type, choices, range, group and help come
-from :mod:`flowformer.training.fields`. ``null`` stands for ``None``. An option of the mechanism is written
+from :mod:`flowformer.common.fields`. ``null`` stands for ``None``. An option of the mechanism is written
 ``--attention-options.NAME VALUE``, its value as in YAML.
 """
 
@@ -18,10 +18,10 @@ from typing import Any, NoReturn
 
 import jsonargparse
 
-from flowformer.cli.parser import UsageError, usable
+from flowformer.cli.arguments.parser import UsageError, usable
+from flowformer.common.fields import GROUPS, Option, options_of
 from flowformer.common.names import find_nearest, nearest
 from flowformer.recipes import find_recipe
-from flowformer.training.fields import GROUPS, Option, options_of
 from flowformer.training.recipe import Recipe
 
 _METAVARS: Mapping[Any, str] = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH", dict: "MAPPING"}

@@ -1,4 +1,4 @@
-"""The contenders from elsewhere: PyTorch's softmax attention, the published Flow-Attention, Performer."""
+"""What mechanisms with heads are measured against: softmax attention of PyTorch, the published formulas, Performer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from flowformer.bench import published
-from flowformer.bench.contenders import Taken, cache_bytes
-from flowformer.bench.operations import Token, softmax_flops
-from flowformer.bench.registry import Contender, Inputs, Shape, add_contender, reference
+from flowformer.bench.registry import Contender, Inputs, Shape, add_contender
+from flowformer.bench.rows import published
+from flowformer.bench.rows.attention import FAMILIES
+from flowformer.bench.rows.forms import has_heads, truth_of
+from flowformer.bench.rows.variants import Kind, softmax_flops
 
 # ---------------------------------------------------------------------------------------------------------------- SDPA
 
@@ -25,35 +26,13 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     return scaled_dot_product_attention(Q, K, V, is_causal=causal).transpose(1, 2)
 
 
-def _sdpa_step(given: Token) -> Taken:
-    """One step on keys and values kept in place: the new ones are written behind the old ones, nothing is copied."""
-    cache = []
-    for tensor in given.context[1:]:
-        batch, _, heads, width = tensor.shape
-        room = tensor.new_empty(batch, heads, given.length + 1, width)
-        for start in range(0, given.length, tensor.shape[1]):
-            piece = tensor[:, : given.length - start].transpose(1, 2)
-            room[:, :, start : start + piece.shape[2]] = piece
-        cache.append(room)
-
-    def take(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        for room, new in zip(cache, (k, v), strict=True):
-            room[:, :, -1] = new
-        return scaled_dot_product_attention(q.unsqueeze(2), *cache).squeeze(2)
-
-    return take, sum(room.numel() * room.element_size() for room in cache)
-
-
-def _add_sdpa(operation: str, causal: bool, training: bool) -> None:
-    def flops(shape: Shape) -> float:
-        return (3.5 if training else 1) * softmax_flops(shape, causal=causal)
-
+def _add_sdpa(operation: str, kind: Kind) -> None:
     for name, dtype in (("sdpa", torch.float32), ("sdpa-bf16", torch.bfloat16)):
         add_contender(
             Contender(
-                name, operation, sdpa, reference.softmax_attention, "torch scaled_dot_product_attention", dtype=dtype,
+                name, operation, sdpa, truth_of("softmax"), "torch scaled_dot_product_attention", dtype=dtype,
                 layout="heads-first",  # its own: it would copy others
-                flops=flops,
+                flops=partial(softmax_flops, kind=kind),
             )
         )  # fmt: skip
 
@@ -67,11 +46,11 @@ def _published_bytes(shape: Shape, *, training: bool) -> float:
     return 1.1 * one * (4 if training else 2)
 
 
-def _add_published(operation: str, causal: bool, training: bool) -> None:
-    needs: dict[str, Any] = {"needs_bytes": partial(_published_bytes, training=training)} if causal else {}
+def _add_published(operation: str, kind: Kind) -> None:
+    needs: dict[str, Any] = {"needs_bytes": partial(_published_bytes, training=kind.training)} if kind.causal else {}
     add_contender(
         Contender(
-            "published", operation, published.flow_attention, reference.flow_attention,
+            "published", operation, published.flow_attention, truth_of("flow"),
             "the published formulas of Flow-Attention, as written", **needs,
         )
     )  # fmt: skip
@@ -107,14 +86,9 @@ def _add_performer(operation: str) -> None:
     )  # fmt: skip
 
 
-for _operation in ("causal", "causal-training", "bidirectional", "bidirectional-training"):
-    _kind = {"causal": _operation.startswith("causal"), "training": _operation.endswith("training")}
-    _add_sdpa(_operation, **_kind)
-    _add_published(_operation, **_kind)
-    _add_performer(_operation)
-add_contender(
-    Contender(
-        "sdpa", "step", _sdpa_step, reference.softmax_attention,
-        "torch scaled_dot_product_attention on keys and values kept in place", needs_bytes=cache_bytes,
-    )
-)  # fmt: skip
+for _family in FAMILIES:
+    if has_heads(_family.layout):
+        for _name, _kind in _family.operations():
+            _add_sdpa(_name, _kind)
+            _add_published(_name, _kind)
+            _add_performer(_name)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flowformer import swap_attention
-from flowformer.models.multihead import DropInMultiheadAttention
+from flowformer.models.swap.multihead import DropInMultiheadAttention
 
 TRANSFORMER = {"nhead": 4, "dim_feedforward": 32, "dropout": 0.0, "batch_first": True}
 
@@ -131,8 +131,11 @@ def test_what_a_call_says_is_causal_is_causal():
 def test_a_causal_decoder_stays_causal_or_a_warning_says_that_it_does_not(attention, options, meet):
     model = larger(nn.TransformerDecoder(nn.TransformerDecoderLayer(16, **TRANSFORMER), 1)).double()
     if meet:
-        with pytest.warns(UserWarning, match=r"queries of layers\.0\.multihead_attn compete .* modules='\*self_attn'"):
+        with pytest.warns(
+            UserWarning, match=r"queries of layers\.0\.multihead_attn compete .* modules='\*self_attn'"
+        ) as caught:
             swap_attention(model, attention, **options)
+        assert caught[0].filename == __file__
     else:
         swap_attention(model, attention, **options)
     x, memory = torch.randn(2, 7, 16).double(), torch.randn(2, 5, 16).double()
@@ -191,8 +194,8 @@ def test_position_biases_of_aft_are_new():
         (
             transformer,
             "aft_full",
-            {"image_size": 32},
-            "image_size does not tell the tokens of encoder.*: give max_length",
+            {"img_size": 32},
+            "img_size does not tell the tokens of encoder.*: give max_length",
         ),
         (transformer, "flow", {"num_heads": 3}, "num_heads must divide embed_dim"),
         (transformer, "flow", {"spatial_reduction": "keep"}, "this model has no spatial reduction"),

@@ -101,7 +101,7 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
 
     def _build_attention(self) -> Attention:
         """The mechanism's module without its projections."""
-        dim, factory = self.embed_dim, {"device": self.out_proj.weight.device, "dtype": self.out_proj.weight.dtype}
+        dim, weight = self.embed_dim, self.out_proj.weight
         with torch.device("meta"):  # draws no random numbers
             attention = create_attention(self.mechanism, dim, self.num_heads, **self.options)
         widths = [tuple(getattr(attention, projection).weight.shape) for projection in _PROJECTIONS]
@@ -112,8 +112,9 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
                 f"{dict(zip(_PROJECTIONS, widths, strict=True))}"
             )
         if _strip(attention).state_dict():
-            attention = _strip(create_attention(self.mechanism, dim, self.num_heads, **factory, **self.options))
-        return attention
+            with weight.device:
+                attention = _strip(create_attention(self.mechanism, dim, self.num_heads, **self.options))
+        return attention.to(weight.dtype)
 
     def reset_parameters(self) -> None:
         """Re-initialize the weights, like ``torch.nn.MultiheadAttention``."""

@@ -21,7 +21,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from flowformer.common.names import nearest
 
 GROUPS = ("data", "model", "attention", "optimisation", "machine")  # in the order in which help shows them
-Group = Literal["data", "model", "attention", "optimisation", "machine"]
+Group = Literal["", "data", "model", "attention", "optimisation", "machine"]
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,19 @@ def option(
     default: Any,
     help: str,
     *,
-    group: Group,
+    group: Group = "",
     neutral: bool = False,
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """Declare a field of a recipe, which is also an option of the command line.
+    """Declare a field of a recipe, or of the options of a data format, as an option of the command line.
 
     Args:
         default: Its default; a dictionary is copied for each recipe.
         help: What ``--help`` shows for it.
-        group: The heading that ``--help`` shows it under.
+        group: The heading that ``--help`` shows a recipe's field under.
         neutral: Whether it leaves the result as it is, and may change when a run is resumed.
         at_least: The smallest number it takes.
         above: All numbers it takes are larger.

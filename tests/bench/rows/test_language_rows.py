@@ -1,23 +1,26 @@
 """Language models' rows: what is timed is the model of this library, and a wrong one is refused."""
 
+import dataclasses
 import os
 
 import pytest
 import torch
 
-from flowformer import ops
-from flowformer.bench import language, registry, runner, tables
+from flowformer.bench import registry, runner, tables
 from flowformer.bench.check import Checker, WrongResultError
-from flowformer.bench.registry import BACKENDS, Contender, Shape
+from flowformer.bench.registry import Contender, Shape
+from flowformer.bench.rows import language, models
 from flowformer.bench.runner import Plan
 from flowformer.core import backends as backend
-from flowformer.core.backends import ENVIRONMENT_VARIABLE
-from flowformer.mechanisms import find_attention
+from flowformer.core.backends import ENVIRONMENT_VARIABLE, list_backends
+from flowformer.mechanisms import find_attention, list_attentions
 
 registry.load()
+BACKENDS = tuple(row.name for row in list_backends())
 SHAPE = Shape(24, heads=2, channels=8, value_channels=8)
 OPERATIONS = ("language-training", "language-step")
-ROWS = [row for (operation, _), row in registry.CONTENDERS.items() if operation in OPERATIONS]
+ROWS = [row for (operation, _), row in registry.contenders().items() if operation in OPERATIONS]
+MODELS = [name for name in list_attentions() if find_attention(name).can("state")]
 STEPS = [row for row in ROWS if row.operation == "language-step"]
 
 
@@ -48,9 +51,9 @@ def change_attention(monkeypatch, change):
 
 def test_there_is_each_model_with_each_backend():
     names = {operation: [row.name for row in ROWS if row.operation == operation] for operation in OPERATIONS}
-    ours = ["flow-native", "flow-torch"]
-    assert names["language-training"] == [*ours, "aft-simple-native", "aft-simple-torch", "linear", "softmax"]
-    assert names["language-step"] == [*ours, "aft-simple", "linear", "softmax", "sdpa"]
+    ours, others = ["flow-native", "flow-torch", "aft-conv", "aft-full", "aft-local"], ["linear", "mobile", "softmax"]
+    assert names["language-training"] == [*ours, "aft-simple-native", "aft-simple-torch", *others]
+    assert names["language-step"] == [*ours, "aft-simple", *others, "sdpa"]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.operation}-{row.name}")
@@ -66,36 +69,36 @@ def test_what_is_right_is_let_in_and_what_is_wrong_is_not(row, monkeypatch):
         check(wrong)
 
 
-@pytest.mark.parametrize("attention", language.MODELS)
+@pytest.mark.parametrize("attention", MODELS)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_truth_owes_nothing_to_the_operation(operation, attention, monkeypatch):
-    name = find_attention(attention).operation.__name__
+    mechanism = find_attention(attention)
     row = next(row for row in ROWS if row.operation == operation and attention.replace("_", "-") in row.name)
-    if operation == "language-training":
-        wrong = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *given, **more: 1.001 * wrong(*given, **more))
-    else:
-        step = getattr(ops, f"{name}_step")
-
-        def wrong_step(*given, **more):
-            out, state = step(*given, **more)
-            return 1.001 * out, state
-
-        monkeypatch.setattr(ops, f"{name}_step", wrong_step)
     if row.unavailable(text()):
         pytest.skip(row.unavailable(text()))
+
+    def wrong(*given, **more):
+        return 1.001 * mechanism.operation(*given, **more)
+
+    def wrong_step(*given, **more):
+        out, state = mechanism.step(*given, **more)
+        return 1.001 * out, state
+
+    wrong.__name__ = mechanism.operation.__name__
+    functions = {"operation": wrong} if operation == "language-training" else {"step": wrong_step}
+    monkeypatch.setattr(mechanism.module, "mechanism", dataclasses.replace(mechanism, **functions))
     with pytest.raises(WrongResultError):
         check(row)
 
 
 def test_wrong_gradient_is_refused(monkeypatch):
-    row = registry.CONTENDERS["language-training", "linear"]
+    row = registry.contenders()["language-training", "linear"]
     truth = row.reference(*text())
 
     def change(attention):
         attend = attention.mechanism.operation
         # The same keys, with a gradient that is one percent larger.
-        language.substitute(
+        models.substitute(
             attention, operation=lambda q, k, v, **more: attend(q, k + 0.01 * (k - k.detach()), v, **more)
         )
 
@@ -127,7 +130,7 @@ def test_every_call_takes_the_same_step(row):
 
 
 def test_training_gives_the_loss_and_checked_gradients():
-    loss, *gradients = run(registry.CONTENDERS["language-training", "linear"])
+    loss, *gradients = run(registry.contenders()["language-training", "linear"])
     assert loss.shape == (1,)
     assert 4 < loss.item() < 8  # log 256 is 5.5
     assert [tuple(gradient.shape) for gradient in gradients] == [(256, 16), (256, 16), *[(16, 16)] * 3, (64, 16)]
@@ -136,14 +139,23 @@ def test_training_gives_the_loss_and_checked_gradients():
 def test_models_are_alike_but_for_their_attention():
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    models = [language.build(attention, SHAPE) for attention in language.MODELS]
+    built = {attention: language.build(attention, SHAPE) for attention in MODELS}
     assert torch.equal(torch.get_rng_state(), before)
-    for model in models:
+    own = dict(built["softmax"].named_parameters())
+    others = {"aft_full": 12, "aft_local": 12, "aft_conv": 30}  # position biases; filters, their scales, narrow keys
+    for attention, model in built.items():
         assert len(model.decoder.layers) == 6
         assert (model.dim, model.vocab_size, model.scale) == (16, 256, 4)
-        for one, other in zip(models[0].parameters(), model.parameters(), strict=True):
-            assert torch.equal(one, other)
-    assert len({type(model.decoder.layers[0].attention) for model in models}) == len(models)
+        same = [
+            name
+            for name, parameter in model.named_parameters()
+            if name in own and own[name].shape == parameter.shape and torch.equal(own[name], parameter)
+        ]
+        assert len(list(model.parameters())) - len(same) == others.get(attention, 0), attention
+    assert all(
+        block.attention.filters.std() > 0.03 for block in built["aft_conv"].decoder.layers
+    )  # as images have them
+    assert len({type(model.decoder.layers[0].attention) for model in built.values()}) == len(built)
 
 
 @pytest.mark.parametrize("before", [None, "torch"])
@@ -151,12 +163,12 @@ def test_backends_are_chosen_for_a_call_only(before, monkeypatch):
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     if before:
         monkeypatch.setenv(ENVIRONMENT_VARIABLE, before)
-    with language.chosen("native"):
+    with models.chosen("native"):
         assert os.environ[ENVIRONMENT_VARIABLE] == "native"
     assert os.environ.get(ENVIRONMENT_VARIABLE) == before
-    with language.chosen(None):
+    with models.chosen(None):
         assert os.environ.get(ENVIRONMENT_VARIABLE) == before
-    with pytest.raises(KeyError), language.chosen("native"):
+    with pytest.raises(KeyError), models.chosen("native"):
         raise KeyError
     assert os.environ.get(ENVIRONMENT_VARIABLE) == before
 
@@ -178,7 +190,7 @@ def test_what_cannot_run_says_why(monkeypatch):
         reason = row.unavailable(text(Shape(24, heads=2, channels=8, value_channels=4)))
         assert "--channels and --value-channels must be equal" in reason
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "native")
-    reason = registry.CONTENDERS["language-step", "softmax"].unavailable(text())
+    reason = registry.contenders()["language-step", "softmax"].unavailable(text())
     assert "softmax_attention has no native kernels" in reason
 
 
@@ -186,14 +198,14 @@ def test_long_contexts_of_softmax_are_random_numbers(monkeypatch):
     monkeypatch.setattr(language, "CHECK_LENGTH", 8)
     monkeypatch.setattr(language, "prefill", None)  # nothing is read
     (given,) = text()
-    assert language._softmax_state(language.build("softmax", SHAPE), given).length.item() == 24
-    calls = [take(given) for take in (language.softmax_step, language.in_place_step)]
+    assert language.state_after(language.build("softmax", SHAPE), "softmax", given).length.item() == 24
+    calls = [take("softmax", given) for take in (language.step, language.in_place_step)]
     (copied,), (kept,) = (call.run() for call in calls)
     torch.testing.assert_close(copied, kept, rtol=1e-5, atol=1e-5)
     numbers = 4 * language.LAYERS * 2 * 2 * 8
     assert calls[1].state_bytes == 25 * numbers + 8
     assert calls[0].state_bytes == 24 * numbers + 8 + 24 * language.LAYERS
-    row = registry.CONTENDERS["language-step", "softmax"]
+    row = registry.contenders()["language-step", "softmax"]
     assert row.needs_bytes(SHAPE) == pytest.approx(2.1 * 24 * numbers)
 
 
@@ -215,7 +227,7 @@ def test_a_context_is_read_once_for_all_backends(monkeypatch):
     monkeypatch.setattr(language, "prefill", lambda *given: (calls.append(1), prefill(*given))[1])
     (given,) = text()
     for name in BACKENDS:
-        language.step("flow", name, given)
+        models.OfModel(language.step, "flow", name)(given)
     assert len(calls) == 1
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from flowformer.cli.options import add_options, read_options
-from flowformer.cli.parser import Parser, UsageError
-from flowformer.common.options import option
+from flowformer.cli.arguments.options import add_options, read_options
+from flowformer.cli.arguments.parser import Parser, UsageError
+from flowformer.common.fields import option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,26 +1,28 @@
 """Image models' rows: timm's model with attention of ours in it, and a wrong one is refused."""
 
+import dataclasses
 import importlib.util
 
 import pytest
 import torch
 
 import flowformer
-from flowformer import ops
-from flowformer.bench import registry, runner, tables, vision
+from flowformer.bench import registry, runner, tables
 from flowformer.bench.check import Checker, WrongResultError
-from flowformer.bench.registry import BACKENDS, Contender, Shape
+from flowformer.bench.registry import Contender, Shape
+from flowformer.bench.rows import vision
 from flowformer.bench.runner import Plan
 from flowformer.core import backends as backend
-from flowformer.core.backends import ENVIRONMENT_VARIABLE
-from flowformer.mechanisms import find_attention
+from flowformer.core.backends import ENVIRONMENT_VARIABLE, list_backends
+from flowformer.mechanisms import find_attention, list_attentions
 
 timm = pytest.importorskip("timm")
 
 registry.load()
+BACKENDS = tuple(row.name for row in list_backends())
 SHAPE = Shape(48, batch=2, heads=2, channels=8, value_channels=8)
 OPERATIONS = ("vision", "vision-training")
-ROWS = [row for (operation, _), row in registry.CONTENDERS.items() if operation in OPERATIONS]
+ROWS = [row for (operation, _), row in registry.contenders().items() if operation in OPERATIONS]
 EACH_ROW = pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.operation}-{row.name}")
 
 
@@ -62,7 +64,8 @@ def change_model(monkeypatch, change):
 def test_there_is_each_model():
     names = {operation: [row.name for row in ROWS if row.operation == operation] for operation in OPERATIONS}
     assert names["vision"] == names["vision-training"]
-    assert names["vision"] == ["softmax", *(f"flow-{name}" for name in BACKENDS), "mobile", "aft-conv"]
+    aft = ["aft-conv", "aft-full", "aft-local", *(f"aft-simple-{name}" for name in BACKENDS)]
+    assert names["vision"] == ["softmax", *(f"flow-{name}" for name in BACKENDS), *aft, "linear", "mobile"]
     assert [row.name for row in ROWS if not row.ours] == ["softmax", "softmax"]
 
 
@@ -84,20 +87,23 @@ def test_what_is_right_is_let_in_and_what_is_wrong_is_not(row, monkeypatch):
         check(wrong)
 
 
-@pytest.mark.parametrize("attention", ["flow", "mobile", "aft_conv"])
+@pytest.mark.parametrize("attention", [name for name in list_attentions() if name != "softmax"])
 def test_the_truth_owes_nothing_to_the_operation(attention, monkeypatch):
-    name = find_attention(attention).operation.__name__
+    mechanism = find_attention(attention)
     row = next(row for row in ROWS if row.name.startswith(attention.replace("_", "-")))
     needs(row)
-    right = getattr(ops, name)
-    monkeypatch.setattr(ops, name, lambda *given, **more: 1.001 * right(*given, **more))
+
+    def wrong(*given, **more):
+        return 1.001 * mechanism.operation(*given, **more)
+
+    monkeypatch.setattr(mechanism.module, "mechanism", dataclasses.replace(mechanism, operation=wrong))
     with pytest.raises(WrongResultError):
         check(row)
 
 
 @pytest.mark.parametrize("name", ["softmax", "aft-conv"])
 def test_a_wrong_gradient_is_refused(name, monkeypatch):
-    row = registry.CONTENDERS["vision-training", name]
+    row = registry.contenders()["vision-training", name]
     truth = row.reference(*draw())
 
     def change(model):
@@ -115,7 +121,7 @@ def test_the_filters_of_aft_conv_are_checked():
     assert isinstance(attention, flowformer.AFTConv)
     assert (attention.num_heads, attention.kernel_size) == (16, (11, 11))
     assert attention.filters.std() > 0.03
-    _, *gradients = run(registry.CONTENDERS["vision-training", "aft-conv"])
+    _, *gradients = run(registry.contenders()["vision-training", "aft-conv"])
     assert [tuple(one.shape) for one in gradients] == [
         (16, 768), (1000, 16), (64, 16), (16, 121), *[(16, 16)] * 4,
     ]  # fmt: skip
@@ -133,7 +139,9 @@ def test_six_heads_are_deit_small(monkeypatch):
 def test_models_are_alike_but_for_their_attention():
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    models = {attention: vision.build(attention, SHAPE) for attention in (None, *vision.OPTIONS)}
+    models = {
+        attention: vision.build(attention, SHAPE) for attention in (None, "softmax", "flow", "mobile", "aft_conv")
+    }
     assert torch.equal(torch.get_rng_state(), before)
     own = dict(models[None].named_parameters())
     for attention, model in models.items():
@@ -170,7 +178,7 @@ def test_the_backend_of_the_name_runs(row, monkeypatch):
 
 
 def test_what_cannot_run_says_why(monkeypatch):
-    flow = registry.CONTENDERS["vision", "flow-torch"]
+    flow = registry.contenders()["vision", "flow-torch"]
     for row in ROWS:
         assert "must be equal" in row.unavailable(draw(Shape(48, heads=2, channels=8, value_channels=4)))
         assert "no whole number of patches of 16" in row.unavailable(draw(Shape(50, heads=2)))

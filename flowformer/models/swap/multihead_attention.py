@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from flowformer.mechanisms.registry import Mechanism
-from flowformer.models.multihead import DropInMultiheadAttention
+from flowformer.models.swap.multihead import DropInMultiheadAttention
 
 
 def find_multiheads(model: nn.Module, pattern: str) -> list[tuple[list[str], nn.MultiheadAttention]]:

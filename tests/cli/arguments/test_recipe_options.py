@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from flowformer import cli
-from flowformer.cli.parser import UsageError
-from flowformer.cli.recipe_options import read_command
+from flowformer.cli.arguments.parser import UsageError
+from flowformer.cli.arguments.recipes import read_command
+from flowformer.common.fields import GROUPS, options_of
 from flowformer.recipes import create_recipe, list_recipes, read_recipe
-from flowformer.training.fields import GROUPS, options_of
 from flowformer.training.recipe import Schedule
 from flowformer.training.schedules import SCHEDULES
 
@@ -136,9 +136,9 @@ def test_options_of_a_mechanism():
     [
         (["--attention-options.clmp", "5"], "Flow-Attention has no option 'clmp'"),
         (["--attention-options.clmp", "5"], "did you mean 'clamp'"),
-        (["--attention-options.preset", "cor"], "did you mean 'core'"),
+        (["--attention-options.causal", "true"], "flow has no option 'causal'; it has preset, bias, "),
         (["--attention", "aft_local", "--attention-options.windw", "5"], "(did you mean 'window'?)"),
-        (["--attention", "linear", "--attention-options.window", "5"], "linear has no option 'window'; it has "),
+        (["--attention", "linear", "--attention-options.window", "5"], "linear has no option 'window'; available: "),
         (["--attention-optons.clamp", "5"], "did you mean --attention-options.clamp?"),
         (["--attention-options", "3"], "attention_options must be a mapping"),
         (["--clip-grad-norm", "0"], "clip_grad_norm must be above 0, or None, got 0"),

@@ -7,26 +7,42 @@ alone is timed.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
-from functools import lru_cache, partial
+from collections.abc import Callable
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flowformer.bench.aft import (
-    OPERATIONS,
-    TRUTHS,
-    WINDOW,
-    Form,
-    Given,
-    Kind,
-    add,
-    full_flops,
-    unavailable,
-)
-from flowformer.bench.registry import Contender, Inputs, Shape, add_contender
+from flowformer.bench.registry import Contender, Function, Inputs, Shape, add_contender
+from flowformer.bench.rows.attention import FAMILIES
+from flowformer.bench.rows.forms import truth_of, width_refusal
+from flowformer.bench.rows.variants import WINDOW, Kind, full_flops
+from flowformer.core.checks import CHANNELS
+
+
+def _unavailable(inputs: Inputs) -> str | None:
+    given = inputs[0]
+    return width_refusal(CHANNELS, given.k.shape[-1], given.v.shape[-1])
+
+
+def _add(
+    name: str, operation: str, function: Function, form: tuple[str, str], about: str,
+    unavailable: Callable[[Inputs], str | None] = _unavailable, **fields: Any,
+) -> None:  # fmt: skip
+    """Enter a peer that computes the same as a variant of a mechanism, and is given the same learned tensors."""
+    truth = truth_of(*form)
+    peer = dataclasses.replace(truth, function=function, variant=_without_options(truth.variant))
+    add_contender(Contender(name, operation, peer, truth, about, unavailable=unavailable, **fields))
+
+
+@cache
+def _without_options(variant: Any) -> Any:
+    return dataclasses.replace(variant, options={})
+
 
 # ---------------------------------------------------------------------------------------------------------- as written
 
@@ -39,21 +55,17 @@ def direct(q: Tensor, k: Tensor, v: Tensor, w: Tensor, *, causal: bool) -> Tenso
     return q.sigmoid() * (weights * v.unsqueeze(1)).sum(2) / weights.sum(2)
 
 
-def _direct_bytes(shape: Shape, *, training: bool) -> float:
+def direct_bytes(shape: Shape, *, training: bool) -> float:
     """Two such tensors of float32, three where gradients flow; a tenth for the rest."""
-    one = 4.0 * shape.batch * shape.length**2 * shape.heads * shape.channels
+    one = 4.0 * shape.batch * shape.length**2 * shape.width
     return 1.1 * one * (3 if training else 2)
 
 
 # ----------------------------------------------------------------------------------------------------- cumulative sums
 
 
-def _two_cumulative_sums(k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+def _two_cumulative_sums(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
     return k.cumsum(1), v.cumsum(1)
-
-
-def _take_keys_and_values(given: Given) -> tuple[Tensor, ...]:
-    return given.k, given.v
 
 
 def _simple_of_sums(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
@@ -62,13 +74,13 @@ def _simple_of_sums(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
 
 
 def _add_sums(operation: str) -> None:
-    add(
-        "aft-simple-cumsum", operation, _simple_of_sums, "simple",
+    _add(
+        "aft-simple-cumsum", operation, _simple_of_sums, ("aft_simple", ""),
         "causal AFT-simple by two cumulative sums, of exponentials as they are",
     )  # fmt: skip
     add_contender(
         Contender(
-            "cumulative-sums", operation, Form(_two_cumulative_sums, _take_keys_and_values), None,
+            "cumulative-sums", operation, _two_cumulative_sums, None,
             "torch.cumsum of k and of v: no AFT, a yardstick", unchecked="no AFT, a yardstick",
         )
     )  # fmt: skip
@@ -111,19 +123,18 @@ def _aft_pytorch_unavailable(name: str, kind: Kind, inputs: Inputs) -> str | Non
         return "aft-pytorch is not installed"
     if name == "AFTLocal" and kind.training:
         return "aft-pytorch copies the bias of AFTLocal in every call, so no gradient reaches it"
-    return unavailable(inputs)
+    return _unavailable(inputs)
 
 
 def _add_aft_pytorch(operation: str, kind: Kind) -> None:
     for name, form, fields in (
-        ("AFTFull", "full", {"flops": partial(full_flops, kind=kind)}),
-        ("AFTLocal", "local-free", {}),
-        ("AFTSimple", "simple", {}),
+        ("AFTFull", ("aft_full", ""), {"flops": partial(full_flops, kind=kind)}),
+        ("AFTLocal", ("aft_local", f"{WINDOW}-free"), {}),
+        ("AFTSimple", ("aft_simple", ""), {}),
     ):
-        add(
-            f"aft-pytorch-{form.removesuffix('-free')}", operation, partial(_aft_pytorch, name), form,
-            f"{name} of aft-pytorch without its projections",
-            unavailable=partial(_aft_pytorch_unavailable, name, kind), **fields,
+        _add(
+            f"aft-pytorch-{form[0].removeprefix('aft_')}", operation, partial(_aft_pytorch, name), form,
+            f"{name} of aft-pytorch without its projections", partial(_aft_pytorch_unavailable, name, kind), **fields,
         )  # fmt: skip
 
 
@@ -132,12 +143,14 @@ def _add_peers(operation: str, kind: Kind) -> None:
         _add_sums(operation)
     else:
         _add_aft_pytorch(operation, kind)
-    add(
-        "direct", operation, direct, "full", "AFT-full as written, with a tensor of length x length x channels",
-        needs_bytes=partial(_direct_bytes, training=kind.training),
+    _add(
+        "direct", operation, direct, ("aft_full", ""),
+        "AFT-full as written, with a tensor of length x length x channels",
+        needs_bytes=partial(direct_bytes, training=kind.training),
     )  # fmt: skip
 
 
-if TRUTHS:
-    for _name, _kind in OPERATIONS.items():
-        _add_peers(_name, Kind(*_kind))
+for _family in FAMILIES:
+    if _family.layout is CHANNELS:
+        for _name, _kind in _family.operations():
+            _add_peers(_name, _kind)

@@ -1,0 +1,101 @@
+"""What the rows of language and image models share: the attention of a model, its truth, and its backend."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowformer.bench.registry import Call, Inputs, Outputs, Shape
+from flowformer.core.backends import ENVIRONMENT_VARIABLE
+from flowformer.mechanisms import Attention
+
+CHANNELS_DIFFER = "a model's values are as wide as its keys: --channels and --value-channels must be equal"
+
+
+def substitute(module: Any, **functions: Callable[..., Any]) -> None:
+    """Give one attention module other functions of its mechanism: ``operation``, ``step``."""
+    module.__dict__["mechanism"] = dataclasses.replace(module.mechanism, **functions)
+
+
+def computed_by_truth(model: nn.Module) -> nn.Module:
+    """The same model in float64, its attention computed by the float64 truth of the mechanism."""
+    model = model.double()
+    for module in model.modules():
+        if isinstance(module, Attention):
+            substitute(module, operation=module.mechanism.truth)
+    return model
+
+
+@contextmanager
+def chosen(backend: str | None) -> Iterator[None]:
+    """Have a backend run inside; without one, the one that is chosen by default."""
+    before = os.environ.get(ENVIRONMENT_VARIABLE)
+    if backend is None:
+        yield
+        return
+    os.environ[ENVIRONMENT_VARIABLE] = backend
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ENVIRONMENT_VARIABLE]
+        else:
+            os.environ[ENVIRONMENT_VARIABLE] = before
+
+
+@dataclass(frozen=True)
+class OfModel:
+    """What a contender or its truth does with a model around an attention; equal ones compute the same.
+
+    Attributes:
+        do: ``do(attention, given) -> `` a call, or the outputs of the truth.
+        attention: Name of the mechanism; ``None`` for the attention that the model has by itself.
+        backend: Name of the backend, or ``None`` for the one chosen by default.
+    """
+
+    do: Callable[..., Any]
+    attention: str | None
+    backend: str | None = None
+
+    def __call__(self, given: Any) -> Any:
+        """The outputs of the truth; or the call, which runs in the backend."""
+        done = self.do(self.attention, given)
+        if not isinstance(done, Call):
+            return done
+
+        def run() -> Outputs:
+            with chosen(self.backend):
+                return done.run()
+
+        return Call(run, done.state_bytes)
+
+
+def apply(function: Callable[..., Any], inputs: Inputs) -> Any:
+    """Call a contender, or its truth, with the inputs of a point."""
+    return function(*inputs)
+
+
+def gradients_of(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """The gradients of a loss with regard to all parameters of a model, by name."""
+    parameters = dict(model.named_parameters())
+    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+
+
+@torch.no_grad()
+def enlarge(model: nn.Module, names: Iterable[str], bias_std: float) -> None:
+    """Give parameters values that keep the size of what they see: of fresh ones, attention is next to the mean."""
+    for name in names:
+        parameter = model.get_parameter(name)
+        parameter.normal_(std=bias_std if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
+
+
+def per_sequence(shape: Shape) -> int:
+    """Calls of a model that are counted by the batch: sequences or images."""
+    return shape.batch

@@ -1,0 +1,1 @@
+"""Command-line arguments: the parser, options of a data format, fields of a recipe."""
