@@ -136,7 +136,7 @@ def test_options_of_a_mechanism():
     [
         (["--attention-options.clmp", "5"], "Flow-Attention has no option 'clmp'"),
         (["--attention-options.clmp", "5"], "did you mean 'clamp'"),
-        (["--attention-options.causal", "true"], "flow has no option 'causal'; it has preset, bias, "),
+        (["--attention-options.causal", "true"], "flow has no option 'causal'; available: preset, bias, "),
         (["--attention", "aft_local", "--attention-options.windw", "5"], "(did you mean 'window'?)"),
         (["--attention", "linear", "--attention-options.window", "5"], "linear has no option 'window'; available: "),
         (["--attention-optons.clamp", "5"], "did you mean --attention-options.clamp?"),

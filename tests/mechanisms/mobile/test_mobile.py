@@ -285,7 +285,7 @@ def test_defaults_are_what_was_published() -> None:
     ("overrides", "kind", "says"),
     [
         ({"clmap": 1.0}, TypeError, r"Mobile-Attention has no option 'clmap'; available: .*did you mean 'clamp'\?"),
-        ({"rescale": True}, TypeError, "no option 'rescale'; it has feature_map, clamp, eps, .*normalize"),
+        ({"rescale": True}, TypeError, "no option 'rescale'; available: feature_map, clamp, eps, .*normalize"),
         ({"preset": "core"}, TypeError, "no option 'preset'"),
         ({"feature_map": "elu"}, ValueError, "feature_map must be 'sigmoid' or 'relu', got 'elu'"),
         ({"competition": "tokens"}, ValueError, "competition must be .* got 'tokens'"),
