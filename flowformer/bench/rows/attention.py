@@ -14,18 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.bench.registry import (
-    TOLERANCES,
-    Call,
-    Contender,
-    Function,
-    Inputs,
-    Operation,
-    Outputs,
-    Shape,
-    add_contenders,
-    add_operation,
-)
+from flowformer.bench import registry
 from flowformer.bench.rows.forms import (
     Form,
     Sequences,
@@ -47,15 +36,15 @@ Tolerances = Mapping[torch.dtype, float]
 # ---------------------------------------------------------------------------------------------------------- operations
 
 
-def sequences(shape: Shape, dtype: torch.dtype, layout: str) -> Inputs:
+def sequences(shape: registry.Shape, dtype: torch.dtype, layout: str) -> registry.Inputs:
     """The inputs of a point: one :class:`Sequences`."""
     return (Sequences(shape, dtype, layout),)
 
 
 def bind(
-    function: Function, inputs: Inputs, *, causal: bool, training: bool = False, layout: Layout = HEADS,
-    double: bool = False,
-) -> Call:  # fmt: skip
+    function: registry.Function, inputs: registry.Inputs, *, causal: bool, training: bool = False,
+    layout: Layout = HEADS, double: bool = False,
+) -> registry.Call:  # fmt: skip
     """A call of a :class:`Form`, or of ``function(q, k, v, causal=...)``; with ``training`` its gradients too."""
     given: Sequences = inputs[0]
     function, tensors = as_form(function, layout).prepare(given)
@@ -66,37 +55,37 @@ def bind(
     return _backward(function, tensors, given.upstream.double() if double else given.upstream, causal)
 
 
-def _forward(function: Function, tensors: Sequence[Tensor], causal: bool) -> Call:
+def _forward(function: registry.Function, tensors: Sequence[Tensor], causal: bool) -> registry.Call:
     @torch.no_grad()
-    def run() -> Outputs:
+    def run() -> registry.Outputs:
         return _as_outputs(function(*tensors, causal=causal))
 
-    return Call(run)
+    return registry.Call(run)
 
 
-def _backward(function: Function, tensors: Sequence[Tensor], upstream: Tensor, causal: bool) -> Call:
+def _backward(function: registry.Function, tensors: Sequence[Tensor], upstream: Tensor, causal: bool) -> registry.Call:
     """Outputs, and the gradients of all tensors; ``upstream`` is the gradient of each output."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
 
-    def run() -> Outputs:
+    def run() -> registry.Outputs:
         outs = _as_outputs(function(*leaves, causal=causal))
         grads = torch.autograd.grad(outs, leaves, [upstream.view_as(out) for out in outs], allow_unused=True)
         # A gradient that is missing makes the number of outputs differ from that of the truth.
         return (*(out.detach() for out in outs), *(grad for grad in grads if grad is not None))
 
-    return Call(run)
+    return registry.Call(run)
 
 
-def _as_outputs(result: Tensor | Outputs) -> Outputs:
+def _as_outputs(result: Tensor | registry.Outputs) -> registry.Outputs:
     return (result,) if isinstance(result, Tensor) else result
 
 
-def truth(reference: Function, inputs: Inputs, **kind: Any) -> Outputs:
+def truth(reference: registry.Function, inputs: registry.Inputs, **kind: Any) -> registry.Outputs:
     """Outputs, and where training gradients, of the reference in float64."""
     return bind(reference, inputs, **kind, double=True).run()
 
 
-def count_tokens(shape: Shape) -> int:
+def count_tokens(shape: registry.Shape) -> int:
     """Tokens of a call on whole sequences."""
     return shape.batch * shape.length
 
@@ -133,13 +122,14 @@ class Family(NamedTuple):
             yield f"{self.prefix}{name}-training", Kind(causal, training=True)
 
 
-_GRADIENTS = {**TOLERANCES, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+_GRADIENTS = {**registry.TOLERANCES, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 # AFT's truth holds length x length x D numbers of float64, several times where gradients flow. Its outputs are means,
 # whose weights are positive: no sum cancels. Gradients of keys and of learned tensors are sums of differences from the
 # mean, and lose a digit more.
 FAMILIES = (
     Family(
-        "", "attention", HEADS, "flow", (1024, 4096, 16_384), 1024, TOLERANCES, _GRADIENTS, {"bf16": torch.bfloat16}
+        "", "attention", HEADS, "flow", (1024, 4096, 16_384), 1024, registry.TOLERANCES, _GRADIENTS,
+        {"bf16": torch.bfloat16},
     ),
     Family(
         "aft-", "AFT", CHANNELS, "aft_full", (1024, 4096), 384, {torch.float32: 2e-6}, {torch.float32: 1e-5}, {}
@@ -150,8 +140,8 @@ FAMILIES = (
 def _add_operation(family: Family, name: str, kind: Kind) -> None:
     what = f"{'causal' if kind.causal else 'bidirectional'} {family.about}"
     arguments = {"layout": family.layout, **kind._asdict()}
-    add_operation(
-        Operation(
+    registry.add_operation(
+        registry.Operation(
             name, f"{what}, forward{' and backward' if kind.training else ''}", "length", family.lengths, sequences,
             partial(bind, **arguments), partial(truth, **arguments), count_tokens, check_length=family.check_length,
             tolerances=family.gradient_tolerances if kind.training else family.tolerances,
@@ -167,8 +157,8 @@ for _family in FAMILIES:
 # ---------------------------------------------------------------------------------------------------------- contenders
 
 
-@add_contenders
-def registered_mechanisms() -> Iterator[Contender]:
+@registry.add_contenders
+def registered_mechanisms() -> Iterator[registry.Contender]:
     """Every registered mechanism, in every backend that its operation has."""
     for family in FAMILIES:
         rows = [row for row in mechanisms(family.first) if has_heads(row.layout) == has_heads(family.layout)]
@@ -179,13 +169,15 @@ def registered_mechanisms() -> Iterator[Contender]:
                         yield from _contenders(family, operation, kind, row, variant)
 
 
-def unavailable(row: Mechanism, backend: str | None, inputs: Inputs) -> str | None:
+def unavailable(row: Mechanism, backend: str | None, inputs: registry.Inputs) -> str | None:
     """Why a mechanism cannot run on these inputs, or ``None``."""
     given = inputs[0]
     return width_refusal(row.layout, given.k.shape[-1], given.v.shape[-1]) or refusal(row, backend, given.q)
 
 
-def _contenders(family: Family, operation: str, kind: Kind, row: Mechanism, variant: Variant) -> Iterator[Contender]:
+def _contenders(
+    family: Family, operation: str, kind: Kind, row: Mechanism, variant: Variant
+) -> Iterator[registry.Contender]:
     reference = Form(row.truth, row.layout, variant)
     per_kind = variant.flops
     count = None if per_kind is None else lambda shape: per_kind(shape, kind)
@@ -195,7 +187,7 @@ def _contenders(family: Family, operation: str, kind: Kind, row: Mechanism, vari
     for name, backend, words in by_backend(name_of(row, variant), row.operation):
         function = partial(row.operation, backend=backend) if backend else row.operation
         made = partial(
-            Contender, operation=operation, function=Form(function, row.layout, variant), reference=reference,
+            registry.Contender, operation=operation, function=Form(function, row.layout, variant), reference=reference,
             ours=True, flops=count,
             unavailable=partial(unavailable, row, backend),
         )  # fmt: skip

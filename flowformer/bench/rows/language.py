@@ -18,18 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from flowformer.bench.registry import (
-    Call,
-    Contender,
-    Function,
-    Inputs,
-    Operation,
-    Outputs,
-    Shape,
-    add_contender,
-    add_contenders,
-    add_operation,
-)
+from flowformer.bench import registry
 from flowformer.bench.rows.attention import count_tokens
 from flowformer.bench.rows.forms import (
     by_backend,
@@ -80,12 +69,12 @@ class Text(NamedTuple):
         states: States after all but the last token that contenders made before, by attention.
     """
 
-    shape: Shape
+    shape: registry.Shape
     tokens: Tensor
     states: dict[str, Any]
 
 
-def text(shape: Shape, dtype: torch.dtype, layout: str) -> Inputs:
+def text(shape: registry.Shape, dtype: torch.dtype, layout: str) -> registry.Inputs:
     """A :class:`Text`; tokens have neither dtype nor layout."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(VOCABULARY, (shape.batch, shape.length + 1), generator=generator)
@@ -95,7 +84,7 @@ def text(shape: Shape, dtype: torch.dtype, layout: str) -> Inputs:
 # -------------------------------------------------------------------------------------------------------------- models
 
 
-def build(attention: str, shape: Shape) -> LanguageModel:
+def build(attention: str, shape: registry.Shape) -> LanguageModel:
     """The model of a shape around an attention, float32."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -110,7 +99,7 @@ def build(attention: str, shape: Shape) -> LanguageModel:
         return model
 
 
-def _fresh(attention: str, shape: Shape) -> LanguageModel:
+def _fresh(attention: str, shape: registry.Shape) -> LanguageModel:
     # fairseq's way to begin: embeddings N(0, 1) once scaled, and projections that keep the size of what they see.
     return LanguageModel(
         VOCABULARY, dim=shape.width, num_layers=LAYERS, num_heads=shape.heads, max_length=shape.length + 1,
@@ -118,7 +107,7 @@ def _fresh(attention: str, shape: Shape) -> LanguageModel:
     )  # fmt: skip
 
 
-def unavailable(row: Mechanism, backend: str | None, inputs: Inputs) -> str | None:
+def unavailable(row: Mechanism, backend: str | None, inputs: registry.Inputs) -> str | None:
     """Why a model cannot run on these inputs, or ``None``."""
     shape = inputs[0].shape
     return CHANNELS_DIFFER if shape.channels != shape.value_channels else refusal(row, backend)
@@ -127,20 +116,20 @@ def unavailable(row: Mechanism, backend: str | None, inputs: Inputs) -> str | No
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def train(attention: str, given: Text) -> Call:
+def train(attention: str, given: Text) -> registry.Call:
     """Loss and gradients of all parameters, of which those in :data:`CHECKED` are returned."""
     model = build(attention, given.shape)
-    return Call(lambda: _gradients(model, model.loss(given.tokens[:, :-1], given.tokens[:, 1:])))
+    return registry.Call(lambda: _gradients(model, model.loss(given.tokens[:, :-1], given.tokens[:, 1:])))
 
 
-def train_truth(attention: str, given: Text) -> Outputs:
+def train_truth(attention: str, given: Text) -> registry.Outputs:
     """The same by the truth of the attention, with PyTorch's cross-entropy of all scores at once."""
     model = computed_by_truth(build(attention, given.shape))
     scores = model(given.tokens[:, :-1])
     return _gradients(model, nn.functional.cross_entropy(scores.flatten(0, 1), given.tokens[:, 1:].flatten()))
 
 
-def _gradients(model: nn.Module, loss: Tensor) -> Outputs:
+def _gradients(model: nn.Module, loss: Tensor) -> registry.Outputs:
     gradients = gradients_of(model, loss)
     return (loss.detach().view(1), *(gradients[name] for name in CHECKED))
 
@@ -148,7 +137,7 @@ def _gradients(model: nn.Module, loss: Tensor) -> Outputs:
 # ---------------------------------------------------------------------------------------------------------- generation
 
 
-def step(attention: str, given: Text) -> Call:
+def step(attention: str, given: Text) -> registry.Call:
     """Scores of the token after the last, (batch, vocabulary), from the state before the last."""
     model = build(attention, given.shape)
     if attention in given.states:
@@ -159,16 +148,16 @@ def step(attention: str, given: Text) -> Call:
     return time_step(model, state, given)
 
 
-def time_step(model: LanguageModel, state: LanguageState, given: Text) -> Call:
+def time_step(model: LanguageModel, state: LanguageState, given: Text) -> registry.Call:
     """A call of the model's step from a state."""
     token = given.tokens[:, -1]
     model.eval()
 
     @torch.inference_mode()
-    def run() -> Outputs:
+    def run() -> registry.Outputs:
         return (model.step(token, state)[0],)
 
-    return Call(run, count_bytes(state))
+    return registry.Call(run, count_bytes(state))
 
 
 def state_after(model: LanguageModel, attention: str, given: Text) -> LanguageState:
@@ -191,7 +180,7 @@ def prefill(model: LanguageModel, given: Text) -> LanguageState:
 
 
 @torch.no_grad()
-def step_truth(attention: str, given: Text) -> Outputs:
+def step_truth(attention: str, given: Text) -> registry.Outputs:
     """The same by the truth of the attention, which reads all tokens."""
     model = computed_by_truth(build(attention, given.shape))
     assert isinstance(model, LanguageModel)  # as it was built
@@ -201,7 +190,7 @@ def step_truth(attention: str, given: Text) -> Outputs:
 # ------------------------------------------------------------------------------------------------------------- softmax
 
 
-def in_place_step(attention: str, given: Text) -> Call:
+def in_place_step(attention: str, given: Text) -> registry.Call:
     """A step on keys and values kept in place: new ones are written behind the old ones, and nothing is copied."""
     model = build(attention, given.shape)
     before = state_after(model, attention, given)
@@ -228,14 +217,14 @@ def _attend_in_place(q: Tensor, k: Tensor, v: Tensor, state: Any) -> tuple[Tenso
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-add_operation(
-    Operation(
+registry.add_operation(
+    registry.Operation(
         "language-training", f"a language model of {LAYERS} layers, forward, loss and backward", "length", LENGTHS,
         text, apply, apply, count_tokens, check_length=CHECK_LENGTH, tolerances=GRADIENT_TOLERANCES, show_rate=True,
     )
 )  # fmt: skip
-add_operation(
-    Operation(
+registry.add_operation(
+    registry.Operation(
         "language-step", f"one token of generation by a language model of {LAYERS} layers", "context", CONTEXTS,
         text, apply, apply, per_sequence, check_length=CHECK_LENGTH, tolerances=TOLERANCES, measure_memory=False,
         show_rate=True,
@@ -243,8 +232,8 @@ add_operation(
 )  # fmt: skip
 
 
-@add_contenders
-def registered_mechanisms() -> Iterator[Contender]:
+@registry.add_contenders
+def registered_mechanisms() -> Iterator[registry.Contender]:
     """The model around every mechanism that has a state, in every backend that its operation, or step, has."""
     for row in mechanisms("flow"):
         if row.step is not None and row.can("state"):
@@ -253,26 +242,26 @@ def registered_mechanisms() -> Iterator[Contender]:
 
 
 def _contenders(
-    operation: str, row: Mechanism, function: Function, take: Function, truth: Function
-) -> Iterator[Contender]:
+    operation: str, row: Mechanism, function: registry.Function, take: registry.Function, truth: registry.Function
+) -> Iterator[registry.Contender]:
     fields: dict[str, Any] = {}
     if operation == "language-step" and not row.can("fixed state"):
         fields = {"needs_bytes": _two_caches}
     for name, backend, words in by_backend(name_of(row), function):
-        yield Contender(
+        yield registry.Contender(
             name, operation, OfModel(take, row.name, backend), OfModel(truth, row.name),
             f"a language model with {row.module.__name__}{words}", ours=True,
             unavailable=partial(unavailable, row, backend), **fields,
         )  # fmt: skip
 
 
-def _two_caches(shape: Shape) -> float:
+def _two_caches(shape: registry.Shape) -> float:
     """Keys and values as they were made, and the longer copy that a step makes, or the room for one more."""
     return 2.1 * LAYERS * cache_bytes(shape)
 
 
-add_contender(
-    Contender(
+registry.add_contender(
+    registry.Contender(
         "sdpa", "language-step", OfModel(in_place_step, "softmax"), OfModel(step_truth, "softmax"),
         "a language model with softmax attention, keys and values kept in place", needs_bytes=_two_caches,
         unavailable=partial(unavailable, find_attention("softmax"), None),

@@ -10,18 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from flowformer.bench.registry import (
-    Call,
-    Contender,
-    Function,
-    Inputs,
-    Operation,
-    Outputs,
-    Shape,
-    add_contender,
-    add_contenders,
-    add_operation,
-)
+from flowformer.bench import registry
 from flowformer.bench.rows.attention import unavailable
 from flowformer.bench.rows.forms import (
     Form,
@@ -81,28 +70,28 @@ def _repeat(tensor: Tensor, length: int) -> Tensor:
     return tensor.repeat(1, times, 1, 1)[:, :length] if times > 1 else tensor[:, :length]
 
 
-def token(shape: Shape, dtype: torch.dtype, layout: str) -> Inputs:
+def token(shape: registry.Shape, dtype: torch.dtype, layout: str) -> registry.Inputs:
     """A :class:`Token` after ``shape.length`` others."""
     tokens = min(shape.length, PERIOD)
-    given = Sequences(Shape(**{**vars(shape), "length": tokens + 1}), dtype, layout)
+    given = Sequences(registry.Shape(**{**vars(shape), "length": tokens + 1}), dtype, layout)
     q, k, v = (x[:, -1].contiguous() for x in (given.q, given.k, given.v))
     return (Token(q, k, v, (given.q[:, :-1], given.k[:, :-1], given.v[:, :-1]), shape.length, {}),)
 
 
-def step(function: Function, inputs: Inputs) -> Call:
+def step(function: registry.Function, inputs: registry.Inputs) -> registry.Call:
     """``function(token)`` makes the state and returns the step and the state's bytes; the step alone is timed."""
     (given,) = inputs
     with torch.no_grad():
         take, state_bytes = function(given)
 
     @torch.no_grad()
-    def run() -> Outputs:
+    def run() -> registry.Outputs:
         return (take(given.q, given.k, given.v),)
 
-    return Call(run, state_bytes)
+    return registry.Call(run, state_bytes)
 
 
-def step_truth(reference: Function, inputs: Inputs) -> Outputs:
+def step_truth(reference: registry.Function, inputs: registry.Inputs) -> registry.Outputs:
     """Last output of the reference on context and token."""
     (given,) = inputs
     new = (given.q, given.k, given.v)
@@ -112,8 +101,8 @@ def step_truth(reference: Function, inputs: Inputs) -> Outputs:
     return (as_form(reference).attend(q, k, v, causal=True)[:, -1],)
 
 
-add_operation(
-    Operation(
+registry.add_operation(
+    registry.Operation(
         "step", "one token of decoding", "context", CONTEXTS, token, step, step_truth, lambda shape: shape.batch,
         check_length=CHECK_LENGTH, measure_memory=False,
     )
@@ -123,7 +112,7 @@ add_operation(
 # --------------------------------------------------------------------------------------------------------------- state
 
 
-def prefill(whole: Function, pieces: Iterable[Iterable[Tensor]], *learned: Any, **options: Any) -> Any:
+def prefill(whole: registry.Function, pieces: Iterable[Iterable[Tensor]], *learned: Any, **options: Any) -> Any:
     """The state of a causal operation after a context that comes in pieces."""
     state: Any = None
     for piece in pieces:
@@ -162,15 +151,15 @@ def state_after(row: Mechanism, variant: Variant, learned: tuple[Any, ...], give
 # ---------------------------------------------------------------------------------------------------------- contenders
 
 
-@add_contenders
-def registered_mechanisms() -> Iterator[Contender]:
+@registry.add_contenders
+def registered_mechanisms() -> Iterator[registry.Contender]:
     """Every registered mechanism that has a step, in every backend that the step has."""
     for row in mechanisms("flow"):
         for variant in variants_of(row):
             if row.step is None or not row.can("state") or not variant.decodes:
                 continue
             for name, backend, words in by_backend(name_of(row, variant), row.step):
-                yield Contender(
+                yield registry.Contender(
                     name, "step", partial(_take, row, variant, backend), Form(row.truth, row.layout, variant),
                     f"ops.{row.step.__name__}{words}{variant.about}", ours=True,
                     unavailable=partial(unavailable, row, backend), needs_bytes=partial(_bytes, row, variant),
@@ -185,7 +174,7 @@ def _take(row: Mechanism, variant: Variant, backend: str | None, given: Token) -
     if row.can("fixed state"):
         given.states[name] = state
     assert row.step is not None  # it is timed
-    one: Function = partial(row.step, backend=backend) if backend else row.step
+    one: registry.Function = partial(row.step, backend=backend) if backend else row.step
     if has_heads(row.layout) and not learned and not variant.options:
         return lambda q, k, v: one(q, k, v, state)[0], count_bytes(state)
     form = Form(one, row.layout, variant)
@@ -196,7 +185,7 @@ def _take(row: Mechanism, variant: Variant, backend: str | None, given: Token) -
     return take, count_bytes(state)
 
 
-def _bytes(row: Mechanism, variant: Variant, shape: Shape) -> float:
+def _bytes(row: Mechanism, variant: Variant, shape: registry.Shape) -> float:
     """Learned tensors; and where the state holds every token, the state and the longer copy that a step makes."""
     return learned_bytes(variant, shape) + (0 if row.can("fixed state") else 2.1 * cache_bytes(shape))
 
@@ -220,8 +209,8 @@ def sdpa_step(given: Token) -> Taken:
     return take, sum(room.numel() * room.element_size() for room in cache)
 
 
-add_contender(
-    Contender(
+registry.add_contender(
+    registry.Contender(
         "sdpa", "step", sdpa_step, truth_of("softmax"),
         "torch scaled_dot_product_attention on keys and values kept in place", needs_bytes=cache_bytes,
     )

@@ -19,17 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flowformer.bench.registry import (
-    Call,
-    Contender,
-    Function,
-    Inputs,
-    Operation,
-    Outputs,
-    Shape,
-    add_contenders,
-    add_operation,
-)
+from flowformer.bench import registry
 from flowformer.bench.rows.forms import by_backend, mechanisms, name_of, refusal
 from flowformer.bench.rows.models import (
     CHANNELS_DIFFER,
@@ -70,19 +60,19 @@ class Images(NamedTuple):
         classes: Random ones, (batch,).
     """
 
-    shape: Shape
+    shape: registry.Shape
     images: Tensor
     classes: Tensor
 
 
-def draw(shape: Shape, dtype: torch.dtype, layout: str) -> Inputs:
+def draw(shape: registry.Shape, dtype: torch.dtype, layout: str) -> registry.Inputs:
     """:class:`Images` of a dtype; they have no other layout."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(shape.batch, 3, shape.length, shape.length, generator=generator).to(dtype)
     return (Images(shape, images, torch.randint(CLASSES, (shape.batch,), generator=generator)),)
 
 
-def build(attention: str | None, shape: Shape) -> nn.Module:
+def build(attention: str | None, shape: registry.Shape) -> nn.Module:
     """The model of a shape, float32, around a registered mechanism, or around timm's own attention."""
     import timm
 
@@ -100,7 +90,7 @@ def build(attention: str | None, shape: Shape) -> nn.Module:
     return model.eval()
 
 
-def unavailable(row: Mechanism | None, backend: str | None, inputs: Inputs) -> str | None:
+def unavailable(row: Mechanism | None, backend: str | None, inputs: registry.Inputs) -> str | None:
     """Why a model cannot run on these inputs, or ``None``."""
     shape = inputs[0].shape
     if importlib.util.find_spec("timm") is None:
@@ -115,36 +105,36 @@ def unavailable(row: Mechanism | None, backend: str | None, inputs: Inputs) -> s
 # -------------------------------------------------------------------------------------------------------- what is timed
 
 
-def classify(attention: str | None, given: Images) -> Call:
+def classify(attention: str | None, given: Images) -> registry.Call:
     """Class scores of the images, (batch, classes)."""
     model = build(attention, given.shape)
 
     @torch.no_grad()
-    def run() -> Outputs:
+    def run() -> registry.Outputs:
         return (model(given.images),)
 
-    return Call(run)
+    return registry.Call(run)
 
 
 @torch.no_grad()
-def classify_truth(attention: str, given: Images) -> Outputs:
+def classify_truth(attention: str, given: Images) -> registry.Outputs:
     """The same by the truth of the attention."""
     return (computed_by_truth(build(attention, given.shape))(given.images.double()),)
 
 
-def train(attention: str | None, given: Images) -> Call:
+def train(attention: str | None, given: Images) -> registry.Call:
     """Loss and gradients of all parameters, of which those that are checked are returned."""
     model = build(attention, given.shape)
-    return Call(lambda: _differentiate(model, given.images, given.classes))
+    return registry.Call(lambda: _differentiate(model, given.images, given.classes))
 
 
-def train_truth(attention: str, given: Images) -> Outputs:
+def train_truth(attention: str, given: Images) -> registry.Outputs:
     """The same by the truth of the attention."""
     model = computed_by_truth(build(attention, given.shape))
     return _differentiate(model, given.images.double(), given.classes)
 
 
-def _differentiate(model: nn.Module, images: Tensor, classes: Tensor) -> Outputs:
+def _differentiate(model: nn.Module, images: Tensor, classes: Tensor) -> registry.Outputs:
     loss = nn.functional.cross_entropy(model(images), classes)
     gradients = gradients_of(model, loss)
     checked = [gradients[name].flatten(1) for name in CHECKED]
@@ -159,8 +149,8 @@ def _differentiate(model: nn.Module, images: Tensor, classes: Tensor) -> Outputs
 
 
 def _add_operation(name: str, about: str, tolerances: Mapping[torch.dtype, float]) -> None:
-    add_operation(
-        Operation(
+    registry.add_operation(
+        registry.Operation(
             name, about, "side", SIDES, draw, apply, apply, per_sequence, check_length=CHECK_SIDE,
             tolerances=tolerances, show_rate=True, unit="image", extent="pixels",
         )
@@ -171,11 +161,11 @@ _add_operation("vision", f"classes of images by a Vision Transformer of {BLOCKS}
 _add_operation("vision-training", "the same, forward, loss and backward", GRADIENT_TOLERANCES)
 
 
-@add_contenders
-def registered_mechanisms() -> Iterator[Contender]:
+@registry.add_contenders
+def registered_mechanisms() -> Iterator[registry.Contender]:
     """The model around every mechanism in every backend that its operation has; first around timm's own attention."""
     for operation, take, truth in (("vision", classify, classify_truth), ("vision-training", train, train_truth)):
-        yield Contender(
+        yield registry.Contender(
             TIMM, operation, OfModel(take, None), OfModel(truth, "softmax"),
             "DeiT as timm has it, checked against softmax attention swapped into it",
             unavailable=partial(unavailable, None, None),
@@ -185,9 +175,11 @@ def registered_mechanisms() -> Iterator[Contender]:
                 yield from _contenders(operation, row, take, truth)
 
 
-def _contenders(operation: str, row: Mechanism, take: Function, truth: Function) -> Iterator[Contender]:
+def _contenders(
+    operation: str, row: Mechanism, take: registry.Function, truth: registry.Function
+) -> Iterator[registry.Contender]:
     for name, backend, words in by_backend(name_of(row), row.operation):
-        yield Contender(
+        yield registry.Contender(
             name, operation, OfModel(take, row.name, backend), OfModel(truth, row.name),
             f"DeiT with {row.module.__name__}{words}", ours=True, unavailable=partial(unavailable, row, backend),
         )  # fmt: skip
