@@ -94,7 +94,7 @@ def test_what_the_benchmark_does_not_offer_is_refused_with_what_it_does(words, r
     status, _, err = call(capsys, *(run if word == "RUN" else word for word in words))
     assert status == 2
     assert f"`flowformer {words[0]}` does not apply to {run}" in err
-    assert "what does: evaluate, predict\n" in err
+    assert "available: evaluate, predict\n" in err
 
 
 def test_benchmark_resumes_to_the_same_result(benchmark, run, tmp_path, monkeypatch, capsys):

@@ -70,7 +70,7 @@ class FlowformerClassifier(BaseClassifier):
         history_: One dictionary an epoch: ``"epoch"`` (from 1), ``"seconds"``, ``"train/loss"``, ``"train/accuracy"``.
 
     Raises:
-        ValueError: In ``fit``, for a parameter out of range or an unknown name; for series or labels that aeon refuses.
+        ValueError: In ``fit``, for a parameter out of range or an unknown name; for series or labels that aeon rejects.
         TypeError: In ``fit``, for a parameter of the wrong type.
         RuntimeError: In ``fit``, if training diverges.
 

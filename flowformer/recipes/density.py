@@ -116,7 +116,7 @@ def cifar10(row: str, model: Mapping[str, Any], /, **fields: Any) -> Cifar10Dens
 
     AdamW at 3e-3 with the schedule of Vaswani et al. (2017), weight decay 0.1 on the weights of linear layers, dropout
     0.1, batches of 128, learned positions; images are turned left to right at random, then one number from -10 to 10 is
-    added to all sub-pixels. 200 epochs of 50,000 images are 78,125 steps. Not said, and chosen here: 4,000 steps of
+    added to all sub-pixels. 200 epochs of 50,000 images are 78,125 steps. Not given, and chosen here: 4,000 steps of
     warm-up (those of Vaswani et al.), no clipping, a head that is not the embedding. A batch is 8 images, and the
     gradients of 16 make a step: on a smaller device --batch-size 1 --accumulate 128 is the same.
     """

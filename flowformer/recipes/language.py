@@ -242,7 +242,7 @@ def enwik8_aft(row: str, model: Mapping[str, Any], /, **fields: Any) -> Enwik8Re
     """The published experiment on Enwik8 (Zhai et al., 2021, table 4), T = 1,024.
 
     AdamW at 3e-3 with the schedule of Vaswani et al. (2017), weight decay 0.5 on the weights of linear layers, dropout
-    0.1, batches of 128, 100 epochs of 90 million bytes, which are 686 steps each. Not said, and chosen here: 4,000
+    0.1, batches of 128, 100 epochs of 90 million bytes, which are 686 steps each. Not given, and chosen here: 4,000
     steps of warm-up (those of Vaswani et al.), learned positions (the paper's of CIFAR-10), no clipping.
     """
     published: dict[str, Any] = {

@@ -41,7 +41,7 @@ def test_unknown_name_is_refused_with_the_nearest():
     pointed.add("seven", 7)
     with pytest.raises(ValueError, match=r"^unknown number 'sevn' \(did you mean 'seven'\?\); `count` shows them$"):
         pointed.find("sevn")
-    with pytest.raises(ValueError, match=r"^no number 'x'; `count` shows them$"):
+    with pytest.raises(ValueError, match=r"^unknown number 'x'; `count` shows them$"):
         pointed.find("x")
 
 

@@ -216,7 +216,7 @@ def test_the_dtype_of_the_weights_is_kept(tokens):
 
 
 def test_gpt2_that_does_not_fit_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx = True is not supported: only False is"):
+    with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx = True is not supported, only False"):
         load_gpt2(gpt2(scale_attn_by_inverse_layer_idx=True))
     with pytest.raises(ValueError, match="activation_function must be one of"):
         load_gpt2(gpt2(activation_function="silu"))

@@ -143,7 +143,7 @@ def test_bad_input_is_refused() -> None:
         flow_maps(build("softmax", {}, False), x)
     with pytest.raises(TypeError, match="got Linear"):
         attention_rows(nn.Linear(2, 2), x, [0])  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="no context"):
+    with pytest.raises(ValueError, match="context is not supported"):
         attention_rows(build("mobile", {}, False), x, [0], x.clone())
     with pytest.raises(ValueError, match=r"x must be \(batch, length, 12\)"):
         attention_rows(build("flow", {}, False), x[0], [0])

@@ -142,7 +142,7 @@ def test_the_loss_of_a_model_holds_a_chunk_of_scores(tied):
 
 def test_refuses_what_does_not_fit():
     hidden, weight, targets = inputs()
-    with pytest.raises(ValueError, match=r"targets must be \(3, 7\), like hidden, got \(21,\) int64"):
+    with pytest.raises(ValueError, match=r"targets must be \(3, 7\) like hidden, got \(21,\) int64"):
         cross_entropy(hidden, weight, targets.flatten())
     with pytest.raises(TypeError, match="targets must be integers"):
         cross_entropy(hidden, weight, targets.double())

@@ -219,7 +219,7 @@ def test_images_are_drawn_from_the_command_line(finished, tmp_path, capsys):
         (["generate", "RUN", "--out", "grid.jpg"], "images require --out FILE.png, got grid.jpg"),
         (["generate", "RUN", "--out", "a.png", "--prompt", "x", "--stop", "y"], "--prompt, --stop does not apply to"),
         (["generate", "RUN", "--out", "a.png", "--count", "0"], "at least one sequence of tokens"),
-        (["export", "RUN", "--to", "hf"], "data is PixelFormat; what does: evaluate, generate"),
+        (["export", "RUN", "--to", "hf"], "data is PixelFormat; available: evaluate, generate"),
         (["train", "density/aft-simple"], "density/aft-simple requires --data PATH"),
         (["train", "density/aft-simple", "--data", "nowhere"], "nowhere: no such file or folder"),
     ],

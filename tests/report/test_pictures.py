@@ -292,9 +292,9 @@ def test_runs_of_one_mechanism_are_told_apart_by_their_folders(runs, capsys, mon
         (["image.png", "flow"], "the file image.png must come after the runs"),
         (["flow"], "a file is required: a picture"),
         (["flow", "series", "image.png"], "all runs must use the same kind of data"),
-        (["flow", "image.png", "--out", "a.jpg"], "written as .png, .pdf, .svg"),
+        (["flow", "image.png", "--out", "a.jpg"], "must be .png, .pdf, .svg"),
         (["flow", "no.png"], "no.png cannot be read: No such file"),
-        (["flow", "text.txt"], "text.txt: no image"),
+        (["flow", "text.txt"], "text.txt: not an image"),
         (["flow", "--text", "a"], "--text does not apply to flow; its options are --out, --checkpoint, --at, --layer"),
         (["flow", "image.png", "--index", "1"], "--index does not apply to flow"),
         (["series"], "a file is required: series as .ts"),
@@ -307,7 +307,7 @@ def test_runs_of_one_mechanism_are_told_apart_by_their_folders(runs, capsys, mon
         (["series", "no.csv"], "no such file"),
         (["text", "bytes"], "is not UTF-8 text"),
         (["text", "no.txt"], "cannot be read"),
-        (["pixels", "image.png"], "does not apply to pixels, whose data is PixelFormat; what does: evaluate, generate"),
+        (["pixels", "image.png"], "does not apply to pixels, whose data is PixelFormat; available: evaluate, generate"),
     ],
 )
 def test_mistakes_are_explained(words, message, runs, capsys):

@@ -151,10 +151,10 @@ class _ConfigParser(_Parser):
     def explain(self, message: str) -> str:
         """One line for a message of jsonargparse, with a hint for an unknown field."""
         if message.startswith("Unexpected config"):
-            message = "no mapping from fields of the recipe to their values"
+            message = "expected a mapping from fields of the recipe to their values"
         unknown = re.match(r"Option '([^']*)' is not accepted", message)
         if unknown:
-            message = f"no field {unknown[1]!r}{nearest(unknown[1], self.fields)}"
+            message = f"unknown field {unknown[1]!r}{nearest(unknown[1], self.fields)}"
         return f"{self.path}: {super().explain(message)}"
 
 
@@ -169,7 +169,7 @@ def _parser(name: str, function: Callable[..., Recipe]) -> _CommandParser:
     described = inspect.getdoc(getattr(function, "func", function))  # the function that a partial stands for
     parser = _CommandParser(
         type(defaults), prog=f"flowformer train {name}", usage=f"flowformer train {name} [option ...]",
-        description=described, epilog="null is written for None. `flowformer info NAME` describes a mechanism.",
+        description=described, epilog="null stands for None. `flowformer info NAME` describes a mechanism.",
     )  # fmt: skip
     run = parser.add_argument_group("run")
     run.add_argument(

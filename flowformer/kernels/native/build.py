@@ -378,7 +378,7 @@ def compile_library(target: Path, source: Path = SOURCE, compiler: str | None = 
     with tempfile.TemporaryDirectory(prefix=_BUILDING, dir=target.parent) as folder:
         objects = {f"{folder}/library.o": [str(source / "library.cpp")]}
         # The linker keeps the first of several definitions of an inline function: the weakest level comes first, so
-        # that no CPU without AVX runs the AVX form.
+        # that a CPU without AVX never runs the AVX form.
         for name, flags in reversed(LEVEL_FLAGS.items()):
             objects[f"{folder}/{name}.o"] = [*flags, f"-DFLOWFORMER_LEVEL={name}", str(source / "kernels.cpp")]
         with ThreadPoolExecutor(len(objects)) as pool:

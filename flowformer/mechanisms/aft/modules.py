@@ -31,7 +31,7 @@ class AFT(Attention):
     """Base class of AFT modules, whose operations take (batch, length, channels) without an axis of heads.
 
     Each channel is weighed on its own, so that full, local and simple have as many heads as channels. ``num_heads`` is
-    taken so that AFT can stand wherever another mechanism does; with ``head_dim`` it says the width of the projections,
+    taken so that AFT can stand wherever another mechanism does; with ``head_dim`` it sets the width of the projections,
     ``num_heads * head_dim``, and nothing else.
     """
 
@@ -189,8 +189,8 @@ class AFTFull(_PositionedAFT):
             ImageNet, 64 on CIFAR-10 and 256 on Enwik8, and found factors to do better than a free table (table 3).
             ``None`` is a free table (T, T).
         position_std: Standard deviation of fresh factors, or of a fresh table. The paper draws factors from
-            "N(0, 10^-2)" and does not say which of the two the second number is; by custom it is the variance, hence
-            0.1, a bias of deviation 0.1^2 sqrt(d') = 0.11 at d' = 128. It does not say how a table begins.
+            "N(0, 10^-2)" without stating whether the second number is the variance; by convention it is, hence
+            0.1, a bias of deviation 0.1^2 sqrt(d') = 0.11 at d' = 128. The initialization of a table is not given.
         **options: ``causal``, ``bias``, ``dropout``, ``head_dim``, ``device`` and ``dtype``, as in
             :class:`flowformer.mechanisms.Attention`.
 

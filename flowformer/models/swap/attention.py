@@ -80,7 +80,7 @@ def swap_attention(
     torchvision's ViT or ``torch.nn.Transformer``.
 
     ``torch.nn.MultiheadAttention`` becomes a :class:`flowformer.models.swap.DropInMultiheadAttention` with the same
-    parameters, by the same names. It is called as before, and is causal where the call says so. Dropout of
+    parameters, by the same names. It is called as before, and is causal if the call requests it. Dropout of
     attention weights, and the keys that ``add_bias_kv`` and ``add_zero_attn`` append, go. As ``multihead_attn`` of a
     ``torch.nn.TransformerDecoderLayer``, Flow-Attention lets all queries compete for the memory, later ones too: in a
     causal decoder, replace ``self_attn`` alone (``modules="*self_attn"``).
@@ -89,7 +89,7 @@ def swap_attention(
     each head and not for each channel, and its query and key projections begin anew, as in the transfer from DeiT in
     its paper (Zhai et al., 2021, ImageNet). With ``"softmax"`` a model computes what it did.
 
-    - AFT-conv over images sees patches only, and wants no position embedding. A ViT loses class and register tokens and
+    - AFT-conv over images uses patches only, without position embedding. A ViT loses class and register tokens and
       its position embedding, and pools by the mean where the class token was read. ``kernel_size`` is (11, 11) unless
       given; one number makes it AFT-conv over the sequence of tokens, and no token is lost.
     - AFT-full and AFT-local learn biases for the first ``max_length`` tokens: unless given, those of an image of
@@ -98,7 +98,7 @@ def swap_attention(
     - Mobile-Attention's outputs grow with the number of tokens, as published, unless ``normalize=True`` is given.
 
     Norms of queries and keys, a norm of what attention gives, gates, and dropout of attention weights have no
-    counterpart: they go, and the report says so. ``"softmax"`` refuses a model with any of these but the last. Whatever
+    counterpart: they are dropped and reported. ``"softmax"`` refuses a model with any of these but the last. Whatever
     is refused, the model is left as it was.
 
     Args:
@@ -108,7 +108,7 @@ def swap_attention(
         num_heads: Heads, which divide the width of the projections; as many as there were if absent.
         spatial_reduction: In PVT-v2, ``"keep"`` has queries look at a reduced map as before, ``"drop"`` at all tokens.
             If absent it is dropped for mechanisms in linear time, and kept for others.
-        img_size: In timm's models, pixels of the largest images to come, (height, width) or one number for both;
+        img_size: In timm's models, pixels of the largest images, (height, width) or one number for both;
             those of the model if absent. For mechanisms that learn positions.
         **options: Options of the mechanism's module; ``max_length`` where it learns positions and ``img_size`` does
             not tell.

@@ -377,7 +377,7 @@ def test_environment_is_obeyed_and_the_argument_comes_first(monkeypatch: pytest.
     monkeypatch.setenv("FLOWFORMER_BACKEND", "native")
     assert ran(ops.flow_attention, *tensors) == ["flow_bidirectional"]
     assert ran(ops.flow_attention, *tensors, backend="torch") == []
-    with cannot("this is float64"):
+    with cannot("not float64"):
         ops.flow_attention(*(t.double() for t in tensors))
     monkeypatch.setenv("FLOWFORMER_BACKEND", "abacus")
     with pytest.raises(ValueError, match=r"unknown backend 'abacus' \(requested by FLOWFORMER_BACKEND\)"):

@@ -424,7 +424,7 @@ def test_heads_wider_than_their_share(attention):
         (vit, "flow", {"num_heads": 5}, r"num_heads must divide 32 in blocks\.0\.attn, got 5"),
         (vit, "flow", {"preset": "visoin"}, "visoin"),
         (vit, "flow", {"spatial_reduction": "keep"}, "this model has no spatial reduction"),
-        (vit, "flow", {"causal": True}, "no causal form"),
+        (vit, "flow", {"causal": True}, "causal is not supported"),
         (narrowing, "flow", {}, r"blocks\.1\.attn makes 16 channels of 32"),
         (pvt, "flow", {"spatial_reduction": "leave"}, "must be 'keep', 'drop' or None, got 'leave'"),
         (pvt, "mobile", {"spatial_reduction": "keep"}, "mobile requires as many keys as queries"),

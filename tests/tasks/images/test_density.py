@@ -284,7 +284,7 @@ def test_a_format_comes_back_from_json():
         (lambda folder: load_cifar10(folder / "nowhere"), DataError, "nowhere"),
         (lambda folder: load_cifar10(cifar_folder(folder, 1)), DataError, "0 for training and 1 for testing"),
         (lambda folder: load_cifar10(folder, held_out=1.0), ValueError, "held_out must be above 0 and below 1"),
-        (lambda folder: PixelFormat(8, 8, 1, 257), ValueError, "2 to 256 levels"),
+        (lambda folder: PixelFormat(8, 8, 1, 257), ValueError, "levels from 2 to 256"),
         (lambda folder: PixelFormat(8, 0, 1), ValueError, "sizes must be positive"),
         (lambda folder: PixelImages(images(2), 9), ValueError, "sub-pixels must be below 9, got 15"),
         (lambda folder: PixelImages(images(2)[0], 16), ValueError, r"got uint8 \(4, 5, 3\)"),
