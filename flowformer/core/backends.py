@@ -165,8 +165,7 @@ def _choose(
     if backend == "auto":
         backend = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
         source = f"requested by {ENVIRONMENT_VARIABLE}"
-    names = ["auto", *(row.name for row in list_backends())]
-    if backend not in names:
+    if backend != "auto" and backend not in (names := ["auto", *(row.name for row in list_backends())]):
         raise ValueError(f"{op}: unknown backend {backend!r} ({source}); available: {', '.join(names)}")
     if backend == TORCH.name:
         return backend, source

@@ -367,7 +367,7 @@ def _fits(q: Any, k: Any, v: Any, state: Any) -> bool:
     if type(state) is not FlowState or not all(type(t) is Tensor and t.is_contiguous() for t in (q, k, v, *state)):
         return False
     length, sums, log_normaliser, memory = state
-    shape, dtype, device = q.shape, q.dtype, q.device
+    shape, dtype = q.shape, q.dtype
     if len(shape) != 3 or k.shape != shape or v.ndim != 3 or v.shape[:2] != shape[:2] or 0 in shape or 0 in v.shape:
         return False
     if not dtype.is_floating_point or k.dtype != dtype or v.dtype != dtype:
@@ -382,7 +382,7 @@ def _fits(q: Any, k: Any, v: Any, state: Any) -> bool:
         and memory.shape == (*rows, shape[2], v.shape[2])
         and length.dtype == torch.int64
         and sums.dtype == log_normaliser.dtype == memory.dtype == torch.float64
-        and all(t.device == device for t in (k, v, *state))
+        and all(t.is_cpu if q.is_cpu else t.device == q.device for t in (k, v, *state))
     )
 
 
