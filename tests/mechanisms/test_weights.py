@@ -326,9 +326,9 @@ def test_bad_input_is_refused() -> None:
         ROWS["linear"](q, q, [0], mask=torch.ones(1, 10))
     with pytest.raises(ValueError, match="unknown preset"):
         flow_maps(q, q, preset="cor")
-    with pytest.raises(ValueError, match="has 4 places"):
+    with pytest.raises(ValueError, match="has 4 positions"):
         ROWS["aft_full"](x, x, [0], torch.zeros(4, 4))
-    with pytest.raises(ValueError, match="divide the channels"):
+    with pytest.raises(ValueError, match="divide the groups of values"):
         ROWS["aft_simple"](x, x, [0], heads=3)
     with pytest.raises(ValueError, match="window"):
         ROWS["aft_local"](x, x, [0], torch.zeros(10, 10), 0)

@@ -121,12 +121,12 @@ def conv_rows(
     """Return rows of weights of a batch; in images (batch, height, width, heads), positions are counted row by row."""
     if filters.ndim == 2:
         return _rows[2](q, k, places, filters, mask=mask, **given)
+    if given.get("causal"):
+        raise ValueError(f"aft_conv: filters of a causal form must be (heads, taps), got {describe(filters)}")
     if k.ndim != 4:
         raise ValueError(
             f"aft_conv: with filters for images, k must be (batch, height, width, heads), got {describe(k)}"
         )
-    if given.get("causal"):
-        raise ValueError(f"aft_conv: filters of a causal form must be (heads, taps), got {describe(filters)}")
     k = _with_grid(k.double())
     return _rows[3](k, k, places, filters, mask=None if mask is None else mask.flatten(1), **given)
 
