@@ -23,7 +23,7 @@ def main(words: Sequence[str]) -> int:
     from flowformer.core.backends import choose_and_say_why, list_backends
 
     chosen, why = usable(choose_and_say_why, "flow_attention")
-    refusals = {f"backend {row.name}": row.refuses("cpu", torch.float32) or row.describe() for row in list_backends()}
+    refusals = {f"{row.name} backend": row.refuses("cpu", torch.float32) or row.describe() for row in list_backends()}
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     rows = {
         "flowformer": f"{flowformer.__version__} in {Path(flowformer.__file__).parent}",

@@ -179,7 +179,7 @@ def test_help_shows_groups_choices_ranges_and_defaults(capsys):
     assert places == sorted(places)
     text = " ".join(out.split())
     assert "--optimizer {radam,adam,adamw} optimizer (default: radam)" in text
-    assert "--dropout FLOAT dropout, throughout (at least 0 and below 1; default: 0.1)" in text
+    assert "--dropout FLOAT dropout (at least 0 and below 1; default: 0.1)" in text
     assert "--clip-grad-norm FLOAT|null" in text
     assert '--attention-options.NAME VALUE (default: {"preset": "timeseries"})' in text
     assert "--no-mask-padding" in text
@@ -240,8 +240,8 @@ def test_mistakes_in_a_file_name_the_file(tmp_path, text, message):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    assert refused("--config", tmp_path / "absent.yaml") == f"no file {tmp_path / 'absent.yaml'}"
-    assert refused("--config", tmp_path) == f"no file {tmp_path}"
+    assert refused("--config", tmp_path / "absent.yaml") == f"file {tmp_path / 'absent.yaml'} not found"
+    assert refused("--config", tmp_path) == f"file {tmp_path} not found"
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
     assert "binary.yaml cannot be read" in refused("--config", tmp_path / "binary.yaml")
 

@@ -358,7 +358,7 @@ def test_switched_off(monkeypatch: pytest.MonkeyPatch, cache: Path, caplog: pyte
 
 def test_cache_that_cannot_be_written(source: Path, beside: Path, cache: Path) -> None:
     cache.touch()  # a file in the folder's place, which stops even root
-    with pytest.raises(build.BuildError, match=f"the cache folder {cache} cannot be written .*: set FLOWFORMER_CACHE"):
+    with pytest.raises(build.BuildError, match=f"the cache folder {cache} is not writable .*: set FLOWFORMER_CACHE"):
         build.open_library(source, beside)
 
 
