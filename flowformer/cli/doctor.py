@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import flowformer
 from flowformer.cli.arguments.parser import Parser, usable
 from flowformer.cli.extras import EXTRAS
 
@@ -20,6 +19,7 @@ def main(words: Sequence[str]) -> int:
 
     import torch
 
+    import flowformer.mechanisms  # enters what each backend implements
     from flowformer.core.backends import choose_and_say_why, list_backends
 
     chosen, why = usable(choose_and_say_why, "flow_attention")

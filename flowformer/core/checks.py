@@ -6,6 +6,7 @@ An operation calls :func:`check` once. After that it may trust shapes, dtypes an
 from __future__ import annotations
 
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,28 @@ def describe(tensor: Any) -> str:
     if not isinstance(tensor, Tensor):
         return type(tensor).__name__
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def check_integer(name: str, value: Any) -> None:
+    """Raise a TypeError for an option that is no whole number."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+
+
+def check_number(name: str, value: Any, at_least: float | None = None) -> None:
+    """Raise a TypeError for an option that is no number, a ValueError for one that is not finite or too small."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if value != value or value in (float("inf"), -float("inf")):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    if at_least is not None and value < at_least:
+        raise ValueError(f"{name} must be at least {at_least:g}, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise a TypeError for an option that is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_dtype(what: str, dtype: torch.dtype) -> None:

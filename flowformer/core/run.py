@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from flowformer.core.backends import TORCH, choose, implementation
-from flowformer.core.checks import HEADS, Layout, Masks, check, check_state, check_state_use
+from flowformer.core.checks import HEADS, Layout, Masks, check, check_flag, check_state, check_state_use
 from flowformer.core.masks import run_packed
 from flowformer.core.scan import Step, scan
 
@@ -84,6 +84,8 @@ def run(
         TypeError, ValueError: for arguments that do not fit together.
     """
     q, k, v, causal, mask, context_mask, cu_seqlens, state, return_state, backend = given
+    check_flag(f"{op}: causal", causal)
+    check_flag(f"{op}: return_state", return_state)
     masks = check(
         op, q, k, v, layout=layout, causal=causal, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens
     )

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from flowformer.core.checks import describe
+from flowformer.core.checks import check_flag, check_integer, check_number, describe
 from flowformer.mechanisms.registry import Mechanism
 
 
@@ -26,6 +26,7 @@ class Attention(nn.Module, ABC):
         mechanism: The row of the registry.
         learns_positions: Whether the module has parameters for each position, and so an argument ``max_length``, which
             :func:`flowformer.create_attention` passes on.
+        further_options: Names of options that the constructor takes as ``**overrides``.
         axes: The axes of an input before its channels.
 
     Args:
@@ -44,6 +45,7 @@ class Attention(nn.Module, ABC):
 
     mechanism: ClassVar[Mechanism]
     learns_positions: ClassVar[bool] = False
+    further_options: ClassVar[tuple[str, ...]] = ()
     axes: str = "batch, length"
 
     def __init__(
@@ -59,6 +61,13 @@ class Attention(nn.Module, ABC):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_integer("dim", dim)
+        check_integer("num_heads", num_heads)
+        if head_dim is not None:
+            check_integer("head_dim", head_dim)
+        for label, value in (("causal", causal), ("bias", bias)):
+            check_flag(label, value)
+        check_number("dropout", dropout, 0)
         if dim < 1 or num_heads < 1 or (head_dim is not None and head_dim < 1):
             raise ValueError(f"dim, num_heads and head_dim must be positive, got {dim}, {num_heads}, {head_dim}")
         if head_dim is None and dim % num_heads:
@@ -215,6 +224,8 @@ class Attention(nn.Module, ABC):
         if context is not None and reason:
             raise ValueError(f"{name}: context is not supported, since {reason}")
         for label, tensor in (("x", x), ("context", context)):
+            if tensor is not None and not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
+                raise TypeError(f"{name}: {label} must be a tensor of floating dtype, got {describe(tensor)}")
             if tensor is not None and (tensor.ndim != rank or tensor.shape[-1] != self.dim):
                 raise ValueError(f"{name}: {label} must be ({self.axes}, {self.dim}), got {describe(tensor)}")
         if context is not None and self.causal:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.core.checks import check_dtype, check_state, check_step
+from flowformer.core.checks import check_dtype, check_number, check_state, check_step
 from flowformer.core.masks import fill
 from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Given, run, scanned
@@ -100,6 +100,7 @@ def linear_attention(
     Raises:
         TypeError, ValueError: for invalid arguments.
     """
+    check_number("linear_attention: eps", eps, 0)
     given = Given(q, k, v, causal, mask, context_mask, cu_seqlens, initial_state, return_state, backend)
     dense = scanned(
         lambda tokens, state: _causal_block(tokens, state, eps, CHUNK),
@@ -160,6 +161,7 @@ def linear_attention_step(
     """
     op = "linear_attention_step"
     check_step(op, q, k, v, state, LinearState)
+    check_number(f"{op}: eps", eps, 0)
     batch, heads, channels = q.shape
     check_state(op, state, init_linear_state(batch, heads, channels, v.shape[-1], device=q.device))
     with no_autocast(q.device):
@@ -210,6 +212,7 @@ class LinearAttention(Attention):
 
     def __init__(self, dim: int, num_heads: int, *, eps: float = 1e-6, **options: Any) -> None:
         super().__init__(dim, num_heads, **options)
+        check_number("eps", eps, 0)
         self.eps = eps
 
     def arguments(self) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from flowformer.common.names import nearest
 from flowformer.common.registry import Registry
 from flowformer.core.checks import HEADS, Layout
 from flowformer.mechanisms.weights import FlowMaps
@@ -65,6 +68,16 @@ class Mechanism:
 
     def __post_init__(self) -> None:
         """Add implied limits, and raise for unknown ones."""
+        if not isinstance(self.name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
+            raise ValueError(f"a mechanism's name must be lower-case words joined by _, got {self.name!r}")
+        for label in ("operation", "truth"):
+            if not callable(getattr(self, label)):
+                raise TypeError(f"{self.name}: {label} must be a function, got {getattr(self, label)!r}")
+        missing = {"causal", "mask", "context_mask", "cu_seqlens", "backend"} - set(_parameters(self.operation))
+        if missing:
+            raise TypeError(f"{self.name}: operation must take {', '.join(sorted(missing))}")
+        if not isinstance(self.layout, Layout):
+            raise TypeError(f"{self.name}: layout must be a Layout, got {self.layout!r}")
         cannot = dict(self.cannot)
         if self.layout.self_only:
             cannot["cross"] = self.layout.self_only
@@ -86,6 +99,11 @@ class Mechanism:
 
 _MECHANISMS: Registry[Mechanism] = Registry("attention", package="flowformer.mechanisms")
 
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
 M = TypeVar("M", bound="type[Attention]")
 
 
@@ -93,6 +111,8 @@ def register(name: str, **row: Any) -> Callable[[M], M]:
     """Register a module class as a mechanism; see :class:`Mechanism` for the fields of a row."""
 
     def enter(module: M) -> M:
+        if not hasattr(module, "learns_positions"):
+            raise TypeError(f"{name}: the class must derive from flowformer.mechanisms.Attention, got {module!r}")
         module.mechanism = _MECHANISMS.add(name, Mechanism(name, module, **row))
         return module
 
@@ -127,6 +147,25 @@ def find_attention(name: str) -> Mechanism:
     return _MECHANISMS.find(name)
 
 
+# Arguments that a model sets, which are not options of a mechanism.
+DECIDED = ("self", "dim", "num_heads", "causal", "max_length", "device", "dtype")
+
+
+def option_names(name: str) -> list[str]:
+    """Return the options of a mechanism's module, those of its base classes and of its operation's presets included."""
+    module = find_attention(name).module
+    names: dict[str, None] = {}
+    for one in module.__mro__:
+        if "__init__" not in vars(one):
+            continue
+        kinds = {key: parameter.kind for key, parameter in inspect.signature(one.__init__).parameters.items()}
+        names.update({key: None for key, kind in kinds.items() if kind is not inspect.Parameter.VAR_KEYWORD})
+        if inspect.Parameter.VAR_KEYWORD not in kinds.values():
+            break
+    names.update(dict.fromkeys(module.further_options))
+    return [key for key in names if key not in DECIDED]
+
+
 def create_attention(
     name: str, dim: int, num_heads: int, *, causal: bool = False, max_length: int | None = None, **options: Any
 ) -> Attention:
@@ -152,6 +191,11 @@ def create_attention(
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length must be positive, got {max_length}")
     module = find_attention(name).module
+    known = option_names(name)
+    for key in options:
+        if key not in (*known, "device", "dtype"):
+            listed = f"available: {', '.join(known)}{nearest(key, known)}"
+            raise TypeError(f"attention {name!r} has no option {key!r}; {listed}")
     if module.learns_positions:
         options["max_length"] = max_length
     return module(dim, num_heads, causal=causal, **options)

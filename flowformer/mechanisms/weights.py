@@ -184,13 +184,15 @@ def rows_of(op: str, weights: Weights, layout: Layout = HEADS) -> Callable[..., 
         out = []
         for row in range(len(q)):
             sinks, sources = real_places(masks.query, row, q), real_places(masks.key, row, k)
-            of_row = q.new_zeros(1, len(places), len(sources), dtype=wide)
+            of_row = q.new_zeros(heads or 1, len(places), len(sources), dtype=wide)
             if len(sinks) and len(sources):
                 found = weights(q[row, sinks].to(wide), k[row, sources].to(wide), *learned, causal=causal, **options)
                 # Padded queries take the place of a real one, and are hidden below.
                 of_row = _take(found, torch.searchsorted(sinks, places).clamp(max=len(sinks) - 1), heads)
             of_row = of_row.masked_fill(~torch.isin(places, sinks).unsqueeze(1), 0)
             out.append(of_row.new_zeros(*of_row.shape[:2], k.shape[1]).index_copy(2, sources, of_row))
+        if not out:  # a batch of no sequences
+            return q.new_zeros(0, heads or 1, len(places), k.shape[1], dtype=wide)
         groups = max(len(of_row) for of_row in out)
         return torch.stack([of_row.expand(groups, -1, -1) for of_row in out])
 

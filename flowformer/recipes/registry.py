@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from flowformer.common.fields import check_names
@@ -63,6 +63,8 @@ def read_recipe(values: dict[str, Any]) -> Recipe:
     Raises:
         ValueError: as :func:`create_recipe`, or where there is no name.
     """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"values must be the mapping that recipe.json contains, got {type(values).__name__}")
     fields = dict(values)
     if "name" not in fields:
         raise ValueError("the fields of a recipe must include name")

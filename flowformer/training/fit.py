@@ -55,6 +55,8 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, command: str = 
         _check_folder(recipe, folder, resume)
     if (folder / "result.json").exists():
         return read_json(folder / "result.json")
+    with _quiet():
+        _trainer(recipe, [], None)  # raises before anything is written, where this machine has no such device
     task = recipe.build_task()
     torch.manual_seed(recipe.seed)
     model = recipe.build_model(task.format)
@@ -80,6 +82,8 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, command: str = 
 
 def _check_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
     path = folder / "recipe.json"
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file: pass --out for a folder")
     if not path.exists():
         return
     if not resume:
@@ -141,9 +145,12 @@ def _trainer(
     recipe: Recipe, callbacks: list[Callback], folder: Path | None, *, evaluating: bool = True
 ) -> lightning.Trainer:
     try:
-        return lightning.Trainer(**_arguments(recipe, callbacks, folder, evaluating))
-    except MisconfigurationException as error:  # an accelerator that is not there, say
-        raise RunError(str(error)) from error
+        trainer = lightning.Trainer(**_arguments(recipe, callbacks, folder, evaluating))
+    except (MisconfigurationException, ModuleNotFoundError) as error:  # an accelerator that is not there, say
+        raise RunError(f"accelerator {recipe.accelerator} with {recipe.devices} devices: {error}") from error
+    if recipe.used_precision == "16-mixed" and trainer.strategy.root_device.type == "cpu":
+        raise RunError("precision 16-mixed needs a GPU, and this run is on the CPU: pass bf16-mixed or 32-true")
+    return trainer
 
 
 def _arguments(recipe: Recipe, callbacks: list[Callback], folder: Path | None, evaluating: bool) -> dict[str, Any]:

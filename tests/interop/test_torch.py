@@ -524,3 +524,24 @@ def test_the_example_runs():
 def test_the_name_is_public():
     assert "FlowMultiheadAttention" in flowformer.__all__
     assert flowformer.FlowMultiheadAttention.__module__ == "flowformer.interop.torch"
+
+
+# -------------------------------------------------------------------------------- one tensor, or two of the same length
+
+
+def test_the_same_view_written_twice_is_self_attention() -> None:
+    module = FlowMultiheadAttention(16, 2, batch_first=True).eval()
+    x, padding = torch.randn(2, 5, 16), torch.arange(5).expand(2, -1) > 2
+    x = x.transpose(0, 1)
+    want, _ = module(x.transpose(0, 1), x.transpose(0, 1), x.transpose(0, 1), key_padding_mask=padding)
+    one = x.transpose(0, 1)
+    torch.testing.assert_close(want, module(one, one, one, key_padding_mask=padding)[0])
+    assert not want[:, 3:].any()
+
+
+def test_padding_of_queries_that_is_not_known_is_warned_of() -> None:
+    module = FlowMultiheadAttention(16, 2, batch_first=True)
+    x, padding = torch.randn(2, 5, 16), torch.arange(5).expand(2, -1) > 2
+    with pytest.warns(UserWarning, match="of one length but not the same tensor"):
+        module(x, x.clone(), x.clone(), key_padding_mask=padding)
+    module(x, x.clone(), x.clone(), key_padding_mask=padding, query_padding_mask=padding)  # warnings are errors here

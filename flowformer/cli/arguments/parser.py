@@ -46,8 +46,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaults
 
 
 def usable(function: Any, *words: Any, **values: Any) -> Any:
-    """Call a function, and raise its ValueError or RunError as a usage error."""
+    """Call a function, and raise its ValueError, RunError or OSError as a usage error."""
     try:
         return function(*words, **values)
-    except (ValueError, RunError) as error:
+    except (ValueError, RunError, OSError) as error:
         raise UsageError(str(error)) from error

@@ -117,6 +117,10 @@ class _CommandParser(_Parser):
         """The values of the options that are given."""
         if any(word == "" or re.fullmatch(r"--[^=]*=", word) for word in words):
             self.error("an option has an empty value: write null for None")
+        if any(re.fullmatch(r"(--[^=]*=)?None", word) for word in words):
+            self.error("an option has the value None: write null for None")
+        if sum(word.split("=")[0] == "--config" for word in words) > 1:
+            self.error("--config is given more than once: put all fields into one file")
         return vars(self.parse_args(list(words), defaults=False))
 
     def explain(self, message: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from flowformer.interop.hf.configuration import FlowformerConfig
 from flowformer.interop.hf.modeling import FlowformerForCausalLM
 from flowformer.mechanisms import list_attentions
 from flowformer.mechanisms.base import Attention
-from flowformer.mechanisms.registry import find_attention
+from flowformer.mechanisms.registry import find_attention, option_names
 from flowformer.models.encoder import ACTIVATIONS
 from flowformer.models.language import LanguageModel
 from flowformer.models.positions import LearnedPositions
@@ -134,19 +133,8 @@ def _read_name(attention: Attention) -> str:
 def _read_attention(attention: Attention) -> dict[str, Any]:
     """The options of a mechanism: each is kept under its own name, those that override a preset together."""
     options: dict[str, Any] = {"bias": attention.q_proj.bias is not None, "dropout": attention.dropout.p}
-    for name in _named_options(type(attention)):
+    for name in option_names(_read_name(attention)):
         if hasattr(attention, name) and name not in (*options, *_OF_THE_MODEL):
             options[name] = getattr(attention, name)
     options.update(getattr(attention, "overrides", {}))
     return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
-
-
-def _named_options(kind: type[Attention]) -> dict[str, None]:
-    """Names of a module's arguments, those that it passes on to its base classes included."""
-    return {
-        name: None
-        for base in kind.__mro__
-        if issubclass(base, Attention)
-        for name, parameter in inspect.signature(base).parameters.items()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    }

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.core.checks import CHANNELS, describe
+from flowformer.core.checks import CHANNELS, check_flag, describe
 from flowformer.core.masks import spread
 from flowformer.core.precision import LOG_ZERO, sum_dtype
 from flowformer.core.run import Given
@@ -99,6 +99,8 @@ def aft_conv(
         TypeError, ValueError: for invalid arguments.
     """
     op = "aft_conv"
+    check_flag(f"{op}: causal", causal)
+    check_flag(f"{op}: hard", hard)
     check_filters(op, filters, causal)
     if filters.ndim == 3 and not causal:
         if cu_seqlens is not None or initial_state is not None or return_state:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.core.checks import CHANNELS, describe
+from flowformer.core.checks import CHANNELS, check_flag, describe
 from flowformer.core.masks import spread
 from flowformer.core.precision import LOG_ZERO, no_autocast
 from flowformer.core.run import Given
@@ -107,6 +107,7 @@ def aft_local(
     """
     op = "aft_local"
     check_window(op, window)
+    check_flag(f"{op}: hard", hard)
 
     def dense(q: Tensor, K: Tensor, V: Tensor, key: Any, query: Any, state: Any) -> tuple[Tensor, Any]:
         bias, length = check_bias(op, position_bias, q), K.shape[1]
@@ -199,6 +200,7 @@ def aft_local_step(
     """
     op = "aft_local_step"
     check_window(op, window)
+    check_flag(f"{op}: hard", hard)
     start_step(
         op,
         q,

@@ -7,7 +7,7 @@ from typing import Any
 
 from flowformer.mechanisms.base import Attention
 from flowformer.mechanisms.flow.operation import flow_attention, flow_attention_step, init_flow_state
-from flowformer.mechanisms.flow.options import flow_options
+from flowformer.mechanisms.flow.options import OPTIONS, flow_options
 from flowformer.mechanisms.flow.weights import flows, weights
 from flowformer.mechanisms.registry import by_sizes, register
 from flowformer.mechanisms.weights import flows_of, rows_of, truth_of
@@ -50,6 +50,8 @@ class FlowAttention(Attention):
         >>> attention(torch.randn(2, 1000, 64)).shape
         torch.Size([2, 1000, 64])
     """
+
+    further_options = OPTIONS
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from flowformer.common.names import nearest
+from flowformer.core.checks import check_flag, check_number
 
 RELU_FLOOR = 1e-6  # published with the relu feature map: keeps every capacity positive
 
@@ -41,14 +42,15 @@ class FlowOptions:
             raise ValueError(f"feature_map must be 'sigmoid' or 'relu', got {self.feature_map!r}")
         if self.competition not in ("sequence", "heads", None):
             raise ValueError(f"competition must be 'sequence', 'heads' or None, got {self.competition!r}")
+        for name in ("eps", "flow_eps", *(() if self.clamp is None else ("clamp",))):
+            check_number(name, getattr(self, name))
         if self.clamp is not None and not self.clamp > 0:
             raise ValueError(f"clamp must be positive or None, got {self.clamp!r}")
         for name in ("eps", "flow_eps"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
         for name in ("allocation", "rescale"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+            check_flag(name, getattr(self, name))
 
     def values(self) -> tuple[Any, ...]:
         """Return the options in the order of their declaration, as the native operators take them."""
@@ -78,7 +80,7 @@ def flow_options(preset: str = "core", **overrides: Any) -> FlowOptions:
         ValueError: for an unknown preset or a value out of range.
         TypeError: for an option that does not exist.
     """
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; available: {', '.join(PRESETS)}{nearest(preset, PRESETS)}")
     if not overrides:
         return PRESETS[preset]

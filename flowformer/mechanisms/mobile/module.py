@@ -12,7 +12,7 @@ from flowformer.mechanisms.mobile.operation import (
     mobile_attention,
     mobile_attention_step,
 )
-from flowformer.mechanisms.mobile.options import mobile_options
+from flowformer.mechanisms.mobile.options import OPTIONS, mobile_options
 from flowformer.mechanisms.mobile.weights import flows, weights
 from flowformer.mechanisms.registry import by_sizes, register
 from flowformer.mechanisms.weights import flows_of, rows_of, truth_of
@@ -57,6 +57,8 @@ class MobileAttention(Attention):
         >>> attention(torch.randn(2, 1000, 64)).shape
         torch.Size([2, 1000, 64])
     """
+
+    further_options = OPTIONS
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from flowformer.common.names import nearest
+from flowformer.core.checks import check_flag
 from flowformer.mechanisms.flow.options import FlowOptions
 
 
@@ -35,11 +36,10 @@ class MobileOptions:
         """Raise for invalid values."""
         # What Flow-Attention has as well is refused in its words.
         FlowOptions(self.feature_map, self.clamp, self.eps, competition=self.competition, allocation=self.allocation)
-        if not isinstance(self.normalize, bool):
-            raise TypeError(f"normalize must be True or False, got {self.normalize!r}")
+        check_flag("normalize", self.normalize)
 
 
-_NAMES = tuple(field.name for field in fields(MobileOptions))
+OPTIONS = tuple(field.name for field in fields(MobileOptions))
 
 
 def mobile_options(**overrides: Any) -> MobileOptions:
@@ -50,7 +50,7 @@ def mobile_options(**overrides: Any) -> MobileOptions:
         TypeError: for an option that does not exist.
     """
     for name in overrides:
-        if name not in _NAMES:
-            known = ", ".join(_NAMES)
-            raise TypeError(f"Mobile-Attention has no option {name!r}; available: {known}{nearest(name, _NAMES)}")
+        if name not in OPTIONS:
+            known = ", ".join(OPTIONS)
+            raise TypeError(f"Mobile-Attention has no option {name!r}; available: {known}{nearest(name, OPTIONS)}")
     return MobileOptions(**overrides)

@@ -6,13 +6,14 @@ real token.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
-from flowformer.core.checks import describe
+from flowformer.core.checks import check_flag, check_integer, check_number, describe
 from flowformer.mechanisms.base import Attention
 from flowformer.mechanisms.registry import create_attention
 
@@ -76,6 +77,14 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
         **options: Any,
     ) -> None:
         name = type(self).__name__
+        for label, flag in (
+            ("bias", bias), ("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn), ("batch_first", batch_first)
+        ):  # fmt: skip
+            check_flag(f"{name}: {label}", flag)
+        for label, width in (("embed_dim", embed_dim), ("num_heads", num_heads), ("kdim", kdim), ("vdim", vdim)):
+            if width is not None or label in ("embed_dim", "num_heads"):
+                check_integer(f"{name}: {label}", width)
+        check_number(f"{name}: dropout", dropout, 0)
         if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
             raise ValueError(
                 f"{name}: num_heads must divide embed_dim, got embed_dim {embed_dim}, num_heads {num_heads}"
@@ -180,7 +189,7 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
         causal = self._is_causal(attn_mask, is_causal, q, k)
         keys = self._real("key_padding_mask", key_padding_mask, k, query.ndim)
         queries = self._real("query_padding_mask", query_padding_mask, q, query.ndim)
-        queries, masks = self._pair_masks(query is key or query is value, causal, queries, keys, q, k)
+        queries, masks = self._pair_masks(_is_same(query, key) or _is_same(query, value), causal, queries, keys, q, k)
         q, k, v = (self.attention.split(x) for x in (q, k, v))
         given = {"causal": causal, **masks, **self.attention.arguments()}
         out = self.attention.mechanism.operation(q, k, v, *self.attention.learned(), **given)
@@ -349,10 +358,22 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
             return None, {}
         if causal:
             raise ValueError(f"{name}: in causal attention with padding, query and key must be the same tensor")
+        if queries is None and q.shape == k.shape and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"{name}: query and key are of one length but not the same tensor, so this is cross-attention, where "
+                "key_padding_mask does not hide queries. For self-attention pass one tensor as both; for "
+                "cross-attention with padded queries pass query_padding_mask",
+                stacklevel=3,
+            )
         # Both are given, for one alone could be that of self-attention.
         every = [torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) for x in (q, k)]
         queries, keys = (every[0] if queries is None else queries), (every[1] if keys is None else keys)
         return queries, {"mask": queries, "context_mask": keys}
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one, or the same view of one: ``x.transpose(0, 1)`` written twice."""
+    return one is other or (not torch.compiler.is_compiling() and one.is_set_to(other))
 
 
 def _strip(attention: Attention) -> Attention:
