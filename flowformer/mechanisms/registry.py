@@ -73,9 +73,6 @@ class Mechanism:
         for label in ("operation", "truth"):
             if not callable(getattr(self, label)):
                 raise TypeError(f"{self.name}: {label} must be a function, got {getattr(self, label)!r}")
-        missing = {"causal", "mask", "context_mask", "cu_seqlens", "backend"} - set(_parameters(self.operation))
-        if missing:
-            raise TypeError(f"{self.name}: operation must take {', '.join(sorted(missing))}")
         if not isinstance(self.layout, Layout):
             raise TypeError(f"{self.name}: layout must be a Layout, got {self.layout!r}")
         cannot = dict(self.cannot)
@@ -100,8 +97,14 @@ class Mechanism:
 _MECHANISMS: Registry[Mechanism] = Registry("attention", package="flowformer.mechanisms")
 
 
-def _parameters(function: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(function).parameters)
+def _check_operation(name: str, operation: Callable[..., Any]) -> None:
+    """Raise a TypeError for an operation that does not take what modules pass to it."""
+    parameters = inspect.signature(operation).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    missing = [one for one in ("causal", "mask", "context_mask", "cu_seqlens", "backend") if one not in parameters]
+    if missing:
+        raise TypeError(f"{name}: operation must take {', '.join(missing)}")
 
 
 M = TypeVar("M", bound="type[Attention]")
@@ -113,7 +116,9 @@ def register(name: str, **row: Any) -> Callable[[M], M]:
     def enter(module: M) -> M:
         if not hasattr(module, "learns_positions"):
             raise TypeError(f"{name}: the class must derive from flowformer.mechanisms.Attention, got {module!r}")
-        module.mechanism = _MECHANISMS.add(name, Mechanism(name, module, **row))
+        mechanism = Mechanism(name, module, **row)
+        _check_operation(name, mechanism.operation)
+        module.mechanism = _MECHANISMS.add(name, mechanism)
         return module
 
     return enter

@@ -101,7 +101,7 @@ ROW: dict[str, Any] = {
         ("", {}, "name must be lower-case words joined by _, got ''"),
         (None, {}, "name must be lower-case words joined by _, got None"),
         ("mine", {"truth": None}, "mine: truth must be a function, got None"),
-        ("mine", {"operation": without_masks}, "mine: operation must take backend, context_mask, cu_seqlens, mask"),
+        ("mine", {"operation": without_masks}, "mine: operation must take mask, context_mask, cu_seqlens, backend"),
         ("mine", {"layout": "x"}, "mine: layout must be a Layout, got 'x'"),
         ("mine", {"cannot": {"flying": "no wings"}}, "mine: unknown limit 'flying'"),
     ],

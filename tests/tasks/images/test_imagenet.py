@@ -191,7 +191,7 @@ def test_validation_part(small):
     assert sorted(task.validation.files.labels.tolist()) == [0, 1, 999]
     names = [data.files.name(index) for data in (task.train, task.validation) for index in range(len(data))]
     assert sorted(names) == sorted(content())
-    with pytest.raises(ValueError, match="'n01440764' has 1 examples"):
+    with pytest.raises(ValueError, match="'n01440764' has 1 training examples"):
         imagenet.load(
             write_folder(small / "b", below("train", content(1)) | below("val", content(1))), validation_fraction=0.5
         )
