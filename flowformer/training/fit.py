@@ -144,13 +144,14 @@ def fit(
 def _trainer(
     recipe: Recipe, callbacks: list[Callback], folder: Path | None, *, evaluating: bool = True
 ) -> lightning.Trainer:
+    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    on_cpu = recipe.accelerator == "cpu" or (recipe.accelerator == "auto" and not has_gpu)
+    if recipe.used_precision == "16-mixed" and on_cpu:
+        raise RunError("precision 16-mixed needs a GPU, and this run is on the CPU: pass bf16-mixed or 32-true")
     try:
-        trainer = lightning.Trainer(**_arguments(recipe, callbacks, folder, evaluating))
+        return lightning.Trainer(**_arguments(recipe, callbacks, folder, evaluating))
     except (MisconfigurationException, ModuleNotFoundError) as error:  # an accelerator that is not there, say
         raise RunError(f"accelerator {recipe.accelerator} with {recipe.devices} devices: {error}") from error
-    if recipe.used_precision == "16-mixed" and trainer.strategy.root_device.type == "cpu":
-        raise RunError("precision 16-mixed needs a GPU, and this run is on the CPU: pass bf16-mixed or 32-true")
-    return trainer
 
 
 def _arguments(recipe: Recipe, callbacks: list[Callback], folder: Path | None, evaluating: bool) -> dict[str, Any]:

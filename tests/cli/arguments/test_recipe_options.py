@@ -134,7 +134,7 @@ def test_options_of_a_mechanism():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--attention-options.clmp", "5"], "Flow-Attention has no option 'clmp'"),
+        (["--attention-options.clmp", "5"], "flow has no option 'clmp' (did you mean 'clamp'?)"),
         (["--attention-options.clmp", "5"], "did you mean 'clamp'"),
         (["--attention-options.causal", "true"], "flow has no option 'causal'; available: preset, bias, "),
         (["--attention", "aft_local", "--attention-options.windw", "5"], "(did you mean 'window'?)"),
