@@ -8,8 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 TESTS = Path(__file__).parent
+
+# PyTorch keeps the set of functions that `with torch.device(...)` acts on from its first use, which must not find them
+# replaced by those of `poisoned_memory`.
+_device_constructors()
 
 # The tensors of tests are small: threads would only wait for each other, and for the other test processes.
 torch.set_num_threads(1)

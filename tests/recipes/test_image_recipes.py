@@ -125,7 +125,7 @@ def test_the_command_says_what_is_missing(capsys):
     ("fields", "said"),
     [
         ({"attention_options": "{window: 3}"}, "attention_options must be a mapping from option names to JSON values"),
-        ({"attention_options": {"clmp": 1}}, "Flow-Attention has no option 'clmp'"),
+        ({"attention_options": {"clmp": 1}}, "flow has no option 'clmp'"),
         ({"drop_path": 1.0}, "drop_path must be at least 0 and below 1"),
         ({"label_smoothing": -0.1}, "label_smoothing must be at least 0 and below 1"),
         ({"patch_size": -1}, "patch_size must be at least 1, or None, got -1"),

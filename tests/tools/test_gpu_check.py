@@ -117,7 +117,7 @@ def test_an_exception_is_a_failure_with_its_place(tool: ModuleType) -> None:
     figures = tool.attempt(lambda: {"ok": ops.flow_attention(q, q, q[:, :1]) is None})
     assert figures["ok"] is False
     assert figures["error"].startswith("ValueError: flow_attention")
-    assert figures["where"].startswith("masking.py:")
+    assert figures["where"].startswith("checks.py:")
 
 
 def test_without_a_gpu_it_says_so(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -205,7 +205,7 @@ def test_with_a_validation_set_the_test_is_made_once(tmp_path, monkeypatch):
             {"attention_options": {"windw": 3}, "attention": "aft_local"},
             r"aft_local has no option 'windw' \(did you mean 'window'\?\); available: window, hard, position_dim",
         ),
-        ({"attention_options": {"clmp": 3}}, r"Flow-Attention has no option 'clmp'; .*did you mean 'clamp'"),
+        ({"attention_options": {"clmp": 3}}, r"flow has no option 'clmp' .did you mean 'clamp'"),
         ({"attention_options": 3}, "attention_options must be a mapping .*, got 3"),
     ],
 )

@@ -290,7 +290,7 @@ def test_defaults_are_what_was_published() -> None:
         ({"feature_map": "elu"}, ValueError, "feature_map must be 'sigmoid' or 'relu', got 'elu'"),
         ({"competition": "tokens"}, ValueError, "competition must be .* got 'tokens'"),
         ({"clamp": 0.0}, ValueError, "clamp must be positive or None, got 0.0"),
-        ({"clamp": math.nan}, ValueError, "clamp must be positive or None, got nan"),
+        ({"clamp": math.nan}, ValueError, "clamp must be finite, got nan"),
         ({"eps": -1e-6}, ValueError, "eps must not be negative, got -1e-06"),
         ({"allocation": 1}, TypeError, "allocation must be True or False, got 1"),
         ({"normalize": "yes"}, TypeError, "normalize must be True or False, got 'yes'"),
