@@ -1,5 +1,5 @@
-// What Python passes to the kernels: the plain C interface. native.py in flowformer/mechanisms/flow/ and aft/ has the same
-// structures.
+// What Python passes to the kernels: the plain C interface. native.py in flowformer/mechanisms/flow/ and aft/ has the
+// same structures.
 #pragma once
 
 #include <cstdint>
