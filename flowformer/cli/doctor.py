@@ -23,7 +23,10 @@ def main(words: Sequence[str]) -> int:
     from flowformer.core.backends import choose_and_say_why, list_backends
 
     chosen, why = usable(choose_and_say_why, "flow_attention")
-    refusals = {f"{row.name} backend": row.refuses("cpu", torch.float32) or row.describe() for row in list_backends()}
+    rows_of_backends = {
+        f"{row.name} backend": f"{row.about}: {row.refuses('cpu', torch.float32) or 'runs on this CPU'}"
+        for row in list_backends()
+    }
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     rows = {
         "flowformer": f"{flowformer.__version__} in {Path(flowformer.__file__).parent}",
@@ -31,7 +34,7 @@ def main(words: Sequence[str]) -> int:
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} CPUs",
         "GPUs": ", ".join(gpus) or "none",
         "backend": f"{chosen}: {why}",
-        **refusals,
+        **rows_of_backends,
         **{f"extra {extra}": _describe_extra(extra) for extra in EXTRAS},
     }
     for name, value in rows.items():
