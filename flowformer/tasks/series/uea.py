@@ -12,7 +12,8 @@ from pathlib import Path
 from flowformer.common.errors import DataError
 from flowformer.common.names import nearest
 from flowformer.tasks.downloads import data_folder
-from flowformer.tasks.series.files import SeriesTable, read_table
+from flowformer.tasks.series.files import read_table
+from flowformer.tasks.series.table import SeriesTable
 from flowformer.tasks.series.task import SeriesTask, build_task
 
 logger = logging.getLogger(__name__)
