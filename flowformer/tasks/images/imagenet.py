@@ -394,11 +394,13 @@ def load(
     validation_fraction: float = 0.0,
     seed: int = 0,
     test_fraction: float = 0.0,
+    own_numbers: bool = False,
 ) -> ImageNetTask:
     """Find ImageNet's images, a part of them, or others in the same form.
 
     Classes with WordNet names that ImageNet-1K has are its classes, with its indices, also where some are missing.
-    Numbers without names are its indices too. Otherwise classes are those of the training images, sorted.
+    Numbers without names are its indices too, if all are below 1,000. Otherwise classes are those of the training
+    images, sorted.
 
     Args:
         path: As :func:`flowformer.tasks.images.files.find_images` takes it; it must hold a training and a validation
@@ -409,6 +411,7 @@ def load(
         seed: Decides which.
         test_fraction: Part of each class that is held out to test on, always the same, where there is one set only; 0
             to refuse that.
+        own_numbers: Whether numbers without names are classes of their own: as many as there are different numbers.
 
     Raises:
         DataError: where sets are missing, no image of one can be read, or classes do not fit.
@@ -422,7 +425,7 @@ def load(
         found = "; ".join(f"{split}: {files}" for split, files in sets.items())
         raise DataError(f"{path}: expected a train and a val set; found {found}")
     is_whole = (len(train), len(test)) == SIZES
-    names = _class_names(train)
+    names = _class_names(train, own_numbers)
     train, test = _with_classes(train, names).check(), _with_classes(test, names).check()
     if len(names) < 2:
         raise DataError(f"{train}; classification requires two classes")
@@ -450,19 +453,26 @@ def _split(files: ImageFiles, fraction: float, seed: int) -> tuple[ImageFiles, I
     return files.subset(kept), files.subset(held)
 
 
-def _class_names(train: ImageFiles) -> tuple[str, ...]:
-    if train.numbered:
-        unnamed = train.classes == tuple(str(number) for number in range(len(train.classes)))
-        fits = len(train.classes) <= len(classes()) if unnamed else len(train.classes) == len(classes())
-        return classes() if fits else train.classes
-    return classes() if set(train.classes) <= set(classes()) else train.classes
+def _class_names(train: ImageFiles, own_numbers: bool) -> tuple[str, ...]:
+    if train.numbers is None:
+        return classes() if set(train.classes) <= set(classes()) else train.classes
+    if not _is_unnamed(train):
+        return classes() if len(train.classes) == len(classes()) else train.classes
+    indices = not own_numbers and 0 <= train.numbers[0] <= train.numbers[-1] < len(classes())
+    return classes() if indices else train.classes
+
+
+def _is_unnamed(files: ImageFiles) -> bool:
+    return files.numbers is not None and files.classes == tuple(map(str, files.numbers))
 
 
 def _with_classes(files: ImageFiles, names: tuple[str, ...]) -> ImageFiles:
-    """The same images with indices of the classes named; numbers are such indices."""
-    if not files.numbered:
+    """The same images with indices of the classes named; numbers are such indices, unless classes are named so."""
+    if files.numbers is None or (_is_unnamed(files) and set(files.classes) <= set(names)):
         return files.with_classes(names)
-    most = int(files.labels.max(initial=-1))
-    if most >= len(names):
-        raise DataError(f"{files.origin}: labels up to {most} for {len(names)} classes")
-    return replace(files, classes=names)
+    present = [files.numbers[label] for label in np.unique(files.labels)]
+    if present and not 0 <= present[0] <= present[-1] < len(names):
+        span = f"up to {present[-1]}" if present[0] >= 0 else f"from {present[0]} on"
+        raise DataError(f"{files.origin}: labels {span} for {len(names)} classes")
+    numbers = np.array([number if 0 <= number < len(names) else -1 for number in files.numbers], dtype=np.int64)
+    return replace(files, labels=numbers[files.labels], classes=names, numbers=None)
