@@ -11,6 +11,7 @@ import pytest
 
 from flowformer.common.errors import DataError
 from flowformer.tasks.text import files as text_files
+from flowformer.tasks.text.stored import StoredTokens
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -35,7 +36,7 @@ def test_bytes_of_a_file_are_not_copied(file, cache):
     assert bytes(corpus.train) + bytes(corpus.test) == content
     assert len(corpus.test) == round(0.1 * len(content))
     assert corpus.validation is None
-    assert isinstance(corpus.train, np.memmap)
+    assert isinstance(corpus.train, StoredTokens)
     assert corpus.train.dtype == np.uint8
     assert (corpus.name, corpus.source, corpus.tokenizer.kind) == ("mine", str(file), "bytes")
     assert not cache.exists()
@@ -45,8 +46,8 @@ def test_bytes_of_a_file_are_not_copied(file, cache):
 def test_other_tokens_are_made_once(file, cache, monkeypatch, tokenizer):
     corpus = text_files.load(file, tokenizer=tokenizer)
     assert corpus.tokenizer.kind == tokenizer
-    assert isinstance(corpus.test, np.memmap)
-    assert not corpus.test.flags.writeable
+    assert isinstance(corpus.test, StoredTokens)
+    assert not corpus.test[:].flags.writeable
     assert corpus.test.dtype == corpus.tokenizer.dtype
     monkeypatch.setattr(text_files, "_pieces", None)  # nothing is read again
     again = text_files.load(file, tokenizer=tokenizer)
@@ -221,7 +222,7 @@ def test_what_is_not_utf8_is_named(tmp_path, cache, tokenizer):
     folder.mkdir()
     (folder / "a.txt").write_bytes(b"richtig\n")
     (folder / "b.txt").write_bytes(b"alt\n" + "f\xfcnf\n".encode("latin-1"))
-    with pytest.raises(DataError, match=r"b.txt is not UTF-8 near byte 5: .*; as bytes any file is read"):
+    with pytest.raises(DataError, match=r"b.txt is not UTF-8: byte 5: .*; with --tokenizer bytes any file is read"):
         text_files.load(folder, tokenizer=tokenizer)
     assert not list((cache / "tokens").glob(f"own-{tokenizer}-*"))
     assert bytes(text_files.load(folder).test)
