@@ -201,8 +201,8 @@ def describe_missing(dataset: Dataset, wanted: str, looked_in: Iterable[Path]) -
     given = "" if data_folder(dataset.folder) in looked_in else "; without --data-dir, the cache is searched"
     return (
         f"{dataset.title}: no {wanted} in {', '.join(map(str, looked_in))}{given}. `flowformer data {dataset.name}` "
-        f"downloads it; or get {dataset.addresses[0]} ({dataset.size_bytes:,} bytes, SHA-256 {dataset.sha256}) and put it into "
-        f"{data_folder(dataset.folder)}, or into any folder DIR and pass --data-dir DIR."
+        f"downloads it; or get {dataset.addresses[0]} ({dataset.size_bytes:,} bytes, SHA-256 {dataset.sha256}) and "
+        f"put it into {data_folder(dataset.folder)}, or into any folder DIR and pass --data-dir DIR."
     )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
 from flowformer.common.errors import DataError
+from flowformer.tasks.classes import as_number
 from flowformer.tasks.images.decoding import UnreadableImage
 from flowformer.tasks.images.files import ImageFiles, find_images
 from flowformer.tasks.images.format import ImageFormat
@@ -467,8 +468,8 @@ def _is_unnamed(files: ImageFiles) -> bool:
 
 
 def _with_classes(files: ImageFiles, names: tuple[str, ...]) -> ImageFiles:
-    """The same images with indices of the classes named; numbers are such indices, unless classes are named so."""
-    if files.numbers is None or (_is_unnamed(files) and set(files.classes) <= set(names)):
+    """The same images with indices of the classes named; numbers are such indices unless they are names."""
+    if files.numbers is None or (_is_unnamed(files) and all(as_number(name) is not None for name in names)):
         return files.with_classes(names)
     present = [files.numbers[label] for label in np.unique(files.labels)]
     if present and not 0 <= present[0] <= present[-1] < len(names):

@@ -51,8 +51,11 @@ def find_excess(values: np.ndarray) -> tuple[int, int] | None:
     Args:
         values: (rows, columns) float64, NaN where missing.
     """
-    excess = np.abs(values) > LARGEST
-    return tuple(map(int, np.argwhere(excess)[0])) if excess.any() else None
+    # fmin and fmax leave NaN out.
+    if not values.size or not (np.fmax.reduce(values, None) > LARGEST or np.fmin.reduce(values, None) < -LARGEST):
+        return None
+    row, column = np.argwhere(np.abs(values) > LARGEST)[0]
+    return int(row), int(column)
 
 
 def describe_excess(text: str) -> str:

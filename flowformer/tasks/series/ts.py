@@ -93,10 +93,11 @@ def _split_row(text: str, header: _Header) -> tuple[list[str], str]:
     """Return the channels of a row and its label, which may contain colons if it is quoted."""
     if not header.labelled:
         return text.split(":"), ""
-    opening = next((at for at, character in enumerate(text) if character in _QUOTES), len(text))
-    values, label = text[:opening].rstrip(), text[opening:]
-    if values.endswith(":") and len(label) > 1 and label[0] == label[-1]:
-        return values[:-1].split(":"), label[1:-1]
+    if text[-1] in _QUOTES:
+        opening = text.find(text[-1])
+        values, label = text[:opening].rstrip(), text[opening:]
+        if values.endswith(":") and len(label) > 1:
+            return values[:-1].split(":"), label[1:-1]
     *channels, label = text.split(":")
     return channels, label.strip()
 
