@@ -88,7 +88,9 @@ def read_parquet(files: Sequence[Path]) -> Found:
             file = parquet.ParquetFile(path)
             column, label = (_column(path, file.schema_arrow, known) for known in (IMAGE_COLUMNS, LABEL_COLUMNS))
             values = file.read([label], use_threads=False).column(0).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
+        except DataError:
+            raise
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise DataError(f"{path}: cannot read the parquet file: {error}") from error
         if any(value is None for value in values):
             raise DataError(f"{path}: row {values.index(None)} has no {label}")
@@ -162,7 +164,7 @@ class ParquetImages:
         place = self._group_of(index)
         try:
             value = self._read_group(place)[index - int(self.groups[place, 2])].as_py()
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError, IndexError) as error:
             raise UnreadableImage(f"cannot read rows: {error}") from error
         data = value.get("bytes") if isinstance(value, Mapping) else value
         if not isinstance(data, bytes):

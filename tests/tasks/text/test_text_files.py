@@ -228,6 +228,65 @@ def test_what_is_not_utf8_is_named(tmp_path, cache, tokenizer):
     assert bytes(text_files.load(folder).test)
 
 
+MARKED = {"utf-8-sig": 3, "utf-16": 2, "utf-32": 4}
+
+
+@pytest.mark.parametrize("form", MARKED)
+@pytest.mark.parametrize("tokenizer", ["bytes", "words", "characters"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_byte_order_mark_is_no_text(tmp_path, form, tokenizer, pack, monkeypatch):
+    monkeypatch.setattr(text_files, "PIECE_BYTES", 101)  # cuts characters of all encodings
+    file = tmp_path / ("mine.txt" if pack is bytes else "mine.txt.gz")
+    file.write_bytes(pack(TEXT.encode(form)))
+    assert whole(text_files.load(file, tokenizer=tokenizer)) == TEXT
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "words", "characters"])
+def test_no_byte_order_mark_within_a_text_of_several_files(tmp_path, tokenizer):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for number, form in enumerate(("utf-8", *MARKED, "utf-8-sig")):
+        (folder / f"{number}.txt").write_bytes("Füße\nFluss\nein".encode(form))
+    assert whole(text_files.load(folder, tokenizer=tokenizer)) == "\n".join(["Füße\nFluss\nein"] * 5)
+
+
+def test_utf_16_that_is_damaged_is_named_with_its_byte(tmp_path, cache):
+    (tmp_path / "own.txt").write_bytes("abc".encode("utf-16")[:-1])
+    with pytest.raises(DataError, match=r"own.txt is not UTF-16, which its byte order mark states: byte 6: truncated"):
+        text_files.load(tmp_path / "own.txt")
+    assert not list((cache / "tokens").glob("own-*"))
+
+
+def test_lines_that_end_as_on_windows_stay(tmp_path):
+    (tmp_path / "own.txt").write_bytes(b"one\r\ntwo\rthree\r\n" * 9)
+    for tokenizer in ("bytes", "characters"):
+        assert whole(text_files.load(tmp_path / "own.txt", tokenizer=tokenizer)) == "one\r\ntwo\rthree\r\n" * 9
+
+
+def test_a_text_that_becomes_shorter_while_it_is_read_is_named(file, monkeypatch):
+    pieces = text_files._pieces
+
+    def cut_first(text, start, stop):
+        file.write_bytes(TEXT.encode()[:100])
+        return pieces(text, start, stop)
+
+    monkeypatch.setattr(text_files, "_pieces", cut_first)
+    with pytest.raises(DataError, match=r"mine.txt has become shorter while it was read: 100 of "):
+        text_files.load(file, tokenizer="words")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names of files are bytes on POSIX only")
+def test_names_of_files_that_are_no_utf8(tmp_path):
+    for name in ("caf\udce9.txt", "caf\udce9"):
+        (tmp_path / name).write_bytes(TEXT.encode())
+        assert whole(text_files.load(tmp_path / name, tokenizer="words")) == TEXT
+
+
+def test_what_is_neither_a_file_nor_a_folder():
+    with pytest.raises(DataError, match=f"{os.devnull} is neither a file nor a folder"):
+        text_files.load(os.devnull)
+
+
 def test_the_slice_of_wikipedia():
     if util.find_spec("gensim") is None:
         pytest.skip("gensim is not installed")
