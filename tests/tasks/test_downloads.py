@@ -1,5 +1,6 @@
 """Downloads, from a server on this machine: whole or not at all, and no byte twice."""
 
+import errno
 import hashlib
 import io
 import threading
@@ -192,6 +193,42 @@ def test_other_content_is_refused(own, server, console, cache, found):
         assert part in str(caught.value)
     assert (f"{len(server.content):,} bytes" in str(caught.value)) == (found != "endless")  # no more than shows it
     assert names(cache / "own-folder") == []
+
+
+@pytest.mark.usefixtures("own")
+def test_a_page_in_place_of_the_file_is_not_kept(server, console, cache):
+    """A login page of a hotel, with status 200: what was received before stays, and is continued."""
+    place = cache / "own-folder"
+    place.mkdir(parents=True)
+    (place / ".own.zip.part").write_bytes(server.content[:1_000_000])
+    whole, server.content, server.ranges = server.content, b"<!doctype html><title>Log in</title>", False
+    with pytest.raises(DataError, match=r"the server sent something else \(text/plain: b'<!doctype html><title>Log in"):
+        fetch("own", console=console)
+    assert (place / ".own.zip.part").read_bytes() == whole[:1_000_000]
+    server.content, server.ranges, server.requests = whole, True, []
+    fetch("own", console=console)
+    assert server.requests == [1_000_000] * 2
+    assert names(place) == ["text"]
+
+
+@pytest.mark.usefixtures("own")
+def test_a_full_disk_is_named_and_no_other_address_asked(server, console, cache, monkeypatch):
+    def fail(*words):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(downloads, "_receive", fail)
+    with pytest.raises(DataError, match=rf"cannot write to {cache / 'own-folder'}: No space left on device; free some"):
+        fetch("own", console=console)
+    assert not server.requests
+
+
+@pytest.mark.usefixtures("own")
+def test_what_a_killed_process_left_goes(console, cache):
+    left = cache / "own-folder" / ".unpack-abc"
+    left.mkdir(parents=True)
+    (left / "text").write_bytes(b"half")
+    fetch("own", console=console)
+    assert names(cache / "own-folder") == ["text"]
 
 
 def test_the_next_address_begins_anew(own, server, console, cache, monkeypatch):

@@ -397,7 +397,7 @@ def _convert_hugging_face(source: str) -> tokenizers.Tokenizer:
 
     try:
         local = Path(source).is_dir() or _is_unreachable(source)
-        theirs = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
+        theirs = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
     except Exception as error:  # of the hub's client, or of damaged files
         reason = " ".join(str(error).split())
         raise ValueError(
