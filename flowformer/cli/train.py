@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Sequence
 
 from flowformer.cli.arguments.parser import Parser, usable
+from flowformer.common.interrupts import Interrupted
 
 
 def main(words: Sequence[str]) -> int:
@@ -31,11 +31,13 @@ def main(words: Sequence[str]) -> int:
     console = Console()
     command = shlex.join(["flowformer", "train", *words])
     try:
-        result = usable(train, asked.recipe, asked.folder, resume=asked.resume, command=command, console=console)
-    except KeyboardInterrupt:
+        result = usable(
+            train, asked.recipe, asked.folder, resume=asked.resume, data_changed_ok=asked.data_changed_ok,
+            command=command, console=console,
+        )  # fmt: skip
+    except KeyboardInterrupt as error:
         again = command if asked.resume else f"{command} --resume"
-        print(f"\nInterrupted. To continue from the last checkpoint: {again}", file=sys.stderr)
-        return 130
+        raise Interrupted.of(error, f"To continue from the last checkpoint: {again}") from None
     console.print(protocol_table(result))
     console.print(f"The run is in {asked.folder}", highlight=False, soft_wrap=True)
     return 0
