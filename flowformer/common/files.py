@@ -44,8 +44,10 @@ def replacing(path: Path) -> Iterator[Path]:
         synchronise(staged)
         staged.replace(path)
         synchronise(path.parent)
-    except BaseException:
+    except BaseException as error:
         staged.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(staged)):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
 
 

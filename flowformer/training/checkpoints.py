@@ -41,6 +41,7 @@ class Checkpoints(Checkpoint):
     def __init__(self, folder: RunFolder, history: History, splits: Sequence[str]) -> None:
         super().__init__()
         self.folder, self.history, self.splits = folder, history, splits
+        self.written = False
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Write the checkpoints of the round."""
@@ -50,5 +51,14 @@ class Checkpoints(Checkpoint):
                 if self.history.is_best(split):
                     save_weights(pl_module.model, self.folder.checkpoints / f"best-{split}.safetensors", record)
         trainer.save_checkpoint(self.folder.resume_state)  # by all processes of a run on several devices
+        self._save_last(trainer, pl_module)
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Write the weights of a run that was killed before it could, and had no round left to train."""
+        if not self.written:
+            self._save_last(trainer, pl_module)
+
+    def _save_last(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            save_weights(pl_module.model, self.folder.checkpoints / "last.safetensors", record)
+            save_weights(pl_module.model, self.folder.checkpoints / "last.safetensors", self.history.records[-1])
+        self.written = True

@@ -164,7 +164,7 @@ def fit(
         trainer = _trainer(recipe, callbacks, folder, evaluating=bool(module.evaluated))
         last = run.resume_state if run is not None and run.resume_state.exists() else None
         if last is not None:
-            read_plain(last, mapped=True)  # Lightning would report damage in its own words
+            read_plain(last)  # Lightning would report damage in its own words
         elif module.evaluated:
             trainer.validate(module, verbose=False)
             start = {name: float(value) for name, value in trainer.callback_metrics.items()}

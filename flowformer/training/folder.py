@@ -16,10 +16,11 @@ tensors and plain values (``torch.load`` with ``weights_only=True``) are read.
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -28,11 +29,12 @@ from torch import nn
 
 from flowformer.common.errors import DataError, RunError
 from flowformer.common.files import read_json, replacing
-from flowformer.tasks.fingerprint import describe_changes
+from flowformer.tasks.fingerprint import describe_changes, hash_values
 from flowformer.training.recipe import Recipe
 
 DATA = "data"  # the key of the fingerprints in format.json
 _RESUME = "last.ckpt"
+_HASH = "sha256"  # the key of the hash of all weights in the metadata of a file
 
 
 class RunFolder:
@@ -195,22 +197,54 @@ def save_weights(model: nn.Module, path: Path, metadata: Mapping[str, Any]) -> N
         metadata: About the weights.
     """
     state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
-    content = safetensors.torch.save(state, {name: str(value) for name, value in metadata.items()})
+    told = {name: str(value) for name, value in metadata.items()}
+    content = safetensors.torch.save(state, {**told, _HASH: _hash(state)})
     with replacing(path) as staged:
         staged.write_bytes(content)
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
-        return safetensors.torch.load_file(path)
+        with safetensors.safe_open(path, "pt") as file:
+            told = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except safetensors.SafetensorError as error:
         raise RunError(f"{path} is damaged: {error}") from error
+    if told.get(_HASH, now := _hash(state)) != now:
+        raise RunError(f"{path} is damaged: its weights are not those that were written")
+    return state
+
+
+def _hash(state: Mapping[str, torch.Tensor]) -> str:
+    return hash_values((name, value.flatten().view(torch.uint8).numpy()) for name, value in sorted(state.items()))
 
 
 def save_plain(content: Mapping[str, Any], path: Path) -> None:
     """Write tensors and plain values with ``torch.save``, whole or not at all."""
     with replacing(path) as staged, staged.open("wb") as file:
-        torch.save(dict(content), file)
+        target = _Writer(file)
+        try:
+            torch.save(dict(content), target)
+        except RuntimeError as error:
+            raise target.error or error from error
+
+
+class _Writer:
+    """Remembers the error of a file, of which torch.save makes one of its own."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def read_plain(path: Path, *, mapped: bool = False) -> dict[str, Any]:
@@ -218,7 +252,7 @@ def read_plain(path: Path, *, mapped: bool = False) -> dict[str, Any]:
 
     Args:
         path: The file.
-        mapped: Map the tensors into memory, which is fast for a look at them.
+        mapped: Map the tensors into memory and check no sums, which is fast for a look at them.
 
     Raises:
         OSError: for a file that cannot be opened.
@@ -226,6 +260,8 @@ def read_plain(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     """
     path.open("rb").close()  # whatever is wrong with the file itself
     try:
+        if not mapped:
+            _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise RunError(
@@ -238,6 +274,13 @@ def read_plain(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RunError(f"{path} is damaged: expected a mapping, got {type(content).__name__}")
     return content
+
+
+def _check_sums(path: Path) -> None:
+    """Check the sum of every record; torch does not."""
+    with zipfile.ZipFile(path) as file:
+        if (bad := file.testzip()) is not None:
+            raise ValueError(f"the sum of {bad} is wrong")
 
 
 def _first(error: Exception) -> str:
