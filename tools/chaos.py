@@ -43,7 +43,7 @@ DISK_BYTES = 20 * 2**20
 LIMIT_S = 120  # after which a command counts as hanging
 
 
-class Loss(Exception):
+class Loss(Exception):  # noqa: N818 - what a round finds, not an error of the program
     """Something was lost, or not as promised."""
 
 
@@ -146,7 +146,7 @@ class Chaos:
         if status:
             raise Loss(f"the run did not resume, status {status}: {said}")
         compare(self.reference(kind)[0], out)
-        left = [path for path in (*out.rglob(".staged*"), *self.temporary.iterdir())]
+        left = [*out.rglob(".staged*"), *self.temporary.iterdir()]
         if left:
             raise Loss(f"left behind: {left}")
 
@@ -291,9 +291,8 @@ class _small_disk:  # noqa: N801 - used as a function
 
     def __enter__(self) -> tuple[Path, Callable[[], None] | None]:
         self.place.mkdir()
-        made = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(self.place)], capture_output=True, check=False
-        )  # fmt: skip
+        command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(self.place)]
+        made = subprocess.run(command, capture_output=True, check=False)
         self.mounted = made.returncode == 0
         return self.place, None if self.mounted else _limit_files
 

@@ -315,7 +315,7 @@ def test_changed_text_is_told_and_encoded_with_the_vocabulary_of_the_run(tmp_pat
     assert main(["evaluate", str(tmp_path / "run"), "--data-changed-ok"]) == 0
 
 
-# ------------------------------------------------------------------------------------------------ moved, shared, stopped
+# -------------------------------------------------------------------------------------- moved, shared, stopped
 
 
 @pytest.mark.parametrize("moved", [False, True], ids=["stayed", "moved"])
