@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from flowformer.common.errors import DataError
+from flowformer.tasks.classes import find_class
+
 
 def stratify(labels: np.ndarray, classes: Sequence[str], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Choose examples to hold out, the same fraction of each class.
@@ -33,3 +36,22 @@ def stratify(labels: np.ndarray, classes: Sequence[str], fraction: float, seed: 
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
         held.extend(generator.permutation(members)[:count])
     return np.setdiff1d(np.arange(len(labels)), held), np.sort(held)
+
+
+def find_classes(names: Sequence[str], classes: Sequence[str], source: str) -> np.ndarray:
+    """Return the index of each name among classes: (names,) int64.
+
+    Args:
+        names: Classes of the data.
+        classes: Classes of a model.
+        source: Where the data came from, for the message.
+
+    Raises:
+        DataError: for a name that the model does not have.
+    """
+    index = {name: number for number, name in enumerate(classes)}
+    found = {name: find_class(name, index) for name in names}
+    if unknown := [name for name in names if found[name] is None]:
+        some, known = (", ".join(map(repr, some)) for some in (unknown[:5], classes[:20]))
+        raise DataError(f"{source}: classes that the run does not have: {some}; it has {known}")
+    return np.array([found[name] for name in names], dtype=np.int64)
