@@ -67,7 +67,7 @@ def _update(digest: Any, value: Any) -> None:
         digest.update(data)
     else:
         # Tokens in a file have a type too, and are read piece by piece.
-        array = value if hasattr(value, "dtype") else np.asarray(value)
+        array = value if isinstance(getattr(value, "dtype", None), np.dtype) else np.asarray(value)
         digest.update(f"array {array.dtype.str} {array.shape}".encode())
         flat = array if array.ndim == 1 else array.reshape(-1)
         for start in range(0, len(flat), _PIECE):

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
 from flowformer.common.errors import DataError
-from flowformer.tasks.classes import as_number
 from flowformer.tasks.images.decoding import UnreadableImage
 from flowformer.tasks.images.files import ImageFiles, find_images
 from flowformer.tasks.images.format import ImageFormat
+from flowformer.tasks.images.numbering import choose_classes, classes, renumber
 from flowformer.tasks.images.task import SPLIT_SEED
 from flowformer.tasks.metric import Metric
 from flowformer.tasks.splits import stratify
@@ -47,14 +47,6 @@ PUBLISHED: Mapping[str, float] = {
     "aft-conv-small-11-16": 80.2, "aft-conv-small-11-384": 80.8, "aft-conv-small-15-384": 81.0,
     "aft-conv-transfer": 83.4,
 }  # fmt: skip
-
-
-@cache
-def classes() -> tuple[str, ...]:
-    """Return the 1,000 classes of ImageNet-1K in order, by their WordNet ids: "n01440764" is class 0."""
-    from timm.data.imagenet_info import ImageNetInfo
-
-    return tuple(ImageNetInfo("imagenet-1k").label_names())
 
 
 @contextmanager
@@ -453,8 +445,8 @@ def load(
         found = "; ".join(f"{split}: {files}" for split, files in sets.items())
         raise DataError(f"{path}: expected a train and a val set; found {found}")
     is_whole = (len(train), len(test)) == SIZES
-    names = _class_names(train, own_numbers)
-    train, test = _with_classes(train, names).check(), _with_classes(test, names).check()
+    names = choose_classes(train, own_numbers)
+    train, test = renumber(train, names).check(), renumber(test, names).check()
     if len(names) < 2:
         raise DataError(f"{train}; classification requires two classes")
     augmentation = augmentation or Augmentation()
@@ -479,28 +471,3 @@ def _split(files: ImageFiles, fraction: float, seed: int) -> tuple[ImageFiles, I
     present, ranks = np.unique(files.labels, return_inverse=True)
     kept, held = stratify(ranks, [files.classes[label] for label in present], fraction, seed)
     return files.subset(kept), files.subset(held)
-
-
-def _class_names(train: ImageFiles, own_numbers: bool) -> tuple[str, ...]:
-    if train.numbers is None:
-        return classes() if set(train.classes) <= set(classes()) else train.classes
-    if not _is_unnamed(train):
-        return classes() if len(train.classes) == len(classes()) else train.classes
-    indices = not own_numbers and 0 <= train.numbers[0] <= train.numbers[-1] < len(classes())
-    return classes() if indices else train.classes
-
-
-def _is_unnamed(files: ImageFiles) -> bool:
-    return files.numbers is not None and files.classes == tuple(map(str, files.numbers))
-
-
-def _with_classes(files: ImageFiles, names: tuple[str, ...]) -> ImageFiles:
-    """The same images with indices of the classes named; numbers are such indices unless they are names."""
-    if files.numbers is None or (_is_unnamed(files) and all(as_number(name) is not None for name in names)):
-        return files.with_classes(names)
-    present = [files.numbers[label] for label in np.unique(files.labels)]
-    if present and not 0 <= present[0] <= present[-1] < len(names):
-        span = f"up to {present[-1]}" if present[0] >= 0 else f"from {present[0]} on"
-        raise DataError(f"{files.origin}: labels {span} for {len(names)} classes")
-    numbers = np.array([number if 0 <= number < len(names) else -1 for number in files.numbers], dtype=np.int64)
-    return replace(files, labels=numbers[files.labels], classes=names, numbers=None)
