@@ -22,7 +22,8 @@ from transformers.utils.output_capturing import capture_outputs
 from flowformer.core.checks import describe
 from flowformer.interop.hf.cache import read_cache, write_cache
 from flowformer.interop.hf.configuration import FlowformerConfig
-from flowformer.models.decoder import LanguageState, TokenDecoder, check_sizes, check_token_ids, find_targets
+from flowformer.core.checks import check_sizes
+from flowformer.models.decoder import LanguageState, TokenDecoder, check_token_ids, find_targets
 from flowformer.models.encoder import EncoderBlock
 from flowformer.models.initialization import LanguageInit, set_initializer
 
