@@ -14,7 +14,6 @@ from torch import Tensor
 
 from flowformer.core.precision import FLOAT_DTYPES
 
-
 LARGEST_SIZE = 2**31 - 1  # of one axis; PyTorch counts elements in 64 bits, and a tensor has two axes of a size or more
 
 

@@ -91,7 +91,8 @@ class VisionModel(nn.Module):
         for name, sizes in (("embed_dims", embed_dims), ("depths", depths)):
             if not isinstance(sizes, Sequence):
                 raise TypeError(f"{name} must be a sequence with one number for each stage, got {sizes!r}")
-        heads = tuple(num_heads) if isinstance(num_heads, Sequence) else (num_heads,) * len(embed_dims)
+        one = not isinstance(num_heads, Sequence) or isinstance(num_heads, str)
+        heads = (num_heads,) * len(embed_dims) if one else tuple(num_heads)
         check_sizes(in_chans=in_chans, patch_size=patch_size)
         _check_image_size(img_size)
         _check_stages(num_classes, tuple(embed_dims), tuple(depths), heads)
