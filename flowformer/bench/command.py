@@ -64,8 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out contenders of which one call takes longer",
     )
     add("--import", dest="imports", type=_words, default=(), metavar="MODULE", help="modules with further contenders")
-    add("--out", default="", metavar="DIR", help="folder to write; by default runs/bench/DATE-TIME")
     add("--compare", default="", metavar="REV", help="run here and at this commit by turns, and show the ratios")
+
+
+def default_folder() -> Path:
+    """Return the folder of results where none is given: the time in runs/bench."""
+    return Path("runs") / "bench" / datetime.now().strftime("%Y%m%d-%H%M%S")
 
 
 def main(values: argparse.Namespace) -> int:
@@ -79,7 +83,7 @@ def main(values: argparse.Namespace) -> int:
     """
     plan = _plan(values)
     plan.rows()  # unknown names are refused before anything is written
-    folder = Path(values.out or Path("runs") / "bench" / datetime.now().strftime("%Y%m%d-%H%M%S"))
+    folder = values.out
     claim(folder)
     records: list[Record] = []
 
@@ -138,7 +142,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
 def _print(*tables: Any, heading: str) -> None:
     console = _rich()[0]
     out = console.Console(width=max(console.Console().width, WIDTH))  # rather wrapped than cut short
-    out.print(heading, highlight=False, soft_wrap=True)
+    out.print(heading, highlight=False, markup=False, soft_wrap=True)
     for table in tables:
         out.print(table)
 

@@ -12,6 +12,7 @@ from flowformer.cli import bench, data, doctor, evaluate, export, generate, info
 from flowformer.cli import list as listing
 from flowformer.cli.arguments.parser import Parser, UsageError
 from flowformer.cli.extras import find_extra
+from flowformer.cli.output import writable_output
 from flowformer.common.names import nearest
 
 # Their modules import what they need when they run: `flowformer --help` does not wait for torch.
@@ -41,9 +42,8 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if words is None else words
     try:
-        status = _run(words)
-        sys.stdout.flush()  # if nobody reads standard output, the error is raised here
-        return status
+        with writable_output():
+            return _run(words)
     except BrokenPipeError:
         # As `flowformer list | head` does. The rest goes to the null device, or closing stdout would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -51,6 +51,12 @@ class Range:
             and (self.largest is None or value <= self.largest)
         )
 
+    def explain(self, value: float) -> str:
+        """Describe the bounds that a value is to have: the largest, where it is beyond that, or the others."""
+        if self.largest is not None and value > self.largest:
+            return f"at most {_bound(self.largest)}"
+        return str(self)
+
     def __str__(self) -> str:
         if self.at_least is not None and self.at_most is not None:
             return f"from {_bound(self.at_least)} to {_bound(self.at_most)}"
@@ -152,11 +158,9 @@ class Option:
 
     def _check_range(self, value: Any, number: float) -> None:
         finite = isinstance(number, int) or math.isfinite(number)  # an integer may be too large for a float
-        largest, words = self.allowed.largest, str(self.allowed)
-        if finite and largest is not None and number > largest:
-            raise ValueError(f"{self.name} must be at most {_bound(largest)}, got {_short(value)}")
         if not finite or number not in self.allowed:
-            wanted = words + self._or_none if words and finite else self.wanted
+            words = self.allowed.explain(number) if finite else ""
+            wanted = words + (self._or_none if words == str(self.allowed) else "") if words else self.wanted
             raise ValueError(f"{self.name} must be {wanted}, got {_short(value)}")
 
     def refuse(self, value: Any) -> ValueError:

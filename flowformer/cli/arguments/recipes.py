@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import jsonargparse
 
+from flowformer.cli.arguments.outputs import check_folder
 from flowformer.cli.arguments.parser import UsageError, usable
 from flowformer.common.fields import GROUPS, Option, check_names, options_of
 from flowformer.common.names import find_nearest, nearest
@@ -56,7 +57,10 @@ def read_command(name: str, words: Sequence[str]) -> Command:
     folder, resume, path = (given.pop(key, None) for key in ("out", "resume", "config"))
     config = {} if path is None else _read_config(name, function, path)
     recipe = usable(_resolve, function, config, given, whole=_gives_mapping(words))
-    return Command(recipe, folder or Path("runs") / recipe.name / recipe.label, bool(resume))
+    folder = folder or Path("runs") / recipe.name / recipe.label
+    if not (resume and (folder / "result.json").is_file()):  # a complete run is only shown
+        check_folder(folder)
+    return Command(recipe, folder, bool(resume))
 
 
 def _resolve(function: Callable[..., Recipe], config: dict[str, Any], given: dict[str, Any], *, whole: bool) -> Recipe:
