@@ -31,6 +31,9 @@ def check_folder(folder: Path, flag: str = "--out") -> None:
     Raises:
         UsageError: naming the folder and the reason.
     """
+    with contextlib.suppress(OSError, ValueError):
+        if folder.is_file():
+            raise UsageError(f"{folder} is a file: pass {flag} for a folder")
     _try_to_write(folder, ".flowformer", folder, f"pass {flag} for another folder")
 
 
@@ -44,7 +47,7 @@ def check_file(file: Path, flag: str = "--out") -> None:
     Raises:
         UsageError: naming the file and the reason.
     """
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         if file.is_dir():
             raise UsageError(f"{file} is a folder: pass {flag} for a file")
     _try_to_write(file.parent, f".{file.name}", file, f"pass {flag} for another file")
@@ -54,10 +57,10 @@ def _try_to_write(folder: Path, name: str, named: Path, advice: str) -> None:
     """Make a folder and a file of a name in it, and remove what was made."""
     made: list[Path] = []
     try:
-        if folder.exists() and not folder.is_dir():
-            raise UsageError(f"{named} cannot be written: {folder} is a file: {advice}")
         for part in reversed([folder, *folder.parents]):
             if not part.is_dir():
+                if part.exists():
+                    raise UsageError(f"{named} cannot be written: {part} is a file: {advice}")
                 part.mkdir()
                 made.append(part)
         probe = folder / f"{name}.{os.getpid()}"  # files are written beside their place first, under such a name
