@@ -250,7 +250,10 @@ def folders(draw: random.Random, folder: Path) -> Call:
         ["export", "text", "--to", "hf", "--out"], ["bench", "causal", "--lengths", "16", "--out"],
         ["visualize", "series", "test.csv", "--out"], ["data", "wikitext", "--dir"],
     )  # fmt: skip
-    return Call("folder", [*draw.choice(begins), out], refused=True)
+    words = draw.choice(begins)
+    if words[0] == "predict" and out == "file":  # a file is replaced
+        out = "."
+    return Call("folder", [*words, out], refused=True)
 
 
 def damaged_data(draw: random.Random, folder: Path) -> Call:
@@ -520,7 +523,9 @@ def report(tally: Tally) -> int:
 def workshop() -> Iterator[Path]:
     """A folder with the material of the calls, and caches of its own; kept where something was found."""
     root = Path(tempfile.mkdtemp(prefix="flowformer-fuzz-"))
-    os.environ.update(XDG_CACHE_HOME=str(root / "cache"), FLOWFORMER_BACKEND="torch")
+    os.environ.update(
+        XDG_CACHE_HOME=str(root / "cache"), FLOWFORMER_DATA=str(root / "data"), FLOWFORMER_BACKEND="torch"
+    )
     (root / "material").mkdir()
     prepare(root / "material")
     yield root / "material"

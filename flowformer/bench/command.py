@@ -22,7 +22,10 @@ SIZES = {"batch": "sequences", "heads": "heads", "channels": "channels of a quer
 
 
 def _words(text: str) -> tuple[str, ...]:
-    return tuple(word for word in text.split(",") if word)
+    words = tuple(word for word in text.split(",") if word)
+    if not words:
+        raise argparse.ArgumentTypeError(f"expects words separated by commas, got {text!r}")
+    return words
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -113,6 +116,8 @@ def main(values: argparse.Namespace) -> int:
 
 def _plan(values: argparse.Namespace) -> Plan:
     fields = {name: getattr(values, name) for name in SIZES}
+    if not 0 <= values.memory_gb < 1e6:
+        raise ValueError(f"memory_gb must be at least 0 and below 1,000,000, got {values.memory_gb}")
     return Plan(
         operations=tuple(values.operations), lengths=values.lengths, contenders=values.contenders,
         threads=values.threads, seconds=values.seconds, repeats=values.repeats, longest_s=values.longest,
