@@ -14,6 +14,8 @@ from torch import Tensor
 
 from flowformer.core.precision import FLOAT_DTYPES
 
+LARGEST_SIZE = 2**31 - 1  # of one axis; PyTorch counts elements in 64 bits, and a tensor has two axes of a size or more
+
 
 class Masks(NamedTuple):
     """Masks of real tokens: ``key`` (batch, S) and ``query`` (batch, L), boolean; ``None`` if all tokens are real."""
@@ -35,14 +37,38 @@ def check_integer(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a whole number, got {value!r}")
 
 
-def check_number(name: str, value: Any, at_least: float | None = None) -> None:
-    """Raise a TypeError for an option that is no number, a ValueError for one that is not finite or too small."""
+def check_number(name: str, value: Any, at_least: float | None = None, at_most: float | None = None) -> None:
+    """Raise a TypeError for an option that is no number, a ValueError for one that is not finite or out of range."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if value != value or value in (float("inf"), -float("inf")):
         raise ValueError(f"{name} must be finite, got {value!r}")
     if at_least is not None and value < at_least:
         raise ValueError(f"{name} must be at least {at_least:g}, got {value!r}")
+    if at_most is not None and value > at_most:
+        raise ValueError(f"{name} must be at most {at_most:g}, got {value!r}")
+
+
+def check_probability(name: str, value: Any) -> None:
+    """Raise a TypeError for an option that is no number, a ValueError for one that is not at least 0 and below 1."""
+    check_number(name, value)
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}")
+
+
+def check_sizes(**sizes: Any) -> None:
+    """Raise a TypeError for a size that is no whole number, a ValueError for one out of range."""
+    for name, size in sizes.items():
+        check_integer(name, size)
+        if size < 1:
+            raise ValueError(f"{name} must be positive, got {size}")
+        if size > LARGEST_SIZE:
+            raise ValueError(f"{name} must be at most {LARGEST_SIZE}, got {size}")
+
+
+def check_optional_sizes(**sizes: Any) -> None:
+    """As :func:`check_sizes`, for sizes that may be ``None``."""
+    check_sizes(**{name: size for name, size in sizes.items() if size is not None})
 
 
 def check_flag(name: str, value: Any) -> None:

@@ -19,10 +19,10 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from flowformer.core.checks import describe
+from flowformer.core.checks import check_sizes, describe
 from flowformer.interop.hf.cache import read_cache, write_cache
 from flowformer.interop.hf.configuration import FlowformerConfig
-from flowformer.models.decoder import LanguageState, TokenDecoder, check_sizes, check_token_ids, find_targets
+from flowformer.models.decoder import LanguageState, TokenDecoder, check_token_ids, find_targets
 from flowformer.models.encoder import EncoderBlock
 from flowformer.models.initialization import LanguageInit, set_initializer
 
