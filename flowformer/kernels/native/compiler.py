@@ -17,7 +17,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class BuildError(RuntimeError):
     """The library cannot be found, built or loaded; the message states the reason in one line of printable text."""
 
     def __init__(self, message: str) -> None:
-        line = " ".join(message.split())
+        line = " ".join(message.splitlines())
         super().__init__("".join(x if x.isprintable() else ascii(x)[1:-1] for x in line))
 
 
@@ -234,13 +235,7 @@ class _Commands:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = str(folder or "")
-        try:
-            self._watch = subprocess.Popen(
-                ["/bin/sh", "-c", _WATCH, "sh", self._folder],
-                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, bufsize=0, **_in_group(0),
-            )  # fmt: skip
-        except OSError as error:
-            raise BuildError(f"/bin/sh cannot be run, and the compiler needs it: {error}") from error
+        self._watch = _start(["/bin/sh", "-c", _WATCH, "sh", self._folder], 0, os.environ, stdin=subprocess.PIPE)
 
     def __enter__(self) -> _Commands:
         return self
@@ -263,36 +258,45 @@ class _Commands:
         # The fingerprint must not depend on the user's language; temporary files go where they are removed with the
         # rest, and where there is room for the library too.
         environment = {**os.environ, "LC_ALL": "C", **({"TMPDIR": self._folder} if self._folder else {})}
-        try:
-            done = subprocess.run(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                encoding="utf-8",
-                errors="replace",
-                timeout=limit_s or _COMPILE_LIMIT_S,
-                **_in_group(self._watch.pid),
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise BuildError(f"the compiler failed: {shlex.join(command)}: {error}") from error
-        if done.returncode:
-            _log.info("%s\n%s", shlex.join(command), done.stdout)
-            raise BuildError(
-                f"the compiler failed with {done.returncode}: {_gist(done.stdout)} ({shlex.join(command)})"
-            )
-        return done.stdout
+        shown = shlex.join(command)
+        with _start(command, self._watch.pid, environment, stdout=subprocess.PIPE) as process:
+            try:
+                printed = process.communicate(timeout=limit_s or _COMPILE_LIMIT_S)[0].decode(errors="replace")
+            except subprocess.TimeoutExpired as error:
+                raise BuildError(f"the compiler failed: {error}") from error
+            finally:
+                process.kill()  # nothing if it has ended
+        if process.returncode:
+            _log.info("%s\n%s", shown, printed)
+            raise BuildError(f"the compiler failed with {process.returncode}: {_gist(printed)} ({shown})")
+        return printed
+
+
+# A child that is forked while a process is started would inherit ends of pipes, whose closing is waited for.
+_starting = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_starting.release)
+
+
+def _start(command: list[str], group: int, environment: Mapping[str, str], **pipes: int) -> subprocess.Popen[bytes]:
+    """Start a process in a process group; 0: in a new one.
+
+    Raises:
+        BuildError: if it cannot be run.
+    """
+    if sys.version_info >= (3, 11):
+        options: dict[str, Any] = {"process_group": group}
+    else:
+        options = {"preexec_fn": functools.partial(os.setpgid, 0, group)}
+    where = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.STDOUT, **pipes}
+    try:
+        with _starting:
+            return subprocess.Popen(command, env=environment, bufsize=0, **where, **options)
+    except OSError as error:
+        raise BuildError(f"{shlex.join(command)} cannot be run: {error}") from error
 
 
 def _gist(printed: str) -> str:
     """The first line that names an error, else the last line."""
     lines = [line for line in printed.splitlines() if line.strip()]
     return next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "it printed nothing")[:500]
-
-
-def _in_group(group: int) -> dict[str, Any]:
-    """Arguments of Popen for a process in a process group; 0: in a new one."""
-    if sys.version_info >= (3, 11):
-        return {"process_group": group}
-    return {"preexec_fn": functools.partial(os.setpgid, 0, group)}
