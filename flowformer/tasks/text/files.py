@@ -45,7 +45,7 @@ def load(path: str | Path | None = None, *, tokenizer: str = "bytes", held_out: 
     A folder is all its text files in the order of their paths, those of folders within included; hidden ones are left
     out. Files may be compressed: ``.gz``, ``.bz2``, ``.xz``. Between two of them comes a line feed, where the first
     does not end in one. Tokens are made once, and kept in the folder ``tokens`` of the cache, which is in the folder
-    that the environment variable FLOWFORMER_DATA names, or in ~/.cache/flowformer.
+    that the environment variable FLOWFORMER_DATA names, or in ``flowformer`` in the user's cache folder.
 
     Args:
         path: A file or a folder. If absent, a slice of Wikipedia, 6 MB of XML, from the gensim wheel.
