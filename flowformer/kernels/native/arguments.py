@@ -6,8 +6,6 @@ of :mod:`flowformer.ops` have checked their arguments before, and say more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -36,23 +34,22 @@ def check_inputs(op: str, q: Tensor, k: Tensor, v: Tensor, rank: int, *, same_le
         TypeError: for a wrong dtype.
         ValueError: for a wrong shape or device.
     """
-    shown = f"got q {describe(q)}, k {describe(k)}, v {describe(v)}"
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
-        raise TypeError(f"flowformer::{op}: q, k and v must all be float32 or all bfloat16, {shown}")
+        raise TypeError(f"flowformer::{op}: q, k and v must all be float32 or all bfloat16, {_shown(q, k, v)}")
     if not q.device == k.device == v.device or q.device.type not in _DEVICES:
-        raise ValueError(f"flowformer::{op}: q, k and v must be on the CPU, {shown}")
-    if not q.ndim == k.ndim == v.ndim == rank:
-        raise ValueError(f"flowformer::{op}: q, k and v must be {_AXES[rank]}, {shown}")
-    # A batch may be empty. What follows the length must agree, except the number of channels of q and k with that of v.
-    if any(size < 1 for x in (q, k, v) for size in x.shape[1:]):
-        raise ValueError(f"flowformer::{op}: only the batch may be empty, {shown}")
-    if (
-        q.shape[0] != k.shape[0]
-        or (same_length and q.shape[1] != k.shape[1])
-        or q.shape[2:] != k.shape[2:]
-        or k.shape[:-1] != v.shape[:-1]
-    ):
-        raise ValueError(f"flowformer::{op}: the shapes of q, k and v do not fit together, {shown}")
+        raise ValueError(f"flowformer::{op}: q, k and v must be on the CPU, {_shown(q, k, v)}")
+    of_q, of_k, of_v = q.shape, k.shape, v.shape
+    if not len(of_q) == len(of_k) == len(of_v) == rank:
+        raise ValueError(f"flowformer::{op}: q, k and v must be {_AXES[rank]}, {_shown(q, k, v)}")
+    if 0 in of_q[1:] or 0 in of_k[1:] or 0 in of_v[1:]:
+        raise ValueError(f"flowformer::{op}: only the batch may be empty, {_shown(q, k, v)}")
+    same = 2 if same_length else 1
+    if of_q[:same] != of_k[:same] or of_q[2:] != of_k[2:] or of_k[:-1] != of_v[:-1]:
+        raise ValueError(f"flowformer::{op}: the shapes of q, k and v do not fit together, {_shown(q, k, v)}")
+
+
+def _shown(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"got q {describe(q)}, k {describe(k)}, v {describe(v)}"
 
 
 def check_channels(op: str, q: Tensor, v: Tensor) -> None:
@@ -61,7 +58,9 @@ def check_channels(op: str, q: Tensor, v: Tensor) -> None:
         raise ValueError(f"flowformer::{op}: q and v must have as many channels, got {describe(q)}, {describe(v)}")
 
 
-def check_part(op: str, name: str, part: Tensor | None, shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> None:
+def check_part(
+    op: str, name: str, part: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor
+) -> None:
     """Check the shape, dtype and device of a further tensor, if it is given.
 
     Args:
@@ -82,7 +81,7 @@ def check_part(op: str, name: str, part: Tensor | None, shape: Sequence[int], dt
         raise TypeError(f"flowformer::{op}: {name} must be {str(dtype).removeprefix('torch.')}, got {describe(part)}")
     if part.device != like.device:
         raise ValueError(f"flowformer::{op}: {name} must be on {like.device} like q, got {describe(part)}")
-    if tuple(part.shape) != tuple(shape):
+    if part.shape != shape:
         raise ValueError(f"flowformer::{op}: {name} must have shape {tuple(shape)}, got {describe(part)}")
 
 

@@ -22,6 +22,7 @@ from flowformer.kernels.native.compiler import (
     SOURCE,
     BuildError,
     compiler_or_reason,
+    printable,
     shipped_library,
 )
 
@@ -148,7 +149,7 @@ def _open(path: Path, content: bytes, how: str) -> Library:
     levels = tuple(name for name in LEVEL_FLAGS if handle.flowformer_cpu_supports(name.encode()))
     if not levels:
         raise BuildError(f"{path} has no code for this CPU")
-    return Library(handle, path, levels, how, _connect_threads(handle))
+    return Library(handle, path, levels, printable(how), _connect_threads(handle))
 
 
 def _load_copy(path: Path, content: bytes) -> ctypes.CDLL:

@@ -61,8 +61,12 @@ class BuildError(RuntimeError):
     """The library cannot be found, built or loaded; the message states the reason in one line of printable text."""
 
     def __init__(self, message: str) -> None:
-        line = " ".join(message.splitlines())
-        super().__init__("".join(x if x.isprintable() else ascii(x)[1:-1] for x in line))
+        super().__init__(printable(message))
+
+
+def printable(message: str) -> str:
+    """Return a text in one line, with escapes for what cannot be printed, such as bytes of no encoding in a path."""
+    return "".join(x if x.isprintable() else ascii(x)[1:-1] for x in " ".join(message.splitlines()))
 
 
 # -- the compiler -----------------------------------------------------------------------------------------------------
@@ -273,7 +277,7 @@ class _Commands:
 
 
 # A child that is forked while a process is started would inherit ends of pipes, whose closing is waited for.
-_starting = threading.Lock()
+_starting = threading.RLock()  # with preexec_fn, starting a process is itself a fork
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_starting.release)
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -313,6 +314,7 @@ def test_folders_of_any_name(name: str, source: Path, beside: Path, tmp_path: Pa
     monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / name))
     library = build.open_library(source, beside)
     assert library.path.parent == tmp_path / name
+    assert library.how.isprintable()
     assert library.handle.count_threads(1) == 1
 
 
@@ -484,6 +486,18 @@ def test_a_child_forked_during_a_build_has_kernels_too(source: Path, beside: Pat
 def test_a_compiler_whose_path_has_spaces(source: Path, fake: Path) -> None:
     assert " " in str(fake)
     assert cached(source).content
+
+
+def test_process_groups_as_python_3_10_has_them(source: Path, fake: Path, folder: Path, monkeypatch) -> None:
+    older = types.SimpleNamespace(version_info=(3, 10), platform=sys.platform)
+    monkeypatch.setattr(compiler, "sys", older)
+    before(fake, "sleep 1234.6")
+    monkeypatch.setattr(compiler, "_COMPILE_LIMIT_S", 0.3)
+    with pytest.raises(compiler.BuildError, match="timed out"):
+        cached(source)
+    wait_for(lambda: not runs("sleep 1234.6"), 10)
+    before(fake, "")
+    assert [cached(source).path] == list(folder.iterdir())
 
 
 def test_a_compiler_that_prints_bytes_of_no_encoding(source: Path, fake: Path) -> None:
