@@ -24,7 +24,7 @@ def main(words: Sequence[str]) -> int:
 
     chosen, why = usable(choose_and_say_why, "flow_attention")
     rows_of_backends = {
-        f"{row.name} backend": f"{row.about}: {row.refuses('cpu', torch.float32) or 'runs on this CPU'}"
+        f"{row.name} backend": f"{row.about}: {usable(row.refuses, 'cpu', torch.float32) or 'runs on this CPU'}"
         for row in list_backends()
     }
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
