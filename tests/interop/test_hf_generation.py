@@ -201,9 +201,9 @@ def test_generation_stops_at_a_string():
     prompts = tokenizer(["hello", "a", "to"], padding=True, return_tensors="pt", return_token_type_ids=False)
     letters = tokenizer.convert_tokens_to_ids(["x", "y"])
     others = [token for token in range(258) if token not in letters]
-    options = {"max_new_tokens": 20, "do_sample": True, "suppress_tokens": others, "tokenizer": tokenizer}
+    options = {"max_new_tokens": 20, "do_sample": True, "suppress_tokens": others, "eos_token_id": 257}
     torch.manual_seed(0)
-    out = model.generate(**prompts, **options, stop_strings=["xyx", "yy"])
+    out = model.generate(**prompts, **options, stop_strings=["xyx", "yy"], tokenizer=tokenizer)
     ends = 0
     for text in tokenizer.batch_decode(out[:, 5:], skip_special_tokens=True):
         stops = [text.find(stop) + len(stop) for stop in ("xyx", "yy") if stop in text]
