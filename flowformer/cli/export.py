@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from flowformer.cli.arguments.parser import Parser, UsageError, usable
+from flowformer.cli.arguments.parser import Parser, usable
 from flowformer.cli.trained import open_run, require, run_arguments
 
 
@@ -22,8 +22,6 @@ def main(words: Sequence[str]) -> int:
     from flowformer.interop.hf.export import save_run
 
     folder = values.out or values.run / "hf"
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file: pass --out for a folder")
     usable(save_run, model, form.tokenizer, folder)
     print(f"{folder}: import flowformer.interop.hf, then AutoModelForCausalLM.from_pretrained({str(folder)!r})")
     return 0
