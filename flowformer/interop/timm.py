@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors import SafetensorError
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flowformer.common.errors import DataError
 from flowformer.interop.checkpoints import vision_state_dict
+from flowformer.mechanisms.aft import AFTFull
 from flowformer.models import list_models, vision
 from flowformer.models.initialization import draw_parameters, set_initializer, truncated_normal
 from flowformer.models.registry import find_model
@@ -111,7 +113,8 @@ class TimmVisionModel(VisionModel):
         """Return logits (batch, num_classes) of images (batch, channels, height, width); features without a head.
 
         Raises:
-            TypeError: for a proxy of ``torch.fx``, which cannot trace checks of shapes.
+            TypeError: for a proxy of ``torch.fx``, which cannot trace checks of shapes; for AFT-full under
+                ``torch.jit.trace``.
             ValueError: as :meth:`VisionModel.forward`.
         """
         if isinstance(images, Proxy):
@@ -119,6 +122,8 @@ class TimmVisionModel(VisionModel):
                 "torch.fx cannot trace this model, whose steps depend on the image's size: use features_only=True,"
                 " forward_intermediates, or forward hooks on the modules of feature_info"
             )
+        if torch.jit.is_tracing() and any(isinstance(module, AFTFull) for module in self.modules()):
+            raise TypeError("torch.jit.trace cannot trace AFT-full attention: use torch.export")
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def _alive(key: Tensor | None, query: Tensor | None) -> Tensor | None:
     if key is None:
         return query
     some = key.flatten(1).any(1).view(-1, *(1,) * (key.ndim - 1))
-    return some.expand(len(key), 1) if query is None else query & some
+    return some.expand(key.shape[0], 1) if query is None else query & some
 
 
 def start_step(
