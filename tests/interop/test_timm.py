@@ -471,7 +471,7 @@ def test_a_trace_takes_any_batch(name, options):
         torch.testing.assert_close(traced(images(batch=batch)), model(images(batch=batch)))
 
 
-@KINDS
+@pytest.mark.parametrize(("name", "options"), [AFT_FULL, AFT_CONV], ids=lambda given: str(given)[:12])
 def test_an_exported_program_takes_any_batch(name, options):
     model = build(name, options, depths=[1] * len(options["depths"]))
     free = ({0: torch.export.Dim("batch")},)
