@@ -94,7 +94,7 @@ class CloudRecipe(EpochRecipe):
     def label(self) -> str:
         return f"{self.attention}-seed{self.seed}"
 
-    def build_task(self) -> CloudTask:
+    def build_task(self, form=None) -> CloudTask:
         return CloudTask()
 
     def read_format(self, values: dict[str, Any]) -> CloudFormat:

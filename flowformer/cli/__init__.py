@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 import flowformer
 from flowformer.cli import bench, data, doctor, evaluate, export, generate, info, predict, train, visualize
 from flowformer.cli import list as listing
-from flowformer.cli.arguments.parser import Parser, UsageError
-from flowformer.cli.extras import find_extra
+from flowformer.cli.arguments.parser import Parser
+from flowformer.cli.failures import explain, failed
+from flowformer.common.interrupts import Interrupted, signals_raise
 from flowformer.common.names import nearest
 
 # Their modules import what they need when they run: `flowformer --help` does not wait for torch.
@@ -37,29 +38,25 @@ def main(words: Sequence[str] | None = None) -> int:
         words: What follows ``flowformer``; that of this process if absent.
 
     Returns:
-        The exit status: 2 for errors of the user, which are printed as one line on standard error.
+        The exit status: 0 if the command did what was asked for; 2 for errors that a user can cause, which are printed
+        as one line on standard error; 70 for a fault of the program, whose traceback is written to a file; 130 and 143
+        if it was interrupted or terminated.
     """
     words = sys.argv[1:] if words is None else words
     try:
-        status = _run(words)
-        sys.stdout.flush()  # if nobody reads standard output, the error is raised here
-        return status
+        with signals_raise():
+            status = _run(words)
+            sys.stdout.flush()  # if nobody reads standard output, the error is raised here
+            return status
     except BrokenPipeError:
         # As `flowformer list | head` does. The rest goes to the null device, or closing stdout would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13  # what the shell makes of SIGPIPE
-    except UsageError as error:
-        print(f"flowformer: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        extra = find_extra(error.name or "")
-        if extra is None:
-            raise
-        print(f"flowformer: {error.name} is not installed: pip install 'flowformer[{extra}]'", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("flowformer: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        stop = Interrupted.of(error, getattr(error, "advice", ""))
+        return failed(str(stop), stop.status)
+    except Exception as error:
+        return failed(*explain(error, words))
 
 
 def _run(words: Sequence[str]) -> int:

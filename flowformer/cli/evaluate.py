@@ -15,14 +15,21 @@ def main(words: Sequence[str]) -> int:
     parser = Parser(prog="flowformer evaluate", description=main.__doc__)
     run_arguments(parser)
     parser.add_argument("--data", "--data-dir", help="folder of the data, if it was moved", default="")
+    parser.add_argument(
+        "--data-changed-ok", action="store_true", help="evaluate even if the data is not that of the run"
+    )
     values = parser.parse(words)
-    recipe, model, _ = open_run(values.run, values.checkpoint)
+    recipe, model, form = open_run(values.run, values.checkpoint)
     if values.data:
         recipe = _move_data(recipe, values.data, f"{values.run}/recipe.json")
 
+    from flowformer.tasks.fingerprint import fingerprints
     from flowformer.training.fit import evaluate
+    from flowformer.training.folder import RunFolder
 
-    task = usable(recipe.build_task)
+    task = usable(recipe.build_task, form)
+    if not values.data_changed_ok:
+        usable(RunFolder(values.run).check_data, fingerprints(task), task.source)
     found = usable(evaluate, recipe, task, model)
     for name, value in found.items():
         print(f"{name}: {value:.4f}")

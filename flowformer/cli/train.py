@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Sequence
 
 from flowformer.cli.arguments.parser import Parser, usable
+from flowformer.common.interrupts import Interrupted
 
 
 def main(words: Sequence[str]) -> int:
@@ -18,7 +18,15 @@ def main(words: Sequence[str]) -> int:
         )
         parser.add_argument("recipe", help="name of the recipe, for example uea/JapaneseVowels")
         parser.parse(words)
+    command = shlex.join(["flowformer", "train", *words])
+    try:
+        return _train(words, command)
+    except KeyboardInterrupt as error:
+        again = command if "--resume" in words else f"{command} --resume"
+        raise Interrupted.of(error, f"To continue from the last checkpoint: {again}") from None
 
+
+def _train(words: Sequence[str], command: str) -> int:
     from flowformer.cli.arguments.recipes import read_command
 
     asked = read_command(words[0], words[1:])
@@ -29,13 +37,10 @@ def main(words: Sequence[str]) -> int:
     from flowformer.training.fit import train
 
     console = Console()
-    command = shlex.join(["flowformer", "train", *words])
-    try:
-        result = usable(train, asked.recipe, asked.folder, resume=asked.resume, command=command, console=console)
-    except KeyboardInterrupt:
-        again = command if asked.resume else f"{command} --resume"
-        print(f"\nInterrupted. To continue from the last checkpoint: {again}", file=sys.stderr)
-        return 130
+    result = usable(
+        train, asked.recipe, asked.folder, resume=asked.resume, data_changed_ok=asked.data_changed_ok,
+        command=command, console=console,
+    )  # fmt: skip
     console.print(protocol_table(result))
-    console.print(f"The run is in {asked.folder}", highlight=False, soft_wrap=True)
+    console.print(f"The run is in {asked.folder}", highlight=False, soft_wrap=True, markup=False)
     return 0

@@ -9,13 +9,13 @@ from typing import Any
 
 from flowformer.cli.arguments.parser import Parser, UsageError, usable
 
-CHECKPOINTS = "last, best-test or best-validation"
+CHECKPOINTS = ("last", "best-test", "best-validation")
 
 
 def run_arguments(parser: Parser) -> None:
     """Add the arguments shared by all commands that use one run."""
     parser.add_argument("run", type=Path, help="folder of a run")
-    parser.add_argument("--checkpoint", default="last", help=CHECKPOINTS)
+    parser.add_argument("--checkpoint", default="last", choices=CHECKPOINTS, help="which weights")
 
 
 def is_run(folder: str | Path) -> bool:
@@ -44,12 +44,14 @@ def open_recipe(folder: Path) -> Any:
     Raises:
         UsageError: for a folder that holds no run.
     """
-    from flowformer.common.files import read_json
     from flowformer.recipes import read_recipe
+    from flowformer.training.folder import RunFolder
 
-    if not is_run(folder):
-        raise UsageError(f"{folder} is not the folder of a run: it has no recipe.json")
-    return usable(read_recipe, read_json(folder / "recipe.json"))
+    fields = usable(RunFolder(folder).read_fields)
+    try:
+        return read_recipe(fields)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"{folder / 'recipe.json'} is damaged, or of another version: {error}") from error
 
 
 def open_format(folder: Path) -> Any:
@@ -58,12 +60,9 @@ def open_format(folder: Path) -> Any:
     Raises:
         UsageError: for a folder that holds no run, or one that did not start.
     """
-    from flowformer.common.files import read_json
+    from flowformer.training.folder import RunFolder
 
-    recipe = open_recipe(folder)
-    if not (folder / "format.json").exists():
-        raise UsageError(f"{folder} contains a run that was never started: it has no format.json")
-    return usable(recipe.read_format, read_json(folder / "format.json"))
+    return usable(RunFolder(folder).read_format, open_recipe(folder))
 
 
 def open_run(folder: Path, checkpoint: str) -> tuple[Any, Any, Any]:

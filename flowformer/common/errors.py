@@ -12,3 +12,10 @@ class DataError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot be started, finished, resumed or read; the message states the cause or the remedy."""
+
+
+def describe(error: OSError) -> str:
+    """Return one line for an error of the system: what is wrong, and with which file."""
+    what = error.strerror or str(error) or type(error).__name__
+    files = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return f"{' and '.join(files)}: {what}" if files else what

@@ -1,4 +1,4 @@
-"""Atomic file writes, and JSON."""
+"""Files that are written whole or not at all, locks, and JSON."""
 
 from __future__ import annotations
 
@@ -9,46 +9,141 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from flowformer.common.errors import DataError, RunError
+
+_STAGED = ".staged-"
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write a file atomically, for writers that take a path.
+    """Write a file whole or not at all, for writers that take a path.
+
+    The file is written beside its target, synchronised with the disk, and renamed. The old file stays until then, also
+    if the process is killed or the disk is full.
 
     Args:
-        path: The file. Its folder is created if necessary; an existing file is replaced.
+        path: The file. Its folder is created if necessary; an existing file is replaced. A device or a pipe, such as
+            ``/dev/stdout``, is written to directly.
 
     Yields:
-        A temporary path beside ``path``, with the same suffix. It becomes ``path`` at the end of the ``with`` block and
-        is removed if the block raises.
+        A path to write to, with the same suffix. It becomes ``path`` at the end of the ``with`` block and is removed if
+        the block raises.
+
+    Raises:
+        OSError: if the file cannot be written.
     """
+    if path.is_dir():
+        raise IsADirectoryError(21, "is a folder, expected a file", str(path))
+    if path.exists() and not path.is_file():
+        yield path
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    staged = path.with_name(f"{_STAGED}{os.getpid()}-{path.name}")
     try:
-        yield temporary
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        yield staged
+        synchronise(staged)
+        staged.replace(path)
+        synchronise(path.parent)
+    except BaseException as error:
+        staged.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(staged)):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
 
 
+def synchronise(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder, where the system can do that."""
+    try:
+        opened = os.open(path, os.O_RDONLY)
+    except OSError:  # a folder on Windows, a file without permission to read
+        return
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if path.is_file():
+            raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(opened)
+
+
+def remove_staged(folder: Path) -> None:
+    """Remove what killed writers left in a folder and the folders in it. Nobody else may be writing there."""
+    for left in folder.rglob(f"{_STAGED}*"):
+        left.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file atomically; text is written as UTF-8.
+    """Write a file whole or not at all; text is written as UTF-8.
 
     Raises:
         TypeError: if the content is neither text nor bytes.
+        OSError: if the file cannot be written.
     """
-    with replacing(path) as temporary:
+    with replacing(path) as staged:
         if isinstance(content, bytes):
-            temporary.write_bytes(content)
+            staged.write_bytes(content)
         else:
-            temporary.write_text(content, encoding="utf-8")
+            staged.write_text(content, encoding="utf-8", errors="surrogateescape")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, atomically."""
+    """Write a value as indented JSON, whole or not at all."""
     write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON file.
+
+    Raises:
+        DataError: for a file that is not JSON; the message names it.
+        OSError: for a file that cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        what = "is empty" if not path.stat().st_size else f"is not JSON: {error or type(error).__name__}"
+        raise DataError(f"{path} {what}") from error
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock for the time of a ``with`` block; the system frees it if the process is killed.
+
+    Args:
+        path: The lock's file. A file of the same name and the suffix ``.json`` tells who holds the lock.
+        what: What is locked, for the message.
+
+    Raises:
+        RunError: if another process holds it; the message says which.
+    """
+    from filelock import FileLock, Timeout
+
+    holder = path.with_name(f"{path.name}.json")
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunError(f"{what} is in use by {_describe(holder)}") from None
+    try:
+        write_json(holder, _this_process())
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _this_process() -> dict[str, Any]:
+    import datetime
+    import platform
+    import sys
+
+    now = datetime.datetime.now(tz=datetime.UTC).isoformat(timespec="seconds")
+    return {"pid": os.getpid(), "host": platform.node(), "since": now, "command": " ".join(sys.argv)}
+
+
+def _describe(holder: Path) -> str:
+    try:
+        told = read_json(holder)
+        return f"process {told['pid']} on {told['host']}, since {told['since']}: {told['command']}"
+    except (OSError, DataError, KeyError, TypeError):  # it has only just begun, or ends
+        return "another process"

@@ -215,7 +215,7 @@ class _ArraysRecipe(SeriesRecipe):
     part: SeriesSet
     classes: tuple[str, ...]
 
-    def build_task(self) -> SeriesTask:
+    def build_task(self, form: Any = None) -> SeriesTask:
         form = SeriesFormat.fit(self.part, self.classes)
         return SeriesTask(name=self.name, train=self.part, test=self.part.subset([]), format=form)
 

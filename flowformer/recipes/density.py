@@ -76,7 +76,7 @@ class Cifar10DensityRecipe(PixelRecipe):
         0.1, "fraction of the images used as test set if the data has none", group="data", above=0, below=1
     )
 
-    def build_task(self) -> DensityTask:
+    def build_task(self, form: PixelFormat | None = None) -> DensityTask:
         """Read the images."""
         if self.data is None:
             raise ValueError(f"{self.name} requires --data PATH: a folder or archive of CIFAR-10")
@@ -106,7 +106,7 @@ class Cifar10DensityRecipe(PixelRecipe):
 class DigitsRecipe(PixelRecipe):
     """A model of handwritten digits."""
 
-    def build_task(self) -> DensityTask:
+    def build_task(self, form: PixelFormat | None = None) -> DensityTask:
         """Read the digits."""
         return density.load_digits(flip=self.flip, shift=self.shift)
 

@@ -117,11 +117,12 @@ class ImageNetRecipe(ImageRecipe):
             mixup=self.mixup or 0.0, cutmix=self.cutmix or 0.0, smoothing=self.label_smoothing,
         )  # fmt: skip
 
-    def build_task(self) -> ImageNetTask:
+    def build_task(self, form: ImageNetFormat | None = None) -> ImageNetTask:
         """Find the images."""
         if self.data is None:
             raise ValueError(f"{self.name} requires --data DIR: images as folders by class, parquet files or tar files")
-        return self._load(self.data)
+        task = self._load(self.data)
+        return task if form is None else task.using(form)
 
     def _load(self, data: Path, **more: Any) -> ImageNetTask:
         return imagenet.load(

@@ -86,11 +86,13 @@ class SmallImageRecipe(ImageRecipe):
     crop_padding: int = option(4, "largest random shift in training, in pixels", group="data", at_least=0)
     test_fraction: float = option(0.1, "fraction used as test set if the data has none", group="data", above=0, below=1)
 
-    def _prepare(self, task: ImageTask) -> ImageTask:
+    def _prepare(self, task: ImageTask, form: ImageFormat | None) -> ImageTask:
         task = replace(
             task, flip=self.flip, crop_padding=self.crop_padding, label_smoothing=self.label_smoothing
         )  # fmt: skip
-        return task.split_validation(self.validation_fraction, self.seed) if self.validation_fraction else task
+        if self.validation_fraction:
+            task = task.split_validation(self.validation_fraction, self.seed)
+        return task if form is None else replace(task, format=form)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +101,9 @@ class Cifar10Recipe(SmallImageRecipe):
 
     data: Path | None = option(None, "folder or archive of CIFAR-10", group="data", neutral=True)
 
-    def build_task(self) -> ImageTask:
+    def build_task(self, form: ImageFormat | None = None) -> ImageTask:
         """Read CIFAR-10."""
-        return self._prepare(images.load_cifar10(str(self.data or ""), test_fraction=self.test_fraction))
+        return self._prepare(images.load_cifar10(str(self.data or ""), test_fraction=self.test_fraction), form)
 
     @property
     def data_state(self) -> DataState:
@@ -113,9 +115,9 @@ class Cifar10Recipe(SmallImageRecipe):
 class DigitsRecipe(SmallImageRecipe):
     """A classifier of scikit-learn's digits."""
 
-    def build_task(self) -> ImageTask:
+    def build_task(self, form: ImageFormat | None = None) -> ImageTask:
         """Read the digits."""
-        return self._prepare(images.load_digits(test_fraction=self.test_fraction))
+        return self._prepare(images.load_digits(test_fraction=self.test_fraction), form)
 
 
 _OURS: Mapping[str, Any] = {

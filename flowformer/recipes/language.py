@@ -24,8 +24,10 @@ from flowformer.recipes.registry import RECIPES, register_recipe
 from flowformer.tasks.text import enwik8, wikitext
 from flowformer.tasks.text import files as text_files
 from flowformer.tasks.text import task as text
+from flowformer.tasks.text.corpus import Corpus
 from flowformer.tasks.text.format import TextFormat
 from flowformer.tasks.text.task import TextTask
+from flowformer.tasks.text.tokenizers import FITTED
 from flowformer.training.recipe import DataState, StepRecipe
 
 NO_COMPETITION: Mapping[str, Any] = {"competition": None}
@@ -132,9 +134,11 @@ class WikiTextRecipe(TextRecipe):
     )
     check_counts: bool = option(True, "raise an error if token counts differ from the published ones", group="data")
 
-    def build_task(self) -> TextTask:
+    def build_task(self, form: TextFormat | None = None) -> TextTask:
         """Read the corpus."""
         corpus = wikitext.load(self.data_dir, check_counts=self.check_counts)
+        if form is not None and not _agree(corpus, form):
+            corpus = wikitext.load(self.data_dir, check_counts=self.check_counts, tokenizer=form.tokenizer)
         # What was published is of the published text.
         published = wikitext.PUBLISHED if self.check_counts else None
         return text.build_task(corpus, self.length, context=self.context_window, published=published)
@@ -164,7 +168,7 @@ class Enwik8Recipe(TextRecipe):
         None, "folder with enwik8 or enwik8.zip; null for the cache", group="data", neutral=True
     )
 
-    def build_task(self) -> TextTask:
+    def build_task(self, form: TextFormat | None = None) -> TextTask:
         """Read the corpus."""
         corpus = enwik8.load(self.data_dir)
         return text.build_task(corpus, self.length, published=enwik8.PUBLISHED)
@@ -198,11 +202,15 @@ class OwnTextRecipe(TextRecipe):
         0.02, "end of the text used as test set: a fraction below 1, or a number of bytes", group="data", above=0
     )
 
-    def build_task(self) -> TextTask:
+    def build_task(self, form: TextFormat | None = None) -> TextTask:
         """Read the text."""
         if self.needs_file and self.file is None:
             raise ValueError(f"{self.name} requires --file FILE: a file or folder of text")
-        corpus = text_files.load(self.file, tokenizer=self.tokenizer, held_out=self.held_out)
+        # A fitted vocabulary is most likely that of the run, whose tokens are in the cache.
+        tokenizer = self.tokenizer if form is None or self.tokenizer in FITTED else form.tokenizer
+        corpus = text_files.load(self.file, tokenizer=tokenizer, held_out=self.held_out)
+        if form is not None and not _agree(corpus, form):
+            corpus = text_files.load(self.file, tokenizer=form.tokenizer, held_out=self.held_out)
         return text.build_task(corpus, self.length)
 
     @property
@@ -218,6 +226,11 @@ class DemoTextRecipe(OwnTextRecipe):
     """A language model of your own text, by default of a slice of the English Wikipedia."""
 
     needs_file: ClassVar[bool] = False
+
+
+def _agree(corpus: Corpus, form: TextFormat) -> bool:
+    """Whether the tokens of a corpus are those of a run."""
+    return corpus.tokenizer.to_json() == form.tokenizer.to_json()
 
 
 def wikitext103(row: str, mechanism: Mapping[str, Any], /, **fields: Any) -> WikiTextRecipe:

@@ -80,9 +80,11 @@ class SeriesRecipe(EpochRecipe):
         """The name of this model in the published table, which is that of its attention."""
         return self.attention
 
-    def _prepare(self, task: SeriesTask) -> SeriesTask:
+    def _prepare(self, task: SeriesTask, form: SeriesFormat | None) -> SeriesTask:
         task = replace(task, format=replace(task.format, trim=self.trim_batches))
-        return task.split_validation(self.validation_fraction, self.seed) if self.validation_fraction else task
+        if self.validation_fraction:
+            task = task.split_validation(self.validation_fraction, self.seed)
+        return task if form is None else task.using(form)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +103,9 @@ class UEARecipe(SeriesRecipe):
         """Name of the subset in the archive."""
         return self.name.removeprefix("uea/")
 
-    def build_task(self) -> SeriesTask:
+    def build_task(self, form: SeriesFormat | None = None) -> SeriesTask:
         """Read the subset."""
-        return self._prepare(uea.load(self.subset, self.data_dir))
+        return self._prepare(uea.load(self.subset, self.data_dir), form)
 
     @property
     def data_state(self) -> DataState:
@@ -124,12 +126,12 @@ class OwnSeriesRecipe(SeriesRecipe):
     )
     test_file: Path | None = option(None, "test series, in the same form", group="data")
 
-    def build_task(self) -> SeriesTask:
+    def build_task(self, form: SeriesFormat | None = None) -> SeriesTask:
         """Read the two files."""
         if self.train_file is None or self.test_file is None:
             flag = "--test-file" if self.train_file else "--train-file"
             raise ValueError(f"{self.name} requires {flag} FILE: series as .ts, or as .csv in long form")
-        return self._prepare(load_pair(self.train_file, self.test_file))
+        return self._prepare(load_pair(self.train_file, self.test_file), form)
 
     @property
     def data_state(self) -> DataState:

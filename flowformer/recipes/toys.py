@@ -26,7 +26,7 @@ class AdderRecipe(LanguageRecipe):
 
     digits: int = option(2, "number of digits", group="data", at_least=1)
 
-    def build_task(self) -> toys.ToyTask:
+    def build_task(self, form: Any = None) -> toys.ToyTask:
         """Create the problems."""
         return toys.adder(self.digits)
 
@@ -38,7 +38,7 @@ class SortRecipe(LanguageRecipe):
     size: int = option(6, "length of the list to sort", group="data", at_least=1)
     kinds: int = option(3, "number of different digits", group="data", at_least=1)
 
-    def build_task(self) -> toys.ToyTask:
+    def build_task(self, form: Any = None) -> toys.ToyTask:
         """Create the problems."""
         return toys.sorter(self.size, self.kinds)
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from flowformer.common.errors import DataError
+
 
 def stratify(labels: np.ndarray, classes: Sequence[str], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Choose examples to hold out, the same fraction of each class.
@@ -33,3 +35,22 @@ def stratify(labels: np.ndarray, classes: Sequence[str], fraction: float, seed: 
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
         held.extend(generator.permutation(members)[:count])
     return np.setdiff1d(np.arange(len(labels)), held), np.sort(held)
+
+
+def find_classes(names: Sequence[str], classes: Sequence[str], source: str) -> np.ndarray:
+    """Return the index of each name among classes: (names,) int64.
+
+    Args:
+        names: Classes of the data.
+        classes: Classes of a model.
+        source: Where the data came from, for the message.
+
+    Raises:
+        DataError: for a name that the model does not have.
+    """
+    index = {name: number for number, name in enumerate(classes)}
+    unknown = [name for name in names if name not in index]
+    if unknown:
+        some = ", ".join(repr(name) for name in unknown[:5])
+        raise DataError(f"{source}: classes that the run does not have: {some}; it has {', '.join(classes[:20])}")
+    return np.array([index[name] for name in names], dtype=np.int64)

@@ -25,27 +25,49 @@ class History(Callback):
 
     Args:
         recipe: The recipe, which knows how rounds are counted.
+        metric: The metric of the task.
         path: The file; ``None`` to keep the records in memory only.
 
     Attributes:
+        started: Whether training has started, after everything of a checkpoint was restored.
         records: One dictionary per round: ``epoch`` or ``step``, whichever the recipe counts in (0 is before training),
             ``seconds``, and the metrics.
     """
 
-    def __init__(self, recipe: Recipe, path: Path | None = None) -> None:
-        self.recipe, self.path = recipe, path
+    def __init__(self, recipe: Recipe, metric: Metric, path: Path | None = None) -> None:
+        self.recipe, self.metric, self.path = recipe, metric, path
         self.records: list[dict[str, Any]] = []
+        self.started = False
         self._start = 0.0
 
-    def load(self) -> None:
-        """Read the records of a run that is about to be resumed."""
-        if self.path is not None and self.path.exists():
-            self.records = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+    def state_dict(self) -> dict[str, Any]:
+        """Return the records, which are part of every checkpoint."""
+        return {"records": self.records}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the records of the checkpoint that is resumed: rounds after it are run again."""
+        self.records = state_dict["records"]
+
+    def is_best(self, split: str) -> bool:
+        """Return whether the last round is the best one on a set. The model before training has no checkpoint."""
+        evaluated = [record for record in self.records if record[self.recipe.unit] and self._key(split) in record]
+        return self._key(split) in self.records[-1] and self.metric.best(evaluated, split) is self.records[-1]
+
+    def _key(self, split: str) -> str:
+        return f"{split}/{self.metric.key}"
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Drop records after the checkpoint: these rounds are run again."""
-        done = self.recipe.count(trainer.current_epoch)
-        self.records = [record for record in self.records if record[self.recipe.unit] <= done]
+        """Check that a resumed run has its records.
+
+        Raises:
+            RunError: for a checkpoint of an earlier version.
+        """
+        self.started = True
+        if trainer.current_epoch and not self.records:
+            raise RunError(
+                "the checkpoint was written by an earlier version of flowformer and cannot be resumed; "
+                "`flowformer evaluate` and the other commands read it"
+            )
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Start the clock."""

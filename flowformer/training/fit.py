@@ -1,10 +1,4 @@
-"""Train, resume and evaluate; every run writes one folder.
-
-A run's folder holds ``recipe.json`` (the resolved recipe), ``format.json`` (how data is prepared for the model),
-``metrics.jsonl`` (one record per round), ``checkpoints/`` (``last.ckpt`` with everything needed to resume, and
-``best-test.ckpt`` and ``best-validation.ckpt``, where there are such sets to choose by) and, when it is complete,
-``result.json``.
-"""
+"""Train, resume and evaluate; every run writes one folder, see :mod:`flowformer.training.folder`."""
 
 from __future__ import annotations
 
@@ -12,33 +6,44 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch import nn
 
-from flowformer.common.errors import RunError
-from flowformer.common.files import read_json, write_json
+from flowformer.common.errors import RunError, describe
+from flowformer.common.files import locked, remove_staged, write_json
 from flowformer.common.machine import environment, peak_memory_bytes
+from flowformer.tasks.fingerprint import fingerprints
 from flowformer.training.callbacks import History, RunProgress
+from flowformer.training.checkpoints import Checkpoints, PlainCheckpointIO
+from flowformer.training.folder import DATA, RunFolder, read_plain
 from flowformer.training.module import TaskModule
 from flowformer.training.recipe import Recipe, Task
 
 
-def train(recipe: Recipe, folder: Path, *, resume: bool = False, command: str = "", console: Console) -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    data_changed_ok: bool = False,
+    command: str = "",
+    console: Console,
+) -> dict[str, Any]:
     """Run or resume a recipe, and write the folder of the run.
 
     Args:
         recipe: What to run.
         folder: Where to write. Must not hold a run unless ``resume``.
         resume: Continue the run in ``folder``, if there is one. A complete run is not run again.
+        data_changed_ok: Continue even if the data is not that of the run; it is prepared as that was.
         command: The command that started it, for the record.
         console: Where to show progress.
 
@@ -46,25 +51,71 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, command: str = 
         What ``result.json`` holds.
 
     Raises:
-        RunError: if the folder holds a run and ``resume`` is not given, or the run of another recipe.
+        RunError: if the folder holds a run and ``resume`` is not given, the run of another recipe or of other data, or
+            another process writes it. Nothing in the folder is changed then.
         KeyboardInterrupt: when interrupted; the run can be resumed from its last complete round.
     """
+    run = RunFolder(folder)
     # For every further device Lightning starts this command once more, which then finds the folder in use.
     is_first = getattr(rank_zero_only, "rank", 0) == 0
     if is_first:
-        _check_folder(recipe, folder, resume)
-    if (folder / "result.json").exists():
-        return read_json(folder / "result.json")
+        _check_folder(run, recipe, resume)
+    if run.complete:
+        return run.read_result()
     with _quiet():
         _trainer(recipe, [], None)  # raises before anything is written, where this machine has no such device
-    task = recipe.build_task()
+    form = run.read_format(recipe) if (folder / "format.json").exists() else None
+    task = recipe.build_task(form)
+    data = fingerprints(task)
+    if form is not None and not data_changed_ok:
+        run.check_data(data, task.source)
     torch.manual_seed(recipe.seed)
     model = recipe.build_model(task.format)
-    if is_first:
-        write_json(folder / "recipe.json", recipe.to_json())
-        write_json(folder / "format.json", task.format.to_json())
-    records = fit(recipe, task, model, folder=folder, console=console if is_first else None)
-    result = {
+    with _writing(run) if is_first else contextlib.nullcontext():
+        if is_first:
+            _check_folder(run, recipe, resume, lock=False)  # another process may have run it meanwhile
+            remove_staged(run.path)
+            if form is None:
+                _write_start(run, recipe, task, data)
+        records = fit(recipe, task, model, folder=folder, console=console if is_first else None)
+        result = _build_result(recipe, task, model, records, folder, command)
+        if is_first:
+            if form is not None:
+                _write_start(run, recipe, task, data)  # what a resumed run may change: where its data is
+            write_json(folder / "result.json", result)
+    return result
+
+
+@contextlib.contextmanager
+def _writing(run: RunFolder) -> Iterator[None]:
+    """Lock the folder of a run, which is created if necessary."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    with locked(run.lock, f"the run in {run.path}"):
+        yield
+
+
+def _check_folder(run: RunFolder, recipe: Recipe, resume: bool, *, lock: bool = True) -> None:
+    if run.path.exists() and not run.path.is_dir():
+        raise RunError(f"{run.path} is a file: pass --out for a folder")
+    if not run.exists:
+        return
+    if lock:
+        with _writing(run):
+            pass  # nobody else writes it
+    if not resume:
+        raise RunError(f"{run.path} already contains a run: pass --resume to continue it, or --out for another folder")
+    run.check_recipe(recipe)
+
+
+def _write_start(run: RunFolder, recipe: Recipe, task: Task, data: Mapping[str, Any]) -> None:
+    write_json(run.path / "format.json", {**task.format.to_json(), DATA: data})
+    write_json(run.path / "recipe.json", recipe.to_json())
+
+
+def _build_result(
+    recipe: Recipe, task: Task, model: nn.Module, records: list[dict[str, Any]], folder: Path, command: str
+) -> dict[str, Any]:
+    return {
         "recipe": recipe.to_json(),
         "seed": recipe.seed,
         "command": command,
@@ -75,26 +126,6 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, command: str = 
         "peak_memory_bytes": peak_memory_bytes(),
         "protocols": protocols(recipe, task, records, folder),
     }
-    if is_first:
-        write_json(folder / "result.json", result)
-    return result
-
-
-def _check_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
-    path = folder / "recipe.json"
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is a file: pass --out for a folder")
-    if not path.exists():
-        return
-    if not resume:
-        raise RunError(f"{folder} already contains a run: pass --resume to continue it, or --out for another folder")
-    before, now = read_json(path), recipe.to_json()
-    binding = [field.name for field in fields(recipe) if not field.metadata.get("neutral")]
-    differ = [
-        f"{name} was {before.get(name)!r}, now {now[name]!r}" for name in binding if before.get(name) != now[name]
-    ]
-    if differ:
-        raise RunError(f"{folder} contains a run of another recipe: {'; '.join(differ)}. Pass --out for another folder")
 
 
 def fit(
@@ -116,29 +147,59 @@ def fit(
 
     Returns:
         One record of metrics per round; the first is before training, where there is something to evaluate on.
+
+    Raises:
+        RunError: if training diverges, a checkpoint cannot be resumed, or the folder cannot be written.
+        KeyboardInterrupt: when interrupted.
     """
-    history = History(recipe, None if folder is None else folder / "metrics.jsonl")
+    run = None if folder is None else RunFolder(folder)
+    history = History(recipe, task.metric, None if folder is None else folder / "metrics.jsonl")
     callbacks: list[Callback] = [history]
     if console is not None:
         callbacks.append(RunProgress(console, recipe, task.metric))
-    last = None
-    if folder is not None:
-        callbacks += _checkpoints(folder, task)
-        last = folder / "checkpoints" / "last.ckpt"
+    if run is not None:
+        callbacks.append(Checkpoints(run, history, tuple(task.evaluated)))
     module = TaskModule(recipe, task, model)
-    with _quiet():
+    with _quiet(), _stopping_as_asked(), _explaining(run, history):
         trainer = _trainer(recipe, callbacks, folder, evaluating=bool(module.evaluated))
-        if last is not None and last.exists():
-            history.load()
+        last = run.resume_state if run is not None and run.resume_state.exists() else None
+        if last is not None:
+            read_plain(last)  # Lightning would report damage in its own words
         elif module.evaluated:
             trainer.validate(module, verbose=False)
             start = {name: float(value) for name, value in trainer.callback_metrics.items()}
             history.add(trainer, 0, start)
-        try:
-            trainer.fit(module, ckpt_path=last if last is not None and last.exists() else None, weights_only=False)
-        except SystemExit as error:  # what Lightning makes of Ctrl-C
-            raise KeyboardInterrupt from error
+        trainer.fit(module, ckpt_path=last, weights_only=True)
     return history.records
+
+
+@contextlib.contextmanager
+def _stopping_as_asked() -> Iterator[None]:
+    """Pass on an interruption, of which Lightning makes an exit."""
+    try:
+        yield
+    except SystemExit as error:
+        before = error.__context__
+        raise before if isinstance(before, KeyboardInterrupt) else KeyboardInterrupt from None
+
+
+@contextlib.contextmanager
+def _explaining(run: RunFolder | None, history: History) -> Iterator[None]:
+    """Say which checkpoint is kept when the disk fails, and which file when its contents cannot be restored."""
+    try:
+        yield
+    except OSError as error:
+        if run is None:
+            raise
+        kept = "The last checkpoint is kept" if run.resume_state.exists() else "There is no checkpoint yet"
+        raise RunError(f"{describe(error)}. {kept}: pass --resume to continue") from error
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        if history.started or isinstance(error, RunError) or run is None or not run.resume_state.exists():
+            raise
+        first = str(error).strip().split("\n")[0]
+        raise RunError(
+            f"{run.resume_state} cannot be resumed, it is damaged or of another model: {type(error).__name__}: {first}"
+        ) from error
 
 
 def _trainer(
@@ -167,27 +228,12 @@ def _arguments(recipe: Recipe, callbacks: list[Callback], folder: Path | None, e
         "logger": False,
         "default_root_dir": folder,
         "enable_checkpointing": folder is not None,
+        "plugins": [PlainCheckpointIO()],
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,  # the module's own samplers know about devices
     }
-
-
-def _checkpoints(folder: Path, task: Task) -> list[Callback]:
-    """The last round with everything needed to resume, and the weights of the best evaluations."""
-    where: dict[str, Any] = {
-        "dirpath": folder / "checkpoints",
-        "save_on_train_epoch_end": True,
-        "enable_version_counter": False,
-    }
-    mode = "max" if task.metric.higher_is_better else "min"
-    best = {"save_weights_only": True, "mode": mode, "save_top_k": 1, **where}
-    callbacks: list[Callback] = [
-        ModelCheckpoint(filename=f"best-{split}", monitor=f"{split}/{task.metric.key}", **best)
-        for split in task.evaluated
-    ]
-    return [*callbacks, ModelCheckpoint(filename="last", save_top_k=1, every_n_epochs=1, **where)]
 
 
 @contextlib.contextmanager
@@ -201,10 +247,7 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*number of training batches .* is smaller than the logging interval.*")
-            warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
             warnings.filterwarnings("ignore", ".*GPU available but not used.*")
-            # A run resumed before an epoch without evaluation.
-            warnings.filterwarnings("ignore", ".*could not find the monitored key.*")
             # Lightning 2.6 (pytorch/utilities/_pytree.py) builds a class that newer torch deprecates.
             warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
             yield
@@ -268,23 +311,19 @@ def load(recipe: Recipe, folder: Path, checkpoint: str = "last") -> tuple[nn.Mod
         checkpoint: ``"last"``, ``"best-test"`` or ``"best-validation"``.
 
     Raises:
-        RunError: if the folder has no such checkpoint.
+        RunError: if the folder has no such checkpoint, or something in it is damaged.
     """
-    path = folder / "checkpoints" / f"{checkpoint}.ckpt"
-    if not path.exists():
-        there = sorted(found.stem for found in path.parent.glob("*.ckpt"))
-        raise RunError(f"no checkpoint {checkpoint!r} in {path.parent}; available: {', '.join(there) or 'none'}")
-    form = recipe.read_format(read_json(folder / "format.json"))
+    run = RunFolder(folder)
+    form = run.read_format(recipe)
     model = recipe.build_model(form)
-    state = torch.load(path, map_location="cpu", weights_only=False)["state_dict"]
-    model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
+    run.load_weights(model, checkpoint)
     return model.eval(), form
 
 
 def evaluate(recipe: Recipe, task: Task, model: nn.Module) -> dict[str, float]:
     """Evaluate a model on the test set of a task: loss and the quantities of the metric."""
     module = TaskModule(recipe, task, model, {"test": task.test})
-    with _quiet():
+    with _quiet(), _stopping_as_asked():
         trainer = _trainer(recipe, [], None)
         trainer.validate(module, verbose=False)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}

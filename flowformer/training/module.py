@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from flowformer.common.interrupts import check_signals
 from flowformer.training.recipe import Recipe, Task
 from flowformer.training.schedules import learning_rate_factor
 
@@ -102,8 +103,8 @@ class TaskModule(lightning.LightningModule):
         )
 
     def on_train_epoch_start(self) -> None:
-        """Seed random numbers from the seed and the round, and set whether this round ends with an evaluation."""
-        torch.manual_seed(self.recipe.seed * 1_000_003 + self.current_epoch)
+        """Seed random numbers from seed, round and device, and set whether this round ends with an evaluation."""
+        torch.manual_seed(self.recipe.seed * 1_000_003 + self.current_epoch + 2**48 * self.global_rank)
         due = self.current_epoch + 1 in self.recipe.evaluated_rounds
         self.trainer.check_val_every_n_epoch = 1 if due else self.current_epoch + 2  # which does not divide epoch + 1
 
@@ -116,6 +117,7 @@ class TaskModule(lightning.LightningModule):
         self._step(list(self.evaluated)[dataloader_idx], batch)
 
     def _step(self, split: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        check_signals()
         values = self.task.step(self.model, batch)
         self.log_dict(
             {f"{split}/{name}": value for name, value in values.items()},

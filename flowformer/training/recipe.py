@@ -132,8 +132,16 @@ class Recipe(ABC):
         """Return the sampler of device ``rank`` of ``world``, which ``set_epoch(round)`` reorders."""
 
     @abstractmethod
-    def build_task(self) -> Task:
-        """Read the data."""
+    def build_task(self, form: Any = None) -> Task:
+        """Read the data.
+
+        Args:
+            form: The format of a run, to prepare the data for its model: with its classes, statistics and vocabulary.
+                ``None`` derives the format from the training set.
+
+        Raises:
+            DataError: for data that cannot be read, or does not fit the format.
+        """
 
     @abstractmethod
     def read_format(self, values: dict[str, Any]) -> Any:

@@ -200,7 +200,7 @@ def test_run(finished, images):
     )
     honest = result["protocols"]["honest"]
     assert (honest["metric"], honest["published"]) == ("test top-1 accuracy, percent", None)
-    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=False)
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 2 * 3  # of 5 batches in pairs, the last alone
     assert json.loads((folder / "format.json").read_text())["classes"] == ["blue", "red"]
 
@@ -279,7 +279,7 @@ def test_two_devices_share_a_run(images, tmp_path):
     for words in ([], ["--resume"]):
         subprocess.run([*command, *words], check=True, timeout=600)
     assert [record["epoch"] for record in records(tmp_path / "run")] == [0, 1, 2]
-    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=False)
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 2 * 2  # of 21 images two batches of 4 on each, every one a step of 8
 
 

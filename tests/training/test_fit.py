@@ -146,7 +146,7 @@ def test_validation_part_chooses_the_epoch(tmp_path):
     assert by_epoch[honest["epoch"]]["validation/accuracy"] == best
     assert honest["value"] == 100 * by_epoch[honest["epoch"]]["test/accuracy"]
     assert "on the validation set" in honest["selection"]
-    assert (tmp_path / "checkpoints" / "best-validation.ckpt").exists()
+    assert (tmp_path / "checkpoints" / "best-validation.safetensors").exists()
 
 
 def test_protocols_choose_as_they_say(tmp_path):

@@ -149,8 +149,8 @@ def test_weight_decay_acts_on_what_is_said(decayed):
 class SplitTextRecipe(OwnTextRecipe):
     """The end of the text in two halves: to choose by, and to test with."""
 
-    def build_task(self) -> TextTask:
-        whole = super().build_task()
+    def build_task(self, form=None) -> TextTask:
+        whole = super().build_task(form)
         tokens = whole.test.tokens
         half = len(tokens) // 2
         corpus = Corpus("made", BytesTokenizer(), whole.train.tokens, tokens[:half], tokens[half:], "", "")

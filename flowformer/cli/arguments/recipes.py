@@ -36,11 +36,13 @@ class Command:
         recipe: What to run.
         folder: The folder of the run.
         resume: Whether to continue the run in the folder.
+        data_changed_ok: Whether to continue it on other data than that it began with.
     """
 
     recipe: Recipe
     folder: Path
     resume: bool
+    data_changed_ok: bool
 
 
 def read_command(name: str, words: Sequence[str]) -> Command:
@@ -53,10 +55,10 @@ def read_command(name: str, words: Sequence[str]) -> Command:
     """
     function = usable(find_recipe, name)
     given = _parser(name, function).parse(words)
-    folder, resume, path = (given.pop(key, None) for key in ("out", "resume", "config"))
+    folder, resume, changed, path = (given.pop(key, None) for key in ("out", "resume", "data_changed_ok", "config"))
     config = {} if path is None else _read_config(name, function, path)
     recipe = usable(_resolve, function, config, given, whole=_gives_mapping(words))
-    return Command(recipe, folder or Path("runs") / recipe.name / recipe.label, bool(resume))
+    return Command(recipe, folder or Path("runs") / recipe.name / recipe.label, bool(resume), bool(changed))
 
 
 def _resolve(function: Callable[..., Recipe], config: dict[str, Any], given: dict[str, Any], *, whole: bool) -> Recipe:
@@ -182,6 +184,9 @@ def _parser(name: str, function: Callable[..., Recipe]) -> _CommandParser:
     )  # fmt: skip
     run.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/RECIPE/ATTENTION-seedN)")
     run.add_argument("--resume", action="store_true", help="continue the run in the folder, if there is one")
+    run.add_argument(
+        "--data-changed-ok", action="store_true", help="continue the run even if the data is not that it began with"
+    )
     _add_options(parser, defaults)
     return parser
 

@@ -18,6 +18,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from flowformer.common.errors import DataError
+from flowformer.tasks.fingerprint import hash_values
 from flowformer.tasks.images.decoding import SUFFIXES, UnreadableImage, decode
 from flowformer.tasks.images.shards import Found, Label, Store, read_parquet, read_tar
 
@@ -87,6 +88,11 @@ class ImageFiles(Dataset[EncodedImage]):
     def name(self, index: int) -> str:
         """Return the name of an image: its path below the origin, or its file and its position in it."""
         return self.store.name(int(self.rows[index]))
+
+    def fingerprint(self) -> str:
+        """Return a hash of names, classes and sizes in bytes, without reading the images."""
+        classes = [self.classes[label] for label in self.labels]
+        return hash_values(zip(map(self.name, range(len(self))), classes, self.store.sizes(self.rows), strict=True))
 
     def decode(self, index: int) -> Image.Image:
         """Decode an image, see :func:`decode`.
@@ -174,6 +180,10 @@ class FileImages:
     def read(self, index: int) -> bytes:
         """Read the encoded image; raises OSError."""
         return (self.root / self.name(index)).read_bytes()
+
+    def sizes(self, rows: np.ndarray) -> np.ndarray:
+        """Return the sizes of images in bytes."""
+        return np.array([(self.root / self.name(int(row))).stat().st_size for row in rows], dtype=np.int64)
 
 
 def find_images(path: str | Path) -> dict[str, ImageFiles]:

@@ -157,6 +157,10 @@ class TrainingImages(Dataset[Sample]):
         """Class indices, (n,) int64."""
         return self.files.labels
 
+    def fingerprint(self) -> str:
+        """Return that of the files."""
+        return self.files.fingerprint()
+
     def __getitem__(self, draw: Draw) -> Sample:
         left_out = []
         for step in range(len(self)):
@@ -182,6 +186,10 @@ class EvaluationImages(Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def fingerprint(self) -> str:
+        """Return that of the files."""
+        return self.files.fingerprint()
 
     def __getitem__(self, index: int) -> Sample:
         left_out = []
@@ -355,6 +363,25 @@ class ImageNetTask:
             lost = f", {len(files.left_out):,} left out" if files.left_out else ""
             parts.append(f"{files}{lost}")
         return "; ".join(parts)
+
+    def using(self, form: ImageNetFormat) -> ImageNetTask:
+        """Return the task prepared as the model of a run expects it, with its classes.
+
+        Raises:
+            DataError: for a class that the run does not have.
+        """
+        form = replace(form, augmentation=self.format.augmentation)
+
+        def prepared(part: EvaluationImages) -> EvaluationImages:
+            return EvaluationImages(part.files.with_classes(form.classes), form.prepare)
+
+        return replace(
+            self,
+            train=replace(self.train, files=self.train.files.with_classes(form.classes)),
+            test=prepared(self.test),
+            validation=None if self.validation is None else prepared(self.validation),
+            format=form,
+        )
 
     def step(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Run the model on a batch.

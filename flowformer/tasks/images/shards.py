@@ -39,6 +39,10 @@ class Store(Protocol):
         """Read the encoded image; raises UnreadableImage or OSError."""
         ...
 
+    def sizes(self, rows: np.ndarray) -> np.ndarray:
+        """Return a size in bytes for each of some images: its own, or that of the file that it is in."""
+        ...
+
 
 class Found(NamedTuple):
     """Contents of files of labelled images.
@@ -121,6 +125,12 @@ class ParquetImages:
 
     def _group_of(self, index: int) -> int:
         return int(np.searchsorted(self.groups[:, 2], index, side="right")) - 1
+
+    def sizes(self, rows: np.ndarray) -> np.ndarray:
+        """Return the size of the file that each image is in, in bytes."""
+        sizes = np.array([path.stat().st_size for path in self.files], dtype=np.int64)
+        groups = np.searchsorted(self.groups[:, 2], rows, side="right") - 1
+        return sizes[self.groups[groups, 0]]
 
     def name(self, index: int) -> str:
         """Return the name of an image: its file and row."""
@@ -248,6 +258,10 @@ class TarImages:
 
     def __len__(self) -> int:
         return len(self.places)
+
+    def sizes(self, rows: np.ndarray) -> np.ndarray:
+        """Return the sizes of images in bytes."""
+        return self.places[rows, 2]
 
     def name(self, index: int) -> str:
         """Return the name of an image: its file and member name."""

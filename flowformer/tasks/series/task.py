@@ -19,7 +19,7 @@ from flowformer.tasks.metric import Metric
 from flowformer.tasks.series.dataset import SeriesSet
 from flowformer.tasks.series.files import SeriesTable, read_table
 from flowformer.tasks.series.format import SeriesFormat, check_series, fill_missing, match_channels
-from flowformer.tasks.splits import stratify
+from flowformer.tasks.splits import find_classes, stratify
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +90,23 @@ class SeriesTask:
             train, self.format.classes, trim=self.format.trim, channel_names=self.format.channel_names
         )
         return replace(self, train=train, format=form, validation=self.train.subset(held))
+
+    def using(self, form: SeriesFormat) -> SeriesTask:
+        """Return the task prepared as the model of a run expects it: with its classes, statistics and length.
+
+        Raises:
+            DataError: for a class that the run does not have, or other channels.
+        """
+        if form.channels != self.format.channels:
+            raise DataError(f"{self.source}: {self.format.channels} channels, but the run has {form.channels}")
+        index = find_classes(self.format.classes, form.classes, self.source)
+
+        def renumber(part: SeriesSet | None) -> SeriesSet | None:
+            return part and replace(part, labels=index[part.labels])
+
+        return replace(
+            self, format=form, **{name: renumber(getattr(self, name)) for name in ("train", "test", "validation")}
+        )
 
 
 def build_task(

@@ -17,7 +17,7 @@ from typing import IO, Any
 from flowformer.common.errors import DataError
 from flowformer.tasks.text.corpus import Corpus
 from flowformer.tasks.text.token_cache import keep, open_bytes, open_tokens, write_tokens
-from flowformer.tasks.text.tokenizers import FITTED, create_tokenizer, read_tokenizer
+from flowformer.tasks.text.tokenizers import FITTED, BytesTokenizer, Tokenizer, create_tokenizer, read_tokenizer
 
 # Files of a folder that are taken; a file that is named itself may be called anything.
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".htm", ".html", ".xml", ".raw", ".tokens")
@@ -39,7 +39,7 @@ WIKIPEDIA_LICENCE = (
 )
 
 
-def load(path: str | Path | None = None, *, tokenizer: str = "bytes", held_out: float = 0.1) -> Corpus:
+def load(path: str | Path | None = None, *, tokenizer: str | Tokenizer = "bytes", held_out: float = 0.1) -> Corpus:
     """Load a text, the end of which becomes the test part.
 
     A folder is all its text files in the order of their paths, those of folders within included; hidden ones are left
@@ -51,7 +51,7 @@ def load(path: str | Path | None = None, *, tokenizer: str = "bytes", held_out: 
         path: A file or a folder. If absent, a slice of Wikipedia, 6 MB of XML, from the gensim wheel.
         tokenizer: ``"bytes"``, ``"characters"``, ``"words"``, a folder or a ``tokenizer.json`` of Hugging Face, or a
             name on its hub, which sees the text in pieces of about 1 MB, that end where lines end. Characters and words
-            are those of the training part; others become one unknown token.
+            are those of the training part; others become one unknown token. Or a tokenizer itself, as a run has it.
         held_out: The test part: a share of the text below 1, or that many bytes. With any tokenizer but bytes it begins
             where the first line there begins, if one does, and with a whole character otherwise. 0 for none.
 
@@ -69,10 +69,11 @@ def load(path: str | Path | None = None, *, tokenizer: str = "bytes", held_out: 
         name, source, licence = path.resolve().stem[:40], str(path), OWN_LICENCE
     files = _find_files(path)
     text = _join(name, path, files)
-    cut = _cut(text, held_out, source, exact=tokenizer == "bytes")
+    in_bytes = tokenizer == "bytes" or isinstance(tokenizer, BytesTokenizer)
+    cut = _cut(text, held_out, source, exact=in_bytes)
     whole = text.stat().st_size
-    if tokenizer == "bytes":
-        made = create_tokenizer(tokenizer)
+    if in_bytes:
+        made = BytesTokenizer()
         train, test = open_bytes(text, 0, cut), open_bytes(text, cut) if cut < whole else None
     else:
         folder = _tokenize(name, path, files, text, cut, tokenizer, {"held_out": float(held_out)})
@@ -184,15 +185,21 @@ def _next_character(text: Path, place: int) -> int:
 
 
 def _tokenize(
-    name: str, path: Path, files: Sequence[Path], text: Path, cut: int, tokenizer: str, options: Mapping[str, Any]
+    name: str,
+    path: Path,
+    files: Sequence[Path],
+    text: Path,
+    cut: int,
+    tokenizer: str | Tokenizer,
+    options: Mapping[str, Any],
 ) -> Path:
     """The folder with the tokens of both parts, and the tokenizer that made them."""
-    ready = None if tokenizer in FITTED else create_tokenizer(tokenizer)
+    ready = tokenizer if not isinstance(tokenizer, str) else _find_tokenizer(tokenizer)
     whole = text.stat().st_size
 
     def build(folder: Path) -> None:
         try:
-            made = ready or create_tokenizer(tokenizer, _pieces(text, 0, cut))
+            made = ready or create_tokenizer(str(tokenizer), _pieces(text, 0, cut))
             for part, start, stop in (("train", 0, cut), ("test", cut, whole)):
                 tokens = map(made.encode, _pieces(text, start, stop))
                 write_tokens(folder / f"{part}.npy", tokens, made.dtype)
@@ -202,6 +209,11 @@ def _tokenize(
 
     options = {**options, "tokenizer": ready.to_json() if ready else tokenizer}
     return keep(f"{name}-{ready.kind if ready else tokenizer}", path, files, build, options=options)
+
+
+def _find_tokenizer(name: str) -> Tokenizer | None:
+    """A tokenizer by name; None where it is fitted to the text."""
+    return None if name in FITTED else create_tokenizer(name)
 
 
 def _pieces(text: Path, start: int, stop: int) -> Iterator[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from flowformer.tasks.fingerprint import hash_values
 from flowformer.tasks.metric import Metric
 from flowformer.tasks.protocols import SupportsLoss
 from flowformer.tasks.text.corpus import Corpus
@@ -50,6 +51,10 @@ class TokenBlocks(Dataset[tuple[np.ndarray, np.ndarray]]):
     def stride(self) -> int:
         """Number of targets of a block."""
         return self.length - self.context
+
+    def fingerprint(self) -> str:
+        """Return a hash of the text and of how it is cut."""
+        return hash_values([self.length, self.context, self.start, int(self.whole), self.tokens])
 
     def __len__(self) -> int:
         full = len(self.tokens) // self.stride

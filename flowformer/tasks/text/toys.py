@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from flowformer.tasks.fingerprint import hash_values
 from flowformer.tasks.metric import Metric
 from flowformer.tasks.text.format import IGNORED, TextFormat
 from flowformer.tasks.text.task import TextTask
@@ -37,6 +38,10 @@ class Problems(Dataset[tuple[np.ndarray, np.ndarray]]):
 
     def __len__(self) -> int:
         return len(self.digits)
+
+    def fingerprint(self) -> str:
+        """Return a hash of the problems."""
+        return hash_values([self.question, self.digits])
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         row = self.digits[index].astype(np.int64)

@@ -15,7 +15,7 @@ from flowformer.common.errors import DataError
 from flowformer.tasks.downloads import DATASETS, describe_missing, search_folders
 from flowformer.tasks.text.corpus import Corpus
 from flowformer.tasks.text.token_cache import keep, open_tokens, write_tokens
-from flowformer.tasks.text.tokenizers import WordTokenizer, read_tokenizer
+from flowformer.tasks.text.tokenizers import Tokenizer, WordTokenizer, read_tokenizer
 
 # Tokens of each part, with one <eos> for each line, and the vocabulary of train with <eos> and <unk>: what fairseq and
 # Transformer-XL count. Words of one part are called as its files are.
@@ -56,7 +56,9 @@ class _Found:
         return f"{first.parent} ({', '.join(file.name for file in self.files)})" if others else str(first)
 
 
-def load(data_dir: str | Path | None = None, *, check_counts: bool = True) -> Corpus:
+def load(
+    data_dir: str | Path | None = None, *, check_counts: bool = True, tokenizer: Tokenizer | None = None
+) -> Corpus:
     """Load WikiText-103 from ``data_dir``, else from the cache.
 
     It is sought as ``wiki.train.tokens``, ``wiki.valid.tokens`` and ``wiki.test.tokens``, as ``wikitext-103-v1.zip``,
@@ -72,6 +74,7 @@ def load(data_dir: str | Path | None = None, *, check_counts: bool = True) -> Co
         data_dir: The folder.
         check_counts: Whether other counts than the published ones are an error; ``False`` for a text of your own in the
             same form.
+        tokenizer: The tokenizer of a run. ``None`` for the vocabulary of the training part.
 
     Raises:
         DataError: if it is not found, with a message how to get it; if files are damaged; if counts are
@@ -84,12 +87,12 @@ def load(data_dir: str | Path | None = None, *, check_counts: bool = True) -> Co
     if found is None:
         wanted = f"wiki.{{{','.join(COUNTS)}}}.tokens, {dataset.archive} or train-*.parquet"
         raise DataError(describe_missing(dataset, wanted, folders))
-    folder = _tokenize(found)
-    tokenizer = read_tokenizer(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+    folder = _tokenize(found, tokenizer)
+    used = read_tokenizer(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
     train, valid, test = (open_tokens(folder / f"{part}.npy") for part in COUNTS)
     if check_counts:
-        _check(found.source, [len(train), len(valid), len(test)], tokenizer.vocab_size)
-    return Corpus("wikitext103", tokenizer, train, valid, test, found.source, dataset.licence)
+        _check(found.source, [len(train), len(valid), len(test)], used.vocab_size)
+    return Corpus("wikitext103", used, train, valid, test, found.source, dataset.licence)
 
 
 def is_here(data_dir: str | Path | None = None) -> bool:
@@ -170,19 +173,20 @@ def _pieces(text: TextIOWrapper) -> Iterator[str]:
         yield piece if piece.endswith("\n") else f"{piece}\n"
 
 
-def _tokenize(found: _Found) -> Path:
+def _tokenize(found: _Found, ready: Tokenizer | None) -> Path:
     """The folder with the tokens of each part, and the tokenizer that made them."""
 
     def build(folder: Path) -> None:
         try:
-            tokenizer = WordTokenizer.fit(found.read("train"))
+            tokenizer = ready or WordTokenizer.fit(found.read("train"))
             for part in COUNTS:
                 write_tokens(folder / f"{part}.npy", map(tokenizer.encode, found.read(part)), tokenizer.dtype)
         except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, UnicodeDecodeError) as error:
             raise DataError(f"{found.source} cannot be read: {type(error).__name__}: {error}") from error
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer.to_json()), encoding="utf-8")
 
-    return keep("wikitext103", found.files[0].parent, found.files, build)
+    options = {} if ready is None else {"tokenizer": ready.to_json()}
+    return keep("wikitext103", found.files[0].parent, found.files, build, options=options)
 
 
 def _check(source: str, counts: Iterable[int], vocabulary: int) -> None:
