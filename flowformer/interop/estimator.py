@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, ClassVar, cast
@@ -135,16 +134,18 @@ class FlowformerClassifier(BaseClassifier):
         # Not at the top of the file: without Lightning and rich, aeon says what to install when an estimator is made.
         from rich.console import Console
 
+        from flowformer.training.draws import Draws
         from flowformer.training.fit import fit
 
         self._check_parameters()
         part = SeriesSet([fill_missing(series.T) for series in X], np.searchsorted(self.classes_, y))
         recipe = self._recipe(part)
         task = recipe.build_task()
-        with _undisturbed():
-            torch.manual_seed(recipe.seed)
-            model = recipe.build_model(task.format)
-            self.history_ = fit(recipe, task, model, console=Console() if self.verbose else None)
+        draws = Draws(recipe.seed)
+        with torch.enable_grad():  # Lightning switches gradients on for good
+            with draws:
+                model = recipe.build_model(task.format)
+            self.history_ = fit(recipe, task, model, console=Console() if self.verbose else None, draws=draws)
         model.zero_grad()  # frees the gradients
         self.model_ = model.cpu().eval()
         self.format_ = task.format
@@ -218,14 +219,3 @@ class _ArraysRecipe(SeriesRecipe):
     def build_task(self, form: Any = None) -> SeriesTask:
         form = SeriesFormat.fit(self.part, self.classes)
         return SeriesTask(name=self.name, train=self.part, test=self.part.subset([]), format=form)
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Leave the random state of torch, on the CPU and all devices, and its gradient mode as they were found.
-
-    Training seeds the former anew in each epoch, and Lightning switches the latter on for good.
-    """
-    devices = range(torch.accelerator.device_count())
-    with torch.random.fork_rng(devices), torch.enable_grad():
-        yield

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from flowformer.common.interrupts import check_signals
+from flowformer.training.draws import Draws
 from flowformer.training.recipe import Recipe, Task
 from flowformer.training.schedules import learning_rate_factor
 
@@ -26,12 +27,19 @@ class TaskModule(lightning.LightningModule):
         task: Data, loss and metric.
         model: What to train.
         evaluated: The sets to evaluate on, by name; those that the task evaluates during training if absent.
+        draws: Where random numbers come from; PyTorch's global generators if absent.
     """
 
     def __init__(
-        self, recipe: Recipe, task: Task, model: nn.Module, evaluated: Mapping[str, Any] | None = None
+        self,
+        recipe: Recipe,
+        task: Task,
+        model: nn.Module,
+        evaluated: Mapping[str, Any] | None = None,
+        draws: Draws | None = None,
     ) -> None:
         super().__init__()
+        self.draws = draws
         self.recipe, self.task, self.model = recipe, task, model
         self.evaluated = task.evaluated if evaluated is None else evaluated
 
