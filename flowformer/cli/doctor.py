@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowformer.cli.arguments.parser import Parser, usable
-from flowformer.cli.extras import EXTRAS
+from flowformer.common.extras import EXTRAS
 
 
 def main(words: Sequence[str]) -> int:
