@@ -409,10 +409,10 @@ def test_a_build_that_is_ended_leaves_no_compiler_and_no_file(
     wait_for(lambda: compilations(fake) == len(compiler.LEVEL_FLAGS) + 1)
     assert runs("sleep 1234.5")
     os.kill(process.pid, sent)
-    assert process.wait(timeout=10)
-    wait_for(lambda: not runs("sleep 1234.5"), 10)
+    assert process.wait(timeout=30)
+    wait_for(lambda: not runs("sleep 1234.5"))
     process.communicate()
-    wait_for(lambda: not list(folder.glob("building-*")), 10)
+    wait_for(lambda: not list(folder.glob("building-*")))
     fake.with_name("before").unlink()
     assert build.open_library(source, beside).path.parent == folder  # at once: the lock is free
     assert [path.suffix for path in folder.iterdir()] == [compiler.SUFFIX]
@@ -421,7 +421,9 @@ def test_a_build_that_is_ended_leaves_no_compiler_and_no_file(
 def test_a_stopped_builder_is_waited_for_no_longer_than_the_limit(
     source: Path, beside: Path, fake: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
-    before(fake, "sleep 1")
+    gate = fake.with_name("gate")
+    gate.touch()
+    before(fake, f'while [ -e "{gate}" ]; do sleep 0.05; done')
     process = python(f"print({OPEN}.handle.count_threads(1))", source, beside)
     wait_for(lambda: compilations(fake))
     os.kill(process.pid, signal.SIGSTOP)
@@ -430,6 +432,7 @@ def test_a_stopped_builder_is_waited_for_no_longer_than_the_limit(
     path = build.open_library(source, beside).path
     assert f"waiting for process {process.pid}, which builds" in caplog.text
     assert f"process {process.pid} is not done after 0.5 s: building the kernels in this one" in caplog.text
+    gate.unlink()
     os.kill(process.pid, signal.SIGCONT)
     assert output(process) == "1"
     assert list(folder.iterdir()) == [path]
@@ -488,14 +491,23 @@ def test_a_compiler_whose_path_has_spaces(source: Path, fake: Path) -> None:
     assert cached(source).content
 
 
+def test_no_command_is_started_after_the_others_are_ended() -> None:
+    commands = compiler._Commands()
+    with commands:
+        assert commands.run(["echo", "one"]) == "one\n"
+    with pytest.raises(compiler.BuildError, match="another command has failed or was interrupted before this one"):
+        commands.run(["echo", "two"])
+
+
 def test_process_groups_as_python_3_10_has_them(source: Path, fake: Path, folder: Path, monkeypatch) -> None:
     older = types.SimpleNamespace(version_info=(3, 10), platform=sys.platform)
     monkeypatch.setattr(compiler, "sys", older)
     before(fake, "sleep 1234.6")
-    monkeypatch.setattr(compiler, "_COMPILE_LIMIT_S", 0.3)
-    with pytest.raises(compiler.BuildError, match="timed out"):
-        cached(source)
-    wait_for(lambda: not runs("sleep 1234.6"), 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "_COMPILE_LIMIT_S", 0.3)
+        with pytest.raises(compiler.BuildError, match="timed out"):
+            cached(source)
+    wait_for(lambda: not runs("sleep 1234.6"))
     before(fake, "")
     assert [cached(source).path] == list(folder.iterdir())
 
