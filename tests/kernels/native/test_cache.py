@@ -235,6 +235,13 @@ def test_a_folder_open_to_others_is_refused(mode: int, source: Path, folder: Pat
     assert cached(source).path.parent == folder
 
 
+def test_nobody_is_told_to_close_a_folder_that_holds_other_things(source: Path, folder: Path, fake: Path) -> None:
+    (folder / "something").mkdir(parents=True)
+    folder.chmod(0o1777)
+    with pytest.raises(compiler.BuildError, match=r"is open to other users \(mode 1777\).*: set FLOWFORMER_CACHE to"):
+        cached(source)
+
+
 def test_a_link_is_refused(source: Path, folder: Path, fake: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir(0o700)
     folder.symlink_to(tmp_path / "elsewhere")
