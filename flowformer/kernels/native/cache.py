@@ -115,7 +115,9 @@ def _opened(folder: Path) -> Iterator[int]:
         _check_owner(folder, found)
         mode = stat.S_IMODE(found.st_mode)
         if mode & 0o077:
-            raise _refusal(folder, f"is open to other users (mode {mode:04o})", f"chmod 700 {shlex.quote(str(folder))}")
+            ours = all(name.startswith((_BUILT, BUILDING)) for name in os.listdir(descriptor))  # noqa: PTH208
+            remedy = f"chmod 700 {shlex.quote(str(folder))}" if ours else ""  # never of /tmp
+            raise _refusal(folder, f"is open to other users (mode {mode:04o})", remedy)
         yield descriptor
     finally:
         os.close(descriptor)

@@ -239,12 +239,15 @@ class _Commands:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = str(folder or "")
+        self._ended = False
         self._watch = _start(["/bin/sh", "-c", _WATCH, "sh", self._folder], 0, os.environ, stdin=subprocess.PIPE)
 
     def __enter__(self) -> _Commands:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
+        with _starting:  # no thread starts another command
+            self._ended = True
         pipe = self._watch.stdin
         assert pipe is not None
         with contextlib.suppress(OSError):  # somebody has killed it
@@ -263,7 +266,11 @@ class _Commands:
         # rest, and where there is room for the library too.
         environment = {**os.environ, "LC_ALL": "C", **({"TMPDIR": self._folder} if self._folder else {})}
         shown = shlex.join(command)
-        with _start(command, self._watch.pid, environment, stdout=subprocess.PIPE) as process:
+        with _starting:
+            if self._ended:
+                raise BuildError(f"another command has failed or was interrupted before this one: {shown}")
+            process = _start(command, self._watch.pid, environment, stdout=subprocess.PIPE)
+        with process:
             try:
                 printed = process.communicate(timeout=limit_s or _COMPILE_LIMIT_S)[0].decode(errors="replace")
             except subprocess.TimeoutExpired as error:
@@ -282,20 +289,21 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_starting.release)
 
 
-def _start(command: list[str], group: int, environment: Mapping[str, str], **pipes: int) -> subprocess.Popen[bytes]:
+def _start(command: list[str], group: int, environment: Mapping[str, str], **pipes: int) -> subprocess.Popen[Any]:
     """Start a process in a process group; 0: in a new one.
 
     Raises:
         BuildError: if it cannot be run.
     """
+    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+    options.update(pipes)
     if sys.version_info >= (3, 11):
-        options: dict[str, Any] = {"process_group": group}
+        options["process_group"] = group
     else:
-        options = {"preexec_fn": functools.partial(os.setpgid, 0, group)}
-    where = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.STDOUT, **pipes}
+        options["preexec_fn"] = functools.partial(os.setpgid, 0, group)
     try:
         with _starting:
-            return subprocess.Popen(command, env=environment, bufsize=0, **where, **options)
+            return subprocess.Popen(command, env=environment, bufsize=0, **options)
     except OSError as error:
         raise BuildError(f"{shlex.join(command)} cannot be run: {error}") from error
 

@@ -167,20 +167,21 @@ _BIDIRECTIONAL = f"{_TENSORS}, Tensor? key_mask, Tensor? query_mask, Tensor? cu_
 _STATE = ("length", "sums", "log_normaliser", "memory")
 
 
-def _state_shapes(batch: int, heads: int, channels: int, value_channels: int) -> tuple[tuple[int, ...], ...]:
+def _state_shapes(q: Tensor, v: Tensor, batch: int) -> tuple[tuple[int, ...], ...]:
+    heads, channels, value_channels = q.shape[-2], q.shape[-1], v.shape[-1]
     return (batch,), (batch, heads, 4, channels), (batch, heads), (batch, heads, channels, value_channels)
 
 
 def _new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
     """Memory for a state."""
     batch = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    length, *sums = _state_shapes(batch, *q.shape[2:], v.shape[3])
+    length, *sums = _state_shapes(q, v, batch)
     return q.new_empty(length, dtype=torch.int64), *(q.new_empty(shape, dtype=torch.float64) for shape in sums)
 
 
 def _check_state(op: str, state: Sequence[Tensor | None], q: Tensor, v: Tensor, batch: int, of: str = "") -> None:
     """Check the parts of a state, or of the gradient of one, that are given."""
-    for name, part, shape in zip(_STATE, state, _state_shapes(batch, *q.shape[-2:], v.shape[-1]), strict=True):
+    for name, part, shape in zip(_STATE, state, _state_shapes(q, v, batch), strict=True):
         check_part(op, of + name, part, shape, torch.int64 if name == "length" else torch.float64, q)
 
 

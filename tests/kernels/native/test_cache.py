@@ -235,6 +235,13 @@ def test_a_folder_open_to_others_is_refused(mode: int, source: Path, folder: Pat
     assert cached(source).path.parent == folder
 
 
+def test_nobody_is_told_to_close_a_folder_that_holds_other_things(source: Path, folder: Path, fake: Path) -> None:
+    (folder / "something").mkdir(parents=True)
+    folder.chmod(0o1777)
+    with pytest.raises(compiler.BuildError, match=r"is open to other users \(mode 1777\).*: set FLOWFORMER_CACHE to"):
+        cached(source)
+
+
 def test_a_link_is_refused(source: Path, folder: Path, fake: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir(0o700)
     folder.symlink_to(tmp_path / "elsewhere")
@@ -409,10 +416,10 @@ def test_a_build_that_is_ended_leaves_no_compiler_and_no_file(
     wait_for(lambda: compilations(fake) == len(compiler.LEVEL_FLAGS) + 1)
     assert runs("sleep 1234.5")
     os.kill(process.pid, sent)
-    assert process.wait(timeout=10)
-    wait_for(lambda: not runs("sleep 1234.5"), 10)
+    assert process.wait(timeout=30)
+    wait_for(lambda: not runs("sleep 1234.5"))
     process.communicate()
-    wait_for(lambda: not list(folder.glob("building-*")), 10)
+    wait_for(lambda: not list(folder.glob("building-*")))
     fake.with_name("before").unlink()
     assert build.open_library(source, beside).path.parent == folder  # at once: the lock is free
     assert [path.suffix for path in folder.iterdir()] == [compiler.SUFFIX]
@@ -421,7 +428,9 @@ def test_a_build_that_is_ended_leaves_no_compiler_and_no_file(
 def test_a_stopped_builder_is_waited_for_no_longer_than_the_limit(
     source: Path, beside: Path, fake: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
-    before(fake, "sleep 1")
+    gate = fake.with_name("gate")
+    gate.touch()
+    before(fake, f'while [ -e "{gate}" ]; do sleep 0.05; done')
     process = python(f"print({OPEN}.handle.count_threads(1))", source, beside)
     wait_for(lambda: compilations(fake))
     os.kill(process.pid, signal.SIGSTOP)
@@ -430,6 +439,7 @@ def test_a_stopped_builder_is_waited_for_no_longer_than_the_limit(
     path = build.open_library(source, beside).path
     assert f"waiting for process {process.pid}, which builds" in caplog.text
     assert f"process {process.pid} is not done after 0.5 s: building the kernels in this one" in caplog.text
+    gate.unlink()
     os.kill(process.pid, signal.SIGCONT)
     assert output(process) == "1"
     assert list(folder.iterdir()) == [path]
@@ -488,14 +498,23 @@ def test_a_compiler_whose_path_has_spaces(source: Path, fake: Path) -> None:
     assert cached(source).content
 
 
+def test_no_command_is_started_after_the_others_are_ended() -> None:
+    commands = compiler._Commands()
+    with commands:
+        assert commands.run(["echo", "one"]) == "one\n"
+    with pytest.raises(compiler.BuildError, match="another command has failed or was interrupted before this one"):
+        commands.run(["echo", "two"])
+
+
 def test_process_groups_as_python_3_10_has_them(source: Path, fake: Path, folder: Path, monkeypatch) -> None:
     older = types.SimpleNamespace(version_info=(3, 10), platform=sys.platform)
     monkeypatch.setattr(compiler, "sys", older)
     before(fake, "sleep 1234.6")
-    monkeypatch.setattr(compiler, "_COMPILE_LIMIT_S", 0.3)
-    with pytest.raises(compiler.BuildError, match="timed out"):
-        cached(source)
-    wait_for(lambda: not runs("sleep 1234.6"), 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "_COMPILE_LIMIT_S", 0.3)
+        with pytest.raises(compiler.BuildError, match="timed out"):
+            cached(source)
+    wait_for(lambda: not runs("sleep 1234.6"))
     before(fake, "")
     assert [cached(source).path] == list(folder.iterdir())
 
