@@ -338,9 +338,9 @@ def damage(chaos: Chaos, out: Path) -> None:
 
 
 KERNELS = """
-extern "C" const char *flowformer_level() { return "one"; }
-extern "C" void flowformer_set_parallel(void *) {}
-extern "C" int flowformer_cpu_supports(const char *) { return 1; }
+#define EXPORT extern "C" __attribute__((visibility("default")))
+EXPORT void flowformer_set_parallel(void *) {}
+EXPORT int flowformer_cpu_supports(const char *) { return 1; }
 """
 
 
