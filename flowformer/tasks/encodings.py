@@ -59,6 +59,16 @@ def decode(data: bytes, origin: object) -> str:
         raise DataError(describe(origin, name, error.start, error.reason, bool(mark))) from error
 
 
+def check_file(path: Path) -> None:
+    """Raise for what is neither a file nor a folder: a pipe would be waited for without end.
+
+    Raises:
+        DataError: for a pipe, a device or a socket.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DataError(f"{path}: a pipe or device, expected a file")
+
+
 @contextmanager
 def open_text(path: Path, *, errors: str = "strict", newline: str | None = None) -> Iterator[IO[str]]:
     """Open a text file, compressed or not, in the encoding that its byte order mark states, else UTF-8.
@@ -72,6 +82,7 @@ def open_text(path: Path, *, errors: str = "strict", newline: str | None = None)
         DataError: in the ``with`` block too, for a file that is absent, cannot be read or is damaged, and for bytes
             that are no text, with the place of the first of them.
     """
+    check_file(path)
     try:
         with open_binary(path) as binary:
             _, name = find_mark(binary.read(4))
