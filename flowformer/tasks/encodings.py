@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from flowformer.common.errors import DataError
 
@@ -86,7 +86,7 @@ def open_text(path: Path, *, errors: str = "strict", newline: str | None = None)
     try:
         with open_binary(path) as binary:
             _, name = find_mark(binary.read(4))
-        with open_binary(path) as binary, io.TextIOWrapper(binary, name, errors, newline) as text:
+        with open_binary(path) as binary, io.TextIOWrapper(cast("Any", binary), name, errors, newline) as text:
             yield text
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
@@ -106,7 +106,7 @@ def _reason(error: Exception) -> str:
 
 def find_undecodable(path: Path) -> str | None:
     """Return a message about the first byte of a file that is not text in its encoding; ``None`` if all of it is."""
-    place = 0
+    place = kept = 0
     with open_binary(path) as source:
         block = source.read(BLOCK_BYTES)
         mark, name = find_mark(block)
