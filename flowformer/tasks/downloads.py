@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from flowformer.common.errors import DataError
+from flowformer.common.folders import cache_folder, make_private
 from flowformer.common.names import nearest
 
 if TYPE_CHECKING:
@@ -107,18 +108,20 @@ DATASETS: Mapping[str, Dataset] = {
 
 
 def data_folder(name: str) -> Path:
-    """Return the folder ``name`` of the cache, which is FLOWFORMER_DATA or ~/.cache/flowformer."""
+    """Return the folder ``name`` of the cache: FLOWFORMER_DATA, else that of :func:`cache_folder`."""
     root = os.environ.get("FLOWFORMER_DATA")
-    return (Path(root) if root else Path.home() / ".cache" / "flowformer") / name
+    return (Path(root).expanduser() if root else cache_folder()) / name
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder for data, with its parents.
+    """Create a folder for data, with its parents; in the user's cache folder, they are the user's own (mode 0700).
 
     Raises:
         DataError: where it cannot be made.
     """
     try:
+        if not os.environ.get("FLOWFORMER_DATA") and folder.is_relative_to(cache_folder()):
+            make_private(folder)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(

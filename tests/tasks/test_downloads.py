@@ -3,10 +3,12 @@
 import errno
 import hashlib
 import io
+import os
 import threading
 import zipfile
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from rich.console import Console
 
 from flowformer.common.errors import DataError
 from flowformer.tasks import downloads
-from flowformer.tasks.downloads import DATASETS, Dataset, checksum, data_folder, fetch, find_dataset
+from flowformer.tasks.downloads import DATASETS, Dataset, checksum, data_folder, fetch, find_dataset, make_folder
 from flowformer.tasks.text import enwik8, wikitext
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -331,6 +333,27 @@ def test_checksum_of_files(tmp_path):
 
 def test_the_cache_is_in_the_home_folder_or_where_the_variable_says(monkeypatch, tmp_path, cache):
     assert data_folder("own") == cache / "own"
+    monkeypatch.setenv("FLOWFORMER_DATA", "~/data")
+    assert data_folder("own") == Path.home() / "data" / "own"
     monkeypatch.delenv("FLOWFORMER_DATA")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path)
     assert data_folder("own") == tmp_path / ".cache" / "flowformer" / "own"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert data_folder("own") == tmp_path / "xdg" / "flowformer" / "own"
+
+
+def test_folders_in_the_users_cache_are_the_users_own_and_others_are_as_usual(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("FLOWFORMER_DATA", str(tmp_path / "shared"))
+    before = os.umask(0o022)
+    try:
+        make_folder(data_folder("tokens"))
+        monkeypatch.delenv("FLOWFORMER_DATA")
+        make_folder(data_folder("tokens"))
+        make_folder(tmp_path / "given")
+    finally:
+        os.umask(before)
+    names = ("xdg", "xdg/flowformer/tokens", "shared", "given")
+    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in names}
+    assert modes == {"xdg": 0o700, "xdg/flowformer/tokens": 0o700, "shared": 0o755, "given": 0o755}

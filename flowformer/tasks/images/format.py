@@ -46,6 +46,7 @@ class ImageFormat:
         crop: Part of the side that the centre crop keeps, after resizing: 0.875 resizes to 256 for 224.
     """
 
+    kind: ClassVar[str] = "images"
     item: ClassVar[str] = "picture"
     files: ClassVar[str] = "pictures, and folders of them"
     show_options: ClassVar[type] = NoChoice

@@ -125,7 +125,7 @@ def fill_missing(series: np.ndarray) -> np.ndarray:
 class SeriesChoice:
     """Selection of a series in a file."""
 
-    index: int = option(0, "index of the series in the file, from 0")
+    index: int = option(0, "index of the series in the file, from 0", at_least=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +140,7 @@ class SeriesFormat:
         channel_names: of the training data, in the model's order; None where its source names none.
     """
 
+    kind: ClassVar[str] = "series"
     item: ClassVar[str] = "series"
     files: ClassVar[str] = "series as .ts, or as .csv in long form, with or without labels"
     show_options: ClassVar[type] = SeriesChoice

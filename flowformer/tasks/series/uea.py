@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flowformer.common.errors import DataError
 from flowformer.common.names import nearest
-from flowformer.tasks.downloads import data_folder
+from flowformer.tasks.downloads import data_folder, make_folder
 from flowformer.tasks.series.files import read_table
 from flowformer.tasks.series.table import SeriesTable
 from flowformer.tasks.series.task import SeriesTask, build_task
@@ -100,7 +100,8 @@ def load(subset: str, data_dir: str | Path | None = None) -> SeriesTask:
 
     Files are sought as {folder}/{subset}/{subset}_TRAIN.ts or {folder}/{subset}_TRAIN.ts, and with .ts.gz; likewise
     _TEST. The cache is the folder `uea` in the folder that the environment variable FLOWFORMER_DATA names, or
-    ~/.cache/flowformer/uea. A download goes to the cache.
+    `flowformer` in the user's cache folder (:func:`flowformer.common.folders.cache_folder`). A download goes to the
+    cache.
 
     Raises:
         DataError: unknown subset; files that cannot be read; or no files and no way to download them, in which case
@@ -169,7 +170,7 @@ def _download(subset: str, folders: Iterable[Path]) -> tuple[SeriesTable, Series
     folder = data_folder("uea")
     logger.info("downloading %s to %s", subset, folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         # Inside the folder, so that a finished file moves into place in one step.
         with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as scratch:
             train, test = _fetch(subset, Path(scratch))

@@ -42,7 +42,8 @@ def load(data_dir: str | Path | None = None) -> Corpus:
 
     It is sought as ``enwik8``, as ``enwik8.zip``, or as the three files of Transformer-XL's prep_enwik8.py
     (``train.txt.raw``, ``valid.txt.raw``, ``test.txt.raw``), in the folder itself and in its folder ``enwik8``. The
-    cache is the folder that the environment variable FLOWFORMER_DATA names, or ~/.cache/flowformer.
+    cache is the folder that the environment variable FLOWFORMER_DATA names, or ``flowformer`` in the user's cache
+    folder.
 
     Raises:
         DataError: if it is not found, with a message how to get it; or if it is not Enwik8, by its size and

@@ -38,7 +38,7 @@ def load(path: str | Path | None = None, *, tokenizer: str | Tokenizer = "bytes"
     out. Files may be compressed: ``.gz``, ``.bz2``, ``.xz``. Between two of them comes a line feed, where the first
     does not end in one. A byte order mark is no part of a text; text in UTF-16 or UTF-32 that has one is converted to
     UTF-8. Tokens are made once, and kept in the folder ``tokens`` of the cache, which is in the folder that the
-    environment variable FLOWFORMER_DATA names, or in ~/.cache/flowformer.
+    environment variable FLOWFORMER_DATA names, or in ``flowformer`` in the user's cache folder.
 
     Args:
         path: A file or a folder. If absent, a slice of Wikipedia, 6 MB of XML, from the gensim wheel.

@@ -66,7 +66,7 @@ def load(
     It is sought as ``wiki.train.tokens``, ``wiki.valid.tokens`` and ``wiki.test.tokens``, as ``wikitext-103-v1.zip``,
     or as the parquet files of the Hugging Face hub (``train-00000-of-00002.parquet`` and so on, with a column
     ``text``); in the folder itself, and in its folders ``wikitext-103`` and ``wikitext-103-v1``. The cache is the
-    folder that the environment variable FLOWFORMER_DATA names, or ~/.cache/flowformer.
+    folder that the environment variable FLOWFORMER_DATA names, or ``flowformer`` in the user's cache folder.
 
     Words are what whitespace parts; every line ends with ``<eos>``, empty ones too. The vocabulary is that of train,
     most frequent words first; a word that train lacks becomes ``<unk>``. Tokens are made once, which takes a minute or
