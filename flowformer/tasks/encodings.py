@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from flowformer.common.errors import DataError
 
@@ -59,6 +59,16 @@ def decode(data: bytes, origin: object) -> str:
         raise DataError(describe(origin, name, error.start, error.reason, bool(mark))) from error
 
 
+def check_file(path: Path) -> None:
+    """Raise for what is neither a file nor a folder: a pipe would be waited for without end.
+
+    Raises:
+        DataError: for a pipe, a device or a socket.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DataError(f"{path}: a pipe or device, expected a file")
+
+
 @contextmanager
 def open_text(path: Path, *, errors: str = "strict", newline: str | None = None) -> Iterator[IO[str]]:
     """Open a text file, compressed or not, in the encoding that its byte order mark states, else UTF-8.
@@ -72,10 +82,11 @@ def open_text(path: Path, *, errors: str = "strict", newline: str | None = None)
         DataError: in the ``with`` block too, for a file that is absent, cannot be read or is damaged, and for bytes
             that are no text, with the place of the first of them.
     """
+    check_file(path)
     try:
         with open_binary(path) as binary:
             _, name = find_mark(binary.read(4))
-        with open_binary(path) as binary, io.TextIOWrapper(binary, name, errors, newline) as text:
+        with open_binary(path) as binary, io.TextIOWrapper(cast("Any", binary), name, errors, newline) as text:
             yield text
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
@@ -95,7 +106,7 @@ def _reason(error: Exception) -> str:
 
 def find_undecodable(path: Path) -> str | None:
     """Return a message about the first byte of a file that is not text in its encoding; ``None`` if all of it is."""
-    place = 0
+    place = kept = 0
     with open_binary(path) as source:
         block = source.read(BLOCK_BYTES)
         mark, name = find_mark(block)

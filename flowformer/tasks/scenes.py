@@ -18,6 +18,7 @@ from torch import nn
 from flowformer.common.errors import DataError
 from flowformer.mechanisms import find_attention, list_attentions
 from flowformer.mechanisms.maps import LayerMaps, model_maps
+from flowformer.tasks.encodings import check_file
 
 FLOWS = {
     "conserved_incoming": "conserved incoming flow",
@@ -228,6 +229,7 @@ def read_example(file: Path | None, what: str) -> bytes:
     """
     if file is None:
         raise ValueError(f"a file is required: {what}")
+    check_file(file)
     try:
         return file.read_bytes()
     except OSError as error:

@@ -4,11 +4,13 @@ import bz2
 import errno
 import gzip
 import lzma
+import os
 
 import pytest
 
 from flowformer.common.errors import DataError
 from flowformer.tasks.encodings import decode, find_undecodable, open_text
+from flowformer.tasks.scenes import read_example
 
 TEXT = "Füße, 川\nzweite Zeile\n"
 # As Notepad calls them: UTF-8, UTF-8 with BOM, UTF-16 LE, UTF-16 BE; and UTF-32.
@@ -86,3 +88,11 @@ def test_what_the_block_writes_is_not_blamed_on_the_file(tmp_path):
     (tmp_path / "text").write_text("a")
     with pytest.raises(OSError, match="full"), open_text(tmp_path / "text"):
         raise OSError(errno.ENOSPC, "full")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_pipes_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for read in (lambda file: open_text(file).__enter__(), lambda file: read_example(file, "a text")):
+        with pytest.raises(DataError, match="pipe: a pipe or device, expected a file"):
+            read(tmp_path / "pipe")

@@ -351,8 +351,10 @@ def _walk(root: Path, below: str) -> Iterator[str]:
         name = f"{below}/{entry.name}"
         if entry.is_dir() and not _is_image(name):
             yield from _walk(root, name)
-        else:
+        elif entry.is_file() or entry.is_dir() or entry.is_symlink():
             yield name
+        else:  # would be waited for without end
+            logger.warning("%s: %s is left out: a pipe or device", root, name)
 
 
 def _split_folders(place: Path) -> dict[str, Path]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flowformer.common.errors import DataError
 from flowformer.models.vision import VisionModel
+from flowformer.tasks.encodings import check_file
 from flowformer.tasks.images.decoding import SUFFIXES, UnreadableImage, decode
 from flowformer.tasks.scenes import Scene, View, find_mechanisms, locate, model_strips, read_example
 
@@ -131,6 +132,7 @@ class ImageFormat:
         for path in paths:
             if not path.exists():
                 raise DataError(f"{path}: no such file or folder")
+            check_file(path)
             files += _find_pictures(path)
         names, pieces = [], []
         for start in range(0, len(files), 64):

@@ -3,6 +3,7 @@
 import json
 import logging
 import multiprocessing
+import os
 import pickle
 import struct
 import tarfile
@@ -744,3 +745,15 @@ def test_damaged_shards_are_errors_or_left_out(tmp_path, kind):
             continue
         for index in range(len(files)):
             files._reason(index)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_pipes_are_not_waited_for(tmp_path, caplog):
+    write_folder(tmp_path, images(1))
+    os.mkfifo(tmp_path / "cat" / "pipe.png")
+    (tmp_path / "cat" / "link.png").symlink_to(tmp_path / "gone.png")
+    files = read_folder(tmp_path)
+    assert [files.name(index) for index in range(len(files))] == ["cat/0.png", "cat/link.png", "dog/0.png"]
+    assert "cat/pipe.png is left out: a pipe or device" in caplog.text
+    with pytest.raises(UnreadableImage, match="No such file"):
+        files.decode(1)
