@@ -47,7 +47,7 @@ def _add_arguments(parser: Parser) -> list[str]:
     add("paths", nargs="+", type=Path, metavar="RUN FILE", help="folders of runs, and the file to visualize")
     actions = [
         add("--out", type=output_path, metavar="FILE", required=True, help="figure to write: .png, .pdf or .svg"),
-        add("--checkpoint", default="last", help=CHECKPOINTS),
+        add("--checkpoint", default="last", choices=CHECKPOINTS, help="which weights"),
         add("--at", action="append", metavar="PLACE", help=(
             "position of the query; may be repeated: ROW,COLUMN of an image, else a step or token; whole numbers count "
             "from 0 (pixels of the preprocessed image), fractions are relative; 'class' is the class token"
