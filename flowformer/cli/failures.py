@@ -12,7 +12,7 @@ from pathlib import Path
 import flowformer
 from flowformer.cli.arguments.parser import UsageError
 from flowformer.cli.extras import find_extra
-from flowformer.cli.output import discard, escape
+from flowformer.cli.output.streams import discard, escape
 from flowformer.common.errors import DataError, RunError, describe
 
 USAGE, FAULT = 2, 70  # exit statuses; 70 is EX_SOFTWARE of sysexits.h

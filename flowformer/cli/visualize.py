@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from flowformer.cli.arguments.options import add_options, read_options
-from flowformer.cli.arguments.outputs import check_file, output_path
 from flowformer.cli.arguments.parser import Parser, UsageError, usable
-from flowformer.cli.output import show
+from flowformer.cli.output.paths import check_file, output_path
+from flowformer.cli.output.streams import show
 from flowformer.cli.trained import CHECKPOINTS, find_run, is_run, open_format, open_run, parse_for_run, require
 
 NOTE = "Further options depend on the run: `flowformer visualize RUN --help` shows them."
