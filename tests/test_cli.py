@@ -96,9 +96,24 @@ def test_language_run_is_exported(language_run, tmp_path, capsys):
         1
     ]
     assert tokenizer.decode(tokens[0]) == ours.removesuffix("\n")
-    status, _, err = run(capsys, "export", str(language_run), "--to", "hf", "--out", str(tmp_path / "hf"))
-    assert status == 2
-    assert "is not empty: choose another folder" in err
+
+
+def test_exports_to_what_is_no_empty_folder(language_run, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for out, message in (
+        (tmp_path / "file", "is a file: choose a folder"),
+        (tmp_path / "file" / "below", "could not be written"),
+        (tmp_path, "is not empty: choose another folder"),
+        (tmp_path / ("a" * 300), "too long"),
+        ("/proc/flowformer", "could not be written"),
+    ):
+        status, printed, err = run(capsys, "export", str(language_run), "--to", "hf", "--out", str(out))
+        assert (status, printed) == (2, "")
+        assert str(out) in err
+        assert message in err
+        assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_language_run_is_resumed(language_run, capsys):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import flowformer
 from flowformer.cli.arguments.parser import UsageError
-from flowformer.cli.extras import find_extra
 from flowformer.cli.output.streams import discard, escape
 from flowformer.common.errors import DataError, RunError, describe
+from flowformer.common.extras import find_extra
 
 USAGE, FAULT = 2, 70  # exit statuses; 70 is EX_SOFTWARE of sysexits.h
 # How torch says that memory is short, besides torch.OutOfMemoryError.

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
+from flowformer.core.checks import describe
+from flowformer.interop.weights import read_folder
 from flowformer.models.language import LanguageModel
 from flowformer.models.timeseries import SeriesClassifier
 from flowformer.models.vision import VisionModel
@@ -91,15 +91,15 @@ def timeseries_state_dict(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
         A state dict for :class:`flowformer.models.timeseries.SeriesClassifier`.
 
     Raises:
+        TypeError: for anything but tensors of floating point numbers.
         ValueError: for a name that such a checkpoint does not have.
     """
     ours = {}
-    for name, tensor in published.items():
-        new = _rename(name, _TIMESERIES_NAMES, "the published time-series classifier")
+    for new, tensor in _rename(published, _TIMESERIES_NAMES, "the published time-series classifier").items():
         if new == "position":
-            tensor = tensor.squeeze(1)  # (length, 1, dim)
+            tensor = tensor.flatten(1) if tensor.ndim == 3 else tensor  # (length, 1, dim)
         elif re.search(r"linear[12]\.weight", new):
-            tensor = tensor.squeeze(-1)  # a convolution of width 1
+            tensor = tensor.squeeze(-1) if tensor.ndim == 3 else tensor  # a convolution of width 1
         ours[new] = tensor
     return ours
 
@@ -120,7 +120,7 @@ def load_timeseries(published: Mapping[str, Tensor], *, num_heads: int = 8, **op
         ValueError: for a name that such a checkpoint does not have, one that is missing, or a tensor of another shape.
     """
     state = timeseries_state_dict(published)
-    _require(state, "position", "embed.weight", "head.bias", "encoder.blocks.0.linear1.weight")
+    _require(state, {"position": 2, "embed.weight": 2, "head.bias": 1, "encoder.blocks.0.linear1.weight": 2})
     max_length, dim = state["position"].shape
     model = SeriesClassifier(
         state["embed.weight"].shape[1],
@@ -145,14 +145,13 @@ def vision_state_dict(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
         A state dict for :class:`flowformer.models.vision.VisionModel`.
 
     Raises:
+        TypeError: for anything but tensors of floating point numbers.
         ValueError: for a name that such a checkpoint does not have.
     """
-    ours = {}
-    for name, tensor in published.items():
-        new = _rename(name, _VISION_NAMES, "the published hierarchical Flowformer")
+    ours: dict[str, Tensor] = {}
+    for new, tensor in _rename(published, _VISION_NAMES, "the published hierarchical Flowformer").items():
         if ".qkv." in new:
-            for projection, part in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True):
-                ours[new.replace("qkv", projection)] = part
+            _split_qkv(ours, new, tensor)
         else:
             ours[new] = tensor.squeeze(0) if new == "position" else tensor  # (1, patches, dim)
     return ours
@@ -174,8 +173,10 @@ def load_vision(published: Mapping[str, Tensor], *, num_heads: int = 12, **optio
         ValueError: for a name that such a checkpoint does not have, one that is missing, or a tensor of another shape.
     """
     state = vision_state_dict(published)
-    _require(state, "position", "head.bias", "stages.0.embed.weight", "stages.0.blocks.0.linear1.weight")
     stages = sum(name.endswith("embed.weight") for name in state)
+    biases = {f"stages.{stage}.embed.bias": 1 for stage in range(stages)}
+    sizes_of = {"position": 2, "head.bias": 1, "stages.0.embed.weight": 4, "stages.0.blocks.0.linear1.weight": 2}
+    _require(state, {**sizes_of, **biases})
     embed_dims = [len(state[f"stages.{stage}.embed.bias"]) for stage in range(stages)]
     depths = [
         sum(bool(re.fullmatch(rf"stages\.{s}\..*\.linear1\.weight", name)) for name in state) for s in range(stages)
@@ -208,7 +209,7 @@ def load_gpt(published: Mapping[str, Tensor], *, num_heads: int, **options: Any)
     Raises:
         ValueError: for a name that such a checkpoint does not have, one that is missing, or a tensor of another shape.
     """
-    state = {_rename(name, _FLOW_GPT_NAMES, "the published GPT-style module"): t for name, t in published.items()}
+    state = _rename(published, _FLOW_GPT_NAMES, "the published GPT-style module")
     sizes = _decoder_sizes(state, tied=False)
     return _fill(LanguageModel(**{**sizes, "num_heads": num_heads, "activation": "gelu_tanh", **options}), state)
 
@@ -228,16 +229,16 @@ def gpt2_state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: for a name that GPT-2 does not have.
     """
     ours: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        if _GPT2_BUFFERS.fullmatch(name):
-            continue
-        full = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        new = _rename(full, _GPT2_NAMES, "GPT-2")
-        if new.endswith("weight") and re.search(r"qkv|out_proj|linear[12]", new):
+    parameters = {
+        name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
+        for name, tensor in weights.items()
+        if not _GPT2_BUFFERS.fullmatch(name)
+    }
+    for new, tensor in _rename(parameters, _GPT2_NAMES, "GPT-2").items():
+        if tensor.ndim == 2 and new.endswith("weight") and re.search(r"qkv|out_proj|linear[12]", new):
             tensor = tensor.T
         if ".qkv." in new:
-            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
-                ours[new.replace("qkv", f"{part}_proj")] = rows
+            _split_qkv(ours, new, tensor)
         else:
             ours[new] = tensor
     return ours
@@ -262,10 +263,11 @@ def load_gpt2(source: Any, *, attention: str = "flow", **options: Any) -> Langua
 
     Raises:
         FileNotFoundError: for a folder without ``config.json`` or weights.
+        DataError: for a damaged file, or one that contains more than tensors; no code in it is run.
         ValueError: for settings of GPT-2 that our model does not have, and for weights that are missing, unexpected, or
             of another shape.
     """
-    config, weights = _read_folder(Path(source)) if isinstance(source, (str, Path)) else _read_model(source)
+    config, weights = read_folder(Path(source)) if isinstance(source, (str, Path)) else _read_model(source)
     _check_gpt2(config)
     state = gpt2_state_dict(weights)
     tied = bool(config.get("tie_word_embeddings", True)) or "head.weight" not in state
@@ -301,6 +303,8 @@ def _keep_fresh_attention(model: nn.Module, state: dict[str, Tensor]) -> dict[st
 def _check_gpt2(config: Mapping[str, Any]) -> None:
     if config.get("model_type") != "gpt2":
         raise ValueError(f"the model must be a GPT-2, got model_type {config.get('model_type')!r}")
+    if not isinstance(config.get("n_head"), int):
+        raise ValueError(f"n_head must be an integer, got {config.get('n_head')!r}")
     for name, wanted in _GPT2_FIXED.items():
         if config.get(name, wanted) != wanted:
             raise ValueError(f"{name} = {config[name]} is not supported, only {wanted}")
@@ -315,32 +319,9 @@ def _read_model(model: Any) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
     return model.config.to_dict(), model.state_dict()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue] - a transformers model has it
 
 
-def _read_folder(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
-    """Settings and weights as ``save_pretrained`` writes them: in one file or in parts, as safetensors or by torch."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}/config.json not found: source must be the folder of a GPT-2")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            return config, {key: tensor for part in parts for key, tensor in _read_weights(folder / part).items()}
-        if (folder / name).is_file():
-            return config, _read_weights(folder / name)
-    raise FileNotFoundError(f"{folder} has neither model.safetensors nor pytorch_model.bin, whole or sharded")
-
-
-def _read_weights(file: Path) -> Mapping[str, Tensor]:
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(file)
-    return torch.load(file, map_location="cpu", weights_only=True)
-
-
 def _decoder_sizes(state: Mapping[str, Tensor], *, tied: bool) -> dict[str, Any]:
     """Options of a language model that the shapes of its weights tell."""
-    _require(state, "embed.weight", "position.weight", "decoder.blocks.0.linear1.weight")
+    _require(state, {"embed.weight": 2, "position.weight": 2, "decoder.blocks.0.linear1.weight": 2})
     vocab_size, dim = state["embed.weight"].shape
     return {
         "vocab_size": vocab_size,
@@ -352,17 +333,44 @@ def _decoder_sizes(state: Mapping[str, Tensor], *, tied: bool) -> dict[str, Any]
     }
 
 
-def _rename(name: str, names: Names, what: str) -> str:
+def _rename(published: Mapping[str, Tensor], names: Names, what: str) -> dict[str, Tensor]:
+    """Tensors by our names."""
+    if not isinstance(published, Mapping):
+        raise TypeError(f"the weights of {what} must be a state dict, got {type(published).__name__}")
+    ours = {}
+    for name, tensor in published.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise TypeError(f"{name!r} of {what} must be a tensor of floating point numbers, got {describe(tensor)}")
+        ours[_rename_one(name, names, what)] = tensor
+    return ours
+
+
+def _rename_one(name: str, names: Names, what: str) -> str:
     for pattern, replacement in names:
         if re.fullmatch(pattern, name):
             return re.sub(pattern, replacement, name)
     raise ValueError(f"{name!r} is not a parameter of {what}")
 
 
-def _require(state: Mapping[str, Tensor], *names: str) -> None:
-    missing = [name for name in names if name not in state]
+def _split_qkv(ours: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+    """Put queries, keys and values that are one tensor under their own names."""
+    if not tensor.ndim or len(tensor) % 3:
+        raise ValueError(f"{name} must have queries, keys and values in one, got {describe(tensor)} (in our names)")
+    for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+        ours[name.replace("qkv", f"{part}_proj")] = rows
+
+
+def _require(state: Mapping[str, Tensor], axes: Mapping[str, int]) -> None:
+    """Check the tensors that sizes are read from: that they are there, and how many axes they have."""
+    missing = [name for name in axes if name not in state]
     if missing:
         raise ValueError(f"the weights do not fit the model: missing {', '.join(missing)} (in our names)")
+    for name, wanted in axes.items():
+        if state[name].ndim != wanted or not state[name].numel():
+            raise ValueError(
+                f"the weights do not fit the model: {name} must have {wanted} axes, none of them empty, got"
+                f" {describe(state[name])} (in our names)"
+            )
 
 
 def _fill(model: M, state: Mapping[str, Tensor]) -> M:

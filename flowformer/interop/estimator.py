@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, ClassVar, cast
@@ -30,9 +29,10 @@ class FlowformerClassifier(BaseClassifier):
     """Time-series classifier: the Flowformer of the published UEA experiments (Wu et al., ICML 2022).
 
     It takes what aeon's classifiers take: arrays of shape (n, channels, length) or, for one channel, (n, length), and
-    lists of n arrays of shape (channels, length) whose lengths differ. Missing values (NaN) are interpolated in time,
-    and each channel is standardised with the statistics of the training series. Series that are longer than the longest
-    training series are clipped to its length; shorter ones are padded, and padding is hidden from attention.
+    lists of n arrays of shape (channels, length) whose lengths differ. Missing values (NaN) are interpolated in time
+    (a series must have some value; a channel that has none is set to the mean), and each channel is standardised with
+    the statistics of the training series. Series that are longer than the longest training series are clipped to its
+    length; shorter ones are padded, and padding is hidden from attention.
 
     The defaults are those of the published experiments (thuml/Flowformer, Flowformer_TimeSeries, options.py),
     where nothing is held out and the weights of the last epoch are kept. They are meant for a GPU; on a CPU a smaller
@@ -59,7 +59,7 @@ class FlowformerClassifier(BaseClassifier):
         random_state: Decides initial weights, order of series and dropout. An int gives the same predictions each time
             (on a CPU to the last bit, on other devices as far as their kernels are deterministic). A ``RandomState``
             is drawn from once in each fit; ``None`` draws from NumPy's global one. No other global random state
-            is touched.
+            is touched: classifiers may be fitted in several threads at once, each with the result that it has alone.
 
     Attributes:
         classes_: (n_classes,) the labels, sorted.
@@ -70,7 +70,8 @@ class FlowformerClassifier(BaseClassifier):
         history_: One dictionary an epoch: ``"epoch"`` (from 1), ``"seconds"``, ``"train/loss"``, ``"train/accuracy"``.
 
     Raises:
-        ValueError: In ``fit``, for a parameter out of range or an unknown name; for series or labels that aeon rejects.
+        ValueError: In ``fit``, for a parameter out of range or an unknown name; for series or labels that aeon rejects,
+            infinite values and those beyond float32, and for series without values.
         TypeError: In ``fit``, for a parameter of the wrong type.
         RuntimeError: In ``fit``, if training diverges.
 
@@ -135,23 +136,41 @@ class FlowformerClassifier(BaseClassifier):
         # Not at the top of the file: without Lightning and rich, aeon says what to install when an estimator is made.
         from rich.console import Console
 
+        from flowformer.training.draws import Draws
         from flowformer.training.fit import fit
 
         self._check_parameters()
+        _check_values(X)  # of tables of pandas too, which are arrays by now
         part = SeriesSet([fill_missing(series.T) for series in X], np.searchsorted(self.classes_, y))
         recipe = self._recipe(part)
         task = recipe.build_task()
-        with _undisturbed():
-            torch.manual_seed(recipe.seed)
-            model = recipe.build_model(task.format)
-            self.history_ = fit(recipe, task, model, console=Console() if self.verbose else None)
+        draws = Draws(recipe.seed)
+        with torch.enable_grad():  # Lightning switches gradients on for good
+            with draws:
+                model = recipe.build_model(task.format)
+            self.history_ = fit(recipe, task, model, console=Console() if self.verbose else None, draws=draws)
         model.zero_grad()  # frees the gradients
         self.model_ = model.cpu().eval()
         self.format_ = task.format
         return self
 
+    def _preprocess_collection(self, X: Any, store_metadata: bool = True) -> Any:
+        _refuse_nothing(X)
+        _check_values(X)  # before aeon looks at their variance
+        return super()._preprocess_collection(X, store_metadata)
+
     def _predict_proba(self, X: Sequence[np.ndarray]) -> np.ndarray:
-        return classify(self.model_, self.format_, [series.T for series in X], batch_size=int(self.batch_size))
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = classify(self.model_, self.format_, [series.T for series in X], batch_size=int(self.batch_size))
+        rows = np.flatnonzero(~np.isfinite(found).all(axis=1))
+        if len(rows):
+            row = int(rows[0])
+            largest = np.nanmax(np.abs(X[row]))
+            raise ValueError(
+                f"the probabilities of X[{row}] are not finite: its values, of magnitude up to {largest:g}, are far"
+                " beyond those of the training series"
+            )
+        return found
 
     def _predict(self, X: Sequence[np.ndarray]) -> np.ndarray:
         return self.classes_[self._predict_proba(X).argmax(axis=1)]
@@ -208,6 +227,36 @@ class FlowformerClassifier(BaseClassifier):
         return {"dim": 8, "num_heads": 2, "num_layers": 1, "ffn_dim": 8, "n_epochs": 2, "accelerator": "cpu"}
 
 
+def _refuse_nothing(X: Any) -> None:
+    """Refuse no series, and series without channels or time steps, of which aeon's own checks fail."""
+    if not isinstance(X, (np.ndarray, list)):
+        return  # left to aeon
+    if not len(X) or (isinstance(X, np.ndarray) and not X.size):
+        shape = f"an array of shape {X.shape}" if isinstance(X, np.ndarray) else "an empty list"
+        raise ValueError(f"X must have at least one series, channel and time step, got {shape}")
+    for row, series in enumerate(X):
+        if isinstance(series, np.ndarray) and not series.size:
+            raise ValueError(f"X[{row}] must have at least one channel and time step, got shape {series.shape}")
+
+
+def _check_values(X: Any) -> None:
+    """Refuse infinite values, those beyond float32, and series of which all values are missing.
+
+    What is no array of numbers is left to aeon.
+    """
+    for row, series in enumerate(X if isinstance(X, (np.ndarray, list)) else ()):
+        if not isinstance(series, np.ndarray) or series.dtype.kind not in "fiu":
+            continue
+        if np.isnan(series).all():
+            raise ValueError(f"X[{row}] has no values: all are missing")
+        beyond = np.abs(series) > np.finfo(np.float32).max
+        if beyond.any():
+            place = tuple(int(index) for index in np.argwhere(beyond)[0])
+            value = series[place]
+            what = "beyond the range of float32" if np.isfinite(value) else "infinite; a missing value is NaN"
+            raise ValueError(f"X[{row}] is {value:g} at {list(place)}, which is {what}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _ArraysRecipe(SeriesRecipe):
     """A classifier of series that are in memory, with nothing to test it on."""
@@ -218,14 +267,3 @@ class _ArraysRecipe(SeriesRecipe):
     def build_task(self, form: Any = None) -> SeriesTask:
         form = SeriesFormat.fit(self.part, self.classes)
         return SeriesTask(name=self.name, train=self.part, test=self.part.subset([]), format=form)
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Leave the random state of torch, on the CPU and all devices, and its gradient mode as they were found.
-
-    Training seeds the former anew in each epoch, and Lightning switches the latter on for good.
-    """
-    devices = range(torch.accelerator.device_count())
-    with torch.random.fork_rng(devices), torch.enable_grad():
-        yield

@@ -7,24 +7,33 @@ models/pvt_v2.py, for what it asks of a model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
+import torch
+from safetensors import SafetensorError
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models import register_model as register_with_timm
 from timm.models._features import feature_take_indices
 from torch import Tensor, is_grad_enabled, nn
+from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
+from flowformer.common.errors import DataError
+from flowformer.interop.checkpoints import vision_state_dict
+from flowformer.mechanisms.aft import AFTFull
 from flowformer.models import list_models, vision
 from flowformer.models.initialization import draw_parameters, set_initializer, truncated_normal
 from flowformer.models.registry import find_model
 from flowformer.models.vision import VisionModel
 from flowformer.models.vision_blocks import Grid, VisionStage
 
-__all__ = ["TimmVisionModel"]
+__all__ = ["TimmVisionModel", "checkpoint_filter_fn"]
 
 _NAMES = tuple(name for name in list_models() if find_model(name).__module__ == vision.__name__)
 HEAD_STD = 0.02  # of a fresh head: timm's ViT and ours alike
@@ -101,7 +110,20 @@ class TimmVisionModel(VisionModel):
     # ---------------------------------------------------------------------------------------------------------- forward
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (batch, num_classes) of images (batch, channels, height, width); features without a head."""
+        """Return logits (batch, num_classes) of images (batch, channels, height, width); features without a head.
+
+        Raises:
+            TypeError: for a proxy of ``torch.fx``, which cannot trace checks of shapes; for AFT-full under
+                ``torch.jit.trace``.
+            ValueError: as :meth:`VisionModel.forward`.
+        """
+        if isinstance(images, Proxy):
+            raise TypeError(
+                "torch.fx cannot trace this model, whose steps depend on the image's size: use features_only=True,"
+                " forward_intermediates, or forward hooks on the modules of feature_info"
+            )
+        if torch.jit.is_tracing() and any(isinstance(module, AFTFull) for module in self.modules()):
+            raise TypeError("torch.jit.trace cannot trace AFT-full attention: use torch.export")
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -113,34 +135,50 @@ class TimmVisionModel(VisionModel):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return logits from the output of :meth:`forward_features`; with ``pre_logits`` the input of the head."""
-        if self.global_pool == "token":
-            x = x[:, 0]
-        elif self.global_pool == "avg":
-            x = x[:, self.num_prefix_tokens :].mean(1)
-        x = self.head_drop(x)
+        x = self.head_drop(self.pool(x))
         return x if pre_logits else self.head(x)
+
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """Return the pooled tokens (batch, dim), or all, (batch, tokens, dim), for the pooling ``""``.
+
+        Args:
+            x: Tokens (batch, tokens, dim), the class token first.
+            pool_type: As ``global_pool``, which it is if absent.
+
+        Raises:
+            ValueError: for pooling that the model does not have.
+        """
+        kind = self.global_pool if pool_type is None else self._pooling(pool_type)
+        if kind == "token":
+            return x[:, 0]
+        return x[:, self.num_prefix_tokens :].mean(1) if kind == "avg" else x
 
     def forward_intermediates(
         self,
         x: Tensor,
         indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        output_dict: bool = False,
+    ) -> list[Any] | tuple[Tensor, list[Any]] | dict[str, Any]:
         """Return intermediate feature maps: see ``feature_info``.
 
         Args:
             x: Images (batch, channels, height, width).
             indices: Which maps: the last so many, those of these numbers, or all.
+            return_prefix_tokens: Return pairs of a map and its class token (batch, 1, dim), where there is one.
             norm: Apply the final norm to maps that it fits: those of the stage that it was made for.
             stop_early: Compute no more than is asked for.
             output_fmt: ``"NCHW"`` for (batch, dim, rows, columns), ``"NLC"`` for (batch, patches, dim).
             intermediates_only: Return nothing but the maps.
+            output_dict: Return a dictionary: ``"image_intermediates"``, the maps; with ``return_prefix_tokens``
+                ``"image_intermediates_prefix"``; without ``intermediates_only`` ``"image_features"``.
 
         Returns:
-            :meth:`forward_features` and the list of maps, or the list alone.
+            :meth:`forward_features` and the list of maps, or the list alone, or the dictionary.
 
         Raises:
             ValueError: for an unknown format.
@@ -148,15 +186,44 @@ class TimmVisionModel(VisionModel):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         wanted, last = feature_take_indices(len(self.feature_info), cast("Any", indices))
-        maps, tokens = [], x
+        maps, prefixes, tokens, first = [], [], x, self.num_prefix_tokens
         for number, (tokens, grid) in enumerate(self._taps(x)):
             if number in wanted:
                 fits = self._by_block or number == len(self.feature_info) - 1
-                patches = (self.norm(tokens) if norm and fits else tokens)[:, self.num_prefix_tokens :]
+                shown = self.norm(tokens) if norm and fits else tokens
+                prefixes.append(shown[:, :first])
+                patches = shown[:, first:]
                 maps.append(patches if output_fmt == "NLC" else patches.transpose(1, 2).unflatten(2, grid).contiguous())
             if stop_early and number == last:
                 break
-        return maps if intermediates_only else (self.norm(tokens), maps)
+        with_prefix = return_prefix_tokens and bool(first)
+        if not output_dict:
+            maps = list(zip(maps, prefixes, strict=True)) if with_prefix else maps
+            return maps if intermediates_only else (self.norm(tokens), maps)
+        parts = {"image_intermediates": maps} | ({"image_intermediates_prefix": prefixes} if with_prefix else {})
+        return parts if intermediates_only else {**parts, "image_features": self.norm(tokens)}
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list[Any]:
+        """Return maps as DINO's models do: :meth:`forward_intermediates` with other names of its arguments.
+
+        Args:
+            x: Images (batch, channels, height, width).
+            n: ``indices`` there.
+            reshape: (batch, dim, rows, columns) instead of (batch, patches, dim).
+            return_prefix_tokens: As there.
+            norm: As there.
+        """
+        maps = self.forward_intermediates(
+            x, n, return_prefix_tokens, norm, output_fmt="NCHW" if reshape else "NLC", intermediates_only=True
+        )
+        return cast("list[Any]", maps)
 
     def _taps(self, images: Tensor) -> Iterator[tuple[Tensor, Grid]]:
         """Tokens and their grid wherever ``feature_info`` has a map."""
@@ -187,6 +254,7 @@ class TimmVisionModel(VisionModel):
         self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
         set_initializer(self.head, partial(truncated_normal, std=HEAD_STD))
         draw_parameters(self.head)
+        self.head.train(self.training)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
@@ -234,6 +302,61 @@ class TimmVisionModel(VisionModel):
         }
 
 
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: TimmVisionModel) -> dict[str, Tensor]:
+    """Adapt weights to a model: of another image size, or of the published hierarchical Flowformer.
+
+    Learned positions, and those of AFT-full and AFT-local, are interpolated from the grid of the images that the
+    weights were trained on: that of ``input_size`` in ``model.pretrained_cfg`` if it fits, else a square.
+
+    ``timm.create_model(..., pretrained=True, pretrained_cfg_overlay={"file": ...})`` calls it, and
+    ``timm.models.load_checkpoint(model, file, filter_fn=checkpoint_filter_fn)``.
+
+    Args:
+        state_dict: Tensors by name, perhaps within ``"model"`` or ``"state_dict"``.
+        model: The model to load them into.
+
+    Raises:
+        ValueError: for positions of a grid that is not known.
+    """
+    state = state_dict.get("model", state_dict)
+    state = dict(state.get("state_dict", state))
+    if "patch_embed.0.proj.weight" in state:
+        state = vision_state_dict(state)
+    own = model.state_dict()
+    tables = [name for name in state if name in own and _POSITIONS.search(name)]
+    if not tables:
+        return state
+    size = _trained_size(model, state[tables[0]].shape[0] - model.num_prefix_tokens, tables[0])
+    for name in tables:
+        stage = 0 if name == "position" else int(name.split(".")[1])
+        old, new = (model.grids(pixels)[stage] for pixels in (size, model.img_size))
+        if len(state[name]) != old[0] * old[1] + model.num_prefix_tokens:
+            raise ValueError(f"{name} is {tuple(state[name].shape)}, and its stage has {old[0]} x {old[1]} patches")
+        state[name] = model.interpolate_positions(state[name], old, new, square=name.endswith("table"))
+    return state
+
+
+# Parameters with a row for each position; a table of AFT has a column for each as well.
+_POSITIONS = re.compile(r"^position$|\.(position_table|query_positions|key_positions)$")
+
+
+def _trained_size(model: TimmVisionModel, patches: int, name: str) -> Grid:
+    """Height and width of the images that weights were trained on, by the patches of the first stage, ``name`` says."""
+    stage = 0 if name == "position" else int(name.split(".")[1])
+    known = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    side = math.isqrt(patches) * model.strides[stage]
+    for size in (known and known[-2:], (side, side), model.img_size):
+        if size and math.prod(model.grids((size[0], size[1]))[stage]) == patches:
+            return size[0], size[1]
+    raise ValueError(
+        f"{name} has {patches} patches, which are no square: give the size of the images, pretrained_cfg_overlay="
+        "{'input_size': (3, height, width)}"
+    )
+
+
 # --------------------------------------------------------------------------------------------------------- registration
 
 
@@ -248,12 +371,25 @@ def _cfg(name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _build_from(file: str | Path, build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a model with the weights of a file; errors of the file name it."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file} not found")
+    try:
+        return build()
+    except (SafetensorError, RuntimeError, EOFError, KeyError, AttributeError) as error:
+        raise DataError(f"{file} could not be loaded: {error}") from error
+
+
 def _register(name: str) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **options: Any) -> nn.Module:
         # As timm has it: the last three blocks of a ViT, all stages of a pyramid.
         maps = None if name.startswith("flowformer_vision") else 3
         features = {"feature_cls": "getter", "out_indices": maps}
-        return build_model_with_cfg(partial(TimmVisionModel, name), name, pretrained, feature_cfg=features, **options)
+        build = partial(build_model_with_cfg, partial(TimmVisionModel, name), name, pretrained, feature_cfg=features,
+                        pretrained_filter_fn=checkpoint_filter_fn, **options)  # fmt: skip
+        file = (options.get("pretrained_cfg_overlay") or {}).get("file") if pretrained else None
+        return build() if file is None else _build_from(file, build)
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"``{name}`` for timm: see :func:`flowformer.create_model` and :class:`TimmVisionModel`."

@@ -218,7 +218,7 @@ class VisionModel(nn.Module):
     def _place(self, tokens: Tensor, grid: Grid) -> Tensor:
         """Prepend the class token and add positions."""
         if self.class_token is not None:
-            tokens = torch.cat([self.class_token.expand(len(tokens), 1, -1).to(tokens.dtype), tokens], 1)
+            tokens = torch.cat([self.class_token.expand(tokens.shape[0], 1, -1).to(tokens.dtype), tokens], 1)
         if self.position is None:
             return tokens
         return tokens + self._interpolate(self.position, self.grids(self.img_size)[0], grid)
@@ -231,6 +231,18 @@ class VisionModel(nn.Module):
         image = table[len(first) :].T.unflatten(1, old).unsqueeze(0)
         image = nn.functional.interpolate(image, new, mode="bicubic", antialias=True, align_corners=False)
         return torch.cat([first, image.squeeze(0).flatten(1).T])
+
+    def interpolate_positions(self, table: Tensor, old: Grid, new: Grid, *, square: bool = False) -> Tensor:
+        """Interpolate parameters of positions from one grid of patches to another.
+
+        Args:
+            table: (positions, channels), the class token's first where there is one.
+            old: Rows and columns of patches that it is made for.
+            new: Those that it shall be for.
+            square: Whether the second axis is positions too.
+        """
+        rows = self._interpolate(table, old, new)
+        return self._interpolate(rows.T, old, new).T.contiguous() if square else rows
 
     def resize(self, img_size: int | Grid) -> VisionModel:
         """Adapt the model to another image size in place: all learned positions are interpolated.
@@ -257,15 +269,15 @@ class VisionModel(nn.Module):
 
     def _resize_biases(self, attention: AFTFull | AFTLocal, old: Grid, new: Grid) -> None:
         if attention.position_dim is None:
-            rows = self._interpolate(attention.position_table, old, new)
-            attention.position_table = nn.Parameter(self._interpolate(rows.T, old, new).T.contiguous())
+            table = self.interpolate_positions(attention.position_table, old, new, square=True)
+            attention.position_table = nn.Parameter(table)
         else:
             attention.query_positions = nn.Parameter(self._interpolate(attention.query_positions, old, new))
             attention.key_positions = nn.Parameter(self._interpolate(attention.key_positions, old, new))
         attention.max_length = new[0] * new[1] + (self.class_token is not None)
 
     def _check(self, images: Tensor) -> None:
-        if images.ndim != 4 or images.shape[1] != self.in_chans or 0 in images.shape:
+        if images.ndim != 4 or images.shape[1] != self.in_chans or 0 in images.shape[2:]:
             raise ValueError(f"images must be (batch, {self.in_chans}, height, width), got {describe(images)}")
         size: Grid = (images.shape[-2], images.shape[-1])
         if self.grids(size) != self.grids(self.img_size):

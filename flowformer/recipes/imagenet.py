@@ -182,7 +182,7 @@ class OwnImageRecipe(ImageNetRecipe):
     )
 
     def _load(self, data: Path, **more: Any) -> ImageNetTask:
-        return super()._load(data, test_fraction=self.test_fraction, **more)
+        return super()._load(data, test_fraction=self.test_fraction, own_numbers=True, **more)
 
     def published_table(self) -> None:
         """None: there are no published results on a user's images."""

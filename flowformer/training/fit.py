@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,10 @@ from flowformer.common.machine import environment, peak_memory_bytes
 from flowformer.tasks.fingerprint import fingerprints
 from flowformer.training.callbacks import History, RunProgress
 from flowformer.training.checkpoints import Checkpoints, PlainCheckpointIO
+from flowformer.training.draws import Draws
 from flowformer.training.folder import DATA, RunFolder, read_plain
 from flowformer.training.module import TaskModule
+from flowformer.training.quiet import quiet
 from flowformer.training.recipe import Recipe, Task
 
 
@@ -62,7 +62,7 @@ def train(
         _check_folder(run, recipe, resume)
     if run.complete:
         return run.read_result()
-    with _quiet():
+    with quiet():
         _trainer(recipe, [], None)  # raises before anything is written, where this machine has no such device
     form = run.read_format(recipe) if (folder / "format.json").exists() else None
     task, data = build_task(recipe, run, form, data_changed_ok=data_changed_ok)
@@ -162,6 +162,7 @@ def fit(
     *,
     folder: Path | None = None,
     console: Console | None = None,
+    draws: Draws | None = None,
 ) -> list[dict[str, Any]]:
     """Train a model in place.
 
@@ -171,6 +172,7 @@ def fit(
         model: The model; left with the weights of the last round.
         folder: For checkpoints and metrics; training resumes from its last checkpoint. ``None`` writes none.
         console: Where to show progress; ``None`` for nowhere.
+        draws: Where random numbers come from; PyTorch's global generators, which are seeded, if absent.
 
     Returns:
         One record of metrics per round; the first is before training, where there is something to evaluate on.
@@ -186,8 +188,8 @@ def fit(
         callbacks.append(RunProgress(console, recipe, task.metric))
     if run is not None:
         callbacks.append(Checkpoints(run, history, tuple(task.evaluated)))
-    module = TaskModule(recipe, task, model)
-    with _quiet(), _stopping_as_asked(), _explaining(run, history):
+    module = TaskModule(recipe, task, model, draws=draws)
+    with draws or contextlib.nullcontext(), quiet(), _stopping_as_asked(), _explaining(run, history):
         trainer = _trainer(recipe, callbacks, folder, evaluating=bool(module.evaluated))
         last = run.resume_state if run is not None and run.resume_state.exists() else None
         if last is not None:
@@ -263,26 +265,6 @@ def _arguments(recipe: Recipe, callbacks: list[Callback], folder: Path | None, e
     }
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Lightning's advice to itself: the recipe decided what it advises about."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*does not have many workers.*")
-            warnings.filterwarnings("ignore", ".*number of training batches .* is smaller than the logging interval.*")
-            warnings.filterwarnings("ignore", ".*GPU available but not used.*")
-            # Lightning 2.6 (pytorch/utilities/_pytree.py) builds a class that newer torch deprecates.
-            warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def protocols(recipe: Recipe, task: Task, records: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
     """Return the result of a run under the paper's protocol and under an honest one, without selection on test data.
 
@@ -350,7 +332,7 @@ def load(recipe: Recipe, folder: Path, checkpoint: str = "last") -> tuple[nn.Mod
 def evaluate(recipe: Recipe, task: Task, model: nn.Module) -> dict[str, float]:
     """Evaluate a model on the test set of a task: loss and the quantities of the metric."""
     module = TaskModule(recipe, task, model, {"test": task.test})
-    with _quiet(), _stopping_as_asked():
+    with quiet(), _stopping_as_asked():
         trainer = _trainer(recipe, [], None)
         trainer.validate(module, verbose=False)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from flowformer.common.interrupts import check_signals
+from flowformer.training.draws import Draws
 from flowformer.training.recipe import Recipe, Task
 from flowformer.training.schedules import learning_rate_factor
 
@@ -26,12 +27,19 @@ class TaskModule(lightning.LightningModule):
         task: Data, loss and metric.
         model: What to train.
         evaluated: The sets to evaluate on, by name; those that the task evaluates during training if absent.
+        draws: Where random numbers come from; PyTorch's global generators if absent.
     """
 
     def __init__(
-        self, recipe: Recipe, task: Task, model: nn.Module, evaluated: Mapping[str, Any] | None = None
+        self,
+        recipe: Recipe,
+        task: Task,
+        model: nn.Module,
+        evaluated: Mapping[str, Any] | None = None,
+        draws: Draws | None = None,
     ) -> None:
         super().__init__()
+        self.draws = draws
         self.recipe, self.task, self.model = recipe, task, model
         self.evaluated = task.evaluated if evaluated is None else evaluated
 
@@ -104,7 +112,8 @@ class TaskModule(lightning.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Seed random numbers from seed, round and device, and set whether this round ends with an evaluation."""
-        torch.manual_seed(self.recipe.seed * 1_000_003 + self.current_epoch + 7_368_787 * self.global_rank)
+        seed = self.recipe.seed * 1_000_003 + self.current_epoch + 7_368_787 * self.global_rank
+        torch.manual_seed(seed) if self.draws is None else self.draws.seed(seed)
         due = self.current_epoch + 1 in self.recipe.evaluated_rounds
         self.trainer.check_val_every_n_epoch = 1 if due else self.current_epoch + 2  # which does not divide epoch + 1
 

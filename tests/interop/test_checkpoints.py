@@ -1,12 +1,15 @@
 """Published weights give published numbers."""
 
+import io
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flowformer.common.errors import DataError
 from flowformer.interop.checkpoints import (
     gpt2_state_dict,
     load_gpt,
@@ -251,3 +254,117 @@ def test_gpt2_that_does_not_fit_is_refused(tmp_path):
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
         load_gpt2(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ files of others
+
+
+class Payload:
+    def __reduce__(self):
+        return (Path.mkdir, (Path("RAN"),))
+
+
+def sharded(folder: Path) -> None:
+    gpt2().save_pretrained(folder, max_shard_size="10KB")
+
+
+DAMAGES = {
+    "no object": ("config.json", lambda data: b"[]", "config.json must contain a JSON object, got list"),
+    "no JSON": ("config.json", lambda data: data[:20], "config.json is damaged"),
+    "another encoding": ("config.json", lambda data: b"\xff\xfe{}", "config.json is damaged"),
+    "deep": ("config.json", lambda data: b"[" * 100_000, "config.json is damaged"),
+    "no heads": ("config.json", lambda data: b'{"model_type": "gpt2"}', "n_head must be an integer, got None"),
+    "empty": ("model.safetensors", lambda data: b"", "model.safetensors is damaged"),
+    "cut": ("model.safetensors", lambda data: data[:-100], "model.safetensors is damaged"),
+    "cut header": ("model.safetensors", lambda data: data[:50], "model.safetensors is damaged"),
+    "huge header": ("model.safetensors", lambda data: b"\xff" * 8 + data[8:], "model.safetensors is damaged"),
+    "a page": ("model.safetensors", lambda data: b"<html>not found</html>", "model.safetensors is damaged"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_folders_are_refused_by_file(tmp_path, damage):
+    name, change, message = DAMAGES[damage]
+    gpt2().save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(change((tmp_path / name).read_bytes()))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_gpt2(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def pickled(value) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+PICKLES = {
+    "code": (lambda: pickle.dumps({"w": Payload()}, protocol=2), "it contains more than tensors"),
+    "code in torch's form": (lambda: pickled({"w": Payload()}), "it contains more than tensors"),
+    "no pickle": (lambda: b"nothing of the kind", "is damaged, or holds no weights"),
+    "empty": (lambda: b"", "is damaged, or holds no weights"),
+    "cut": (lambda: pickled({"w": torch.ones(1000)})[:-200], "is damaged, or holds no weights"),
+    "a list": (lambda: pickled([torch.ones(1)]), "must contain tensors by name, got list"),
+    "a checkpoint": (lambda: pickled({"state_dict": {"w": torch.ones(1)}}), "got dict at 'state_dict'"),
+}
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+def test_pickles_of_others_run_no_code(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    make, message = PICKLES[kind]
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_head": 3}')
+    (tmp_path / "pytorch_model.bin").write_bytes(make())
+    with pytest.raises(ValueError, match=message) as caught:
+        load_gpt2(tmp_path)
+    assert str(tmp_path / "pytorch_model.bin") in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "RAN").exists()
+
+
+def test_parts_of_weights_are_there_and_beside_their_index(tmp_path):
+    sharded(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+    part = sorted(set(whole["weight_map"].values()))[1]
+    (tmp_path / part).rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=f"{part} not found"):
+        load_gpt2(tmp_path)
+    for content, message in (
+        ({"weight_map": {"w": "../elsewhere"}}, r"a part must be a file beside it, got '\.\./elsewhere'"),
+        ({"weight_map": ["w"]}, "must contain a weight_map"),
+        ({}, "must contain a weight_map"),
+    ):
+        index.write_text(json.dumps(content))
+        with pytest.raises(DataError, match=message):
+            load_gpt2(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("load", "name", "value", "error", "message"),
+    [
+        (load_gpt2, "transformer.wte.weight", torch.ones(24), ValueError, r"embed\.weight must have 2 axes"),
+        (load_gpt2, "transformer.wpe.weight", torch.ones(0, 24), ValueError, "none of them empty"),
+        (load_gpt2, "transformer.h.0.attn.c_attn.bias", torch.ones(7), ValueError, "queries, keys and values in one"),
+        (load_gpt2, "transformer.ln_f.bias", torch.ones(24, dtype=torch.int64), TypeError, "floating point numbers"),
+    ],
+)
+def test_tensors_that_are_none_of_such_a_model(tmp_path, load, name, value, error, message):
+    gpt2().save_pretrained(tmp_path)
+    weights = {key: tensor.contiguous() for key, tensor in load_file(tmp_path / "model.safetensors").items()}
+    save_file({**weights, name: value}, tmp_path / "model.safetensors")
+    with pytest.raises(error, match=message):
+        load(tmp_path)
+
+
+def test_state_dicts_of_something_else(golden):
+    state = published(golden)
+    for load in (load_timeseries, load_vision):
+        with pytest.raises(TypeError, match="must be a state dict, got list"):
+            load(list(state.items()))
+        with pytest.raises(ValueError, match="missing position"):
+            load({})
+    with pytest.raises(TypeError, match=r"'pos_enc\.pe' of the published time-series classifier must be a tensor"):
+        load_timeseries({**state, "pos_enc.pe": [1.0]})
+    with pytest.raises(ValueError, match="position must have 2 axes"):
+        load_timeseries({**state, "pos_enc.pe": torch.ones(3)})

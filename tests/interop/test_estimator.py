@@ -18,11 +18,12 @@ import pytest
 import torch
 from aeon.datasets import load_basic_motions, load_japanese_vowels
 from aeon.testing.estimator_checking import check_estimator
+from joblib import Parallel, delayed
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
 
-from flowformer import FlowformerClassifier
+from flowformer import FlowformerClassifier, list_attentions
 from flowformer.recipes.series import timeseries_own
 
 TINY = {"dim": 8, "num_heads": 2, "num_layers": 1, "ffn_dim": 8, "n_epochs": 2, "accelerator": "cpu"}
@@ -223,6 +224,133 @@ def test_wrong_series_and_labels_are_refused(fitted):
         fitted.predict(X[:, :1])
     with pytest.raises(ValueError, match="Mismatch in number of cases"):
         tiny().fit(X, y[:-1])
+
+
+def changed(value, row=1, channel=0, time=3):
+    X, _ = waves()
+    X[row, channel, time] = value
+    return X
+
+
+HOSTILE = [
+    (changed(np.inf), r"X\[1\] is inf at \[0, 3\], which is infinite; a missing value is NaN"),
+    (changed(-np.inf, row=0, channel=1), r"X\[0\] is -inf at \[1, 3\]"),
+    (changed(1e39), r"X\[1\] is 1e\+39 at \[0, 3\], which is beyond the range of float32"),
+    (changed(-1e308), "beyond the range of float32"),
+    (waves()[0] * np.where(np.arange(12) == 5, np.nan, 1)[:, None, None], r"X\[5\] has no values: all are missing"),
+    (waves()[0][:0], r"at least one series, channel and time step, got an array of shape \(0, 2, 16\)"),
+    (waves()[0][..., :0], r"got an array of shape \(12, 2, 0\)"),
+    (waves()[0][:, :0], r"got an array of shape \(12, 0, 16\)"),
+    ([], "got an empty list"),
+    ([*waves()[0][:11], np.empty((2, 0))], r"X\[11\] must have"),
+    ([series[: 1 + row % 2] for row, series in enumerate(waves()[0])], "number of channels is not consistent"),
+    (waves()[0][None], "must be 2D or 3D"),
+    (waves()[0].astype(str), "numeric"),
+    (waves()[0].astype(complex), "numeric"),
+    ([[1.0, 2.0], [1.0]] * 6, "list"),
+    (None, "NoneType"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:(All-NaN slice|Degrees of freedom).*:RuntimeWarning")  # aeon's look at the variance
+@pytest.mark.parametrize(("X", "message"), HOSTILE, ids=lambda value: value[:30] if isinstance(value, str) else "")
+def test_hostile_series_are_refused_in_words(fitted, X, message):
+    for use in (lambda: tiny().fit(X, waves()[1]), lambda: fitted.predict(X)):
+        with pytest.raises((ValueError, TypeError), match=message) as caught:
+            use()
+        assert "\n" not in str(caught.value)
+
+
+def test_no_label_without_probabilities(fitted):
+    X = changed(3e38)
+    with pytest.raises(ValueError, match=r"probabilities of X\[1\] are not finite.*magnitude up to 3e\+38"):
+        fitted.predict(X)
+
+
+def test_values_as_large_as_float32_are_scaled():
+    X, y = waves()
+    large = 1e38 * X
+    expected = tiny().fit(X, y).predict_proba(X)
+    np.testing.assert_allclose(tiny().fit(large, y).predict_proba(large), expected, rtol=1e-3)
+
+
+LABELS = {
+    "words": np.array(["two words", "one", " leading"] * 4),
+    "unicode": np.array(["\u00e9", "\u65e5\u672c", ""] * 4),
+    "integers": np.array([-1, 7, 10**15] * 4),
+    "small": np.array([2, 0, 1] * 4, dtype=np.int8),
+    "booleans": np.array([True, False] * 6),
+    "dates": np.array(["2020-01-02", "2020-01-01"] * 6, dtype="datetime64[D]"),
+    "objects": np.array(["b", "a"] * 6, dtype=object),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_labels_are_given_back_as_they_came(kind):
+    (X, _), y = waves(), LABELS[kind]
+    classifier = tiny(n_epochs=30, learning_rate=3e-2, dropout=0.0, dim=16).fit(X, y)
+    assert classifier.classes_.tolist() == sorted(set(y.tolist()))
+    predicted = classifier.predict(X)
+    assert (predicted.dtype, predicted.shape) == (y.dtype, (12,))
+    assert np.mean(predicted == y) > 0.5
+    assert [classifier.predict(X[row : row + 1])[0] for row in range(3)] == predicted[:3].tolist()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")  # scikit-learn's look at NaN
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (np.array(["a"] * 12), "at least 2 unique labels"),
+        (np.array([0.5, np.nan] * 6), "NaN|nan|continuous"),
+        (np.array([None, "a"] * 6, dtype=object), "None|unknown|not supported"),
+        (np.array([1, "a"] * 6, dtype=object), "unknown"),
+        (np.linspace(0, 1, 12), "continuous"),
+        (np.zeros((12, 2)), "1-dimensional"),
+        (["a", "b"] * 6, "must be a np.array or a pd.Series"),
+    ],
+)
+def test_labels_that_are_none_are_refused(y, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        tiny().fit(waves()[0], y)
+
+
+# ------------------------------------------------------------------------------------------------ threads, processes
+
+
+def predictions(seed: int) -> np.ndarray:
+    X, y = waves()
+    return tiny(random_state=seed, dropout=0.3).fit(X, y).predict_proba(X)
+
+
+def test_threads_give_what_each_gives_alone():
+    """Neither random numbers nor warning filters nor log levels are shared."""
+    alone = [predictions(seed) for seed in range(4)]
+    before = surroundings()
+    together = Parallel(n_jobs=4, backend="threading")(delayed(predictions)(seed) for seed in range(4))
+    assert {name: value for name, value in surroundings().items() if value != before[name]} == {}
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert not np.array_equal(*alone[:2])
+
+
+@pytest.mark.parametrize("attention", list_attentions())
+def test_other_random_numbers_of_the_program_do_not_matter(attention, monkeypatch):
+    """PyTorch's global generator is neither seeded nor read, nor does drawing from it change the model."""
+    X, y = waves()
+    expected = tiny(attention=attention, dropout=0.2).fit(X, y).predict_proba(X)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("the global generator is seeded"))
+    state = torch.get_rng_state()
+    np.testing.assert_array_equal(tiny(attention=attention, dropout=0.2).fit(X, y).predict_proba(X), expected)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.slow
+def test_processes_give_what_each_gives_alone():
+    X, y = waves(24)
+    alone = cross_val_score(tiny(), X, y, cv=2, error_score="raise")
+    np.testing.assert_array_equal(cross_val_score(tiny(), X, y, cv=2, n_jobs=2, error_score="raise"), alone)
+    search = GridSearchCV(tiny(), {"n_epochs": [1, 3]}, cv=2, n_jobs=2, error_score="raise").fit(X, y)
+    assert search.predict(X).shape == (24,)
 
 
 def test_same_state_same_predictions_to_the_bit(fitted):

@@ -120,7 +120,7 @@ def test_conversion_refuses_what_it_cannot_say():
         ({"attention_mask": torch.ones(2, 4)}, ValueError, r"attention_mask must be \(2, 5\), got"),
         ({"attention_mask": torch.ones(2, 1, 5, 5)}, ValueError, r"attention_mask must be \(2, 5\), got"),
         ({"output_attentions": True}, ValueError, "no attention weights"),
-        ({"position_ids": torch.arange(5)}, TypeError, "position_ids"),
+        ({"position_ids": torch.arange(5)}, ValueError, r"position_ids must be \(2, 5\) or \(1, 5\)"),
         ({"labels": draw(2, 4)}, ValueError, r"labels must be \(2, 5\)"),
         ({"labels": draw(2, 5), "logits_to_keep": 1}, ValueError, "logits_to_keep is not supported with labels"),
         ({"cache": DynamicCache()}, TypeError, "DynamicCache"),
@@ -142,7 +142,7 @@ def test_a_cache_refuses_what_contradicts_it():
         model(draw(3, 1), torch.ones(3, 9), cache)
     with pytest.raises(ValueError, match=r"marks \[9, 9, 9\] of the earlier tokens as real.*\[9, 4, 1\]"):
         model(draw(3, 1), torch.ones(3, 10), cache)
-    with pytest.raises(ValueError, match="cannot remove -2 tokens"):
+    with pytest.raises(ValueError, match="cannot remove 2 tokens"):
         cache.crop(-2)
     with pytest.raises(TypeError, match="states, not keys and values"):
         cache.update(torch.zeros(1), torch.zeros(1), 0)

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from hf_models import CAUSAL, GREEDY, MODES, build, close, draw, generate, padded
-from transformers import DynamicCache
+from hf_models import CAUSAL, GREEDY, MODES, VOCABULARY, build, close, draw, generate, padded
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TextStreamer
 
 from flowformer.interop.hf import FlowformerModel
 
@@ -186,6 +187,68 @@ def test_generation_tells_what_it_did():
     close(model(out.sequences[:, :-1]).logits[:, -1], out.scores[-1])
 
 
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+
+
+def test_generation_stops_at_a_string():
+    """Each row ends with the first string of these, and is padded after it; the cache is used all the same."""
+    model, tokenizer = build(vocab_size=258, pad_token_id=256), byte_tokenizer()
+    prompts = tokenizer(["hello", "a", "to"], padding=True, return_tensors="pt", return_token_type_ids=False)
+    letters = tokenizer.convert_tokens_to_ids(["x", "y"])
+    others = [token for token in range(258) if token not in letters]
+    options = {"max_new_tokens": 20, "do_sample": True, "suppress_tokens": others, "eos_token_id": 257}
+    torch.manual_seed(0)
+    out = model.generate(**prompts, **options, stop_strings=["xyx", "yy"], tokenizer=tokenizer)
+    ends = 0
+    for text in tokenizer.batch_decode(out[:, 5:], skip_special_tokens=True):
+        stops = [text.find(stop) + len(stop) for stop in ("xyx", "yy") if stop in text]
+        assert min(stops, default=20) == len(text)
+        ends += bool(stops)
+    assert ends == 2  # the third row has none of them in 20 tokens
+
+
+def test_generation_streams(capsys):
+    model, tokenizer = build(vocab_size=258), byte_tokenizer()
+    prompt = tokenizer("hello", return_tensors="pt", return_token_type_ids=False)
+    out = model.generate(**prompt, max_new_tokens=5, streamer=TextStreamer(tokenizer), **GREEDY)
+    assert capsys.readouterr().out == tokenizer.decode(out[0]) + "\n"
+
+
+@pytest.mark.parametrize("attention", CAUSAL)
+def test_a_draft_for_another_model(attention):
+    """What an assistant proposes does not change what the model writes; its cache takes tokens back."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    theirs = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=None)).eval()
+    draft = build(attention, pad_token_id=0)
+    for prompt in (draw(1, 9), draw(1, 1)):
+        wanted = generate(theirs, prompt, max_new_tokens=20, **GREEDY)
+        assert torch.equal(generate(theirs, prompt, max_new_tokens=20, assistant_model=draft, **GREEDY), wanted)
+
+
+@torch.no_grad()
+def test_a_recording_cache_takes_tokens_back():
+    model, tokens = build(), draw(2, 9)
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    assert cache.is_croppable
+    logits = [model(tokens[:, :5], cache=cache).logits]
+    logits += [model(tokens[:, at : at + 1], cache=cache).logits for at in (5, 6, 7)]
+    close(torch.cat(logits, 1), model(tokens[:, :8]).logits)
+    cache.crop(-4)
+    assert cache.get_seq_length() == 4
+    close(model(tokens[:, 4:7], cache=cache).logits, model(tokens[:, :7]).logits[:, 4:])
+    cache.crop(-1)
+    close(model(tokens[:, 6:], cache=cache).logits, model(tokens).logits[:, 6:])
+    with pytest.raises(ValueError, match="cannot remove 5 tokens from a state"):
+        cache.crop(-5)
+
+
 def test_generation_refuses():
     model = build()
     for kind in ("static", "offloaded", "quantized"):
@@ -193,6 +256,8 @@ def test_generation_refuses():
             generate(model, draw(1, 3), cache_implementation=kind)
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         generate(model, draw(1, 3), prompt_lookup_num_tokens=2)
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        generate(model, draw(1, 3), assistant_model=build())
     with pytest.raises(ValueError, match="no attention weights"):
         generate(model, draw(1, 3), output_attentions=True, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="token_type_ids"):

@@ -1,16 +1,25 @@
 """Our image models in timm: created, trained, cut up and read by its own tools."""
 
 import copy
+import inspect
+import pickle
+from pathlib import Path
 
 import pytest
 import timm
 import timm.data
 import timm.optim
 import torch
+from safetensors.torch import load_file, save_file
+from timm.models import load_checkpoint
 from timm.models._features import FeatureGetterNet
+from timm.models.pvt_v2 import PyramidVisionTransformerV2
+from timm.models.vision_transformer import VisionTransformer
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import flowformer
 from flowformer.interop import timm as interop
+from flowformer.interop.checkpoints import load_vision
 from flowformer.models.vision import VisionModel
 
 NAMES = ["flowformer_vision_tiny", "flowformer_vision_small", "flowformer_vision_base", "flowformer_vision_micro",
@@ -294,3 +303,187 @@ def test_it_learns_in_timms_hands():
 
 def test_it_is_a_vision_model():
     assert isinstance(build(*DEIT), VisionModel)
+
+
+# ------------------------------------------------------------------------------------------------------------ as timm's
+
+
+# What initializes anew or reads weights of JAX, and names that timm keeps for older code; what softmax alone can do.
+OTHERS = {"fix_init_weight", "init_weights", "load_pretrained", "freeze_patch_emb"}
+SOFTMAX = {"attn_mask", "is_causal"}
+
+
+@pytest.mark.parametrize("theirs", [VisionTransformer, PyramidVisionTransformerV2])
+def test_methods_of_timms_models(theirs):
+    methods = {name: value for name, value in vars(theirs).items() if callable(value) and not name.startswith("_")}
+    assert len(methods) > 7
+    for name in set(methods) - OTHERS:
+        wanted = set(inspect.signature(methods[name]).parameters) - SOFTMAX
+        found = list(inspect.signature(getattr(interop.TimmVisionModel, name)).parameters)
+        # The image is the first argument, by whatever name.
+        assert wanted - {"x"} <= set(found), (name, wanted, found)
+
+
+@KINDS
+def test_intermediates_as_timms_vit_has_them(name, options):
+    model, x = build(name, options), images()
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=5, depth=3).eval()
+    for given in (
+        {"return_prefix_tokens": True, "intermediates_only": True},
+        {"return_prefix_tokens": True, "norm": True},
+        {"output_dict": True},
+        {"output_dict": True, "return_prefix_tokens": True, "intermediates_only": True, "output_fmt": "NLC"},
+    ):
+        ours, wanted = (one.forward_intermediates(x, [0, 2], **given) for one in (model, theirs))
+        if model.num_prefix_tokens:
+            assert structure(ours) == structure(wanted)
+        maps = ours["image_intermediates"] if isinstance(ours, dict) else ours[-1] if isinstance(ours, tuple) else ours
+        assert len(maps) == 2
+    _, maps = model.forward_intermediates(x, norm=True, return_prefix_tokens=True)
+    if model.num_prefix_tokens:
+        final = model.forward_features(x)
+        torch.testing.assert_close(maps[-1][1], final[:, :1])
+        assert [one.shape for one in model.get_intermediate_layers(x, 2)] == [(2, 16, 16)] * 2
+        assert model.get_intermediate_layers(x, [1], reshape=True, return_prefix_tokens=True)[0][1].shape == (2, 1, 16)
+    features = model.forward_features(x)
+    assert torch.equal(model.pool(features, "avg"), features[:, model.num_prefix_tokens :].mean(1))
+    assert torch.equal(model.pool(features, ""), features)
+
+
+def structure(value):
+    """The nesting of a result, with the number of axes of its tensors."""
+    if isinstance(value, torch.Tensor):
+        return value.ndim
+    if isinstance(value, dict):
+        return {name: structure(value[name]) for name in sorted(value)}
+    return type(value).__name__, [structure(one) for one in value]
+
+
+def test_a_new_head_is_in_the_mode_of_the_model():
+    model = build(*DEIT)
+    model.reset_classifier(7)
+    assert not model.head.training
+    model.train().reset_classifier(3)
+    assert model.head.training
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+TABLES = [
+    DEIT, AFT_FULL, PYRAMID, AFT_CONV,
+    ("deit_tiny_flow", {**SMALL, "patch_size": 8, "attention": "aft_local", "attention_options": {"window": 3}}),
+    ("flowformer_vision_tiny", {**PYRAMID[1], "attention": "aft_full"}),
+    ("deit_tiny_aft_full", {**AFT_FULL[1], "attention_options": {"position_dim": None}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize(("name", "options"), TABLES, ids=lambda given: str(given)[:12])
+def test_weights_of_another_size_are_those_resized(tmp_path, name, options, suffix):
+    small = build(name, options)
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+    path = tmp_path / f"weights.{suffix}"
+    save_file(small.state_dict(), path) if suffix == "safetensors" else torch.save({"model": small.state_dict()}, path)
+    overlay = {"file": str(path), "num_classes": 5}
+    large = build(name, options, img_size=48, pretrained=True, pretrained_cfg_overlay=overlay)
+    loaded = build(name, options, img_size=48)
+    load_checkpoint(loaded, str(path), filter_fn=interop.checkpoint_filter_fn)
+    small.resize(48)
+    for found in (large, loaded):
+        torch.testing.assert_close(found(images(48)), small(images(48)), rtol=0, atol=0)
+    headless = build(name, options, img_size=48, num_classes=3, pretrained=True, pretrained_cfg_overlay=overlay)
+    assert torch.equal(headless.stages[0].embed.weight, small.stages[0].embed.weight)
+    assert headless(images(48)).shape == (2, 3)
+    maps = build(name, options, img_size=48, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay)
+    assert torch.equal(maps(images(48))[-1], small.forward_intermediates(images(48))[1][-1])
+
+
+def test_weights_of_images_that_are_no_squares(tmp_path):
+    wide = build(*DEIT, img_size=(16, 40))  # 2 x 5 patches
+    torch.save(wide.state_dict(), tmp_path / "weights.pth")
+    overlay = {"file": str(tmp_path / "weights.pth"), "num_classes": 5}
+    with pytest.raises(ValueError, match=r"position has 10 patches, which are no square.*input_size"):
+        build(*DEIT, pretrained=True, pretrained_cfg_overlay=overlay)
+    found = build(*DEIT, pretrained=True, pretrained_cfg_overlay={**overlay, "input_size": (3, 16, 40)})
+    torch.testing.assert_close(found(images()), wide.resize(32)(images()), rtol=0, atol=0)
+
+
+def test_published_weights_load_through_timm():
+    golden = load_file(Path(__file__).parent.parent / "golden" / "model_vision.safetensors")
+    published = {name.removeprefix("state."): value for name, value in golden.items() if name.startswith("state.")}
+    ours = load_vision(published, num_heads=2)
+    shape = {"embed_dims": ours.embed_dims, "depths": [len(stage.blocks) for stage in ours.stages], "num_heads": 2}
+    sizes = {"img_size": ours.img_size, "patch_size": ours.strides[0], "num_classes": ours.num_classes}
+    ratio = ours.stages[0].blocks[0].linear1.out_features / ours.embed_dims[0]
+    model = build("flowformer_vision_small", {**shape, **sizes, "mlp_ratio": ratio})
+    model.load_state_dict(interop.checkpoint_filter_fn(published, model))
+    x = images(ours.img_size[0])
+    torch.testing.assert_close(model(x), ours(x))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "not found"),
+        (b"", "could not be loaded"),
+        (b"nothing of the kind", "could not be loaded"),
+        (pickle.dumps({"w": Path("x")}, protocol=2), "could not be loaded.*weights_only=True blocked"),
+        ({"head.bias": torch.ones(5)}, "could not be loaded.*Missing key"),
+        ([torch.ones(1)], "could not be loaded"),
+    ],
+    ids=["missing", "empty", "text", "code", "others", "list"],
+)
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_files_that_hold_no_weights_are_named(tmp_path, content, message, suffix):
+    path = tmp_path / f"weights.{suffix}"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    overlay = {"file": str(path), "num_classes": 5}
+    with pytest.raises((ValueError, OSError), match=message if suffix == "pth" else "not found|could not be") as caught:
+        build(*DEIT, pretrained=True, pretrained_cfg_overlay=overlay)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------------- traces
+
+
+@pytest.mark.parametrize(("name", "options"), [DEIT, AFT_CONV, PYRAMID], ids=lambda given: str(given)[:12])
+def test_a_batch_may_be_empty(name, options):
+    model = build(name, options).train()
+    nothing = images(batch=0)
+    assert model(nothing).shape == (0, 5)
+    assert [one.shape[0] for one in model.forward_intermediates(nothing, intermediates_only=True)] == [0, 0, 0]
+    model(nothing).sum().backward()
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace is deprecated, and warns of every check of a shape
+@pytest.mark.parametrize(("name", "options"), [DEIT, AFT_CONV, PYRAMID], ids=lambda given: str(given)[:12])
+def test_a_trace_takes_any_batch(name, options):
+    model = build(name, options, depths=[1] * len(options["depths"]))
+    traced = torch.jit.trace(model, images(batch=2))
+    for batch in (1, 3):
+        torch.testing.assert_close(traced(images(batch=batch)), model(images(batch=batch)))
+
+
+@pytest.mark.parametrize(("name", "options"), [AFT_FULL, AFT_CONV], ids=lambda given: str(given)[:12])
+def test_an_exported_program_takes_any_batch(name, options):
+    model = build(name, options, depths=[1] * len(options["depths"]))
+    free = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(model, (images(),), dynamic_shapes=free).module()
+    torch.testing.assert_close(program(images(batch=5)), model(images(batch=5)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_cannot_be_traced_says_so():
+    with pytest.raises(TypeError, match=r"torch\.jit\.trace cannot trace AFT-full attention: use torch\.export"):
+        torch.jit.trace(build(*AFT_FULL), images())
+    with pytest.raises(TypeError, match=r"torch\.fx cannot trace this model.*features_only=True"):
+        torch.fx.symbolic_trace(build(*DEIT))
+    with pytest.raises(TypeError, match=r"torch\.fx cannot trace this model"):
+        create_feature_extractor(build(*DEIT), ["norm"])

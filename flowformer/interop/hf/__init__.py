@@ -7,6 +7,7 @@ models/falcon_mamba, for what it asks of a model.
 from __future__ import annotations
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flowformer.interop.hf.cache import FlowformerCacheLayer
 from flowformer.interop.hf.configuration import FlowformerConfig
@@ -29,6 +30,8 @@ __all__ = [
     "to_hf",
 ]
 
+# Trainer's label smoothing shifts the labels of models named here only.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(FlowformerConfig.model_type, FlowformerForCausalLM.__name__)
 AutoConfig.register(FlowformerConfig.model_type, FlowformerConfig, exist_ok=True)
 AutoModel.register(FlowformerConfig, FlowformerModel, exist_ok=True)
 AutoModelForCausalLM.register(FlowformerConfig, FlowformerForCausalLM, exist_ok=True)

@@ -15,12 +15,15 @@ class FlowformerCacheLayer(CacheLayerMixin):
     """Cache layer that holds the state of one attention module, of constant size if the mechanism's state is.
 
     ``DynamicCache(config=config)`` makes a cache of such layers for a :class:`FlowformerConfig`. Keys and values are
-    not kept, and tokens cannot be taken back, which generation with an assistant would need.
+    not kept. Tokens can be taken back only after ``cache.activate_past_recording()``, which generation calls for the
+    cache of an assistant: from then on the state after each call is kept, until a :meth:`crop` below it.
 
     Attributes:
         state: The attention's state; None before the first token.
         length: Real tokens so far, (batch,), int64; None before the first.
         seen: Tokens so far, padding included.
+        record_past: Whether earlier states are kept.
+        past: The earlier ones: ``state``, ``length`` and ``seen``.
     """
 
     # transformers finds the class by this name, and FlowformerConfig.layer_types gives it.
@@ -29,7 +32,17 @@ class FlowformerCacheLayer(CacheLayerMixin):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.record_past = False
         self.reset()
+
+    @property
+    def is_croppable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] - a property in transformers too
+        """Whether :meth:`crop` can take back tokens."""
+        return self.record_past
+
+    def activate_past_recording(self) -> None:
+        """Keep the state after each call from now on, for :meth:`crop`."""
+        self.record_past = True
 
     @property
     def batch_size(self) -> int:
@@ -38,6 +51,8 @@ class FlowformerCacheLayer(CacheLayerMixin):
 
     def store(self, state: Any, length: Tensor, tokens: int) -> None:
         """Store the state after ``tokens`` more tokens, padding included; ``length`` (batch,) counts all real ones."""
+        if self.record_past:
+            self.past.append((self.state, self.length, self.seen))
         self.state, self.length, self.seen = state, length, self.seen + tokens
 
     def get_seq_length(self) -> int:
@@ -57,6 +72,7 @@ class FlowformerCacheLayer(CacheLayerMixin):
         self.state: Any = None
         self.length: Tensor | None = None
         self.seen = 0
+        self.past: list[tuple[Any, Tensor | None, int]] = []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace row i by row ``beam_idx[i]``."""
@@ -71,15 +87,25 @@ class FlowformerCacheLayer(CacheLayerMixin):
         self._map(lambda part: part[indices.to(part.device)])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Not supported: raises ValueError for any number of tokens to remove.
+        """Take back the last tokens, to a state that was recorded.
+
+        Args:
+            tokens_to_remove: How many, as a negative number, as transformers gives it; 0 changes nothing.
 
         Raises:
-            ValueError: when asked to.
+            ValueError: for a state that was not recorded.
         """
-        if tokens_to_remove:
+        if not tokens_to_remove:
+            return
+        wanted = self.seen - abs(tokens_to_remove)
+        kept = [entry for entry in self.past if entry[2] <= wanted]
+        if not kept or kept[-1][2] != wanted:
             raise ValueError(
-                f"cannot remove {tokens_to_remove} tokens from a state: copy the cache before it is updated"
+                f"cannot remove {abs(tokens_to_remove)} tokens from a state: copy the cache before it is updated, or"
+                " call its activate_past_recording()"
             )
+        self.state, self.length, self.seen = kept[-1]
+        self.past = []  # an assistant does not go back further: each round accepts a token
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> NoReturn:
         """Not supported: the cache holds no keys and values. Models call :meth:`store`."""
@@ -90,6 +116,7 @@ class FlowformerCacheLayer(CacheLayerMixin):
         self.lazy_initialization(key_states, value_states)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.past = []
         if self.length is not None:
             self.length = change(self.length)
             # The states of all mechanisms are named tuples of tensors, each with the batch first.

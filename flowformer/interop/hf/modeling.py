@@ -19,10 +19,21 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from flowformer.core.checks import check_sizes, describe
+from flowformer.core.checks import check_sizes
 from flowformer.interop.hf.cache import read_cache, write_cache
 from flowformer.interop.hf.configuration import FlowformerConfig
-from flowformer.models.decoder import LanguageState, TokenDecoder, check_token_ids, find_targets
+from flowformer.interop.hf.inputs import (
+    Packing,
+    check_keywords,
+    countable_labels,
+    find_starts,
+    last_token,
+    read_mask,
+    read_packing,
+    read_sizes,
+    refuse_packing,
+)
+from flowformer.models.decoder import LanguageState, TokenDecoder
 from flowformer.models.encoder import EncoderBlock
 from flowformer.models.initialization import LanguageInit, set_initializer
 
@@ -122,8 +133,13 @@ class FlowformerModel(FlowformerPreTrainedModel, TokenDecoder):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: Any = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Compute hidden states of tokens, or of their embeddings.
+
+        Several sequences may follow each other in a row (a packed batch, as ``DataCollatorWithFlattening`` makes it):
+        each is computed as if it were alone.
 
         Args:
             input_ids: (batch, length), integers below ``vocab_size``; any at padding.
@@ -135,6 +151,11 @@ class FlowformerModel(FlowformerPreTrainedModel, TokenDecoder):
                 While activations are checkpointed, none is.
             output_attentions: Refused: no mechanism but softmax has a map of weights, and it does not keep it.
             output_hidden_states: Return the embeddings and the outputs of all blocks too, or of those numbered.
+            position_ids: (batch, length) or (1, length): they count the real tokens from 0, and do so again where
+                another sequence of a packed batch begins.
+            **kwargs: Other ways to describe a packed batch: ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (sequences + 1,)
+                in a batch of size 1, or ``seq_idx`` (batch, length). The other keywords that transformers passes to
+                its own models are accepted, and have no effect, as there.
 
         Returns:
             ``last_hidden_state`` (batch, length, dim), zeros at padding; ``cache``; ``hidden_states``.
@@ -142,28 +163,63 @@ class FlowformerModel(FlowformerPreTrainedModel, TokenDecoder):
         Raises:
             ValueError, TypeError: for invalid input, or a sequence beyond the learned positions.
         """
+        check_keywords(kwargs)
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError("output_attentions is not supported: a Flowformer has no attention weights to return")
-        batch, length = _sizes(input_ids, inputs_embeds)
-        cache = self._prepare_cache(cache, use_cache)
-        before = read_cache(cache, self.config.num_hidden_layers, batch)
+        sizes = read_sizes(input_ids, inputs_embeds)
+        before = read_cache(cache, self.config.num_hidden_layers, sizes[0])
         seen = 0 if cache is None else cache.get_seq_length()
-        real = _real_tokens(attention_mask, batch, length, seen, before)
+        real = read_mask(attention_mask, *sizes, seen, before)
+        packing = read_packing(position_ids, kwargs, sizes, real, before)
+        cache = self._prepare_cache(cache, use_cache, packing)
         if input_ids is not None:
             x = self.embed_tokens(input_ids, real, name="input_ids")
         else:
             x = cast("Tensor", inputs_embeds)
             x = x if real is None else x.masked_fill(~real.unsqueeze(-1), 0)
         hidden_wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        # Without a state the decoder packs a padded batch, which is faster, but changes the shape between its blocks.
-        whole = cache is not None or bool(hidden_wanted)
-        x, state = self.decode(x, real, before, return_state=whole)
+        if packing is not None:
+            return BaseModelOutputWithPast(last_hidden_state=self._decode_packed(x, packing, bool(hidden_wanted)))
         if cache is not None:
-            write_cache(cache, cast("LanguageState", state), length)
-        return BaseModelOutputWithPast(last_hidden_state=x, cache=cache)
+            return BaseModelOutputWithPast(last_hidden_state=self._extend(x, real, before, cache), cache=cache)
+        # The decoder packs a padded batch, which is faster, but changes the shape between its blocks.
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.decode(x, real, before, return_state=bool(hidden_wanted))[0]
+        )
 
-    def _prepare_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+    def _extend(self, x: Tensor, real: Tensor | None, state: LanguageState | None, cache: Cache) -> Tensor:
+        """Hidden states of embeddings (batch, length, dim) after a state; the cache is updated."""
+        # An assistant takes back tokens, down to the last but one of its input, whose state the cache must have seen.
+        alone = 1 if cache.is_recording_past(0) else x.shape[1]
+        sizes = [x.shape[1]] if alone >= x.shape[1] else [x.shape[1] - alone, alone]
+        masks = [None] * len(sizes) if real is None else real.split(sizes, 1)
+        parts = []
+        for part, mask in zip(x.split(sizes, 1), masks, strict=True):
+            out, state = self.decode(part, mask, state, return_state=True)
+            write_cache(cache, cast("LanguageState", state), part.shape[1])
+            parts.append(out)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _decode_packed(self, x: Tensor, packing: Packing, hidden_wanted: bool) -> Tensor:
+        """Hidden states of embeddings (batch, length, dim) of several sequences a row; zeros at padding."""
+        if hidden_wanted and (len(x) > 1 or packing.tokens is not None):
+            raise ValueError("output_hidden_states is not supported with several packed rows: pass them in one row")
+        rows = x.flatten(0, 1)
+        packed = rows if packing.tokens is None else rows.index_select(0, packing.tokens)
+        packed = self.add_positions(packed.unsqueeze(0), packing.positions)
+        for block in self.decoder.layers:
+            packed = block(packed, cu_seqlens=packing.cu_seqlens)
+        packed = self.decoder.norm(packed).squeeze(0)
+        if packing.tokens is not None:
+            packed = packed.new_zeros(rows.shape).index_copy(0, packing.tokens, packed)
+        return packed.view(x.shape)
+
+    def _prepare_cache(self, cache: Cache | None, use_cache: bool | None, packing: Packing | None) -> Cache | None:
         """The cache to continue from, if any."""
+        if packing is not None:
+            if cache is not None or use_cache:
+                raise ValueError("use_cache is not supported with packed sequences: a cache holds one state a row")
+            return None
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if cache is not None:
                 raise ValueError("use_cache is not supported with gradient checkpointing: disable one of the two")
@@ -205,6 +261,7 @@ class FlowformerForCausalLM(FlowformerPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Compute the logits of the next token at each position.
@@ -215,9 +272,10 @@ class FlowformerForCausalLM(FlowformerPreTrainedModel, GenerationMixin):
             cache: As there.
             inputs_embeds: As there.
             labels: (batch, length): the tokens again, or -100 for those that do not count. They are shifted here. Those
-                at padding do not count, nor does a row's first token, which nothing precedes.
+                at padding do not count, nor does the first token of a sequence, which nothing precedes.
             use_cache: As there.
             logits_to_keep: Score the last so many positions only (0: all), or those numbered; not with ``labels``.
+            position_ids: As there.
             **kwargs: ``num_items_in_batch`` to divide the loss by, ``shift_labels`` that are shifted already, and the
                 other arguments of :meth:`FlowformerModel.forward`.
 
@@ -229,14 +287,21 @@ class FlowformerForCausalLM(FlowformerPreTrainedModel, GenerationMixin):
             ValueError, TypeError: as :meth:`FlowformerModel.forward`; for labels of another shape.
         """
         loss_arguments = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
+        sizes = read_sizes(input_ids, inputs_embeds)
         if labels is not None:
-            labels = _countable(labels, attention_mask, _sizes(input_ids, inputs_embeds), logits_to_keep)
-        out = self.model(input_ids, attention_mask, cache, inputs_embeds, use_cache, **kwargs)
+            starts = find_starts(position_ids, kwargs, sizes)
+            labels = countable_labels(labels, attention_mask, sizes, logits_to_keep, starts)
+        out = self.model(
+            input_ids, attention_mask, cache, inputs_embeds, use_cache, position_ids=position_ids, **kwargs
+        )
         logits = self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **loss_arguments)
         return CausalLMOutputWithPast(loss=loss, logits=logits, cache=out.cache, hidden_states=out.hidden_states)
+
+    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """No positions: the model counts the real tokens of the mask itself."""
 
     def _prepare_cache_for_generation(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         kind = generation_config.cache_implementation
@@ -274,6 +339,7 @@ class FlowformerForSequenceClassification(FlowformerPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
         """Compute class logits.
@@ -285,7 +351,9 @@ class FlowformerForSequenceClassification(FlowformerPreTrainedModel):
             inputs_embeds: As there.
             labels: (batch,) classes or numbers, or (batch, num_labels) as ``config.problem_type`` has it.
             use_cache: As there.
-            **kwargs: The other arguments of :meth:`FlowformerModel.forward`.
+            position_ids: As there, but one sequence a row.
+            **kwargs: ``num_items_in_batch``, the number of labels that the loss is a mean over, of which these may be a
+                part; and the other arguments of :meth:`FlowformerModel.forward`.
 
         Returns:
             ``logits`` (batch, num_labels); ``loss`` with labels; ``cache``; ``hidden_states``.
@@ -293,78 +361,20 @@ class FlowformerForSequenceClassification(FlowformerPreTrainedModel):
         Raises:
             ValueError, TypeError: as :meth:`FlowformerModel.forward`.
         """
-        batch, length = _sizes(input_ids, inputs_embeds)
-        out = self.model(input_ids, attention_mask, cache, inputs_embeds, use_cache, **kwargs)
+        batch, length = read_sizes(input_ids, inputs_embeds)
+        count = kwargs.pop("num_items_in_batch", None)
+        out = self.model(
+            input_ids, attention_mask, cache, inputs_embeds, use_cache, position_ids=position_ids, **kwargs
+        )
+        refuse_packing(find_starts(position_ids, kwargs, (batch, length)), attention_mask)
         hidden = out.last_hidden_state
-        last = _last_token(input_ids, attention_mask, length, self.config.pad_token_id)
+        last = last_token(input_ids, attention_mask, length, self.config.pad_token_id)
         logits = self.score(hidden[:, -1] if last is None else hidden[torch.arange(batch, device=last.device), last])
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+            if count is not None:  # of all labels of an optimizer's step, of which this batch is a part
+                loss = loss * (labels != -100).sum() / count
         return SequenceClassifierOutputWithPast(
             loss=loss, logits=logits, cache=out.cache, hidden_states=out.hidden_states
         )
-
-
-def _sizes(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
-    """(batch, length) of the input, be it tokens or embeddings."""
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("pass either input_ids or inputs_embeds")
-    if input_ids is not None:
-        check_token_ids("input_ids", input_ids)
-        return input_ids.shape[0], input_ids.shape[1]
-    embeds = cast("Tensor", inputs_embeds)
-    if embeds.ndim != 3 or not embeds.shape[1]:
-        raise ValueError(f"inputs_embeds must be (batch, length, dim) with one token or more, got {describe(embeds)}")
-    return embeds.shape[0], embeds.shape[1]
-
-
-def _real_tokens(
-    attention_mask: Tensor | None, batch: int, length: int, seen: int, before: LanguageState | None
-) -> Tensor | None:
-    """Which of the new tokens are real, (batch, length) boolean; None where all are."""
-    if attention_mask is None:
-        return None
-    if attention_mask.shape not in ((batch, length), (batch, seen + length)):
-        so_far = f" or {(batch, seen + length)}" if seen else ""
-        raise ValueError(f"attention_mask must be {(batch, length)}{so_far}, got {describe(attention_mask)}")
-    mask = attention_mask.bool()
-    if torch.compiler.is_compiling():
-        return mask[:, -length:]
-    # On the CPU only, for elsewhere it would wait for the device at every token.
-    if before is not None and mask.shape[1] > length and mask.device.type == "cpu":
-        claimed = mask[:, :-length].sum(-1)
-        if not torch.equal(claimed, before.length):
-            raise ValueError(
-                f"attention_mask marks {claimed.tolist()} of the earlier tokens as real, but the cache"
-                f" holds {before.length.tolist()} real tokens"
-            )
-    mask = mask[:, -length:]
-    return None if mask.all() else mask
-
-
-def _countable(
-    labels: Tensor, attention_mask: Tensor | None, sizes: tuple[int, int], logits_to_keep: int | Tensor
-) -> Tensor:
-    """Labels, with -100 at padding and where nothing but padding comes before."""
-    if labels.shape != sizes:
-        raise ValueError(f"labels must be {sizes} like the input, got {describe(labels)}")
-    if isinstance(logits_to_keep, Tensor) or logits_to_keep:
-        raise ValueError("logits_to_keep is not supported with labels, which need the logits of all positions")
-    if attention_mask is None:
-        return labels
-    real = attention_mask[:, -labels.shape[1] :].bool().to(labels.device)
-    return labels.masked_fill(~find_targets(real), -100)
-
-
-def _last_token(
-    input_ids: Tensor | None, attention_mask: Tensor | None, length: int, pad_token_id: int | None
-) -> Tensor | None:
-    """Where the last real token of each row is, (batch,); None where it is at the end."""
-    if attention_mask is not None:
-        real = attention_mask[:, -length:].bool()
-    elif input_ids is not None and pad_token_id is not None:
-        real = input_ids != pad_token_id
-    else:
-        return None
-    return (torch.arange(length, device=real.device) * real).argmax(-1)

@@ -92,7 +92,7 @@ def aft_full(
 
     def dense(q: Tensor, K: Tensor, V: Tensor, key: Any, query: Any, state: Any) -> tuple[Tensor, Any]:
         bias, length = check_bias(op, position_bias, q), q.shape[1]
-        counts = torch.zeros(len(q), dtype=torch.int64, device=q.device)
+        counts = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
         if causal:
             counts = state.mask.sum(1)
             state = _extend(state, K, V, key)

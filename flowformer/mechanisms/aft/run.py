@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowformer.core.checks import Layout, check_state, check_step, describe
+from flowformer.core.checks import Layout, check_dense, check_state, check_step, describe
 from flowformer.core.masks import close_up, fill
 from flowformer.core.precision import LOG_ZERO, no_autocast, sum_dtype
 from flowformer.core.run import Dense, Given, run
@@ -48,7 +48,7 @@ def _alive(key: Tensor | None, query: Tensor | None) -> Tensor | None:
     if key is None:
         return query
     some = key.flatten(1).any(1).view(-1, *(1,) * (key.ndim - 1))
-    return some.expand(len(key), 1) if query is None else query & some
+    return some.expand(key.shape[0], 1) if query is None else query & some
 
 
 def start_step(
@@ -71,11 +71,13 @@ def check_bias(op: str, position_bias: Any, like: Tensor) -> Bias:
         TypeError, ValueError: for anything else.
     """
     bias = tuple(position_bias) if isinstance(position_bias, (tuple, list)) else (position_bias,)
+    for part in bias:
+        check_dense(f"{op}: position_bias", part)
     shown = f"got {', '.join(describe(part) for part in bias)}"
     wanted = f"{op}: position_bias must be a tensor (T, T), or two factors (T, channels)"
     if len(bias) > 2 or not all(isinstance(part, Tensor) and part.is_floating_point() for part in bias):
         raise TypeError(f"{wanted}, of floating-point dtype, {shown}")
-    if any(part.ndim != 2 for part in bias) or len({tuple(part.shape) for part in bias}) > 1 or not len(bias):
+    if not bias or any(part.ndim != 2 or part.shape != bias[0].shape for part in bias):
         raise ValueError(f"{wanted}, {shown}")
     if len(bias) == 1 and bias[0].shape[0] != bias[0].shape[1]:
         raise ValueError(f"{wanted}, {shown}")

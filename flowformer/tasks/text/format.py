@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowformer.common.errors import DataError
 from flowformer.common.fields import option
 from flowformer.models.language import LanguageModel
+from flowformer.tasks.encodings import decode
 from flowformer.tasks.protocols import Track
 from flowformer.tasks.sampling import SamplingOptions
 from flowformer.tasks.scenes import Scene, View, find_mechanisms, line_strips, read_example
@@ -151,7 +151,4 @@ def _label(tokenizer: Tokenizer, token: int) -> str:
 
 def _read_text(file: Path | None) -> str:
     data = read_example(file, "a text in UTF-8; or give --text TEXT")
-    try:
-        return data.decode("utf-8").rstrip("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text: {error}") from error
+    return decode(data, file).rstrip("\n")
