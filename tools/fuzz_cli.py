@@ -475,7 +475,7 @@ def processes(material: Path, count: int, seed: int) -> Tally:
             cwd=material,
             capture_output=True,
             env={**os.environ, **environment},
-            timeout=120,
+            timeout=300,
             check=False,
         )
         said = done.stderr.decode("utf-8", "replace")

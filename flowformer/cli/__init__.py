@@ -12,7 +12,7 @@ from flowformer.cli import bench, data, doctor, evaluate, export, generate, info
 from flowformer.cli import list as listing
 from flowformer.cli.arguments.parser import Parser
 from flowformer.cli.failures import explain, failed
-from flowformer.cli.output import writable_output
+from flowformer.cli.output.streams import writable_output
 from flowformer.common.interrupts import Interrupted, signals_raise
 from flowformer.common.names import nearest
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import flowformer
 from flowformer.cli.arguments.parser import UsageError
-from flowformer.cli.output import discard, escape
+from flowformer.cli.output.streams import discard, escape
 from flowformer.common.errors import DataError, RunError, describe
 from flowformer.common.extras import find_extra
 

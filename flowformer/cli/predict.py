@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flowformer.cli.arguments.outputs import check_file, output_path
 from flowformer.cli.arguments.parser import Parser, usable
-from flowformer.cli.output import show
+from flowformer.cli.output.paths import check_file, output_path
+from flowformer.cli.output.streams import show
 from flowformer.cli.trained import open_run, require, run_arguments
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from flowformer.cli.arguments.options import add_options, read_options
-from flowformer.cli.arguments.outputs import check_file, output_path
 from flowformer.cli.arguments.parser import Parser, UsageError, usable
-from flowformer.cli.output import show
+from flowformer.cli.output.paths import check_file, output_path
+from flowformer.cli.output.streams import show
 from flowformer.cli.trained import CHECKPOINTS, find_run, is_run, open_format, open_run, parse_for_run, require
 
 NOTE = "Further options depend on the run: `flowformer visualize RUN --help` shows them."
@@ -47,7 +47,7 @@ def _add_arguments(parser: Parser) -> list[str]:
     add("paths", nargs="+", type=Path, metavar="RUN FILE", help="folders of runs, and the file to visualize")
     actions = [
         add("--out", type=output_path, metavar="FILE", required=True, help="figure to write: .png, .pdf or .svg"),
-        add("--checkpoint", default="last", help=CHECKPOINTS),
+        add("--checkpoint", default="last", choices=CHECKPOINTS, help="which weights"),
         add("--at", action="append", metavar="PLACE", help=(
             "position of the query; may be repeated: ROW,COLUMN of an image, else a step or token; whole numbers count "
             "from 0 (pixels of the preprocessed image), fractions are relative; 'class' is the class token"

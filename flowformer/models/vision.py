@@ -91,8 +91,8 @@ class VisionModel(nn.Module):
         for name, sizes in (("embed_dims", embed_dims), ("depths", depths)):
             if not isinstance(sizes, Sequence):
                 raise TypeError(f"{name} must be a sequence with one number for each stage, got {sizes!r}")
-        one = not isinstance(num_heads, Sequence) or isinstance(num_heads, str)
-        heads = (num_heads,) * len(embed_dims) if one else tuple(num_heads)
+        several = isinstance(num_heads, Sequence) and not isinstance(num_heads, str)
+        heads = tuple(cast("Sequence[int]", num_heads)) if several else (num_heads,) * len(embed_dims)
         check_sizes(in_chans=in_chans, patch_size=patch_size)
         _check_image_size(img_size)
         _check_stages(num_classes, tuple(embed_dims), tuple(depths), heads)

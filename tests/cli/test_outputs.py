@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from flowformer import cli
-from flowformer.cli.arguments.outputs import check_file, check_folder
 from flowformer.cli.arguments.parser import UsageError
-from flowformer.cli.output import escape, show, writable_output
+from flowformer.cli.output.paths import check_file, check_folder
+from flowformer.cli.output.streams import escape, show, writable_output
 
 NO_FOLDERS = ["file", "file/run", "a" * 300, "/proc/run", "null\0character"]
 TRAIN = ["train", "text/bytes", "--steps", "1", "--num-layers", "1", "--dim", "16", "--num-heads", "2"]

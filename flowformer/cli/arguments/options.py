@@ -10,8 +10,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from flowformer.cli.arguments.outputs import output_path
 from flowformer.cli.arguments.parser import UsageError
+from flowformer.cli.output.paths import output_path
 
 _METAVARS = {str: "TEXT", int: "N", float: "X", Path: "FILE"}
 

@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 
 import jsonargparse
 
-from flowformer.cli.arguments.outputs import check_folder
 from flowformer.cli.arguments.parser import UsageError, usable
+from flowformer.cli.output.paths import check_folder
 from flowformer.common.fields import GROUPS, Option, check_names, options_of
 from flowformer.common.names import find_nearest, nearest
 from flowformer.recipes.registry import check_given, find_recipe
