@@ -5,6 +5,7 @@ An operation calls :func:`check` once. After that it may trust shapes, dtypes an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -49,6 +50,30 @@ def check_flag(name: str, value: Any) -> None:
     """Raise a TypeError for an option that is neither True nor False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_tokens_of(what: str, x: Any, axes: str, channels: int) -> None:
+    """Raise unless ``x`` is a tensor (axes, channels) of a supported floating-point dtype; ``what`` names it.
+
+    Raises:
+        TypeError: for anything but such a tensor.
+        ValueError: for another rank or number of channels, or a sequence without a token.
+    """
+    if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{what} must be a tensor of dtype float16, bfloat16, float32 or float64, got {describe(x)}")
+    if x.ndim != axes.count(",") + 2 or x.shape[-1] != channels:
+        raise ValueError(f"{what} must be ({axes}, {channels}), got {describe(x)}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{what} must have at least one token, got {describe(x)}")
+
+
+def check_batch_size(what: str, batch: Any) -> None:
+    """Raise unless a number of sequences is a whole number of at least 0."""
+    if isinstance(batch, torch.SymInt):
+        return
+    check_integer(what, batch)
+    if batch < 0:
+        raise ValueError(f"{what} must not be negative, got {batch}")
 
 
 def check_dtype(what: str, dtype: torch.dtype) -> None:
@@ -117,7 +142,7 @@ def check(
         )
     for name, given, size in (("mask", mask, length), ("context_mask", context_mask, source_length)):
         if given is not None:
-            _check_mask(op, name, given, (batch, size), q.device)
+            check_mask(f"{op}: {name}", given, (batch, size), q.device)
     if reason and context_mask is not None:
         raise ValueError(f"{op}: this is self-attention, since {reason}: pass mask, not context_mask")
     if cu_seqlens is not None:
@@ -162,13 +187,19 @@ def _check_tensors(op: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> 
         )
 
 
-def _check_mask(op: str, name: str, mask: Tensor, shape: tuple[int, int], device: torch.device) -> None:
+def check_mask(what: str, mask: Any, shape: Sequence[int], device: torch.device) -> None:
+    """Raise unless a mask is a boolean tensor of a shape, on a device; ``what`` names it in messages.
+
+    Raises:
+        TypeError: for anything but a boolean tensor.
+        ValueError: for another shape or device.
+    """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"{op}: {name} must be a boolean tensor (True = real token), got {describe(mask)}")
-    if tuple(mask.shape) != shape:
-        raise ValueError(f"{op}: {name} must have shape {shape}, got {describe(mask)}")
+        raise TypeError(f"{what} must be a boolean tensor (True = real token), got {describe(mask)}")
+    if mask.shape != torch.Size(shape):
+        raise ValueError(f"{what} must have shape {tuple(shape)}, got {describe(mask)}")
     if mask.device != device:
-        raise ValueError(f"{op}: {name} must be on {device} like q, got {describe(mask)}")
+        raise ValueError(f"{what} must be on {device} like its tokens, got {describe(mask)}")
 
 
 def _check_packing(op: str, cu_seqlens: Tensor, q: Tensor, k: Tensor, layout: Layout) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 
 def fill(x: Tensor, mask: Tensor | None, value: float = 0.0) -> Tensor:
-    """Set padded positions of x (batch, length, ...) to ``value``, also where they are NaN; mask is (batch, length)."""
+    """Set padded positions of x (batch, length, ...) to ``value``, also where they are NaN; mask has its first axes."""
     if mask is None:
         return x
-    return x.masked_fill(~mask.view(*mask.shape, *(1,) * (x.ndim - 2)), value)
+    return x.masked_fill(~mask.view(*mask.shape, *(1,) * (x.ndim - mask.ndim)), value)
 
 
 class _Bucket(NamedTuple):

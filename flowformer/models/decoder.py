@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from flowformer.core.checks import describe
+from flowformer.core.masks import fill
 from flowformer.models.cross_entropy import check_tokens
 from flowformer.models.encoder import Encoder, EncoderBlock
 from flowformer.models.initialization import GPT_STD, LanguageInit
@@ -67,10 +68,7 @@ class Decoder(Encoder):
         for block, state in zip(self.layers, states, strict=True):
             x, state = block(x, mask=mask, initial_state=state, return_state=True)
             after.append(state)
-        x = self.norm(x)
-        if mask is not None:
-            x = x.masked_fill(~mask.unsqueeze(-1), 0)
-        return x, tuple(after)
+        return fill(self.norm(x), mask), tuple(after)
 
     def step(self, x: Tensor, states: tuple) -> tuple[Tensor, tuple]:
         """Process one token: (batch, dim) and the states before it, to output and states after it."""
