@@ -882,6 +882,51 @@ def test_6_rows_of_a_batch_are_independent(case: Case) -> None:
             assert not grad[others].any()
 
 
+@each()
+def test_6_a_batch_may_have_no_sequence(case: Case) -> None:
+    for length, sources in [(1, 1), (33, 33)] + [(5, 9), (9, 5)] * case.crosses:
+        masks = {"mask": torch.ones(0, length, dtype=torch.bool)}
+        if case.crosses:
+            masks["context_mask"] = torch.ones(0, sources, dtype=torch.bool)
+        for given_masks in ({}, masks):
+            leaves = [t.requires_grad_() for t in (*case.inputs(length, sources, batch=0), *learning(case))]
+            out = case.op(*leaves, **given_masks)
+            assert (out.shape[:2], out.dtype) == ((0, length), case.dtype)
+            for leaf, grad in zip(leaves, torch.autograd.grad(out.sum(), leaves, materialize_grads=True), strict=True):
+                assert grad.shape == leaf.shape
+                assert not grad.any()
+
+
+@each(has_state)
+def test_6_a_batch_of_no_sequence_has_a_state(case: Case) -> None:
+    for masks in ({}, {"mask": torch.ones(0, 70, dtype=torch.bool)}):
+        leaves = [t.requires_grad_() for t in case.inputs(70, batch=0)]
+        out, state = case.op(*leaves, initial_state=case.fresh(0), return_state=True, **masks)
+        assert out.shape[:2] == (0, 70)
+        assert all(len(part) == 0 for part in state)
+        torch.autograd.grad(objective(out, state), leaves)
+        step = [t[:, 0].detach().requires_grad_() for t in leaves]
+        out, after = case.step(*step, state)
+        assert out.shape[0] == 0
+        assert [part.shape[0] for part in after] == [0] * len(state)
+        torch.autograd.grad(objective(out, after), step)
+
+
+@each()
+def test_6_modules_take_a_batch_of_no_sequence(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = module_of(case, monkeypatch), tokens_of(case, 20, batch=0)
+    for arguments in ({}, {"mask": torch.ones(0, 20, dtype=torch.bool)}):
+        out, *grads = through_module(module, [x], **arguments)
+        assert out.shape == x.shape
+        assert not any(grad.any() for grad in grads)
+    if case.crosses:
+        assert module(x, x[:, :7]).shape == x.shape
+    if has_state(case):
+        state = module.init_state(0)
+        out, state = module(x, initial_state=state, return_state=True)
+        assert module.step(x[:, 0], state)[0].shape == (0, DIM)
+
+
 def permuted(case: Case, length: int, sources: int) -> tuple[Tensor, Tensor]:
     """Outputs for queries and keys in another order, and outputs in the order of the queries."""
     q, k, v = case.inputs(length, sources)

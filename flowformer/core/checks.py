@@ -11,9 +11,9 @@ from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flowformer.core.precision import FLOAT_DTYPES
+from flowformer.core.precision import FLOAT_DTYPES, dtype_and_device
 
 
 class Masks(NamedTuple):
@@ -67,13 +67,33 @@ def check_tokens_of(what: str, x: Any, axes: str, channels: int) -> None:
         raise ValueError(f"{what} must have at least one token, got {describe(x)}")
 
 
-def check_batch_size(what: str, batch: Any) -> None:
-    """Raise unless a number of sequences is a whole number of at least 0."""
-    if isinstance(batch, torch.SymInt):
-        return
-    check_integer(what, batch)
-    if batch < 0:
-        raise ValueError(f"{what} must not be negative, got {batch}")
+def check_fresh_state(what: str, batch: Any, dtype: torch.dtype = torch.float32, **sizes: Any) -> None:
+    """Raise unless a fresh state can have these sizes: whole numbers, 0 or more sequences and 1 or more of the rest."""
+    check_dtype(what, dtype)
+    for name, size in {"batch": batch, **sizes}.items():
+        if isinstance(size, torch.SymInt):
+            continue
+        check_integer(f"{what}: {name}", size)
+        least = 0 if name == "batch" else 1
+        if size < least:
+            raise ValueError(f"{what}: {name} must be at least {least}, got {size}")
+
+
+def apply(what: str, layer: nn.Module, x: Tensor) -> Tensor:
+    """Return ``layer(x)``; ``what`` names x in messages.
+
+    Raises:
+        TypeError: if the layer fails, and its parameters have another dtype or are on another device than x.
+    """
+    try:
+        return layer(x)
+    except RuntimeError as error:
+        # Not earlier: hooks may move what a layer is called with, and a layer's parameters.
+        own = dtype_and_device(layer)
+        if x.device == own["device"] and (x.dtype == own["dtype"] or not (x.is_floating_point() or x.is_complex())):
+            raise
+        wanted = f"{str(own['dtype']).removeprefix('torch.')} on {own['device']}"
+        raise TypeError(f"{what} must be {wanted} like the weights of the module, got {describe(x)}") from error
 
 
 def check_dtype(what: str, dtype: torch.dtype) -> None:

@@ -101,7 +101,7 @@ def close_up(tensors: Sequence[Tensor], mask: Tensor) -> tuple[list[Tensor], Ten
         traced), the mask of what is real in them, and for :func:`spread` where each token came from, (batch, width).
     """
     places = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and len(mask):
         places = places[:, : max(1, int(mask.sum(1).max()))]
     rows = torch.arange(len(mask), device=mask.device).unsqueeze(1) * mask.shape[1]
     places = rows + places

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from flowformer.core.checks import (
-    check_batch_size,
+    apply,
     check_flag,
+    check_fresh_state,
     check_integer,
     check_mask,
     check_number,
     check_tokens_of,
-    describe,
 )
 from flowformer.core.masks import fill
 from flowformer.core.precision import dtype_and_device
@@ -202,24 +202,15 @@ class Attention(nn.Module, ABC):
 
     def _project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, split."""
-        try:
-            return self.split(self.q_proj(x)), self.split(self.k_proj(source)), self.split(self.v_proj(source))
-        except RuntimeError as error:
-            # Only now, since layers may be of another dtype or device than what they are called with.
-            own, name = dtype_and_device(self), type(self).__name__
-            for given in (x, source):
-                if given.dtype != own["dtype"] or given.device != own["device"]:
-                    wanted = f"{str(own['dtype']).removeprefix('torch.')} on {own['device']}"
-                    raise TypeError(
-                        f"{name}: inputs must be {wanted} like its weights, got {describe(given)}"
-                    ) from error
-            raise
+        pairs = ((self.q_proj, x), (self.k_proj, source), (self.v_proj, source))
+        q, k, v = (self.split(apply(f"{type(self).__name__}: inputs", layer, given)) for layer, given in pairs)
+        return q, k, v
 
     def init_state(self, batch_size: int) -> Any:
         """Return the state before the first token, for a batch of ``batch_size`` sequences."""
         self._check_state("init_state")
         assert self.mechanism.init_state is not None  # there is a state
-        check_batch_size(f"{type(self).__name__}.init_state: batch_size", batch_size)
+        check_fresh_state(f"{type(self).__name__}.init_state", batch_size)
         sizes = (batch_size, self.num_heads, self.head_dim, self.head_dim)
         return self.mechanism.init_state(*sizes, *self.learned(), **dtype_and_device(self), **self.arguments())
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from flowformer.core.checks import describe
+from flowformer.core.checks import apply, describe
 from flowformer.core.masks import fill
-from flowformer.models.cross_entropy import check_tokens
+from flowformer.models.cross_entropy import TOKEN_DTYPES, check_tokens
 from flowformer.models.encoder import Encoder, EncoderBlock
 from flowformer.models.initialization import GPT_STD, LanguageInit
 from flowformer.models.positions import count_positions, create_positions
@@ -155,8 +155,10 @@ class TokenDecoder(nn.Module):
         """
         if mask is not None:
             tokens = tokens.masked_fill(~mask, 0)
-        check_tokens(name, tokens, self.embed.num_embeddings)
-        return self.embed(tokens)
+        vocabulary = getattr(self.embed, "num_embeddings", None)  # not known of a layer around the embedding
+        if vocabulary is not None:
+            check_tokens(name, tokens, vocabulary)
+        return apply(name, self.embed, tokens)
 
     def add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
         """Scale embeddings (..., dim), add position vectors of positions (...) from 0, and apply dropout."""
@@ -205,7 +207,9 @@ def check_token_ids(name: str, tokens: Tensor) -> None:
         TypeError: for a tensor that is not of integers.
         ValueError: for another shape than (batch, length), or no tokens.
     """
-    if tokens.is_floating_point() or tokens.dtype == torch.bool:
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"{name} must be a tensor of integers, got {describe(tokens)}")
+    if tokens.dtype not in TOKEN_DTYPES:
         raise TypeError(f"{name} must be integers, got {describe(tokens)}")
     if tokens.ndim != 2 or not tokens.shape[1]:
         raise ValueError(f"{name} must be (batch, length) with at least one token, got {describe(tokens)}")

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from flowformer.core.precision import state_dtype
-from flowformer.models.initialization import Embedding
 
 
-class LearnedPositions(Embedding):
+class LearnedPositions(nn.Embedding):
     """Learned position embedding, up to ``max_length`` positions.
 
     Args:

@@ -24,7 +24,7 @@ from flowformer.interop.hf.cache import read_cache, write_cache
 from flowformer.interop.hf.configuration import FlowformerConfig
 from flowformer.models.decoder import LanguageState, TokenDecoder, check_sizes, check_token_ids, find_targets
 from flowformer.models.encoder import EncoderBlock
-from flowformer.models.initialization import LanguageInit, set_initializer
+from flowformer.models.initialization import LanguageInit, has_initializer, set_initializer
 
 # The old name of `cache`, which transformers itself understands until then.
 _old_cache_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -71,7 +71,8 @@ class FlowformerPreTrainedModel(PreTrainedModel):
         if module is getattr(self, "score", None):
             super()._init_weights(module)
             return
-        if type(module) in (nn.Linear, nn.Embedding):  # made by transformers, for another size of the vocabulary
+        if isinstance(module, (nn.Linear, nn.Embedding)) and not has_initializer(module):
+            # Made by transformers, for another size of the vocabulary.
             set_initializer(module, self._initialization().embedding)
         if callable(reset := getattr(module, "reset_parameters", None)):
             reset()

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.core.checks import CHANNELS, check_flag, describe
+from flowformer.core.checks import CHANNELS, check_flag, check_fresh_state, describe
 from flowformer.core.masks import spread
 from flowformer.core.precision import LOG_ZERO, sum_dtype
 from flowformer.core.run import Given
@@ -53,6 +53,7 @@ def init_aft_conv_state(
     batch: int, heads: int, channels: int, taps: int, *, dtype: torch.dtype = torch.float32, device: Any = None
 ) -> AFTConvState:
     """Return the state before the first token, in float64 for inputs of any ``dtype``."""
+    check_fresh_state("init_aft_conv_state", batch, dtype, heads=heads, channels=channels, taps=taps)
     log_weight, _ = init_aft_simple_state(batch, heads, dtype=dtype, device=device)
     mean = log_weight.new_zeros(batch, channels)
     key = log_weight.new_full((batch, taps - 1, heads), LOG_ZERO)

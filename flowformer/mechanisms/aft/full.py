@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.core.checks import CHANNELS, check_dtype
+from flowformer.core.checks import CHANNELS, check_fresh_state
 from flowformer.core.masks import fill, spread
 from flowformer.core.precision import LOG_ZERO
 from flowformer.core.run import Given
@@ -44,7 +44,7 @@ def init_aft_full_state(
     batch: int, channels: int, *, dtype: torch.dtype = torch.float32, device: Any = None
 ) -> AFTFullState:
     """Return the state before the first token, for inputs of ``dtype``."""
-    check_dtype("init_aft_full_state", dtype)
+    check_fresh_state("init_aft_full_state", batch, dtype, channels=channels)
     empty = torch.empty(batch, 0, channels, dtype=dtype, device=device)
     return AFTFullState(empty, empty.clone(), empty.new_empty(batch, 0, dtype=torch.bool))
 

@@ -98,7 +98,7 @@ def find_start(op: str, bias: Bias, counts: Tensor, tokens: int) -> tuple[int | 
     """
     if torch.compiler.is_compiling():
         return counts, 0
-    least, most = (int(x) for x in counts.aminmax())
+    least, most = (int(x) for x in counts.aminmax()) if len(counts) else (0, 0)
     check_places(op, bias, most + tokens)
     return (least if least == most else counts), least
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.core.checks import CHANNELS, check_dtype
+from flowformer.core.checks import CHANNELS, check_fresh_state
 from flowformer.core.masks import spread
 from flowformer.core.precision import LOG_ZERO, state_dtype
 from flowformer.core.run import Given
@@ -32,7 +32,7 @@ def init_aft_simple_state(
     batch: int, channels: int, *, dtype: torch.dtype = torch.float32, device: Any = None
 ) -> AFTSimpleState:
     """Return the state before the first token, in float64 for inputs of any ``dtype``."""
-    check_dtype("init_aft_simple_state", dtype)
+    check_fresh_state("init_aft_simple_state", batch, dtype, channels=channels)
     device = torch.device("cpu") if device is None else torch.device(device)
     mean = torch.zeros(batch, channels, dtype=state_dtype(device), device=device)
     return AFTSimpleState(torch.full_like(mean, LOG_ZERO), mean)

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from flowformer.core.backends import choose, implementation
-from flowformer.core.checks import check_dtype, check_state, check_step
+from flowformer.core.checks import check_fresh_state, check_state, check_step
 from flowformer.core.masks import fill
 from flowformer.core.precision import LOG_ZERO, no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Given, run, scanned
@@ -77,7 +77,9 @@ def init_flow_state(
     device: Any = None,
 ) -> FlowState:
     """Return the state before the first token, with sums in float64 for inputs of any ``dtype``."""
-    check_dtype("init_flow_state", dtype)
+    check_fresh_state(
+        "init_flow_state", batch, dtype, heads=heads, key_channels=key_channels, value_channels=value_channels
+    )
     device = torch.device("cpu") if device is None else torch.device(device)
     like = torch.zeros(batch, heads, dtype=state_dtype(device), device=device)
     return FlowState(

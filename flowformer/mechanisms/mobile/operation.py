@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.core.checks import HEADS, check_dtype, check_state, check_step
+from flowformer.core.checks import HEADS, check_fresh_state, check_state, check_step
 from flowformer.core.masks import fill
 from flowformer.core.precision import LOG_ZERO, no_autocast, state_dtype
 from flowformer.core.run import Given, run, scanned
@@ -78,7 +78,9 @@ def init_mobile_state(
     device: Any = None,
 ) -> MobileState:
     """Return the state before the first token, with sums in float64 for inputs of any ``dtype``."""
-    check_dtype("init_mobile_state", dtype)
+    check_fresh_state(
+        "init_mobile_state", batch, dtype, heads=heads, key_channels=key_channels, value_channels=value_channels
+    )
     device = torch.device("cpu") if device is None else torch.device(device)
     like = torch.zeros(batch, heads, dtype=state_dtype(device), device=device)
     return MobileState(
