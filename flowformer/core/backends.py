@@ -144,10 +144,20 @@ def choose_and_say_why(op: str, backend: str = "auto", like: Tensor | None = Non
 
 def _decide(op: str, backend: str, like: Tensor | None) -> tuple[str, str]:
     device, dtype = ("cpu", torch.float32) if like is None else (like.device.type, like.dtype)
-    chosen, why = _choose(op, backend, device, dtype, torch.compiler.is_exporting(), is_transformed())
+    chosen, why = _choose(op, backend, device, dtype, is_exporting(), is_transformed())
     if not torch.compiler.is_compiling() and _asking.now:
         raise _OnlyAskedError(op, like, chosen, why)
     return chosen, why
+
+
+def is_traced() -> bool:
+    """Return whether a graph is traced (torch.compile, torch.export, torch.jit.trace): no value may be looked at."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def is_exporting() -> bool:
+    """Return whether the graph that is traced has to hold for other sizes and without this package."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def is_transformed() -> bool:

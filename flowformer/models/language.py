@@ -283,7 +283,7 @@ class LanguageModel(TokenDecoder):
             ValueError, TypeError: for invalid input, or a sequence beyond the learned positions.
         """
         if not isinstance(tokens, Tensor) or tokens.ndim != 1:
-            raise ValueError(f"step: tokens must be a tensor (batch,), got {describe(tokens)}")
+            raise ValueError(f"step: tokens must be (batch,), got {describe(tokens)}")
         self._check(tokens.unsqueeze(1), None, state)
         check_tokens("tokens", tokens, self.vocab_size)
         x, layers = self.decoder.step(self.add_positions(self.embed(tokens), state.length), state.layers)

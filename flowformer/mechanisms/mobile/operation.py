@@ -42,7 +42,7 @@ from flowformer.core.checks import HEADS, check_fresh_state, check_state, check_
 from flowformer.core.masks import fill
 from flowformer.core.precision import LOG_ZERO, no_autocast, state_dtype
 from flowformer.core.run import Given, run, scanned
-from flowformer.core.scan import causal_product, join_chunks, pad_to_chunks, split_chunks
+from flowformer.core.scan import causal_product, cut, join_chunks, pad_to_chunks, split_chunks
 from flowformer.core.sums import sum_over_tokens, times_sum
 from flowformer.mechanisms.flow.operation import features
 from flowformer.mechanisms.mobile.options import MobileOptions, mobile_options
@@ -210,7 +210,7 @@ def _causal_block(
             out, memory = causal_product((Q @ K.transpose(-1, -2)).tril(), Q, K, V, state.memory)
             normaliser = state.log_normaliser.clone()
         n, count = _positions(state.length, mask, q)
-        out = join_chunks(out, length) * _scale(n, options)[:, :length, None, None].to(out.dtype)
+        out = join_chunks(out, length) * cut(_scale(n, options), length)[:, :, None, None].to(out.dtype)
         return out.to(v.dtype), MobileState(count, normaliser, memory)
 
 
