@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 
 from flowformer import kernels
 from flowformer.core.precision import FLOAT_DTYPES, sum_dtype
+from flowformer.core.tracing import is_exporting
 
 ENVIRONMENT_VARIABLE = "FLOWFORMER_BACKEND"
 
@@ -148,16 +149,6 @@ def _decide(op: str, backend: str, like: Tensor | None) -> tuple[str, str]:
     if not torch.compiler.is_compiling() and _asking.now:
         raise _OnlyAskedError(op, like, chosen, why)
     return chosen, why
-
-
-def is_traced() -> bool:
-    """Return whether a graph is traced (torch.compile, torch.export, torch.jit.trace): no value may be looked at."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def is_exporting() -> bool:
-    """Return whether the graph that is traced has to hold for other sizes and without this package."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def is_transformed() -> bool:

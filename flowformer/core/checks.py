@@ -262,7 +262,7 @@ def check_state(op: str, state: Any, fresh: Any) -> None:
         raise TypeError(f"{op}: initial_state must be a {type(fresh).__name__}, got {describe(state)}")
     if isinstance(state[0], Tensor) and state[0].ndim > 1 and not fresh[0].shape[1]:
         tokens = state[0].shape[1]
-        fresh = type(fresh)(*(part.new_empty(len(part), tokens, *part.shape[2:]) for part in fresh))
+        fresh = type(fresh)(*(part.new_empty(part.shape[0], tokens, *part.shape[2:]) for part in fresh))
     for name, got, wanted in zip(fresh._fields, state, fresh, strict=True):
         if (
             not isinstance(got, Tensor)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flowformer.core.tracing import is_traced
+
 
 def fill(x: Tensor, mask: Tensor | None, value: float = 0.0) -> Tensor:
     """Set padded positions of x (batch, length, ...) to ``value``, also where they are NaN; mask has its first axes."""
@@ -100,10 +102,14 @@ def close_up(tensors: Sequence[Tensor], mask: Tensor) -> tuple[list[Tensor], Ten
         The tensors (batch, width, ...), where width is the most real tokens of a row (the whole length while a graph is
         traced), the mask of what is real in them, and for :func:`spread` where each token came from, (batch, width).
     """
-    places = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
-    if not torch.compiler.is_compiling() and len(mask):
+    batch, length = mask.shape
+    # Where each token goes: behind the real ones before it, and padding behind all real ones.
+    goals = torch.where(mask, mask.cumsum(1) - 1, mask.sum(1, keepdim=True) + (~mask).cumsum(1) - 1)
+    place = torch.arange(length, device=mask.device).expand(batch, -1)
+    places = torch.zeros_like(goals).scatter(1, goals, place)
+    if not is_traced() and batch:
         places = places[:, : max(1, int(mask.sum(1).max()))]
-    rows = torch.arange(len(mask), device=mask.device).unsqueeze(1) * mask.shape[1]
+    rows = torch.arange(batch, device=mask.device).unsqueeze(1) * length
     places = rows + places
     closed = [t.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape) for t in (*tensors, mask)]
     return closed[:-1], closed[-1], places
@@ -111,5 +117,5 @@ def close_up(tensors: Sequence[Tensor], mask: Tensor) -> tuple[list[Tensor], Ten
 
 def spread(x: Tensor, places: Tensor, length: int) -> Tensor:
     """Move tokens (batch, width, ...) back to their positions before :func:`close_up`; zeros elsewhere."""
-    whole = x.new_zeros(len(x) * length, *x.shape[2:])
-    return whole.index_copy(0, places.flatten(), x.flatten(0, 1)).unflatten(0, (len(x), length))
+    whole = x.new_zeros(x.shape[0] * length, *x.shape[2:])
+    return whole.index_copy(0, places.flatten(), x.flatten(0, 1)).unflatten(0, (x.shape[0], length))

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.core.backends import is_exporting, is_transformed
+from flowformer.core.backends import is_transformed
 from flowformer.core.precision import without_autocast
+from flowformer.core.tracing import count_chunks, cut, frame, is_exporting, shift
 
 CHUNK = 64  # tokens that meet directly; 64 is fastest in PyTorch on a CPU
 
@@ -157,35 +158,15 @@ def join_chunks(x: Tensor, length: int) -> Tensor:
     return cut(x.permute(0, 2, 3, 1, 4).reshape(batch, chunks * chunk, heads, channels), length)
 
 
-def cut(x: Tensor, length: int) -> Tensor:
-    """Return the first ``length`` tokens of (batch, tokens, ...).
-
-    A slice binds an exported graph to lengths that it is known to be within.
-    """
-    return x.index_select(1, torch.arange(length, device=x.device)) if is_exporting() else x[:, :length]
-
-
 def pad_to_chunks(tokens: Sequence[Tensor], mask: Tensor | None, chunk: int) -> tuple[list[Tensor], Tensor | None]:
     """Pad (batch, length, ...) tensors with masked tokens to a multiple of ``chunk``."""
     batch, length = tokens[0].shape[:2]
-    if is_exporting():
-        return _pad_by_index(tokens, mask, chunk)
-    missing = -length % chunk
-    if not missing:
+    total = count_chunks(length, chunk) * chunk
+    if not is_exporting() and total == length:
         return list(tokens), mask
     if mask is None:
         mask = torch.ones(batch, length, dtype=torch.bool, device=tokens[0].device)
-    longer = [torch.cat([t, t.new_zeros(batch, missing, *t.shape[2:])], 1) for t in tokens]
-    return longer, torch.nn.functional.pad(mask, (0, missing))
-
-
-def _pad_by_index(tokens: Sequence[Tensor], mask: Tensor | None, chunk: int) -> tuple[list[Tensor], Tensor]:
-    """The same while a graph is exported, for any length: at least two chunks, since a size of 1 would stay 1."""
-    batch, length = tokens[0].shape[:2]
-    place = torch.arange((length + 2 * chunk - 1) // chunk * chunk, device=tokens[0].device)
-    index, real = place.clamp(max=length - 1), place < length
-    real = real.expand(batch, -1) if mask is None else mask.index_select(1, index) & real
-    return [t.index_select(1, index) for t in tokens], real
+    return [frame(t, 0, total) for t in tokens], frame(mask, 0, total)
 
 
 def carry(sums: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,15 +182,6 @@ def carry(sums: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
     running = sums.cumsum(2)
     before = shift(running, 0.0) + past.to(sums.dtype).unsqueeze(2)
     return before, past + running[:, :, -1].to(past.dtype)
-
-
-def shift(x: Tensor, first: float) -> Tensor:
-    """Move (batch, heads, chunks, ...) one chunk on; the first becomes ``first``."""
-    if not is_exporting():
-        return torch.cat([torch.full_like(x[:, :, :1], first), x[:, :, :-1]], 2)
-    place = torch.arange(x.shape[2], device=x.device)
-    is_first = (place == 0).view(-1, *(1,) * (x.ndim - 3))
-    return x.index_select(2, (place - 1).clamp(min=0)).masked_fill(is_first, first)
 
 
 def causal_product(scores: Tensor, Q: Tensor, K: Tensor, V: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:

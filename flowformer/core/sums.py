@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowformer.core.backends import is_traced
 from flowformer.core.precision import without_autocast
+from flowformer.core.tracing import is_traced
 
 RUN = 128  # tokens summed by one matrix product
 

@@ -164,7 +164,7 @@ def softmax_attention_step(q: Tensor, k: Tensor, v: Tensor, state: SoftmaxState)
     """
     op = "softmax_attention_step"
     check_step(op, q, k, v, state, SoftmaxState)
-    check_state(op, state, _fresh(q, v, len(q)))
+    check_state(op, state, _fresh(q, v, q.shape[0]))
     out, after = _dense(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), None, None, True, state, True)
     assert after is not None  # asked for
     return out.squeeze(1), after

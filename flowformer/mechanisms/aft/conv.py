@@ -24,6 +24,7 @@ from flowformer.core.checks import CHANNELS, check_flag, check_fresh_state, desc
 from flowformer.core.masks import spread
 from flowformer.core.precision import LOG_ZERO, sum_dtype
 from flowformer.core.run import Given
+from flowformer.core.tracing import is_exporting
 from flowformer.mechanisms.aft.images import image_means
 from flowformer.mechanisms.aft.means import Past
 from flowformer.mechanisms.aft.run import close_up_if, finish_step, run_gated, start_step
@@ -118,7 +119,7 @@ def aft_conv(
             mean, state = _causal(w, hard, K, V, real, state)
         else:
             # Taps that reach beyond the sequence weigh nothing.
-            back = min(w.shape[1] // 2, K.shape[1] - 1)
+            back = w.shape[1] // 2 if is_exporting() else min(w.shape[1] // 2, K.shape[1] - 1)
             windows = Windows(CHUNK, CHUNK + 2 * back + -2 * back % CHUNK, None, True, BLOCK)
             w = _toeplitz(w, windows, back, w.shape[1] // 2, hard)
             mean = two_sided_means(w, K, V, back, windows, hard=hard)

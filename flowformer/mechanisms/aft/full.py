@@ -11,6 +11,7 @@ from flowformer.core.checks import CHANNELS, check_fresh_state
 from flowformer.core.masks import fill, spread
 from flowformer.core.precision import LOG_ZERO
 from flowformer.core.run import Given
+from flowformer.core.tracing import is_traced
 from flowformer.mechanisms.aft.blocks import Blocks, block_means
 from flowformer.mechanisms.aft.run import (
     PositionBias,
@@ -92,13 +93,13 @@ def aft_full(
 
     def dense(q: Tensor, K: Tensor, V: Tensor, key: Any, query: Any, state: Any) -> tuple[Tensor, Any]:
         bias, length = check_bias(op, position_bias, q), q.shape[1]
-        counts = torch.zeros(len(q), dtype=torch.int64, device=q.device)
+        counts = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
         if causal:
             counts = state.mask.sum(1)
             state = _extend(state, K, V, key)
             K, V, key, query = state.key.to(K.dtype), state.value.to(V.dtype), state.mask, key
             K = fill(K, key, LOG_ZERO)
-            key = None if not torch.compiler.is_compiling() and bool(key.all()) else key
+            key = None if not is_traced() and bool(key.all()) else key
         (K, V), _, _ = close_up_if((K, V), key)
         _, real, places = close_up_if((), query)
         queries = length if real is None else real.shape[1]

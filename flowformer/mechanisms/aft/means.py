@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from flowformer.core.backends import is_transformed
-from flowformer.core.precision import state_dtype
+from flowformer.core.precision import LOG_ZERO, state_dtype
+from flowformer.core.tracing import cumulate, is_exporting, is_traced, log_add
 
 CAP = 40.0  # exp(40) = 2e17: products of it and its inverse stay within float32
 TINY = {torch.float32: 1e-25, torch.float64: 1e-200}  # denominators below are repaired
@@ -67,13 +68,15 @@ def summarise(K: Tensor, V: Tensor) -> Past:
 
 def join(one: Past, other: Past) -> Past:
     """Combine two summaries."""
-    total = torch.logaddexp(one.log_weight, other.log_weight)
+    total = log_add(one.log_weight, other.log_weight)
     of_one, of_other = ((past.log_weight - total).exp().unsqueeze(-1) for past in (one, other))
     return Past(total, of_one * one.mean + of_other * other.mean)
 
 
 def accumulate(pieces: Past, dim: int = 1) -> Past:
     """Combine each piece along ``dim`` with all before it, by doubling."""
+    if is_exporting():
+        return Past(*cumulate(pieces, lambda one, other: join(Past(*one), Past(*other)), (LOG_ZERO, 0.0), dim))
     shift, count = 1, pieces.log_weight.shape[dim]
     while shift < count:
         left = Past(*(part.narrow(dim, 0, count - shift) for part in pieces))
@@ -128,7 +131,7 @@ def prepare(K: Tensor, V: Tensor, past: Past | None, first: int | None) -> Sourc
 
 def is_plain() -> bool:
     """Return whether data must not be inspected, since a graph is traced or torch.func is active."""
-    return torch.compiler.is_compiling() or is_transformed()
+    return is_traced() or is_transformed()
 
 
 def is_below(x: Tensor, bound: float) -> bool:

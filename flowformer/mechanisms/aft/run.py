@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flowformer.core.checks import Layout, check_state, check_step, describe
 from flowformer.core.masks import close_up, fill
 from flowformer.core.precision import LOG_ZERO, no_autocast, sum_dtype
 from flowformer.core.run import Dense, Given, run
+from flowformer.core.tracing import is_traced
 from flowformer.mechanisms.aft.blocks import Bias
 
 PositionBias = Tensor | tuple[Tensor, Tensor]
@@ -48,7 +48,7 @@ def _alive(key: Tensor | None, query: Tensor | None) -> Tensor | None:
     if key is None:
         return query
     some = key.flatten(1).any(1).view(-1, *(1,) * (key.ndim - 1))
-    return some.expand(len(key), 1) if query is None else query & some
+    return some.expand(key.shape[0], 1) if query is None else query & some
 
 
 def start_step(
@@ -56,7 +56,7 @@ def start_step(
 ) -> None:
     """Check a decoding step; ``fresh`` returns the initial state of type ``kind`` for a batch size."""
     check_step(op, q, k, v, state, kind, layout)
-    check_state(op, state, fresh(len(q)))
+    check_state(op, state, fresh(q.shape[0]))
 
 
 def finish_step(q: Tensor, mean: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def find_start(op: str, bias: Bias, counts: Tensor, tokens: int) -> tuple[int | 
     Raises:
         ValueError: where sequences reach beyond the table of positions.
     """
-    if torch.compiler.is_compiling():
+    if is_traced():
         return counts, 0
     least, most = (int(x) for x in counts.aminmax()) if len(counts) else (0, 0)
     check_places(op, bias, most + tokens)

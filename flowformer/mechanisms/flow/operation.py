@@ -46,6 +46,7 @@ from flowformer.core.precision import LOG_ZERO, no_autocast, state_dtype, sum_dt
 from flowformer.core.run import Given, run, scanned
 from flowformer.core.scan import CHUNK, carry, causal_product, join_chunks, pad_to_chunks, split_chunks
 from flowformer.core.sums import sum_over_tokens, times_sum
+from flowformer.core.tracing import log_add, log_cumsum
 from flowformer.mechanisms.flow.options import RELU_FLOOR, FlowOptions, flow_options
 
 # --------------------------------------------------------------------------------------------------------------- state
@@ -260,7 +261,7 @@ def _positions(count: Tensor, mask: Tensor | None, Q: Tensor) -> tuple[Tensor, T
     """1-based count of real tokens at each place, shaped like flows, at least 1; and the count after the last."""
     chunks, chunk = Q.shape[2:4]
     if mask is None:
-        steps = torch.arange(1, chunks * chunk + 1, device=Q.device).expand(len(count), -1)
+        steps = torch.arange(1, chunks * chunk + 1, device=Q.device).expand(count.shape[0], -1)
     else:
         steps = mask.flatten(1).cumsum(-1)
     n = count.unsqueeze(-1) + steps
@@ -314,7 +315,7 @@ def _causal_competition(
     flat = conserved.flatten(2).to(past.dtype)
     if mask is not None:
         flat = flat.masked_fill(~mask.flatten(1).unsqueeze(1), LOG_ZERO)
-    normaliser = torch.logaddexp(flat.logcumsumexp(-1), past.unsqueeze(-1))
+    normaliser = log_add(log_cumsum(flat), past.unsqueeze(-1))
     weight = n * (flat - normaliser).exp().to(conserved.dtype).view_as(conserved)
     return weight, normaliser[..., -1]
 
