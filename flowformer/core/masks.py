@@ -69,6 +69,8 @@ def run_packed(
     Returns:
         Output (1, total length, ...) and the state of batch N (``None`` where the operation returns none).
     """
+    if is_traced():
+        return _run_packed_in_a_graph(dense, tensors, cu_seqlens, initial_state)
     outs, places, states, rows = [], [], [], []
     for bucket in _buckets(cu_seqlens):
         state = initial_state
@@ -89,6 +91,21 @@ def run_packed(
         return out, None
     order = torch.tensor(rows, device=cu_seqlens.device).argsort()
     return out, type(states[0])(*(torch.cat(parts)[order] for parts in zip(*states, strict=True)))
+
+
+def _run_packed_in_a_graph(
+    dense: Callable[..., tuple[Tensor, Any]], tensors: Sequence[Tensor], cu_seqlens: Tensor, initial_state: Any
+) -> tuple[Tensor, Any]:
+    """The same where lengths must not be looked at: each sequence is padded to the length of the whole batch."""
+    total = tensors[0].shape[1]
+    place = torch.arange(total, device=cu_seqlens.device)
+    start, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    mask = place < (end - start).unsqueeze(1)
+    positions = (start.unsqueeze(1) + place).masked_fill(~mask, 0)
+    padded = (tensor[0].index_select(0, positions.flatten()).unflatten(0, positions.shape) for tensor in tensors)
+    out, state = dense(*padded, mask, initial_state)
+    row = torch.searchsorted(end, place, right=True)
+    return out.flatten(0, 1).index_select(0, row * total + place - start[row]).unsqueeze(0), state
 
 
 def close_up(tensors: Sequence[Tensor], mask: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:

@@ -103,7 +103,9 @@ class TaskModule(lightning.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Seed random numbers from the seed and the round, and set whether this round ends with an evaluation."""
-        torch.manual_seed(self.recipe.seed * 1_000_003 + self.current_epoch)
+        # Of its own in each process, or all would drop the same channels.
+        seed = self.recipe.seed + 1_009 * self.trainer.global_rank
+        torch.manual_seed(seed * 1_000_003 + self.current_epoch)
         due = self.current_epoch + 1 in self.recipe.evaluated_rounds
         self.trainer.check_val_every_n_epoch = 1 if due else self.current_epoch + 2  # which does not divide epoch + 1
 
