@@ -64,7 +64,7 @@ def check(rank: int, port: int) -> None:
 def same(got: dict[str, Any], want: dict[str, Tensor]) -> None:
     assert got.keys() == want.keys()
     for name, gradient in want.items():
-        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
