@@ -72,8 +72,8 @@ def check_fresh_state(what: str, batch: Any, dtype: torch.dtype = torch.float32,
     """Raise unless a fresh state can have these sizes: whole numbers, 0 or more sequences and 1 or more of the rest."""
     check_dtype(what, dtype)
     for name, size in {"batch": batch, **sizes}.items():
-        if isinstance(size, torch.SymInt):
-            continue
+        if isinstance(size, (torch.SymInt, Tensor)):
+            continue  # of a graph that is traced
         check_integer(f"{what}: {name}", size)
         least = 0 if name == "batch" else 1
         if size < least:

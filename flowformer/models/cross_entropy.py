@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from flowformer.core.checks import describe
+from flowformer.core.tracing import is_traced
 
 # Scores held at a time: 64 MiB in float32. Over 267,735 words a chunk is 62 tokens, enough for a matrix product.
 CHUNK_SCORES = 2**24
@@ -191,7 +192,7 @@ def check_tokens(what: str, tokens: Tensor, vocabulary: int, ignore_index: int |
     Raises:
         ValueError: naming the vocabulary and the token.
     """
-    if tokens.device.type != "cpu" or torch.compiler.is_compiling() or not tokens.numel():
+    if tokens.device.type != "cpu" or is_traced() or not tokens.numel():
         return
     wrong = (tokens < 0) | (tokens >= vocabulary)
     if ignore_index is not None:

@@ -12,6 +12,7 @@ from torch.types import Device
 
 from flowformer.core.checks import check_mask, check_tokens_of
 from flowformer.core.masks import fill
+from flowformer.core.tracing import is_traced
 from flowformer.mechanisms import create_attention
 
 # "gelu_tanh" is the approximation that GPT-2 and the GPT-style module of thuml/Flowformer call "new gelu".
@@ -172,7 +173,7 @@ class Encoder(nn.Module):
         if mask is None:
             return self._run(x)
         check_mask(f"{type(self).__name__}: mask", mask, x.shape[:2], x.device)
-        if torch.compiler.is_compiling() or not len(x):
+        if is_traced() or not len(x):
             return fill(self._run(x, mask=mask), mask)
         if mask.all():
             return self._run(x)

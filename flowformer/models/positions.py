@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from flowformer.core.precision import state_dtype
+from flowformer.core.tracing import is_traced
 
 
 class LearnedPositions(nn.Embedding):
@@ -31,7 +32,7 @@ class LearnedPositions(nn.Embedding):
             ValueError: for a position beyond the table. While a graph is traced, where no value may be looked at, the
                 embedding has its own error.
         """
-        if not torch.compiler.is_compiling() and input.numel() and not input.is_meta:
+        if not is_traced() and input.numel() and not input.is_meta:
             last = int(input.max()) + 1
             if last > self.num_embeddings:
                 raise ValueError(

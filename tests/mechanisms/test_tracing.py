@@ -46,6 +46,17 @@ def test_one_exported_program_for_all_lengths_and_batches(name: str, causal: boo
         torch.testing.assert_close(program(x), attention(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:DeprecationWarning")
+@each_form
+def test_torch_jit_keeps_length_and_batch_free(name: str, causal: bool) -> None:
+    attention = build(name, causal)
+    with torch.no_grad():
+        program = torch.jit.trace(attention, (torch.randn(2, 40, 16),), check_trace=False)
+        for batch, length in SIZES:
+            x = torch.randn(batch, length, 16)
+            torch.testing.assert_close(program(x), attention(x), rtol=1e-4, atol=1e-5)
+
+
 class Masked(nn.Module):
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()

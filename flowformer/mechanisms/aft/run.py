@@ -75,7 +75,7 @@ def check_bias(op: str, position_bias: Any, like: Tensor) -> Bias:
     wanted = f"{op}: position_bias must be a tensor (T, T), or two factors (T, channels)"
     if len(bias) > 2 or not all(isinstance(part, Tensor) and part.is_floating_point() for part in bias):
         raise TypeError(f"{wanted}, of floating-point dtype, {shown}")
-    if any(part.ndim != 2 for part in bias) or len({tuple(part.shape) for part in bias}) > 1 or not len(bias):
+    if not bias or any(part.ndim != 2 or part.shape != bias[0].shape for part in bias):
         raise ValueError(f"{wanted}, {shown}")
     if len(bias) == 1 and bias[0].shape[0] != bias[0].shape[1]:
         raise ValueError(f"{wanted}, {shown}")

@@ -15,6 +15,7 @@ from torch.nn.functional import dropout, linear
 
 from flowformer.core.checks import check_flag, check_integer, check_number, describe
 from flowformer.core.masks import fill
+from flowformer.core.tracing import is_traced
 from flowformer.mechanisms.base import Attention
 from flowformer.mechanisms.registry import create_attention
 
@@ -322,7 +323,7 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
             raise TypeError(f"{name}: {label} must be boolean (True = hidden) or floating point, got {describe(mask)}")
         hidden = mask == -torch.inf
         binary = (hidden | (mask == 0)).all()
-        if torch.compiler.is_compiling():  # a graph cannot look at numbers
+        if is_traced():  # a graph cannot look at numbers
             torch._assert_async(binary, f"{label} must contain only 0 and -inf")  # pyright: ignore[reportPrivateImportUsage]
         elif not binary:
             raise ValueError(
@@ -338,7 +339,7 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
             raise ValueError(f"{name}: {self.mechanism} attention has no causal form, since {limits['causal']}")
         if is_causal and length != source:
             raise ValueError(f"{name}: causal attention requires as many queries as keys, got {length} and {source}")
-        if attn_mask is None or (is_causal and torch.compiler.is_compiling()):
+        if attn_mask is None or (is_causal and is_traced()):
             return is_causal
         shapes = ((length, source), (len(q) * self.num_heads, length, source))
         if not isinstance(attn_mask, Tensor) or tuple(attn_mask.shape) not in shapes:
@@ -373,7 +374,7 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
             return None, {}
         if causal:
             raise ValueError(f"{name}: in causal attention with padding, query and key must be the same tensor")
-        if queries is None and q.shape == k.shape and not torch.compiler.is_compiling():
+        if queries is None and q.shape == k.shape and not is_traced():
             warnings.warn(
                 f"{name}: query and key are of one length but not the same tensor, so this is cross-attention, where "
                 "key_padding_mask does not hide queries. For self-attention pass one tensor as both; for "
@@ -388,7 +389,7 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are one, or the same view of one: ``x.transpose(0, 1)`` written twice."""
-    return one is other or (not torch.compiler.is_compiling() and one.is_set_to(other))
+    return one is other or (not is_traced() and one.is_set_to(other))
 
 
 def _strip(attention: Attention) -> Attention:
