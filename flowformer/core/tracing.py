@@ -19,12 +19,12 @@ DOUBLINGS = 24  # of a running combination: enough for 2^24 pieces
 
 def is_traced() -> bool:
     """Return whether a graph is traced (torch.compile, torch.export, torch.jit.trace): no value may be looked at."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def is_exporting() -> bool:
     """Return whether the graph that is traced has to hold for other sizes, and without this package."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def cut(x: Tensor, length: int) -> Tensor:

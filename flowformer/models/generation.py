@@ -238,7 +238,7 @@ def check_prompts(prompts: Sequence[Tensor | Sequence[int]] | Tensor, model: Lan
 def _check_prompt(number: int, prompt: Any, model: LanguageModel) -> Tensor:
     name = f"prompts[{number}]"
     try:
-        tokens = torch.as_tensor(prompt, **_device(model))
+        tokens = torch.as_tensor(prompt, device=_device(model))
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a sequence of tokens, got {reprlib.repr(prompt)}") from error
     if tokens.ndim != 1:
@@ -252,8 +252,8 @@ def _check_prompt(number: int, prompt: Any, model: LanguageModel) -> Tensor:
     return tokens.to(torch.int64)
 
 
-def _device(model: nn.Module) -> dict[str, torch.device]:
-    return {"device": dtype_and_device(model)["device"]}
+def _device(model: nn.Module) -> torch.device:
+    return dtype_and_device(model)["device"]
 
 
 def _check_whole(name: str, value: Any, least: int) -> None:
@@ -283,7 +283,7 @@ def _check_eos(eos_token_id: int | Collection[int] | None, model: LanguageModel)
         _check_whole("eos_token_id", token, 0)
     eos = torch.tensor(sorted(tokens), dtype=torch.int64)
     check_tokens("eos_token_id", eos, model.vocab_size)
-    return eos.to(**_device(model))
+    return eos.to(device=_device(model))
 
 
 def _check_positions(model: LanguageModel, longest: int, max_new_tokens: int) -> None:

@@ -46,7 +46,7 @@ def test_one_exported_program_for_all_lengths_and_batches(name: str, causal: boo
         torch.testing.assert_close(program(x), attention(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:FutureWarning")
 @each_form
 def test_torch_jit_keeps_length_and_batch_free(name: str, causal: bool) -> None:
     attention = build(name, causal)
