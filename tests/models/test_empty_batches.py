@@ -34,7 +34,7 @@ def test_language(attention: str) -> None:
         out.sum().backward()
         loss = model.loss(tokens, mask=mask)
         loss.backward()
-        assert float(loss) == 0
+        assert loss.item() == 0
         out, state = model(tokens, mask, return_state=True)
         assert state.length.shape == (0,)
     out, state = model.step(tokens[:, 0], model.init_state(0))
