@@ -23,11 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from flowformer.core import run as core_run
-from flowformer.core.backends import TORCH, Backend, backends_of
+from flowformer.core.backends import ENVIRONMENT_VARIABLE, TORCH, Backend, backends_of
 from flowformer.core.scan import scan
-from flowformer.mechanisms import Mechanism, find_attention, list_attentions
+from flowformer.mechanisms import Attention, Mechanism, create_attention, find_attention, list_attentions
 
 HEADS, KEY, VALUE = 2, 4, 5
+DIM = 8  # of modules
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 Tensors = Sequence[Tensor]
 
@@ -785,6 +786,86 @@ def test_5_cross_attention_with_a_side_without_a_token_gives_zeros(case: Case) -
             assert not grad.any()
 
 
+# Modules: the gradients of projections, too, which are products with the inputs.
+
+
+def module_of(case: Case, monkeypatch: pytest.MonkeyPatch) -> Attention:
+    """The mechanism's module with the variant's options, by the case's implementation."""
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, case.backend.name)
+    torch.manual_seed(0)
+    options: dict[str, Any] = dict(case.variant.options)
+    if case.row.module.learns_positions:
+        options |= {"position_dim": None if case.variant.quadratic else 2, "position_std": 1.0}
+    module = create_attention(case.row.name, DIM, HEADS, causal=case.causal, max_length=64, **options)
+    return module.to(case.dtype)
+
+
+def tokens_of(case: Case, length: int, seed: int = 0, batch: int = 2) -> Tensor:
+    random = torch.Generator().manual_seed(length + seed)
+    return torch.randn(batch, length, DIM, generator=random, dtype=torch.float64).to(case.dtype)
+
+
+def through_module(
+    module: Attention, inputs: Tensors, upstream: Tensor | None = None, **arguments: Any
+) -> list[Tensor]:
+    """The output, gradients of the inputs, and gradients of all parameters."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = module(*leaves, **arguments)
+    grads = torch.autograd.grad(
+        out, [*leaves, *module.parameters()], weights_like(out) if upstream is None else upstream, allow_unused=True
+    )
+    return [out.detach(), *(torch.zeros(()).to(out) if grad is None else grad for grad in grads)]
+
+
+def module_is_blind(got: Tensors, want: Tensors, counts: Sequence[int], side: str) -> None:
+    """Output and gradients of inputs are those without padding, zeros at it; gradients of parameters are the same."""
+    for padded, one, count in zip(got, want[: len(counts)], counts, strict=False):
+        tokens, padding = unpad(padded, count, side)
+        close(tokens, one)
+        assert not padding.any()
+    largest = max(float(grad.abs().max()) for grad in want[len(counts) :])
+    for one, other in zip(got[len(counts) :], want[len(counts) :], strict=True):
+        # A gradient that is zero but for rounding, as that of a key's bias, is measured by the others.
+        assert one.shape == other.shape
+        assert (one - other).abs().max() <= TOLERANCE[one.dtype] * largest
+
+
+@each()
+def test_5_padding_is_invisible_to_modules_and_their_weights(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = module_of(case, monkeypatch), tokens_of(case, 20)
+    want = through_module(module, [x])
+    for side, filler in (("left", torch.nan), ("right", torch.inf), ("right", -torch.inf), ("right", torch.nan)):
+        upstream = pad(weights_like(want[0]), 7, side, 1.0)
+        got = through_module(module, [pad(x, 7, side, filler)], upstream, mask=real(2, 20, 7, side))
+        module_is_blind(got, want, (7, 7), side)
+
+
+@each(crosses)
+def test_5_padding_is_invisible_to_modules_in_cross_attention(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x, context = module_of(case, monkeypatch), tokens_of(case, 20), tokens_of(case, 25)
+    want = through_module(module, [x, context])
+    for sinks, sources, filler in ((0, 9, torch.nan), (9, 0, torch.inf), (14, 9, -torch.inf), (14, 9, torch.nan)):
+        masks = {"mask": real(2, 20, sinks, "right"), "context_mask": real(2, 25, sources, "right")}
+        masks = {name: mask for name, mask in masks.items() if not mask.all()}
+        inputs = [pad(x, sinks, "right", filler), pad(context, sources, "right", filler)]
+        got = through_module(module, inputs, pad(weights_like(want[0]), sinks, "right", 1.0), **masks)
+        module_is_blind(got, want, (sinks, sinks, sources), "right")
+
+
+@each()
+def test_5_packed_modules_equal_sequences_one_by_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, lengths = module_of(case, monkeypatch), [5, 0, 20, 1]
+    x = tokens_of(case, sum(lengths), batch=1)
+    out = module(x)
+    upstream = weights_like(out)
+    bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    got = through_module(module, [x], upstream, cu_seqlens=bounds)
+    pairs = zip(x.split(lengths, 1), upstream.split(lengths, 1), strict=True)
+    alone = list(zip(*(through_module(module, [one], above) for one, above in pairs if one.shape[1]), strict=True))
+    want = [*(torch.cat(parts, 1) for parts in alone[:2]), *(torch.stack(parts).sum(0) for parts in alone[2:])]
+    module_is_blind(got, want, (0, 0), "right")
+
+
 # --------------------------------------------------------------------------------------------------- 6: symmetries
 
 
@@ -799,6 +880,51 @@ def test_6_rows_of_a_batch_are_independent(case: Case) -> None:
             others = [other for other in range(3) if other != row]
             assert grad[row].any()
             assert not grad[others].any()
+
+
+@each()
+def test_6_a_batch_may_have_no_sequence(case: Case) -> None:
+    for length, sources in [(1, 1), (33, 33)] + [(5, 9), (9, 5)] * case.crosses:
+        masks = {"mask": torch.ones(0, length, dtype=torch.bool)}
+        if case.crosses:
+            masks["context_mask"] = torch.ones(0, sources, dtype=torch.bool)
+        for given_masks in ({}, masks):
+            leaves = [t.requires_grad_() for t in (*case.inputs(length, sources, batch=0), *learning(case))]
+            out = case.op(*leaves, **given_masks)
+            assert (out.shape[:2], out.dtype) == ((0, length), case.dtype)
+            for leaf, grad in zip(leaves, torch.autograd.grad(out.sum(), leaves, materialize_grads=True), strict=True):
+                assert grad.shape == leaf.shape
+                assert not grad.any()
+
+
+@each(has_state)
+def test_6_a_batch_of_no_sequence_has_a_state(case: Case) -> None:
+    for masks in ({}, {"mask": torch.ones(0, 70, dtype=torch.bool)}):
+        leaves = [t.requires_grad_() for t in case.inputs(70, batch=0)]
+        out, state = case.op(*leaves, initial_state=case.fresh(0), return_state=True, **masks)
+        assert out.shape[:2] == (0, 70)
+        assert all(len(part) == 0 for part in state)
+        torch.autograd.grad(objective(out, state), leaves)
+        step = [t[:, 0].detach().requires_grad_() for t in leaves]
+        out, after = case.step(*step, state)
+        assert out.shape[0] == 0
+        assert [part.shape[0] for part in after] == [0] * len(state)
+        torch.autograd.grad(objective(out, after), step)
+
+
+@each()
+def test_6_modules_take_a_batch_of_no_sequence(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = module_of(case, monkeypatch), tokens_of(case, 20, batch=0)
+    for arguments in ({}, {"mask": torch.ones(0, 20, dtype=torch.bool)}):
+        out, *grads = through_module(module, [x], **arguments)
+        assert out.shape == x.shape
+        assert not any(grad.any() for grad in grads)
+    if case.crosses:
+        assert module(x, x[:, :7]).shape == x.shape
+    if has_state(case):
+        state = module.init_state(0)
+        out, state = module(x, initial_state=state, return_state=True)
+        assert module.step(x[:, 0], state)[0].shape == (0, DIM)
 
 
 def permuted(case: Case, length: int, sources: int) -> tuple[Tensor, Tensor]:

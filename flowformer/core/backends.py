@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 
 from flowformer import kernels
 from flowformer.core.precision import FLOAT_DTYPES, sum_dtype
+from flowformer.core.tracing import is_exporting
 
 ENVIRONMENT_VARIABLE = "FLOWFORMER_BACKEND"
 
@@ -144,7 +145,7 @@ def choose_and_say_why(op: str, backend: str = "auto", like: Tensor | None = Non
 
 def _decide(op: str, backend: str, like: Tensor | None) -> tuple[str, str]:
     device, dtype = ("cpu", torch.float32) if like is None else (like.device.type, like.dtype)
-    chosen, why = _choose(op, backend, device, dtype, torch.compiler.is_exporting(), is_transformed())
+    chosen, why = _choose(op, backend, device, dtype, is_exporting(), is_transformed())
     if not torch.compiler.is_compiling() and _asking.now:
         raise _OnlyAskedError(op, like, chosen, why)
     return chosen, why

@@ -5,14 +5,16 @@ An operation calls :func:`check` once. After that it may trust shapes, dtypes an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flowformer.core.precision import FLOAT_DTYPES
+from flowformer.core.precision import FLOAT_DTYPES, dtype_and_device
+from flowformer.core.tracing import is_traced
 
 LARGEST_SIZE = 2**31 - 1  # of one axis; PyTorch counts elements in 64 bits, and a tensor has two axes of a size or more
 
@@ -75,6 +77,50 @@ def check_flag(name: str, value: Any) -> None:
     """Raise a TypeError for an option that is neither True nor False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_tokens_of(what: str, x: Any, axes: str, channels: int) -> None:
+    """Raise unless ``x`` is a tensor (axes, channels) of a supported floating-point dtype; ``what`` names it.
+
+    Raises:
+        TypeError: for anything but such a tensor.
+        ValueError: for another rank or number of channels, or a sequence without a token.
+    """
+    if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{what} must be a tensor of dtype float16, bfloat16, float32 or float64, got {describe(x)}")
+    if x.ndim != axes.count(",") + 2 or x.shape[-1] != channels:
+        raise ValueError(f"{what} must be ({axes}, {channels}), got {describe(x)}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{what} must have at least one token, got {describe(x)}")
+
+
+def check_fresh_state(what: str, batch: Any, dtype: torch.dtype = torch.float32, **sizes: Any) -> None:
+    """Raise unless a fresh state can have these sizes: whole numbers, 0 or more sequences and 1 or more of the rest."""
+    check_dtype(what, dtype)
+    for name, size in {"batch": batch, **sizes}.items():
+        if isinstance(size, (torch.SymInt, Tensor)):
+            continue  # of a graph that is traced
+        check_integer(f"{what}: {name}", size)
+        least = 0 if name == "batch" else 1
+        if size < least:
+            raise ValueError(f"{what}: {name} must be at least {least}, got {size}")
+
+
+def apply(what: str, layer: nn.Module, x: Tensor) -> Tensor:
+    """Return ``layer(x)``; ``what`` names x in messages.
+
+    Raises:
+        TypeError: if the layer fails, and its parameters have another dtype or are on another device than x.
+    """
+    try:
+        return layer(x)
+    except RuntimeError as error:
+        # Not earlier: hooks may move what a layer is called with, and a layer's parameters.
+        own = dtype_and_device(layer)
+        if x.device == own["device"] and (x.dtype == own["dtype"] or not (x.is_floating_point() or x.is_complex())):
+            raise
+        wanted = f"{str(own['dtype']).removeprefix('torch.')} on {own['device']}"
+        raise TypeError(f"{what} must be {wanted} like the weights of the module, got {describe(x)}") from error
 
 
 def check_dtype(what: str, dtype: torch.dtype) -> None:
@@ -151,7 +197,7 @@ def check(
         )
     for name, given, size in (("mask", mask, length), ("context_mask", context_mask, source_length)):
         if given is not None:
-            _check_mask(op, name, given, (batch, size), q.device)
+            check_mask(f"{op}: {name}", given, (batch, size), q.device)
     if reason and context_mask is not None:
         raise ValueError(f"{op}: this is self-attention, since {reason}: pass mask, not context_mask")
     if cu_seqlens is not None:
@@ -197,14 +243,20 @@ def _check_tensors(op: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> 
         )
 
 
-def _check_mask(op: str, name: str, mask: Tensor, shape: tuple[int, int], device: torch.device) -> None:
-    check_dense(f"{op}: {name}", mask)
+def check_mask(what: str, mask: Any, shape: Sequence[int], device: torch.device) -> None:
+    """Raise unless a mask is a boolean tensor of a shape, on a device; ``what`` names it in messages.
+
+    Raises:
+        TypeError: for anything but a boolean tensor.
+        ValueError: for another shape or device.
+    """
+    check_dense(what, mask)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"{op}: {name} must be a boolean tensor (True = real token), got {describe(mask)}")
-    if tuple(mask.shape) != shape:
-        raise ValueError(f"{op}: {name} must have shape {shape}, got {describe(mask)}")
+        raise TypeError(f"{what} must be a boolean tensor (True = real token), got {describe(mask)}")
+    if mask.shape != torch.Size(shape):
+        raise ValueError(f"{what} must have shape {tuple(shape)}, got {describe(mask)}")
     if mask.device != device:
-        raise ValueError(f"{op}: {name} must be on {device} like q, got {describe(mask)}")
+        raise ValueError(f"{what} must be on {device} like its tokens, got {describe(mask)}")
 
 
 def _check_packing(op: str, cu_seqlens: Tensor, q: Tensor, k: Tensor, layout: Layout) -> None:
@@ -218,6 +270,8 @@ def _check_packing(op: str, cu_seqlens: Tensor, q: Tensor, k: Tensor, layout: La
         raise ValueError(f"{op}: a packed batch is ({axes}) for q, k and v alike, got q {describe(q)}, k {describe(k)}")
     if cu_seqlens.device != q.device:
         raise ValueError(f"{op}: cu_seqlens must be on {q.device} like q, got {describe(cu_seqlens)}")
+    if is_traced():
+        return  # a graph cannot look at numbers
     bounds = _values(op, cu_seqlens)
     if bounds[0] != 0 or bounds[-1] != q.shape[1] or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(f"{op}: cu_seqlens must rise from 0 to the total length {q.shape[1]}, got {bounds}")
@@ -265,7 +319,7 @@ def check_state(op: str, state: Any, fresh: Any) -> None:
         check_dense(f"{op}: initial_state.{name}", part)
     if isinstance(state[0], Tensor) and state[0].ndim > 1 and not fresh[0].shape[1]:
         tokens = state[0].shape[1]
-        fresh = type(fresh)(*(part.new_empty(len(part), tokens, *part.shape[2:]) for part in fresh))
+        fresh = type(fresh)(*(part.new_empty(part.shape[0], tokens, *part.shape[2:]) for part in fresh))
     for name, got, wanted in zip(fresh._fields, state, fresh, strict=True):
         if (
             not isinstance(got, Tensor)

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flowformer.core.tracing import is_traced
+
 
 def fill(x: Tensor, mask: Tensor | None, value: float = 0.0) -> Tensor:
-    """Set padded positions of x (batch, length, ...) to ``value``, also where they are NaN; mask is (batch, length)."""
+    """Set padded positions of x (batch, length, ...) to ``value``, also where they are NaN; mask has its first axes."""
     if mask is None:
         return x
-    return x.masked_fill(~mask.view(*mask.shape, *(1,) * (x.ndim - 2)), value)
+    return x.masked_fill(~mask.view(*mask.shape, *(1,) * (x.ndim - mask.ndim)), value)
 
 
 class _Bucket(NamedTuple):
@@ -67,6 +69,8 @@ def run_packed(
     Returns:
         Output (1, total length, ...) and the state of batch N (``None`` where the operation returns none).
     """
+    if is_traced():
+        return _run_packed_in_a_graph(dense, tensors, cu_seqlens, initial_state)
     outs, places, states, rows = [], [], [], []
     for bucket in _buckets(cu_seqlens):
         state = initial_state
@@ -89,6 +93,21 @@ def run_packed(
     return out, type(states[0])(*(torch.cat(parts)[order] for parts in zip(*states, strict=True)))
 
 
+def _run_packed_in_a_graph(
+    dense: Callable[..., tuple[Tensor, Any]], tensors: Sequence[Tensor], cu_seqlens: Tensor, initial_state: Any
+) -> tuple[Tensor, Any]:
+    """The same where lengths must not be looked at: each sequence is padded to the length of the whole batch."""
+    total = tensors[0].shape[1]
+    place = torch.arange(total, device=cu_seqlens.device)
+    start, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    mask = place < (end - start).unsqueeze(1)
+    positions = (start.unsqueeze(1) + place).masked_fill(~mask, 0)
+    padded = (tensor[0].index_select(0, positions.flatten()).unflatten(0, positions.shape) for tensor in tensors)
+    out, state = dense(*padded, mask, initial_state)
+    row = torch.searchsorted(end, place, right=True)
+    return out.flatten(0, 1).index_select(0, row * total + place - start[row]).unsqueeze(0), state
+
+
 def close_up(tensors: Sequence[Tensor], mask: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
     """Move the real tokens of each row to its start, in their order, for operations that depend on positions.
 
@@ -100,10 +119,14 @@ def close_up(tensors: Sequence[Tensor], mask: Tensor) -> tuple[list[Tensor], Ten
         The tensors (batch, width, ...), where width is the most real tokens of a row (the whole length while a graph is
         traced), the mask of what is real in them, and for :func:`spread` where each token came from, (batch, width).
     """
-    places = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
-    if not torch.compiler.is_compiling():
+    batch, length = mask.shape
+    # Where each token goes: behind the real ones before it, and padding behind all real ones.
+    goals = torch.where(mask, mask.cumsum(1) - 1, mask.sum(1, keepdim=True) + (~mask).cumsum(1) - 1)
+    place = torch.arange(length, device=mask.device).expand(batch, -1)
+    places = torch.zeros_like(goals).scatter(1, goals, place)
+    if not is_traced() and batch:
         places = places[:, : max(1, int(mask.sum(1).max()))]
-    rows = torch.arange(len(mask), device=mask.device).unsqueeze(1) * mask.shape[1]
+    rows = torch.arange(batch, device=mask.device).unsqueeze(1) * length
     places = rows + places
     closed = [t.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape) for t in (*tensors, mask)]
     return closed[:-1], closed[-1], places
@@ -111,5 +134,5 @@ def close_up(tensors: Sequence[Tensor], mask: Tensor) -> tuple[list[Tensor], Ten
 
 def spread(x: Tensor, places: Tensor, length: int) -> Tensor:
     """Move tokens (batch, width, ...) back to their positions before :func:`close_up`; zeros elsewhere."""
-    whole = x.new_zeros(len(x) * length, *x.shape[2:])
-    return whole.index_copy(0, places.flatten(), x.flatten(0, 1)).unflatten(0, (len(x), length))
+    whole = x.new_zeros(x.shape[0] * length, *x.shape[2:])
+    return whole.index_copy(0, places.flatten(), x.flatten(0, 1)).unflatten(0, (x.shape[0], length))

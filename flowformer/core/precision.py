@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -28,6 +28,21 @@ def state_dtype(device: torch.device) -> torch.dtype:
     (Apple's GPUs) keep float32.
     """
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def dtype_and_device(module: nn.Module) -> dict[str, Any]:
+    """Return ``dtype`` and ``device`` of a module's first floating-point tensor, for tensors that go with its own.
+
+    Layers need not have a ``weight``: quantized layers have none, and layers around others may hold it elsewhere. What
+    is not known is the default dtype, and the CPU.
+    """
+    device, dtype = torch.device("cpu"), None
+    for tensor in (*module.parameters(), *module.buffers()):
+        device = tensor.device
+        if tensor.dtype in FLOAT_DTYPES:
+            dtype = tensor.dtype
+            break
+    return {"dtype": dtype or torch.get_default_dtype(), "device": device}
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowformer.core.backends import is_transformed
 from flowformer.core.precision import without_autocast
+from flowformer.core.tracing import count_chunks, cut, frame, is_exporting, shift
 
 CHUNK = 64  # tokens that meet directly; 64 is fastest in PyTorch on a CPU
 
@@ -39,6 +40,8 @@ def scan(step: Step, tokens: Sequence[Tensor | None], state: Any, *, block: int 
     Returns:
         Output (batch, L, ...) and the state after the last token.
     """
+    if is_exporting():
+        return step(tokens, state)  # a loop over blocks would bind the graph to the length of the example
     if torch.compiler.is_compiling() or is_transformed():
         pieces = []
         for start in range(0, _length(tokens), block):
@@ -152,19 +155,18 @@ def split_chunks(x: Tensor, chunk: int) -> Tensor:
 def join_chunks(x: Tensor, length: int) -> Tensor:
     """Join (batch, heads, chunks, chunk, channels) to (batch, length, heads, channels), cut to ``length``."""
     batch, heads, chunks, chunk, channels = x.shape
-    return x.permute(0, 2, 3, 1, 4).reshape(batch, chunks * chunk, heads, channels)[:, :length]
+    return cut(x.permute(0, 2, 3, 1, 4).reshape(batch, chunks * chunk, heads, channels), length)
 
 
 def pad_to_chunks(tokens: Sequence[Tensor], mask: Tensor | None, chunk: int) -> tuple[list[Tensor], Tensor | None]:
-    """Pad (batch, length, ...) tensors with masked zeros to a multiple of ``chunk``."""
+    """Pad (batch, length, ...) tensors with masked tokens to a multiple of ``chunk``."""
     batch, length = tokens[0].shape[:2]
-    missing = -length % chunk
-    if not missing:
+    total = count_chunks(length, chunk) * chunk
+    if not is_exporting() and total == length:
         return list(tokens), mask
     if mask is None:
         mask = torch.ones(batch, length, dtype=torch.bool, device=tokens[0].device)
-    longer = [torch.cat([t, t.new_zeros(batch, missing, *t.shape[2:])], 1) for t in tokens]
-    return longer, torch.nn.functional.pad(mask, (0, missing))
+    return [frame(t, 0, total) for t in tokens], frame(mask, 0, total)
 
 
 def carry(sums: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,7 +180,7 @@ def carry(sums: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
         Sum before each chunk, shape and dtype of ``sums``; sum after the last chunk, shape and dtype of ``past``.
     """
     running = sums.cumsum(2)
-    before = torch.cat([torch.zeros_like(running[:, :, :1]), running[:, :, :-1]], 2) + past.to(sums.dtype).unsqueeze(2)
+    before = shift(running, 0.0) + past.to(sums.dtype).unsqueeze(2)
     return before, past + running[:, :, -1].to(past.dtype)
 
 

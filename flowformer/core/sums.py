@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flowformer.core.precision import without_autocast
+from flowformer.core.tracing import is_traced
 
 RUN = 128  # tokens summed by one matrix product
 
@@ -17,9 +18,9 @@ def sum_over_tokens(A: Tensor, B: Tensor) -> Tensor:
 
     In float32 a matrix product over 300,000 like tokens may be wrong by 3e-3; torch.sum, which adds pairwise, is not.
     """
-    whole = A.shape[-2] - A.shape[-2] % RUN
-    if whole == 0 or torch.compiler.is_compiling():
+    if is_traced() or A.shape[-2] < RUN:
         return A.transpose(-1, -2) @ B
+    whole = A.shape[-2] - A.shape[-2] % RUN
     (A, last_A), (B, last_B) = (x.split([whole, x.shape[-2] - whole], -2) for x in (A, B))
     A, B = (x.unflatten(-2, (-1, RUN)) for x in (A, B))
     return (A.transpose(-1, -2) @ B).sum(-3) + last_A.transpose(-1, -2) @ last_B
@@ -53,4 +54,4 @@ class _TimesSum(torch.autograd.Function):
 
 def times_sum(A: Tensor, M: Tensor) -> Tensor:
     """Return A M for A (..., tokens, a) and M (..., a, b), whose gradient is summed over tokens in runs."""
-    return A @ M if torch.compiler.is_compiling() else _TimesSum.apply(A, M)
+    return A @ M if is_traced() else _TimesSum.apply(A, M)

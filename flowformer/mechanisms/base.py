@@ -8,7 +8,18 @@ from typing import Any, ClassVar, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from flowformer.core.checks import check_flag, check_optional_sizes, check_probability, check_sizes, describe
+from flowformer.core.checks import (
+    apply,
+    check_flag,
+    check_fresh_state,
+    check_mask,
+    check_optional_sizes,
+    check_probability,
+    check_sizes,
+    check_tokens_of,
+)
+from flowformer.core.masks import fill
+from flowformer.core.precision import dtype_and_device
 from flowformer.mechanisms.registry import Mechanism
 
 
@@ -153,9 +164,8 @@ class Attention(nn.Module, ABC):
         Raises:
             TypeError, ValueError: for invalid arguments.
         """
-        context, masks = self.resolve(x, context, mask, context_mask)
-        source = x if context is None else context
-        q, k, v = self.split(self.q_proj(x)), self.split(self.k_proj(source)), self.split(self.v_proj(source))
+        x, source, masks = self.resolve(x, context, mask, context_mask)
+        q, k, v = self._project(x, source)
         given: dict[str, Any] = {"causal": self.causal, **masks, **self.arguments()}
         if cu_seqlens is not None:
             given["cu_seqlens"] = cu_seqlens
@@ -163,44 +173,50 @@ class Attention(nn.Module, ABC):
             given.update(initial_state=self._cast(initial_state, q.dtype), return_state=return_state)
         out = self.mechanism.operation(q, k, v, *self.learned(), **given)
         out, state = out if return_state else (out, None)
-        out = self.dropout(self.out_proj(self.join(out)))
-        if mask is not None:
-            out = out.masked_fill(~mask.unsqueeze(-1), 0)
+        out = fill(self.dropout(self.out_proj(self.join(out))), mask)
         return (out, state) if return_state else out
 
     def resolve(
         self, x: Tensor, context: Tensor | None, mask: Tensor | None, context_mask: Tensor | None
-    ) -> tuple[Tensor | None, dict[str, Tensor | None]]:
-        """Return the context, ``None`` for self-attention, and the masks for the operation.
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+        """Return the inputs of queries, and of keys and values, zeros at padding; and the masks for the operation.
+
+        Padding is filled before the projections: the gradient of a weight is a product with the inputs, and zero times
+        NaN is NaN.
 
         Raises:
-            ValueError: for inputs that do not fit.
+            TypeError, ValueError: for inputs that do not fit.
         """
         if context is x and context_mask is None:
             context = None
-        self._check(x, context, context_mask)
+        self._check(x, context, mask, context_mask)
+        source = context if context is None else fill(context, context_mask)
         if context is not None and context_mask is None and mask is not None:
             # The operation takes equal lengths without a context_mask for self-attention.
             context_mask = torch.ones(context.shape[:-1], dtype=torch.bool, device=context.device)
-        return context, {"mask": mask, "context_mask": context_mask}
+        x = fill(x, mask)
+        return x, x if source is None else source, {"mask": mask, "context_mask": context_mask}
+
+    def _project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, split."""
+        pairs = ((self.q_proj, x), (self.k_proj, source), (self.v_proj, source))
+        q, k, v = (self.split(apply(f"{type(self).__name__}: inputs", layer, given)) for layer, given in pairs)
+        return q, k, v
 
     def init_state(self, batch_size: int) -> Any:
         """Return the state before the first token, for a batch of ``batch_size`` sequences."""
         self._check_state("init_state")
         assert self.mechanism.init_state is not None  # there is a state
-        weight = self.q_proj.weight
+        check_fresh_state(f"{type(self).__name__}.init_state", batch_size)
         sizes = (batch_size, self.num_heads, self.head_dim, self.head_dim)
-        return self.mechanism.init_state(
-            *sizes, *self.learned(), dtype=weight.dtype, device=weight.device, **self.arguments()
-        )
+        return self.mechanism.init_state(*sizes, *self.learned(), **dtype_and_device(self), **self.arguments())
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Process one token: x (batch, dim) and the state before it, to output (batch, dim) and the state after it."""
         self._check_state("step")
         assert self.mechanism.step is not None  # there is a state
-        if x.ndim != 2 or x.shape[-1] != self.dim:
-            raise ValueError(f"{type(self).__name__}.step: x must be (batch, {self.dim}), got {describe(x)}")
-        q, k, v = (self.split(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        check_tokens_of(f"{type(self).__name__}.step: x", x, "batch", self.dim)
+        q, k, v = self._project(x, x)
         out, state = self.mechanism.step(q, k, v, self._cast(state, q.dtype), *self.learned(), **self.arguments())
         return self.dropout(self.out_proj(self.join(out))), state
 
@@ -215,19 +231,22 @@ class Attention(nn.Module, ABC):
         cast = (part.to(dtype) if isinstance(part, Tensor) and part.is_floating_point() else part for part in state)
         return type(state)(*cast)
 
-    def _check(self, x: Tensor, context: Tensor | None, context_mask: Tensor | None) -> None:
-        name, rank, reason = type(self).__name__, self.axes.count(",") + 2, self.mechanism.layout.self_only
+    def _check(self, x: Tensor, context: Tensor | None, mask: Tensor | None, context_mask: Tensor | None) -> None:
+        name, reason = type(self).__name__, self.mechanism.layout.self_only
         if context is not None and reason:
             raise ValueError(f"{name}: context is not supported, since {reason}")
-        for label, tensor in (("x", x), ("context", context)):
-            if tensor is not None and not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
-                raise TypeError(f"{name}: {label} must be a tensor of floating dtype, got {describe(tensor)}")
-            if tensor is not None and (tensor.ndim != rank or tensor.shape[-1] != self.dim):
-                raise ValueError(f"{name}: {label} must be ({self.axes}, {self.dim}), got {describe(tensor)}")
-        if context is not None and self.causal:
+        check_tokens_of(f"{name}: x", x, self.axes, self.dim)
+        if mask is not None:
+            check_mask(f"{name}: mask", mask, x.shape[:-1], x.device)
+        if context is None:
+            if context_mask is not None:
+                raise ValueError(f"{name}: context_mask requires context; in self-attention, pass mask")
+            return
+        check_tokens_of(f"{name}: context", context, self.axes, self.dim)
+        if self.causal:
             raise ValueError(f"{name}: a causal module does not support context; build it with causal=False")
-        if context is None and context_mask is not None:
-            raise ValueError(f"{name}: context_mask requires context; in self-attention, pass mask")
+        if context_mask is not None:
+            check_mask(f"{name}: context_mask", context_mask, context.shape[:-1], context.device)
 
     def _check_state(self, what: str) -> None:
         name = type(self).__name__

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.core.checks import check_dtype, check_number, check_state, check_step
+from flowformer.core.checks import check_fresh_state, check_number, check_state, check_step
 from flowformer.core.masks import fill
 from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Given, run, scanned
@@ -50,7 +50,9 @@ def init_linear_state(
     device: Any = None,
 ) -> LinearState:
     """Return the state before the first token, with sums in float64 for inputs of any ``dtype``."""
-    check_dtype("init_linear_state", dtype)
+    check_fresh_state(
+        "init_linear_state", batch, dtype, heads=heads, key_channels=key_channels, value_channels=value_channels
+    )
     device = torch.device("cpu") if device is None else torch.device(device)
     zeros = {"dtype": state_dtype(device), "device": device}
     return LinearState(

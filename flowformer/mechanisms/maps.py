@@ -193,8 +193,8 @@ def _project(
     module: Attention, x: Tensor, context: Tensor | None, mask: Tensor | None, context_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
     """Queries, keys and masks as the module's operation is given them."""
-    context, masks = module.resolve(x, context, mask, context_mask)
-    return module.split(module.q_proj(x)), module.split(module.k_proj(x if context is None else context)), masks
+    x, source, masks = module.resolve(x, context, mask, context_mask)
+    return module.split(module.q_proj(x)), module.split(module.k_proj(source)), masks
 
 
 def _unpack(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:

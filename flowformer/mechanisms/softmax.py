@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from flowformer.core.checks import check_dtype, check_state, check_step
+from flowformer.core.checks import check_fresh_state, check_state, check_step
 from flowformer.core.masks import fill
 from flowformer.core.precision import no_autocast
 from flowformer.core.run import Given, run
@@ -46,7 +46,9 @@ def init_softmax_state(
     device: Any = None,
 ) -> SoftmaxState:
     """Return the state before the first token, for inputs of ``dtype``."""
-    check_dtype("init_softmax_state", dtype)
+    check_fresh_state(
+        "init_softmax_state", batch, dtype, heads=heads, key_channels=key_channels, value_channels=value_channels
+    )
     empty = torch.empty(batch, 0, heads, key_channels, dtype=dtype, device=device)
     return SoftmaxState(
         empty, empty.new_empty(batch, 0, heads, value_channels), empty.new_empty(batch, 0, dtype=torch.bool)
@@ -162,7 +164,7 @@ def softmax_attention_step(q: Tensor, k: Tensor, v: Tensor, state: SoftmaxState)
     """
     op = "softmax_attention_step"
     check_step(op, q, k, v, state, SoftmaxState)
-    check_state(op, state, _fresh(q, v, len(q)))
+    check_state(op, state, _fresh(q, v, q.shape[0]))
     out, after = _dense(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), None, None, True, state, True)
     assert after is not None  # asked for
     return out.squeeze(1), after

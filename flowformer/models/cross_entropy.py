@@ -9,32 +9,38 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from flowformer.core.checks import describe
+from flowformer.core.tracing import is_traced
 
 # Scores held at a time: 64 MiB in float32. Over 267,735 words a chunk is 62 tokens, enough for a matrix product.
 CHUNK_SCORES = 2**24
 
+TOKEN_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    head: Tensor | nn.Module,
     targets: Tensor,
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
     chunk_scores: int = CHUNK_SCORES,
 ) -> Tensor:
-    """Compute ``cross_entropy(hidden @ weight.T, targets)`` without storing (tokens x vocabulary) logits.
+    """Compute ``cross_entropy(head(hidden), targets)`` without storing (tokens x vocabulary) logits.
 
     Loss and gradients are exact: only the order of sums differs. Scores are summed in float32 where the inputs are of
     lower precision. Under autocast the products are in its dtype, as those of a linear layer.
 
     Args:
         hidden: (..., dim).
-        weight: (vocabulary, dim): the output head, or the embedding where both are one.
+        head: Its weight (vocabulary, dim), which is that of the embedding where both are one; or a layer, which is
+            called, for chunks of tokens that are computed again in the backward pass. A layer that is nothing but a
+            weight is faster as the weight.
         targets: (...), integers below the vocabulary, or ``ignore_index``.
         ignore_index: Target of tokens that do not count.
         reduction: ``"mean"`` over the tokens that count (0 where none does), ``"sum"``, or ``"none"``.
@@ -46,17 +52,43 @@ def cross_entropy(
     Raises:
         TypeError, ValueError: for invalid input.
     """
-    _check(hidden, weight, targets, ignore_index, reduction, chunk_scores)
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    chunk = max(1, chunk_scores // weight.shape[0])
+    _check(hidden, targets, reduction, chunk_scores)
     flat = targets.flatten().to(torch.int64)
-    losses = _CrossEntropy.apply(hidden.flatten(0, -2), weight, flat, ignore_index, chunk)
+    if isinstance(head, Tensor):
+        losses = _by_weight(hidden, head, flat, ignore_index, chunk_scores)
+    else:
+        losses = _by_layer(hidden.flatten(0, -2), head, flat, ignore_index, chunk_scores)
     if reduction == "none":
         return losses.view(targets.shape)
     total = losses.sum()
     return total if reduction == "sum" else total / (flat != ignore_index).sum().clamp(min=1)
+
+
+def _by_weight(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk_scores: int) -> Tensor:
+    """The losses (tokens,) of targets (tokens,)."""
+    _check_weight(hidden, weight)
+    check_tokens("targets", targets, weight.shape[0], ignore_index)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    chunk = max(1, chunk_scores // weight.shape[0])
+    return _CrossEntropy.apply(hidden.flatten(0, -2), weight, targets, ignore_index, chunk)
+
+
+def _by_layer(hidden: Tensor, head: nn.Module, targets: Tensor, ignore_index: int, chunk_scores: int) -> Tensor:
+    """The same by calls of the head: of a quantized layer, one around another, or one whose hooks gather its weight."""
+
+    def losses(hidden: Tensor, targets: Tensor) -> Tensor:
+        scores = head(hidden)
+        check_tokens("targets", targets, scores.shape[-1], ignore_index)
+        return nn.functional.cross_entropy(_widen(scores), targets, ignore_index=ignore_index, reduction="none")
+
+    vocabulary = getattr(head, "out_features", None)
+    chunk = len(hidden) if vocabulary is None else max(1, chunk_scores // vocabulary)
+    if chunk >= len(hidden):
+        return losses(hidden, targets)
+    pairs = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    return torch.cat([checkpoint(losses, *pair, use_reentrant=False) for pair in pairs])
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -98,7 +130,10 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _scores(hidden: Tensor, weight: Tensor) -> Tensor:
-    scores = hidden @ weight.T
+    return _widen(hidden @ weight.T)
+
+
+def _widen(scores: Tensor) -> Tensor:
     return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
 
 
@@ -112,14 +147,22 @@ def _grad_scores(scores: Tensor, targets: Tensor, normaliser: Tensor, grad: Tens
     return probabilities.mul_(grad.unsqueeze(-1)).masked_fill_(ignored.unsqueeze(-1), 0)
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str, scores: int) -> None:
+def _check_weight(hidden: Tensor, weight: Tensor) -> None:
     if weight.ndim != 2 or hidden.ndim < 2 or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"hidden must be (..., dim) and weight (vocabulary, dim), got {describe(hidden)} and {describe(weight)}"
         )
     if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
         raise TypeError(f"hidden and weight must have the same dtype, got {hidden.dtype} and {weight.dtype}")
-    if targets.is_floating_point() or targets.dtype == torch.bool:
+
+
+def _check(hidden: Tensor, targets: Tensor, reduction: str, scores: int) -> None:
+    for name, tensor in (("hidden", hidden), ("targets", targets)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {describe(tensor)}")
+    if hidden.ndim < 2:
+        raise ValueError(f"hidden must be (..., dim), got {describe(hidden)}")
+    if targets.dtype not in TOKEN_DTYPES:
         raise TypeError(f"targets must be integers, got {describe(targets)}")
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(f"targets must be {tuple(hidden.shape[:-1])} like hidden, got {describe(targets)}")
@@ -127,7 +170,20 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, r
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     if scores < 1:
         raise ValueError(f"chunk_scores must be positive, got {scores}")
-    check_tokens("targets", targets, weight.shape[0], ignore_index)
+
+
+def weight_or_layer(layer: nn.Module) -> Tensor | nn.Module:
+    """Return the weight of a layer that is nothing but its weight, else the layer, which is to be called.
+
+    A layer that was replaced or wrapped need not have a weight, and one with hooks (FSDP, tensor parallel, offloading)
+    may have it only while it is called.
+    """
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    forward = getattr(layer.forward, "__func__", None)  # of an instance's own it is not a class's
+    if forward not in (nn.Linear.forward, nn.Embedding.forward) or any(getattr(layer, name) for name in hooks):
+        return layer
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    return weight if isinstance(weight, Tensor) and bias is None else layer
 
 
 def check_tokens(what: str, tokens: Tensor, vocabulary: int, ignore_index: int | None = None) -> None:
@@ -136,7 +192,7 @@ def check_tokens(what: str, tokens: Tensor, vocabulary: int, ignore_index: int |
     Raises:
         ValueError: naming the vocabulary and the token.
     """
-    if tokens.device.type != "cpu" or torch.compiler.is_compiling() or not tokens.numel():
+    if tokens.device.type != "cpu" or is_traced() or not tokens.numel():
         return
     wrong = (tokens < 0) | (tokens >= vocabulary)
     if ignore_index is not None:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from flowformer.core.checks import check_flag, check_optional_sizes, check_probability, check_sizes, describe
-from flowformer.models.cross_entropy import check_tokens
+from flowformer.core.checks import apply, check_flag, check_optional_sizes, check_probability, check_sizes, describe
+from flowformer.core.masks import fill
+from flowformer.models.cross_entropy import TOKEN_DTYPES, check_tokens
 from flowformer.models.encoder import Encoder, EncoderBlock
 from flowformer.models.initialization import GPT_STD, LanguageInit
 from flowformer.models.positions import count_positions, create_positions
@@ -67,10 +68,7 @@ class Decoder(Encoder):
         for block, state in zip(self.layers, states, strict=True):
             x, state = block(x, mask=mask, initial_state=state, return_state=True)
             after.append(state)
-        x = self.norm(x)
-        if mask is not None:
-            x = x.masked_fill(~mask.unsqueeze(-1), 0)
-        return x, tuple(after)
+        return fill(self.norm(x), mask), tuple(after)
 
     def step(self, x: Tensor, states: tuple) -> tuple[Tensor, tuple]:
         """Process one token: (batch, dim) and the states before it, to output and states after it."""
@@ -163,8 +161,10 @@ class TokenDecoder(nn.Module):
         """
         if mask is not None:
             tokens = tokens.masked_fill(~mask, 0)
-        check_tokens(name, tokens, self.embed.num_embeddings)
-        return self.embed(tokens)
+        vocabulary = getattr(self.embed, "num_embeddings", None)  # not known of a layer around the embedding
+        if vocabulary is not None:
+            check_tokens(name, tokens, vocabulary)
+        return apply(name, self.embed, tokens)
 
     def add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
         """Scale embeddings (..., dim), add position vectors of positions (...) from 0, and apply dropout."""
@@ -213,7 +213,9 @@ def check_token_ids(name: str, tokens: Tensor) -> None:
         TypeError: for a tensor that is not of integers.
         ValueError: for another shape than (batch, length), or no tokens.
     """
-    if tokens.is_floating_point() or tokens.dtype == torch.bool:
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"{name} must be a tensor of integers, got {describe(tokens)}")
+    if tokens.dtype not in TOKEN_DTYPES:
         raise TypeError(f"{name} must be integers, got {describe(tokens)}")
     if tokens.ndim != 2 or not tokens.shape[1]:
         raise ValueError(f"{name} must be (batch, length) with at least one token, got {describe(tokens)}")

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from flowformer.core.checks import check_probability, check_sizes
+from flowformer.core.checks import check_mask, check_probability, check_sizes, check_tokens_of
+from flowformer.core.masks import fill
+from flowformer.core.tracing import is_traced
 from flowformer.mechanisms import create_attention
 
 # "gelu_tanh" is the approximation that GPT-2 and the GPT-style module of thuml/Flowformer call "new gelu".
@@ -83,26 +85,43 @@ class EncoderBlock(nn.Module):
         self.activation = ACTIVATIONS[activation]()
 
     @overload
-    def forward(self, x: Tensor, *, return_state: Literal[False] = False, **arguments: Any) -> Tensor: ...
+    def forward(
+        self, x: Tensor, *, mask: Tensor | None = None, return_state: Literal[False] = False, **arguments: Any
+    ) -> Tensor: ...
 
     @overload
-    def forward(self, x: Tensor, *, return_state: Literal[True], **arguments: Any) -> tuple[Tensor, Any]: ...
+    def forward(
+        self, x: Tensor, *, mask: Tensor | None = None, return_state: Literal[True], **arguments: Any
+    ) -> tuple[Tensor, Any]: ...
 
     @overload
-    def forward(self, x: Tensor, *, return_state: bool, **arguments: Any) -> Tensor | tuple[Tensor, Any]: ...
+    def forward(
+        self, x: Tensor, *, mask: Tensor | None = None, return_state: bool, **arguments: Any
+    ) -> Tensor | tuple[Tensor, Any]: ...
 
-    def forward(self, x: Tensor, *, return_state: bool = False, **arguments: Any) -> Tensor | tuple[Tensor, Any]:
+    def forward(
+        self, x: Tensor, *, mask: Tensor | None = None, return_state: bool = False, **arguments: Any
+    ) -> Tensor | tuple[Tensor, Any]:
         """Transform (batch, length, dim).
 
         Args:
             x: (batch, length, dim).
+            mask: (batch, length) boolean, True = a real token.
             return_state: Return the attention's state after the last token as well (causal blocks).
-            **arguments: Other arguments of the attention: ``mask`` or ``cu_seqlens``, and in causal blocks
-                ``initial_state``.
+            **arguments: Other arguments of the attention: ``cu_seqlens``, and in causal blocks ``initial_state``.
 
         Returns:
-            (batch, length, dim); with ``return_state`` also the attention's state.
+            (batch, length, dim), undefined at padding but finite; with ``return_state`` also the attention's state.
+
+        Raises:
+            TypeError, ValueError: for invalid arguments.
         """
+        name = type(self).__name__
+        check_tokens_of(f"{name}: x", x, "batch, length", self.attention.dim)
+        if mask is not None:
+            check_mask(f"{name}: mask", mask, x.shape[:2], x.device)
+            # Norms, too, have gradients that are products with their inputs.
+            x, arguments["mask"] = fill(x, mask), mask
         seen = self.norm1(x) if self.norm_first else x
         if not return_state:
             return self._add(x, self.attention(seen, **arguments))
@@ -111,6 +130,7 @@ class EncoderBlock(nn.Module):
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Process one token in a causal block: (batch, dim) and the state before it, to output and state after it."""
+        check_tokens_of(f"{type(self).__name__}.step: x", x, "batch", self.attention.dim)
         out, state = self.attention.step(self.norm1(x) if self.norm_first else x, state)
         return self._add(x, out), state
 
@@ -143,16 +163,22 @@ class Encoder(nn.Module):
         self, blocks: list[EncoderBlock], dim: int, *, device: Device = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
+        self.dim = dim
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Encode (batch, length, dim); ``mask`` (batch, length), True = real. Zeros at padding."""
+        """Encode (batch, length, dim); ``mask`` (batch, length), True = real. Zeros at padding.
+
+        Raises:
+            TypeError, ValueError: for invalid arguments.
+        """
+        check_tokens_of(f"{type(self).__name__}: x", x, "batch, length", self.dim)
         if mask is None:
             return self._run(x)
-        if torch.compiler.is_compiling():
-            out = self._run(x, mask=mask)
-            return out.masked_fill(~mask.unsqueeze(-1), 0)
+        check_mask(f"{type(self).__name__}: mask", mask, x.shape[:2], x.device)
+        if is_traced() or not len(x):
+            return fill(self._run(x, mask=mask), mask)
         if mask.all():
             return self._run(x)
         lengths = mask.sum(-1)

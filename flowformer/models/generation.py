@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from flowformer.core.checks import describe
-from flowformer.core.precision import state_dtype
-from flowformer.models.cross_entropy import check_tokens
+from flowformer.core.precision import dtype_and_device, state_dtype
+from flowformer.models.cross_entropy import TOKEN_DTYPES, check_tokens
 from flowformer.models.decoder import LanguageState
 from flowformer.models.positions import LearnedPositions
 
@@ -238,7 +238,7 @@ def check_prompts(prompts: Sequence[Tensor | Sequence[int]] | Tensor, model: Lan
 def _check_prompt(number: int, prompt: Any, model: LanguageModel) -> Tensor:
     name = f"prompts[{number}]"
     try:
-        tokens = torch.as_tensor(prompt, device=model.embed.weight.device)
+        tokens = torch.as_tensor(prompt, device=_device(model))
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a sequence of tokens, got {reprlib.repr(prompt)}") from error
     if tokens.ndim != 1:
@@ -246,10 +246,14 @@ def _check_prompt(number: int, prompt: Any, model: LanguageModel) -> Tensor:
         raise ValueError(f"{name} must be (length,), got {describe(tokens)}{hint}")
     if not len(tokens):
         raise ValueError(f"{name} is empty: a prompt must have at least one token")
-    if tokens.dtype == torch.bool or tokens.is_floating_point() or tokens.is_complex():
+    if tokens.dtype not in TOKEN_DTYPES:
         raise TypeError(f"{name} must be integers, got {describe(tokens)}")
     check_tokens(name, tokens, model.vocab_size)
     return tokens.to(torch.int64)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return dtype_and_device(model)["device"]
 
 
 def _check_whole(name: str, value: Any, least: int) -> None:
@@ -279,7 +283,7 @@ def _check_eos(eos_token_id: int | Collection[int] | None, model: LanguageModel)
         _check_whole("eos_token_id", token, 0)
     eos = torch.tensor(sorted(tokens), dtype=torch.int64)
     check_tokens("eos_token_id", eos, model.vocab_size)
-    return eos.to(model.embed.weight.device)
+    return eos.to(device=_device(model))
 
 
 def _check_positions(model: LanguageModel, longest: int, max_new_tokens: int) -> None:

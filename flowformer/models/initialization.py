@@ -12,6 +12,7 @@ whatever order the layers are reset. So a model can be built without memory and 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -30,49 +31,46 @@ LANGUAGE_INITS = ("gpt", "fairseq")
 GPT_STD = 0.02  # Flowformer_TorchModule, flowformergpt/model.py
 
 
-class Linear(nn.Linear):
-    """A linear layer with an optional initializer, by default PyTorch's initialization."""
+class _Reset:
+    """The method ``reset_parameters`` of one layer, which it does not keep alive; copied and pickled with the layer."""
 
-    initializer: Initializer | None = None
+    def __init__(self, initializer: Initializer, layer: nn.Module) -> None:
+        self._initializer, self._layer = initializer, weakref.ref(layer)
 
-    def reset_parameters(self) -> None:
-        """Re-initialize the parameters."""
-        super().reset_parameters() if self.initializer is None else self.initializer(self)
+    def __call__(self) -> None:
+        self._initializer(self._layer())
 
-
-class Embedding(nn.Embedding):
-    """An embedding with an optional initializer, by default PyTorch's initialization."""
-
-    initializer: Initializer | None = None
-
-    def reset_parameters(self) -> None:
-        """Re-initialize the parameters."""
-        super().reset_parameters() if self.initializer is None else self.initializer(self)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Reset, (self._initializer, self._layer())
 
 
 def set_initializer(layer: nn.Module, initializer: Initializer) -> None:
-    """Set the initializer that ``layer.reset_parameters()`` uses. The parameters are not changed.
+    """Set what ``layer.reset_parameters()`` draws. The parameters are not changed.
+
+    The layer keeps its class: what replaces ``torch.nn.Linear`` in a model, such as dynamic quantization, finds it.
 
     Args:
-        layer: A linear layer or an embedding. One of PyTorch's becomes one of this module's.
+        layer: A linear layer or an embedding.
         initializer: Draws the layer's parameters in place.
 
     Raises:
         TypeError: for another layer.
     """
-    ours = {nn.Linear: Linear, nn.Embedding: Embedding}.get(type(layer))
-    if ours is not None:
-        layer.__class__ = ours
-    if not isinstance(layer, (Linear, Embedding)):
+    if not isinstance(layer, (nn.Linear, nn.Embedding)):
         raise TypeError(f"layer must be a linear layer or an embedding, got {type(layer).__name__}")
-    layer.initializer = initializer
+    vars(layer)["reset_parameters"] = _Reset(initializer, layer)
+
+
+def has_initializer(module: nn.Module) -> bool:
+    """Return whether :func:`set_initializer` has been called on a module."""
+    return "reset_parameters" in vars(module)
 
 
 def draw_parameters(model: nn.Module) -> None:
     """Re-initialize the layers that have an initializer, and no others."""
     for module in model.modules():
-        if isinstance(module, (Linear, Embedding)) and module.initializer is not None:
-            module.reset_parameters()
+        if has_initializer(module):
+            cast("Any", module).reset_parameters()
 
 
 @torch.no_grad()

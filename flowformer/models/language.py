@@ -7,15 +7,16 @@ transformer_lm); Zhai et al., "An Attention Free Transformer", 2021 (Enwik8, CIF
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from flowformer.core.checks import check_flag, check_sizes, describe
+from flowformer.core.checks import check_flag, check_mask, check_sizes, describe
+from flowformer.core.precision import dtype_and_device
 from flowformer.models import generation
-from flowformer.models.cross_entropy import check_tokens, cross_entropy
+from flowformer.models.cross_entropy import check_tokens, cross_entropy, weight_or_layer
 from flowformer.models.decoder import LanguageState, TokenDecoder, check_token_ids, find_targets
 from flowformer.models.initialization import draw_parameters
 from flowformer.models.registry import register_model
@@ -91,9 +92,25 @@ class LanguageModel(TokenDecoder):
         draw_parameters(self)
 
     @property
-    def head_weight(self) -> Tensor:
-        """Weight of the output head, (vocab_size, dim)."""
-        return self.embed.weight if self.head is None else self.head.weight
+    def scorer(self) -> Tensor | nn.Module:
+        """What scores hidden states: a weight (vocab_size, dim), or an output head that is to be called."""
+        if self.head is not None:
+            return weight_or_layer(self.head)
+        scorer = weight_or_layer(self.embed)
+        if isinstance(scorer, Tensor):
+            return scorer
+        return self.embed(torch.arange(self.vocab_size, device=dtype_and_device(self)["device"]))
+
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        *,
+        targets: Tensor,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> Tensor: ...
 
     @overload
     def forward(
@@ -130,28 +147,41 @@ class LanguageModel(TokenDecoder):
         tokens: Tensor,
         mask: Tensor | None = None,
         *,
+        targets: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
         initial_state: LanguageState | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, LanguageState]:
-        """Return the logits of the next token at each position.
+        """Return the logits of the next token at each position, or with ``targets`` their cross-entropy.
 
-        Over a large vocabulary they take much memory: :meth:`loss` does without them, and :meth:`logits` scores a
-        selection of hidden states.
+        Over a large vocabulary logits take much memory: the cross-entropy does without them, and :meth:`logits` scores
+        a selection of hidden states.
 
         Args:
             tokens: (batch, length), integers below ``vocab_size``; any at padding.
             mask: (batch, length) boolean, True = a real token; padding on either side.
+            targets: The token that follows each, (batch, length): return the loss instead, as :meth:`loss` does.
+            ignore_index: Target that does not count, as padding does not.
+            reduction: Of the loss: ``"mean"``, ``"sum"`` or ``"none"``.
             initial_state: State to continue from.
-            return_state: Return the state after the last token as well.
+            return_state: Return the state after the last token as well; not with ``targets``.
 
         Returns:
-            Logits (batch, length, vocab_size), undefined at padding; with ``return_state`` also the state.
+            Logits (batch, length, vocab_size), undefined at padding; with ``return_state`` also the state. With
+            ``targets`` the loss.
 
         Raises:
             ValueError, TypeError: for invalid input, or a sequence beyond the learned positions.
         """
+        if targets is not None and return_state:
+            raise ValueError("targets and return_state are not supported together: the loss comes without a state")
         hidden, state = self._hidden(tokens, mask, initial_state, return_state)
-        return self.logits(hidden) if state is None else (self.logits(hidden), state)
+        if targets is None:
+            return self.logits(hidden) if state is None else (self.logits(hidden), state)
+        if mask is not None and isinstance(targets, Tensor) and targets.shape == mask.shape:
+            targets = targets.masked_fill(~mask, ignore_index)
+        return cross_entropy(hidden, self.scorer, targets, ignore_index=ignore_index, reduction=reduction)
 
     @overload
     def hidden(
@@ -172,16 +202,6 @@ class LanguageModel(TokenDecoder):
         initial_state: LanguageState | None = None,
         return_state: Literal[True],
     ) -> tuple[Tensor, LanguageState]: ...
-
-    @overload
-    def hidden(
-        self,
-        tokens: Tensor,
-        mask: Tensor | None = None,
-        *,
-        initial_state: LanguageState | None = None,
-        return_state: bool,
-    ) -> Tensor | tuple[Tensor, LanguageState]: ...
 
     def hidden(
         self,
@@ -204,7 +224,7 @@ class LanguageModel(TokenDecoder):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits (..., vocab_size) of hidden states (..., dim)."""
-        return nn.functional.linear(hidden, self.head_weight)
+        return nn.functional.linear(hidden, cast("Tensor", self.scorer)) if self.head is None else self.head(hidden)
 
     def loss(
         self,
@@ -216,6 +236,9 @@ class LanguageModel(TokenDecoder):
         reduction: str = "mean",
     ) -> Tensor:
         """Return the cross-entropy of the next tokens in nats, without storing (tokens x vocabulary) logits.
+
+        :meth:`forward` computes it, so that hooks of the model run. A wrapper with a forward of its own, such as
+        ``DistributedDataParallel``, is called itself: ``wrapped(tokens, targets=targets)``.
 
         Args:
             tokens: (batch, length).
@@ -232,23 +255,20 @@ class LanguageModel(TokenDecoder):
             ValueError, TypeError: as :meth:`forward`; for rows without a second token; for unknown reductions.
         """
         self._check(tokens, mask, None)
-        real = seen = mask
         if targets is None:
             if tokens.shape[1] < 2:
                 raise ValueError(f"without targets, each row must have at least two tokens, got {describe(tokens)}")
             tokens, targets = tokens[:, :-1], tokens[:, 1:]
             if mask is not None:
-                seen, real = mask[:, :-1], find_targets(mask)[:, 1:]
-        if real is not None:
-            targets = targets.masked_fill(~real, ignore_index)
-        return cross_entropy(
-            self.hidden(tokens, seen), self.head_weight, targets, ignore_index=ignore_index, reduction=reduction
-        )
+                targets, mask = targets.masked_fill(~find_targets(mask)[:, 1:], ignore_index), mask[:, :-1]
+        return self(tokens, mask, targets=targets, ignore_index=ignore_index, reduction=reduction)
 
     def init_state(self, batch_size: int) -> LanguageState:
         """Return the state before the first token, for a batch of ``batch_size`` sequences."""
-        length = torch.zeros(batch_size, dtype=torch.int64, device=self.embed.weight.device)
-        return LanguageState(length, tuple(block.attention.init_state(batch_size) for block in self.decoder.layers))
+        layers = tuple(block.attention.init_state(batch_size) for block in self.decoder.layers)
+        return LanguageState(
+            torch.zeros(batch_size, dtype=torch.int64, device=dtype_and_device(self)["device"]), layers
+        )
 
     def step(self, tokens: Tensor, state: LanguageState) -> tuple[Tensor, LanguageState]:
         """Process one token of each row.
@@ -263,7 +283,7 @@ class LanguageModel(TokenDecoder):
         Raises:
             ValueError, TypeError: for invalid input, or a sequence beyond the learned positions.
         """
-        if tokens.ndim != 1:
+        if not isinstance(tokens, Tensor) or tokens.ndim != 1:
             raise ValueError(f"step: tokens must be (batch,), got {describe(tokens)}")
         self._check(tokens.unsqueeze(1), None, state)
         check_tokens("tokens", tokens, self.vocab_size)
@@ -320,10 +340,7 @@ class LanguageModel(TokenDecoder):
     def _check(self, tokens: Tensor, mask: Tensor | None, state: LanguageState | None) -> None:
         check_token_ids("tokens", tokens)
         if mask is not None:
-            if mask.dtype != torch.bool:
-                raise TypeError(f"mask must be boolean, got {describe(mask)}")
-            if mask.shape != tokens.shape:
-                raise ValueError(f"mask must be {tuple(tokens.shape)}, got {describe(mask)}")
+            check_mask("mask", mask, tokens.shape, tokens.device)
         if state is not None:
             if not isinstance(state, LanguageState):
                 raise TypeError(f"the state must be a LanguageState, got {type(state).__name__}")

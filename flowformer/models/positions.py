@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from flowformer.core.precision import state_dtype
-from flowformer.models.initialization import Embedding
+from flowformer.core.tracing import is_traced
 
 
-class LearnedPositions(Embedding):
+class LearnedPositions(nn.Embedding):
     """Learned position embedding, up to ``max_length`` positions.
 
     Args:
@@ -32,7 +32,7 @@ class LearnedPositions(Embedding):
             ValueError: for a position beyond the table. While a graph is traced, where no value may be looked at, the
                 embedding has its own error.
         """
-        if not torch.compiler.is_compiling() and input.numel() and not input.is_meta:
+        if not is_traced() and input.numel() and not input.is_meta:
             last = int(input.max()) + 1
             if last > self.num_embeddings:
                 raise ValueError(

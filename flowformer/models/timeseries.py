@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from flowformer.core.checks import check_flag, check_probability, check_sizes, describe
+from flowformer.core.checks import (
+    apply,
+    check_flag,
+    check_mask,
+    check_probability,
+    check_sizes,
+    check_tokens_of,
+)
+from flowformer.core.masks import fill
 from flowformer.models.encoder import Encoder, EncoderBlock
 from flowformer.models.registry import register_model
 
@@ -101,30 +109,27 @@ class SeriesClassifier(nn.Module):
             Logits (batch, num_classes).
 
         Raises:
-            ValueError: for another shape, or a series longer than the position table.
+            TypeError, ValueError: for another shape or dtype, or a series longer than the position table.
         """
         self._check(x, mask)
-        if mask is not None and self.mask_padding:
-            x = x.masked_fill(~mask.unsqueeze(-1), 0)
+        if self.mask_padding:
+            x = fill(x, mask)
         length = x.shape[1]
-        h = self.dropout(self.embed(x) * self.scale + self.position[:length])
+        h = self.dropout(apply("x", self.embed, x) * self.scale + self.position[:length])
         h = self.encoder(h, mask if self.mask_padding else None)
         h = self.dropout(self.activation(h))
-        if mask is not None:
-            h = h.masked_fill(~mask.unsqueeze(-1), 0)
-        # Steps that are not there are zeros: leave out their part of the product.
-        h = h.flatten(1)
-        return nn.functional.linear(h, self.head.weight[:, : h.shape[1]], self.head.bias)
+        h = fill(h, mask)
+        # Steps that are not there are zeros.
+        return self.head(nn.functional.pad(h, (0, 0, 0, self.max_length - length)).flatten(1))
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
-        if x.ndim != 3 or x.shape[-1] != self.in_chans:
-            raise ValueError(f"x must be (batch, length, {self.in_chans}), got {describe(x)}")
+        check_tokens_of("x", x, "batch, length", self.in_chans)
         if x.shape[1] > self.max_length:
             raise ValueError(
                 f"x has {x.shape[1]} steps, but this model supports at most max_length = {self.max_length}"
             )
-        if mask is not None and mask.shape != x.shape[:2]:
-            raise ValueError(f"mask must be {tuple(x.shape[:2])}, got {describe(mask)}")
+        if mask is not None:
+            check_mask("mask", mask, x.shape[:2], x.device)
 
 
 @register_model

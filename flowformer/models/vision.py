@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from flowformer.core.checks import check_flag, check_integer, check_number, check_probability, check_sizes, describe
+from flowformer.core.precision import FLOAT_DTYPES
 from flowformer.mechanisms.aft import AFTFull, AFTLocal
 from flowformer.models.initialization import draw_parameters, set_initializer, truncated_normal
 from flowformer.models.registry import register_model
@@ -172,6 +173,7 @@ class VisionModel(nn.Module):
             what :meth:`features` returns.
 
         Raises:
+            TypeError: for another dtype.
             ValueError: for another shape, or another size where the mechanism has parameters for each position.
         """
         return self.features(images) if self.features_only else self.head(self.pool_features(images))
@@ -277,7 +279,9 @@ class VisionModel(nn.Module):
         attention.max_length = new[0] * new[1] + (self.class_token is not None)
 
     def _check(self, images: Tensor) -> None:
-        if images.ndim != 4 or images.shape[1] != self.in_chans or 0 in images.shape[2:]:
+        if not isinstance(images, Tensor) or images.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"images must be a tensor of floating-point dtype, got {describe(images)}")
+        if images.ndim != 4 or images.shape[1] != self.in_chans or 0 in images.shape[1:]:
             raise ValueError(f"images must be (batch, {self.in_chans}, height, width), got {describe(images)}")
         size: Grid = (images.shape[-2], images.shape[-1])
         if self.grids(size) != self.grids(self.img_size):

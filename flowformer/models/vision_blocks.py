@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from flowformer.core.checks import check_number, check_probability, check_sizes
+from flowformer.core.checks import apply, check_number, check_probability, check_sizes, check_tokens_of
 from flowformer.mechanisms import create_attention
 
 NORM_EPS = 1e-6  # of every LayerNorm: Flowformer_CV and DeiT alike
@@ -102,6 +102,7 @@ class VisionBlock(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """Transform (batch, tokens, dim): patches of ``grid``, optionally after a class token."""
+        check_tokens_of("VisionBlock: x", x, "batch, tokens", self.attention.dim)
         x = x + self.drop_path(self._attend(self.norm1(x), grid))
         out = self.dropout(self.linear2(self.dropout(self.activation(self.linear1(self.norm2(x))))))
         return x + self.drop_path(out if self.gamma is None else out * self.gamma)
@@ -143,4 +144,5 @@ class VisionStage(nn.Module):
         """Embed (batch, channels, height, width), zero-padded to whole patches: (batch, dim, rows, columns)."""
         height, width = x.shape[-2:]
         missing = (-width % self.patch_size, -height % self.patch_size)
-        return self.embed(nn.functional.pad(x, (0, missing[0], 0, missing[1])) if any(missing) else x)
+        x = nn.functional.pad(x, (0, missing[0], 0, missing[1])) if any(missing) else x
+        return apply("images", self.embed, x)

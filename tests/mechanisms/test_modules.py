@@ -363,6 +363,55 @@ def test_bad_input_is_refused(name: str) -> None:
         module(x[:1], mask=mask[:1], cu_seqlens=torch.tensor([0, 6], dtype=torch.int32))
 
 
+@each_form
+def test_inputs_of_another_dtype_or_device_are_refused(name: str, causal: bool) -> None:
+    module, x = build(name, causal=causal), tokens(6)
+    for bad in (x.long(), x.to(torch.complex64), [1.0], None):
+        with pytest.raises(TypeError, match="x must be a tensor of dtype float16, bfloat16, float32 or float64, got"):
+            module(bad)
+    for bad in (x.float(), x.half(), x.to("meta")):
+        with pytest.raises(TypeError, match="inputs must be float64 on cpu like the weights of the module, got"):
+            module(bad)
+        if causal:
+            with pytest.raises(TypeError, match="inputs must be float64 on cpu like the weights of the module, got"):
+                module.step(bad[:, 0], module.init_state(2))
+    with pytest.raises(ValueError, match=r"x must have at least one token, got \(2, 0, 12\)"):
+        module(x[:, :0])
+    with pytest.raises(ValueError, match="mask must be on cpu like its tokens"):
+        module(x, mask=torch.ones(2, 6, dtype=torch.bool, device="meta"))
+    for bad in ([True], "mask", torch.ones(2, 6)):
+        with pytest.raises(TypeError, match="mask must be a boolean tensor"):
+            module(x, mask=bad)
+
+
+@each_causal
+def test_states_of_another_batch_are_refused(name: str) -> None:
+    module, x = build(name, causal=True), tokens(6)
+    for bad, error in ((-1, ValueError), (2.5, TypeError), (True, TypeError), ("2", TypeError)):
+        with pytest.raises(error, match=r"init_state: batch must be (at least 0|a whole number), got"):
+            module.init_state(bad)
+    assert all(part.shape[0] == 0 for part in module.init_state(0))
+    with pytest.raises(ValueError, match=r"state\.\w+ must be .* got"):
+        module(x, initial_state=module.init_state(3))
+    with pytest.raises(ValueError, match=r"state\.\w+ must be .* got"):
+        module.step(x[:, 0], module.init_state(3))
+    for bad in (x[:, 0].long(), None):
+        with pytest.raises(TypeError, match="step: x must be a tensor of dtype"):
+            module.step(bad, module.init_state(2))
+
+
+@each_causal
+def test_fresh_states_of_impossible_sizes_are_refused(name: str) -> None:
+    row = find_attention(name)
+    learned, options = build(name, causal=True).learned(), build(name, causal=True).arguments()
+    sizes = (2, NUM_HEADS, DIM // NUM_HEADS, DIM // NUM_HEADS)
+    for batch, error in ((-1, ValueError), (2.5, TypeError)):
+        with pytest.raises(error, match="batch must be"):
+            row.init_state(batch, *sizes[1:], *learned, **options)
+    with pytest.raises(ValueError, match="must be at least 1, got 0"):
+        row.init_state(*sizes[:3], 0, *learned, **options)
+
+
 @each_cross
 def test_a_bad_context_is_refused(name: str) -> None:
     module, x = build(name), tokens(6)

@@ -10,7 +10,7 @@ from torch import nn
 from flowformer import create_model, list_models
 from flowformer.mechanisms import find_attention, list_attentions
 from flowformer.models.encoder import EncoderBlock
-from flowformer.models.initialization import Linear, reset_parameters, set_initializer, truncated_normal
+from flowformer.models.initialization import reset_parameters, set_initializer, truncated_normal
 from flowformer.models.language import LanguageModel
 from flowformer.models.registry import find_model
 from flowformer.models.vision import VisionModel
@@ -130,7 +130,7 @@ def test_an_initializer_goes_with_a_copy_and_leaves_parameters_alone():
     layer = nn.Linear(4, 3)
     before = layer.weight.clone()
     set_initializer(layer, lambda layer: nn.init.constant_(layer.weight, 2.0))
-    assert isinstance(layer, Linear)
+    assert type(layer) is nn.Linear  # quantization, for one, looks for this class and no other
     assert repr(layer) == repr(nn.Linear(4, 3))
     assert torch.equal(layer.weight, before)
     other = copy.deepcopy(layer)

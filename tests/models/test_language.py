@@ -334,7 +334,7 @@ def test_fresh_fairseq_parameters():
 
 def test_tied_weights_have_one_name():
     model = build(tied=True)
-    assert model.head_weight is model.embed.weight
+    assert model.scorer is model.embed.weight
     assert not any(name.startswith("head") for name in model.state_dict())
 
 
@@ -346,8 +346,8 @@ def test_refuses_what_does_not_fit():
         (ValueError, r"tokens must be \(batch, length\) with at least one token", lambda: model(tokens[0])),
         (ValueError, r"tokens must be \(batch, length\) with at least one token", lambda: model(tokens[:, :0])),
         (ValueError, "tokens must be from 0 to 30, got 31", lambda: model(tokens + 31 - tokens[0, 0])),
-        (TypeError, "mask must be boolean", lambda: model(tokens, tokens)),
-        (ValueError, r"mask must be \(2, 4\)", lambda: model(tokens, torch.ones(2, 5, dtype=torch.bool))),
+        (TypeError, "mask must be a boolean tensor", lambda: model(tokens, tokens)),
+        (ValueError, r"mask must have shape \(2, 4\)", lambda: model(tokens, torch.ones(2, 5, dtype=torch.bool))),
         (ValueError, r"step: tokens must be \(batch,\)", lambda: model.step(tokens, state)),
         (ValueError, "the state must have 2 layers and 2 rows", lambda: model.step(tokens[:, 0], state)),
         (TypeError, "the state must be a LanguageState, got tuple", lambda: model(tokens, initial_state=())),

@@ -111,7 +111,7 @@ def test_refuses_what_does_not_fit():
         model(torch.zeros(1, 21, 3))
     with pytest.raises(ValueError, match=r"x must be \(batch, length, 3\), got \(1, 5, 4\)"):
         model(torch.zeros(1, 5, 4))
-    with pytest.raises(ValueError, match="mask must be"):
+    with pytest.raises(ValueError, match="mask must have shape"):
         model(torch.zeros(1, 5, 3), torch.ones(1, 6, dtype=torch.bool))
     with pytest.raises(ValueError, match="must be positive"):
         build(num_classes=0)

@@ -35,7 +35,7 @@ from flowformer.interop.hf.inputs import (
 )
 from flowformer.models.decoder import LanguageState, TokenDecoder
 from flowformer.models.encoder import EncoderBlock
-from flowformer.models.initialization import LanguageInit, set_initializer
+from flowformer.models.initialization import LanguageInit, has_initializer, set_initializer
 
 # The old name of `cache`, which transformers itself understands until then.
 _old_cache_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -82,7 +82,8 @@ class FlowformerPreTrainedModel(PreTrainedModel):
         if module is getattr(self, "score", None):
             super()._init_weights(module)
             return
-        if type(module) in (nn.Linear, nn.Embedding):  # made by transformers, for another size of the vocabulary
+        if isinstance(module, (nn.Linear, nn.Embedding)) and not has_initializer(module):
+            # Made by transformers, for another size of the vocabulary.
             set_initializer(module, self._initialization().embedding)
         if callable(reset := getattr(module, "reset_parameters", None)):
             reset()

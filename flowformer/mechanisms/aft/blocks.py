@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flowformer.core.precision import LOG_ZERO, without_autocast
+from flowformer.core.tracing import is_exporting
 from flowformer.mechanisms.aft.means import (
     Gradients,
     Sources,
@@ -72,7 +73,13 @@ class Blocks(NamedTuple):
     size: int
 
     def cut(self, queries: int) -> Iterator[tuple[int, int]]:
-        """Cut queries into blocks; causal ones double at first, so that each past is as long as its block."""
+        """Cut queries into blocks; causal ones double at first, so that each past is as long as its block.
+
+        An exported graph has one block.
+        """
+        if is_exporting():
+            yield 0, queries
+            return
         start = 0
         while start < queries:
             size = min(self.size, max(1, self.least + start)) if self.causal else self.size

@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.core.checks import CHANNELS, check_dense, check_flag, describe
+from flowformer.core.checks import CHANNELS, check_dense, check_flag, check_fresh_state, describe
 from flowformer.core.masks import spread
 from flowformer.core.precision import LOG_ZERO, sum_dtype
 from flowformer.core.run import Given
+from flowformer.core.tracing import is_exporting
 from flowformer.mechanisms.aft.images import image_means
 from flowformer.mechanisms.aft.means import Past
 from flowformer.mechanisms.aft.run import close_up_if, finish_step, run_gated, start_step
@@ -53,6 +54,7 @@ def init_aft_conv_state(
     batch: int, heads: int, channels: int, taps: int, *, dtype: torch.dtype = torch.float32, device: Any = None
 ) -> AFTConvState:
     """Return the state before the first token, in float64 for inputs of any ``dtype``."""
+    check_fresh_state("init_aft_conv_state", batch, dtype, heads=heads, channels=channels, taps=taps)
     log_weight, _ = init_aft_simple_state(batch, heads, dtype=dtype, device=device)
     mean = log_weight.new_zeros(batch, channels)
     key = log_weight.new_full((batch, taps - 1, heads), LOG_ZERO)
@@ -117,7 +119,7 @@ def aft_conv(
             mean, state = _causal(w, hard, K, V, real, state)
         else:
             # Taps that reach beyond the sequence weigh nothing.
-            back = min(w.shape[1] // 2, K.shape[1] - 1)
+            back = w.shape[1] // 2 if is_exporting() else min(w.shape[1] // 2, K.shape[1] - 1)
             windows = Windows(CHUNK, CHUNK + 2 * back + -2 * back % CHUNK, None, True, BLOCK)
             w = _toeplitz(w, windows, back, w.shape[1] // 2, hard)
             mean = two_sided_means(w, K, V, back, windows, hard=hard)

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.core.checks import CHANNELS, check_dtype
+from flowformer.core.checks import CHANNELS, check_fresh_state
 from flowformer.core.masks import fill, spread
 from flowformer.core.precision import LOG_ZERO
 from flowformer.core.run import Given
+from flowformer.core.tracing import is_traced
 from flowformer.mechanisms.aft.blocks import Blocks, block_means
 from flowformer.mechanisms.aft.run import (
     PositionBias,
@@ -44,7 +45,7 @@ def init_aft_full_state(
     batch: int, channels: int, *, dtype: torch.dtype = torch.float32, device: Any = None
 ) -> AFTFullState:
     """Return the state before the first token, for inputs of ``dtype``."""
-    check_dtype("init_aft_full_state", dtype)
+    check_fresh_state("init_aft_full_state", batch, dtype, channels=channels)
     empty = torch.empty(batch, 0, channels, dtype=dtype, device=device)
     return AFTFullState(empty, empty.clone(), empty.new_empty(batch, 0, dtype=torch.bool))
 
@@ -98,7 +99,7 @@ def aft_full(
             state = _extend(state, K, V, key)
             K, V, key, query = state.key.to(K.dtype), state.value.to(V.dtype), state.mask, key
             K = fill(K, key, LOG_ZERO)
-            key = None if not torch.compiler.is_compiling() and bool(key.all()) else key
+            key = None if not is_traced() and bool(key.all()) else key
         (K, V), _, _ = close_up_if((K, V), key)
         _, real, places = close_up_if((), query)
         queries = length if real is None else real.shape[1]

@@ -11,6 +11,7 @@ from flowformer.core.checks import CHANNELS, check_flag, describe
 from flowformer.core.masks import spread
 from flowformer.core.precision import LOG_ZERO, no_autocast
 from flowformer.core.run import Given
+from flowformer.core.tracing import count_chunks, is_exporting
 from flowformer.mechanisms.aft.blocks import Bias
 from flowformer.mechanisms.aft.means import Past
 from flowformer.mechanisms.aft.run import (
@@ -116,10 +117,10 @@ def aft_local(
             mean, state = _causal_local(op, bias, window, hard, K, V, real, state)
         else:
             check_places(op, bias, K.shape[1])
-            reach = min(window, K.shape[1])
+            reach = min(window, len(bias[0]) if is_exporting() else K.shape[1])
             back = reach - 1
             windows = Windows(CHUNK, CHUNK + 2 * back + -2 * back % CHUNK, None, False, BLOCK)
-            w = _band(bias, window, hard, windows, back, -(-K.shape[1] // CHUNK), 0)
+            w = _band(bias, window, hard, windows, back, count_chunks(K.shape[1], CHUNK), 0)
             mean = two_sided_means(w, K, V.unsqueeze(-1), back, windows, hard=hard).squeeze(-1)
         return (mean if places is None else spread(mean, places, length)), state
 
@@ -142,7 +143,7 @@ def _causal_local(
     """Means (batch, L, channels), for real tokens in front, and the state after them."""
     windows = Windows(CHUNK, CHUNK + window - 1, window, False, BLOCK)
     start, _ = find_start(op, bias, state.length, K.shape[1])
-    w = _band(bias, window, hard, windows, window - 1, -(-K.shape[1] // CHUNK), start)
+    w = _band(bias, window, hard, windows, window - 1, count_chunks(K.shape[1], CHUNK), start)
     past = Past(state.log_weight, state.mean.unsqueeze(-1))
     buffer = (state.key, state.value.unsqueeze(-1))
     mean, past, (key, value) = causal_means(w, K, V.unsqueeze(-1), buffer, past, real, windows, hard=hard)

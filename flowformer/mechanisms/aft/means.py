@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from flowformer.core.backends import is_transformed
-from flowformer.core.precision import state_dtype
+from flowformer.core.precision import LOG_ZERO, state_dtype
+from flowformer.core.tracing import cumulate, is_exporting, is_traced, log_add
 
 CAP = 40.0  # exp(40) = 2e17: products of it and its inverse stay within float32
 TINY = {torch.float32: 1e-25, torch.float64: 1e-200}  # denominators below are repaired
@@ -67,13 +68,15 @@ def summarise(K: Tensor, V: Tensor) -> Past:
 
 def join(one: Past, other: Past) -> Past:
     """Combine two summaries."""
-    total = torch.logaddexp(one.log_weight, other.log_weight)
+    total = log_add(one.log_weight, other.log_weight)
     of_one, of_other = ((past.log_weight - total).exp().unsqueeze(-1) for past in (one, other))
     return Past(total, of_one * one.mean + of_other * other.mean)
 
 
 def accumulate(pieces: Past, dim: int = 1) -> Past:
     """Combine each piece along ``dim`` with all before it, by doubling."""
+    if is_exporting():
+        return Past(*cumulate(pieces, lambda one, other: join(Past(*one), Past(*other)), (LOG_ZERO, 0.0), dim))
     shift, count = 1, pieces.log_weight.shape[dim]
     while shift < count:
         left = Past(*(part.narrow(dim, 0, count - shift) for part in pieces))
@@ -115,7 +118,8 @@ def prepare(K: Tensor, V: Tensor, past: Past | None, first: int | None) -> Sourc
     if past is not None:
         m = m.maximum(past.log_weight.detach().unsqueeze(-2).to(m.dtype))
     above, over = K - m, None
-    if first is not None and first < K.shape[-2] and not is_plain() and above[..., first:, :].max() > CAP:
+    may_exceed = first is not None and first < K.shape[-2] and not is_plain() and above.numel() > 0
+    if may_exceed and above[..., first:, :].max() > CAP:
         above, over = above.clamp(max=CAP), above > CAP
     E = above.exp_()
     far = None
@@ -127,7 +131,12 @@ def prepare(K: Tensor, V: Tensor, past: Past | None, first: int | None) -> Sourc
 
 def is_plain() -> bool:
     """Return whether data must not be inspected, since a graph is traced or torch.func is active."""
-    return torch.compiler.is_compiling() or is_transformed()
+    return is_traced() or is_transformed()
+
+
+def is_below(x: Tensor, bound: float) -> bool:
+    """Return whether a number of x is below ``bound``; none is where there is no sequence."""
+    return x.numel() > 0 and bool(x.min() < bound)
 
 
 class Weights(NamedTuple):
@@ -166,7 +175,7 @@ def means(weights: Weights, sources: Sources) -> tuple[Tensor, Tensor]:
     tiny = TINY[total.dtype]
     if is_plain():
         return out / total.clamp(min=tiny).unsqueeze(-1), total
-    if sources.over is None and total.min() >= tiny:
+    if sources.over is None and not is_below(total, tiny):
         return out.div_(total.unsqueeze(-1)), total
     bad = total < tiny
     if sources.over is not None:
@@ -227,7 +236,7 @@ class Upstream(NamedTuple):
 def come_back(y: Tensor, total: Tensor, grad: Tensor) -> Upstream:
     """Compute :class:`Upstream` from the results ``y`` and ``total`` of :func:`means` and the gradient of y."""
     tiny = TINY[total.dtype]
-    bad = total < tiny if total.min() < tiny else None
+    bad = total < tiny if is_below(total, tiny) else None
     out = grad / (total if bad is None else total.masked_fill(bad, torch.inf)).unsqueeze(-1)
     return Upstream(out, (out * y).sum(-1), bad)
 

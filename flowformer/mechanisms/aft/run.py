@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flowformer.core.checks import Layout, check_dense, check_state, check_step, describe
 from flowformer.core.masks import close_up, fill
 from flowformer.core.precision import LOG_ZERO, no_autocast, sum_dtype
 from flowformer.core.run import Dense, Given, run
+from flowformer.core.tracing import is_traced
 from flowformer.mechanisms.aft.blocks import Bias
 
 PositionBias = Tensor | tuple[Tensor, Tensor]
@@ -56,7 +56,7 @@ def start_step(
 ) -> None:
     """Check a decoding step; ``fresh`` returns the initial state of type ``kind`` for a batch size."""
     check_step(op, q, k, v, state, kind, layout)
-    check_state(op, state, fresh(len(q)))
+    check_state(op, state, fresh(q.shape[0]))
 
 
 def finish_step(q: Tensor, mean: Tensor) -> Tensor:
@@ -98,9 +98,9 @@ def find_start(op: str, bias: Bias, counts: Tensor, tokens: int) -> tuple[int | 
     Raises:
         ValueError: where sequences reach beyond the table of positions.
     """
-    if torch.compiler.is_compiling():
+    if is_traced():
         return counts, 0
-    least, most = (int(x) for x in counts.aminmax())
+    least, most = (int(x) for x in counts.aminmax()) if len(counts) else (0, 0)
     check_places(op, bias, most + tokens)
     return (least if least == most else counts), least
 

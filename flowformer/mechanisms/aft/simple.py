@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.core.checks import CHANNELS, check_dtype
+from flowformer.core.checks import CHANNELS, check_fresh_state
 from flowformer.core.masks import spread
 from flowformer.core.precision import LOG_ZERO, state_dtype
 from flowformer.core.run import Given
+from flowformer.core.tracing import log_add
 from flowformer.mechanisms.aft.means import Past, summarise
 from flowformer.mechanisms.aft.run import close_up_if, finish_step, run_gated, start_step
 from flowformer.mechanisms.aft.windows import BLOCK, CHUNK, Windows, causal_means
@@ -32,7 +33,7 @@ def init_aft_simple_state(
     batch: int, channels: int, *, dtype: torch.dtype = torch.float32, device: Any = None
 ) -> AFTSimpleState:
     """Return the state before the first token, in float64 for inputs of any ``dtype``."""
-    check_dtype("init_aft_simple_state", dtype)
+    check_fresh_state("init_aft_simple_state", batch, dtype, channels=channels)
     device = torch.device("cpu") if device is None else torch.device(device)
     mean = torch.zeros(batch, channels, dtype=state_dtype(device), device=device)
     return AFTSimpleState(torch.full_like(mean, LOG_ZERO), mean)
@@ -119,6 +120,6 @@ def aft_simple_step(q: Tensor, k: Tensor, v: Tensor, state: AFTSimpleState) -> t
         lambda batch: init_aft_simple_state(batch, v.shape[-1], device=v.device), CHANNELS,
     )  # fmt: skip
     wide = state.mean.dtype
-    log_weight = torch.logaddexp(state.log_weight, k.to(wide))
+    log_weight = log_add(state.log_weight, k.to(wide))
     mean = state.mean + (k.to(wide) - log_weight).exp() * (v.to(wide) - state.mean)
     return finish_step(q, mean), AFTSimpleState(log_weight, mean)

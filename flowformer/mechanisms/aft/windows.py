@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from flowformer.core.masks import fill
 from flowformer.core.precision import LOG_ZERO, without_autocast
+from flowformer.core.tracing import count_chunks, cut, frame, is_exporting, window_tokens
 from flowformer.mechanisms.aft.means import (
     Past,
     Sources,
@@ -53,7 +53,10 @@ class Windows(NamedTuple):
     block: int
 
     def groups(self, chunks: int) -> Iterator[tuple[int, int]]:
-        """Yield the first chunk, and the last one + 1, of each group that is computed at once."""
+        """Yield the first chunk, and the last one + 1, of each group computed at once; all in an exported graph."""
+        if is_exporting():
+            yield 0, chunks
+            return
         # With heads, products are small: chunks add columns.
         size = max(1, (4 if self.heads else 1) * self.block // self.width)
         for start in range(0, chunks, size):
@@ -61,6 +64,8 @@ class Windows(NamedTuple):
 
     def cut(self, x: Tensor, start: int, end: int) -> Tensor:
         """Return the windows of chunks: x (batch, tokens, ...) to (batch, chunks, width, ...)."""
+        if is_exporting():
+            return window_tokens(x, end, self.chunk, self.width)
         tokens = x[:, start * self.chunk : (end - 1) * self.chunk + self.width]
         return tokens.unfold(1, self.width, self.chunk).movedim(-1, 2)
 
@@ -180,11 +185,6 @@ def _add_windows(whole: Tensor, pieces: Tensor, start: int, windows: Windows) ->
         whole[:, place : place + windows.width] += pieces[:, index]
 
 
-def pad_tokens(x: Tensor, before: int, after: int, value: float = 0.0) -> Tensor:
-    """Pad (batch, tokens, ...) on both sides."""
-    return pad(x, (*(0, 0) * (x.ndim - 2), before, after), value=value) if before or after else x
-
-
 def causal_means(
     w: Tensor,
     K: Tensor,
@@ -212,13 +212,12 @@ def causal_means(
         Means (batch, L, M, e); the past, and the buffer, after the last token.
     """
     back, chunk, length = windows.width - windows.chunk, windows.chunk, K.shape[1]
-    missing = -length % chunk
+    chunks = count_chunks(length, chunk)
     K, V = (torch.cat([old.to(new.dtype), new], 1) for old, new in zip(buffer, (K, V), strict=True))
-    K, V = pad_tokens(K, 0, missing, LOG_ZERO), pad_tokens(V, 0, missing)
-    chunks = (length + missing) // chunk
+    K, V = frame(K, 0, back + chunks * chunk, LOG_ZERO), frame(V, 0, back + chunks * chunk)
     ends = torch.full_like(K[:, 0, 0], length, dtype=torch.int64) if real is None else real.sum(1)
-    older = (K[:, : chunks * chunk], V[:, : chunks * chunk])
-    if back and (missing or real is not None):
+    older = (cut(K, chunks * chunk), cut(V, chunks * chunk)) if back else (K, V)
+    if back and (is_exporting() or length % chunk or real is not None):
         # The last keys stay within reach: they are not yet past.
         gone = torch.arange(chunks * chunk, device=K.device) < ends.unsqueeze(1)
         older = (fill(older[0], gone, LOG_ZERO), fill(older[1], gone))
@@ -227,13 +226,13 @@ def causal_means(
     before = None if hard else Past(*(part[:, :-1] for part in pieces))
     mean = window_means(w, K, V, before, windows)
     after = Past(*(part[:, -1] for part in pieces))
-    return mean[:, :length], after, _last(buffer, K, V, ends)
+    return cut(mean, length), after, _last(buffer, K, V, ends)
 
 
 def _last(buffer: tuple[Tensor, Tensor], K: Tensor, V: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     """What the buffer holds after the first ``ends`` (batch,) of the keys and values that come behind it."""
     places = ends.unsqueeze(1) + torch.arange(buffer[0].shape[1], device=K.device)
-    rows = torch.arange(len(K), device=K.device).unsqueeze(1)
+    rows = torch.arange(K.shape[0], device=K.device).unsqueeze(1)
     return K[rows, places].to(buffer[0].dtype), V[rows, places].to(buffer[1].dtype)
 
 
@@ -252,12 +251,12 @@ def two_sided_means(w: Tensor, K: Tensor, V: Tensor, back: int, windows: Windows
         (batch, L, M, e).
     """
     length, chunk = K.shape[1], windows.chunk
-    chunks = -(-length // chunk)
-    after = chunks * chunk - length + windows.width - chunk - back
-    K, V = pad_tokens(K, back, after, LOG_ZERO), pad_tokens(V, back, after)
+    chunks = count_chunks(length, chunk)
+    total = (chunks - 1) * chunk + windows.width
+    K, V = frame(K, back, total, LOG_ZERO), frame(V, back, total)
     past = None
     if not hard:
-        pieces = summarise(*(x.unflatten(1, (-1, chunk)) for x in (K, V)))
+        pieces = summarise(*(window_tokens(x, chunks - 1 + windows.width // chunk, chunk, chunk) for x in (K, V)))
         nothing = Past(torch.full_like(pieces.log_weight[:, :1], LOG_ZERO), torch.zeros_like(pieces.mean[:, :1]))
         before = accumulate(Past(*(torch.cat(pair, 1) for pair in zip(nothing, pieces, strict=True))))
         behind = accumulate(Past(*(torch.cat([b, a], 1).flip(1) for a, b in zip(nothing, pieces, strict=True))))
@@ -266,7 +265,7 @@ def two_sided_means(w: Tensor, K: Tensor, V: Tensor, back: int, windows: Windows
             Past(*(part[:, :chunks] for part in before)),
             Past(*(part.flip(1)[:, skip : skip + chunks] for part in behind)),
         )
-    return window_means(w, K, V, past, windows)[:, :length]
+    return cut(window_means(w, K, V, past, windows), length)
 
 
 def step_window(

@@ -40,12 +40,13 @@ import torch
 from torch import Tensor
 
 from flowformer.core.backends import choose, implementation
-from flowformer.core.checks import check_dtype, check_state, check_step
+from flowformer.core.checks import check_fresh_state, check_state, check_step
 from flowformer.core.masks import fill
 from flowformer.core.precision import LOG_ZERO, no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Given, run, scanned
 from flowformer.core.scan import CHUNK, carry, causal_product, join_chunks, pad_to_chunks, split_chunks
 from flowformer.core.sums import sum_over_tokens, times_sum
+from flowformer.core.tracing import log_add, log_cumsum
 from flowformer.mechanisms.flow.options import RELU_FLOOR, FlowOptions, flow_options
 
 # --------------------------------------------------------------------------------------------------------------- state
@@ -77,7 +78,9 @@ def init_flow_state(
     device: Any = None,
 ) -> FlowState:
     """Return the state before the first token, with sums in float64 for inputs of any ``dtype``."""
-    check_dtype("init_flow_state", dtype)
+    check_fresh_state(
+        "init_flow_state", batch, dtype, heads=heads, key_channels=key_channels, value_channels=value_channels
+    )
     device = torch.device("cpu") if device is None else torch.device(device)
     like = torch.zeros(batch, heads, dtype=state_dtype(device), device=device)
     return FlowState(
@@ -258,7 +261,7 @@ def _positions(count: Tensor, mask: Tensor | None, Q: Tensor) -> tuple[Tensor, T
     """1-based count of real tokens at each place, shaped like flows, at least 1; and the count after the last."""
     chunks, chunk = Q.shape[2:4]
     if mask is None:
-        steps = torch.arange(1, chunks * chunk + 1, device=Q.device).expand(len(count), -1)
+        steps = torch.arange(1, chunks * chunk + 1, device=Q.device).expand(count.shape[0], -1)
     else:
         steps = mask.flatten(1).cumsum(-1)
     n = count.unsqueeze(-1) + steps
@@ -312,7 +315,7 @@ def _causal_competition(
     flat = conserved.flatten(2).to(past.dtype)
     if mask is not None:
         flat = flat.masked_fill(~mask.flatten(1).unsqueeze(1), LOG_ZERO)
-    normaliser = torch.logaddexp(flat.logcumsumexp(-1), past.unsqueeze(-1))
+    normaliser = log_add(log_cumsum(flat), past.unsqueeze(-1))
     weight = n * (flat - normaliser).exp().to(conserved.dtype).view_as(conserved)
     return weight, normaliser[..., -1]
 

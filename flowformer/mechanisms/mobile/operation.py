@@ -38,12 +38,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.core.checks import HEADS, check_dtype, check_state, check_step
+from flowformer.core.checks import HEADS, check_fresh_state, check_state, check_step
 from flowformer.core.masks import fill
 from flowformer.core.precision import LOG_ZERO, no_autocast, state_dtype
 from flowformer.core.run import Given, run, scanned
 from flowformer.core.scan import causal_product, join_chunks, pad_to_chunks, split_chunks
 from flowformer.core.sums import sum_over_tokens, times_sum
+from flowformer.core.tracing import cut, log_add, log_cumsum
 from flowformer.mechanisms.flow.operation import features
 from flowformer.mechanisms.mobile.options import MobileOptions, mobile_options
 
@@ -78,7 +79,9 @@ def init_mobile_state(
     device: Any = None,
 ) -> MobileState:
     """Return the state before the first token, with sums in float64 for inputs of any ``dtype``."""
-    check_dtype("init_mobile_state", dtype)
+    check_fresh_state(
+        "init_mobile_state", batch, dtype, heads=heads, key_channels=key_channels, value_channels=value_channels
+    )
     device = torch.device("cpu") if device is None else torch.device(device)
     like = torch.zeros(batch, heads, dtype=state_dtype(device), device=device)
     return MobileState(
@@ -208,14 +211,14 @@ def _causal_block(
             out, memory = causal_product((Q @ K.transpose(-1, -2)).tril(), Q, K, V, state.memory)
             normaliser = state.log_normaliser.clone()
         n, count = _positions(state.length, mask, q)
-        out = join_chunks(out, length) * _scale(n, options)[:, :length, None, None].to(out.dtype)
+        out = join_chunks(out, length) * cut(_scale(n, options), length)[:, :, None, None].to(out.dtype)
         return out.to(v.dtype), MobileState(count, normaliser, memory)
 
 
 def _positions(count: Tensor, mask: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """1-based count of real tokens at each place (batch, length), at least 1, float64; and the count after the last."""
     if mask is None:
-        steps = torch.arange(1, tokens.shape[1] + 1, device=tokens.device).expand(len(count), -1)
+        steps = torch.arange(1, tokens.shape[1] + 1, device=tokens.device).expand(count.shape[0], -1)
     else:
         steps = mask.cumsum(-1)
     n = count.unsqueeze(-1) + steps
@@ -238,7 +241,7 @@ def _competing_product(
         The products (batch, heads, chunks, chunk, V), and log Z and the memory after the last.
     """
     past = state.log_normaliser.unsqueeze(-1)
-    Z = torch.logaddexp(logits.flatten(2).to(past.dtype).logcumsumexp(-1), past).view(logits.shape)
+    Z = log_add(log_cumsum(logits.flatten(2).to(past.dtype)), past).view(logits.shape)
     bounds = torch.cat([past, Z[..., -1]], -1)  # log Z before each chunk, and after the last
 
     weights = _decay(logits, Z.to(logits.dtype), 1)
@@ -291,7 +294,7 @@ def mobile_attention_step(
         scaled, conserved_out = _sinks_and_sources(Q, K, None, options)
         normaliser, kept, weight = state.log_normaliser.clone(), 1.0, torch.ones_like(conserved_out)
         if options.competition == "sequence":
-            normaliser = torch.logaddexp(normaliser, conserved_out)
+            normaliser = log_add(normaliser, conserved_out)
             weight = (conserved_out - normaliser).exp()
             kept = (state.log_normaliser - normaliser).exp()[..., None, None]
         elif options.competition == "heads":

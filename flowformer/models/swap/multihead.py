@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
 from flowformer.core.checks import check_flag, check_integer, check_number, describe
+from flowformer.core.masks import fill
+from flowformer.core.tracing import is_traced
 from flowformer.mechanisms.base import Attention
 from flowformer.mechanisms.registry import create_attention
 
@@ -185,18 +187,19 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
                 average_attn_weights=average_attn_weights, is_causal=is_causal,
             )  # fmt: skip
         self._check(query, key, value)
-        q, k, v = (self._batch(x, query.ndim) for x in self._project(query, key, value))
+        rank, itself = query.ndim, _is_same(query, key) or _is_same(query, value)
+        q, k = (self._batch(x, rank) for x in (query, key))
         causal = self._is_causal(attn_mask, is_causal, q, k)
-        keys = self._real("key_padding_mask", key_padding_mask, k, query.ndim)
-        queries = self._real("query_padding_mask", query_padding_mask, q, query.ndim)
-        queries, masks = self._pair_masks(_is_same(query, key) or _is_same(query, value), causal, queries, keys, q, k)
-        q, k, v = (self.attention.split(x) for x in (q, k, v))
+        keys = self._real("key_padding_mask", key_padding_mask, k, rank)
+        queries = self._real("query_padding_mask", query_padding_mask, q, rank)
+        queries, masks = self._pair_masks(itself, causal, queries, keys, q, k)
+        hidden = self._hide(query, key, value, queries, keys)
+        q, k, v = (self.attention.split(self._batch(x, rank)) for x in self._project(*hidden))
         given = {"causal": causal, **masks, **self.attention.arguments()}
         out = self.attention.mechanism.operation(q, k, v, *self.attention.learned(), **given)
         out = self.out_proj(self.attention.join(out))
         out = dropout(out, self.dropout, self.training)
-        if queries is not None:
-            out = out.masked_fill(~queries.unsqueeze(-1), 0)
+        out = fill(out, queries)
         weights = self._weigh(q, k, given) if need_weights else None
         return self._unbatch(out, query.ndim), self._finish(weights, query, average_attn_weights)
 
@@ -232,6 +235,19 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
         axis = 0 if self.batch_first else 1
         if query.ndim == 3 and query.shape[axis] != key.shape[axis]:
             raise ValueError(f"{name}: query and key must agree in batch (axis {axis}), {shown}")
+
+    def _hide(
+        self, query: Tensor, key: Tensor, value: Tensor, queries: Tensor | None, keys: Tensor | None
+    ) -> list[Tensor]:
+        """The inputs with zeros at padding, whatever stood there: gradients of weights are products with the inputs."""
+        if queries is None and keys is None:
+            return [query, key, value]
+        filled: dict[tuple[int, int], Tensor] = {}  # one tensor that is several of the three stays one
+        for x, real in ((query, queries), (key, keys), (value, keys)):
+            if (id(x), id(real)) not in filled:
+                real_of_x = real if real is None else real[0] if x.ndim == 2 else real if self.batch_first else real.T
+                filled[id(x), id(real)] = fill(x, real_of_x)
+        return [filled[id(x), id(real)] for x, real in ((query, queries), (key, keys), (value, keys))]
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         joint, bias = self.in_proj_weight, self.in_proj_bias
@@ -307,7 +323,7 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
             raise TypeError(f"{name}: {label} must be boolean (True = hidden) or floating point, got {describe(mask)}")
         hidden = mask == -torch.inf
         binary = (hidden | (mask == 0)).all()
-        if torch.compiler.is_compiling():  # a graph cannot look at numbers
+        if is_traced():  # a graph cannot look at numbers
             torch._assert_async(binary, f"{label} must contain only 0 and -inf")  # pyright: ignore[reportPrivateImportUsage]
         elif not binary:
             raise ValueError(
@@ -323,7 +339,7 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
             raise ValueError(f"{name}: {self.mechanism} attention has no causal form, since {limits['causal']}")
         if is_causal and length != source:
             raise ValueError(f"{name}: causal attention requires as many queries as keys, got {length} and {source}")
-        if attn_mask is None or (is_causal and torch.compiler.is_compiling()):
+        if attn_mask is None or (is_causal and is_traced()):
             return is_causal
         shapes = ((length, source), (len(q) * self.num_heads, length, source))
         if not isinstance(attn_mask, Tensor) or tuple(attn_mask.shape) not in shapes:
@@ -358,7 +374,7 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
             return None, {}
         if causal:
             raise ValueError(f"{name}: in causal attention with padding, query and key must be the same tensor")
-        if queries is None and q.shape == k.shape and not torch.compiler.is_compiling():
+        if queries is None and q.shape == k.shape and not is_traced():
             warnings.warn(
                 f"{name}: query and key are of one length but not the same tensor, so this is cross-attention, where "
                 "key_padding_mask does not hide queries. For self-attention pass one tensor as both; for "
@@ -373,7 +389,7 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are one, or the same view of one: ``x.transpose(0, 1)`` written twice."""
-    return one is other or (not torch.compiler.is_compiling() and one.is_set_to(other))
+    return one is other or (not is_traced() and one.is_set_to(other))
 
 
 def _strip(attention: Attention) -> Attention:
