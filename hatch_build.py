@@ -52,11 +52,11 @@ class NativeKernels(BuildHookInterface):
 
 
 def load_build(root: Path) -> ModuleType:
-    """The module `flowformer.kernels.native.build`, without its packages, which need torch."""
-    name = "flowformer_native_build"
-    spec = importlib.util.spec_from_file_location(name, root / PACKAGE_FOLDER / "build.py")
+    """The module `flowformer.kernels.native.compiler`, without its packages, which need torch."""
+    name = "flowformer_native_compiler"
+    spec = importlib.util.spec_from_file_location(name, root / PACKAGE_FOLDER / "compiler.py")
     if spec is None or spec.loader is None:
-        raise ImportError(f"{root / PACKAGE_FOLDER} holds no build.py")
+        raise ImportError(f"{root / PACKAGE_FOLDER} holds no compiler.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module

@@ -17,10 +17,10 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowformer import ops
-from flowformer.kernels.native import build
+from flowformer.kernels.native import build, compiler
 from flowformer.kernels.native.kernels import kernels
 
-_CANNOT = build._switched_off() or sys.platform == "win32" or build.find_compiler() is None
+_CANNOT = build._switched_off() or sys.platform == "win32" or compiler.find_compiler() is None
 ABSENT = build.why_not() if _CANNOT and kernels() is None else ""
 needs_kernels = pytest.mark.skipif(bool(ABSENT), reason=f"there are no native kernels: {ABSENT}")
 

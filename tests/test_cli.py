@@ -126,14 +126,14 @@ def test_language_run_is_resumed(language_run, capsys):
 def test_a_run_is_used_for_what_it_is(language_run, arguments, tmp_path, capsys):
     status, _, err = run(capsys, "predict", str(language_run), "no.csv")
     assert status == 2
-    assert f"`flowformer predict` does not apply to {language_run}, whose data is TextFormat" in err
+    assert f"`flowformer predict` does not apply to {language_run}, whose data is text; " in err
     assert "available: evaluate, generate, visualize, export" in err
     folder = str(tmp_path / "series")
     assert run(capsys, "train", *arguments, "--epochs", "1", "--out", folder)[0] == 0
     for words in (["generate", folder], ["export", folder, "--to", "hf"]):
         status, _, err = run(capsys, *words)
         assert status == 2
-        assert f"does not apply to {folder}, whose data is SeriesFormat; available: evaluate, predict, visualize" in err
+        assert f"does not apply to {folder}, whose data is series; available: evaluate, predict, visualize" in err
 
 
 def test_options_of_generation_are_those_of_the_run(language_run, capsys):

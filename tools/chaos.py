@@ -35,6 +35,8 @@ import safetensors.torch
 import torch
 
 from flowformer.cli import main as flowformer
+from flowformer.common.interrupts import Interrupted, signals_raise
+from flowformer.kernels.native import build
 from flowformer.training import fit  # noqa: F401
 
 SIGNALS = {signal.SIGKILL: None, signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 143}
@@ -43,7 +45,7 @@ DISK_BYTES = 20 * 2**20
 LIMIT_S = 120  # after which a command counts as hanging
 
 
-class Loss(Exception):
+class Loss(Exception):  # noqa: N818 - what a round finds, not an error of the program
     """Something was lost, or not as promised."""
 
 
@@ -54,10 +56,14 @@ class Process:
         words: What follows ``flowformer``.
         folder: Where to keep its output.
         before: Called in the process before the command.
+        command: What is called with the words, and returns the exit status.
     """
 
-    def __init__(self, words: Sequence[str], folder: Path, before: Callable[[], Any] | None = None) -> None:
-        self.words, self.said = list(words), folder / f"said-{time.monotonic_ns()}"
+    def __init__(
+        self, words: Sequence[str], folder: Path, before: Callable[[], Any] | None = None,
+        command: Callable[[Sequence[str]], int] = flowformer,
+    ) -> None:  # fmt: skip
+        self.words, self.said, self.command = list(words), folder / f"said-{time.monotonic_ns()}", command
         ready, go = os.pipe()
         self.start = time.perf_counter()
         self.pid = os.fork()
@@ -75,7 +81,7 @@ class Process:
             if before is not None:
                 before()
             os.write(go, b"x")
-            os._exit(flowformer(self.words))
+            os._exit(self.command(self.words))
         except BaseException as error:
             os.write(2, f"Traceback: outside of the command: {error!r}".encode())
             os._exit(1)
@@ -146,7 +152,7 @@ class Chaos:
         if status:
             raise Loss(f"the run did not resume, status {status}: {said}")
         compare(self.reference(kind)[0], out)
-        left = [path for path in (*out.rglob(".staged*"), *self.temporary.iterdir())]
+        left = [*out.rglob(".staged*"), *self.temporary.iterdir()]
         if left:
             raise Loss(f"left behind: {left}")
 
@@ -291,9 +297,8 @@ class _small_disk:  # noqa: N801 - used as a function
 
     def __enter__(self) -> tuple[Path, Callable[[], None] | None]:
         self.place.mkdir()
-        made = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(self.place)], capture_output=True, check=False
-        )  # fmt: skip
+        command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(self.place)]
+        made = subprocess.run(command, capture_output=True, check=False)
         self.mounted = made.returncode == 0
         return self.place, None if self.mounted else _limit_files
 
@@ -332,12 +337,60 @@ def damage(chaos: Chaos, out: Path) -> None:
         raise Loss(f"{path.name} {how}, and evaluate believed it")
 
 
+KERNELS = """
+extern "C" const char *flowformer_level() { return "one"; }
+extern "C" void flowformer_set_parallel(void *) {}
+extern "C" int flowformer_cpu_supports(const char *) { return 1; }
+"""
+
+
+def compilation(chaos: Chaos, out: Path) -> None:
+    """Kernels, of a few lines, are being compiled when the process is killed, alone or beside others; then damaged."""
+    source, folder = out / "source", out / "kernels"
+    source.mkdir(parents=True)
+    (source / "library.cpp").write_text(KERNELS)
+    (source / "kernels.cpp").write_text("")
+    os.environ["FLOWFORMER_CACHE"] = str(folder)
+    for _ in range(chaos.random.randint(1, 4)):
+        number = chaos.random.choice(list(SIGNALS))
+        processes = [Process([str(source)], chaos.work, command=_compile) for _ in range(chaos.random.randint(1, 2))]
+        processes[0].stop(number, chaos.random.uniform(0, 1.0))
+        ended = [process.wait()[0] for process in processes]
+        chaos.kills += 1
+        if ended[0] not in (-number, SIGNALS[number], 0) or any(ended[1:]):
+            raise Loss(f"{number.name} while compiling: {ended}")
+    for damage in (None, b"", b"\xff" * 1000, 100):
+        libraries = list(folder.glob("kernels-*"))
+        if damage is not None:
+            content = libraries[0].read_bytes()
+            libraries[0].write_bytes(content[:damage] if isinstance(damage, int) else damage)
+        status, said = Process([str(source)], chaos.work, command=_compile).wait()
+        if status:
+            raise Loss(f"no kernels after the damage {damage!r}: {said}")
+    left = [path.name for path in folder.iterdir() if not path.name.endswith(".so") and path.name != ".lock"]
+    running = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True, check=False).stdout
+    if left or running or len(list(folder.glob("kernels-*.so"))) != 1:
+        raise Loss(f"left behind: {left or list(folder.iterdir())}, processes {running}")
+
+
+def _compile(words: Sequence[str]) -> int:
+    try:
+        with signals_raise():
+            build.open_library(Path(words[0]), Path(words[0]))
+    except Interrupted as error:
+        return error.status
+    return 0
+
+
 def _contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-KINDS = {"kill": kill, "cache": cache, "evaluation": evaluation, "crowd": crowd, "disk": disk, "damage": damage}
-WEIGHTS = {"kill": 6, "cache": 3, "evaluation": 2, "crowd": 2, "disk": 3, "damage": 4}  # how often, of 20
+KINDS = {
+    "kill": kill, "cache": cache, "compilation": compilation, "evaluation": evaluation, "crowd": crowd, "disk": disk,
+    "damage": damage,
+}  # fmt: skip
+WEIGHTS = {"kill": 6, "cache": 3, "compilation": 2, "evaluation": 2, "crowd": 2, "disk": 2, "damage": 3}  # of 20
 
 
 def run_rounds(rounds: int, seed: int, kinds: Sequence[str], work: Path) -> dict[str, Any]:

@@ -22,7 +22,10 @@ SIZES = {"batch": "sequences", "heads": "heads", "channels": "channels of a quer
 
 
 def _words(text: str) -> tuple[str, ...]:
-    return tuple(word for word in text.split(",") if word)
+    words = tuple(word for word in text.split(",") if word)
+    if not words:
+        raise argparse.ArgumentTypeError(f"expects words separated by commas, got {text!r}")
+    return words
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -64,8 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out contenders of which one call takes longer",
     )
     add("--import", dest="imports", type=_words, default=(), metavar="MODULE", help="modules with further contenders")
-    add("--out", default="", metavar="DIR", help="folder to write; by default runs/bench/DATE-TIME")
     add("--compare", default="", metavar="REV", help="run here and at this commit by turns, and show the ratios")
+
+
+def default_folder() -> Path:
+    """Return the folder of results where none is given: the time in runs/bench."""
+    return Path("runs") / "bench" / datetime.now().strftime("%Y%m%d-%H%M%S")
 
 
 def main(values: argparse.Namespace) -> int:
@@ -79,7 +86,7 @@ def main(values: argparse.Namespace) -> int:
     """
     plan = _plan(values)
     plan.rows()  # unknown names are refused before anything is written
-    folder = Path(values.out or Path("runs") / "bench" / datetime.now().strftime("%Y%m%d-%H%M%S"))
+    folder = values.out
     claim(folder)
     records: list[Record] = []
 
@@ -109,6 +116,8 @@ def main(values: argparse.Namespace) -> int:
 
 def _plan(values: argparse.Namespace) -> Plan:
     fields = {name: getattr(values, name) for name in SIZES}
+    if not 0 <= values.memory_gb < 1e6:
+        raise ValueError(f"memory_gb must be at least 0 and below 1,000,000, got {values.memory_gb}")
     return Plan(
         operations=tuple(values.operations), lengths=values.lengths, contenders=values.contenders,
         threads=values.threads, seconds=values.seconds, repeats=values.repeats, longest_s=values.longest,
@@ -138,7 +147,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
 def _print(*tables: Any, heading: str) -> None:
     console = _rich()[0]
     out = console.Console(width=max(console.Console().width, WIDTH))  # rather wrapped than cut short
-    out.print(heading, highlight=False, soft_wrap=True)
+    out.print(heading, highlight=False, markup=False, soft_wrap=True)
     for table in tables:
         out.print(table)
 

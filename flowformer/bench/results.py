@@ -43,7 +43,7 @@ def write_tables(folder: Path, tables: list[Any], heading: str) -> None:
 
     text = io.StringIO()
     console = Console(file=text, width=WIDTH)
-    console.print(heading, highlight=False, soft_wrap=True)
+    console.print(heading, highlight=False, markup=False, soft_wrap=True)
     for table in tables:
         console.print(table)
     lines = (line.rstrip() for line in text.getvalue().splitlines())

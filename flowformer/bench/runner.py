@@ -23,6 +23,7 @@ from flowformer.common.machine import environment
 
 Record = dict[str, Any]
 Tell = Callable[[str], None]
+LARGEST = 1_000_000_000  # of any number of a plan
 BUSY = 0.5  # processes that want to run besides ours
 
 
@@ -74,8 +75,11 @@ class Plan:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("seconds", "longest_s"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("threads", "repeats", "batch", "heads", "channels", "value_channels"):
+            if getattr(self, name) > LARGEST:
+                raise ValueError(f"{name} must be at most {LARGEST}, got {getattr(self, name)}")
         for length in (*self.lengths, self.limit_size):
             self.shape(length)
 

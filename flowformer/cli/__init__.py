@@ -12,6 +12,7 @@ from flowformer.cli import bench, data, doctor, evaluate, export, generate, info
 from flowformer.cli import list as listing
 from flowformer.cli.arguments.parser import Parser
 from flowformer.cli.failures import explain, failed
+from flowformer.cli.output import writable_output
 from flowformer.common.interrupts import Interrupted, signals_raise
 from flowformer.common.names import nearest
 
@@ -44,10 +45,8 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if words is None else words
     try:
-        with signals_raise():
-            status = _run(words)
-            sys.stdout.flush()  # if nobody reads standard output, the error is raised here
-            return status
+        with writable_output(), signals_raise():
+            return _run(words)
     except BrokenPipeError:
         # As `flowformer list | head` does. The rest goes to the null device, or closing stdout would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from flowformer.cli.arguments.outputs import check_folder, output_path
 from flowformer.cli.arguments.parser import Parser, usable
 
 
@@ -13,4 +14,10 @@ def main(words: Sequence[str]) -> int:
 
     parser = Parser(prog="flowformer bench", description=main.__doc__, epilog=command.describe())
     command.add_arguments(parser)
-    return usable(command.main, parser.parse(words))
+    parser.add_argument(
+        "--out", type=output_path, metavar="DIR", help="folder to write; by default runs/bench/DATE-TIME", default=None
+    )
+    values = parser.parse(words)
+    values.out = command.default_folder() if values.out is None else values.out
+    check_folder(values.out)
+    return usable(command.main, values)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
+from flowformer.cli.arguments.outputs import check_folder, output_path
 from flowformer.cli.arguments.parser import Parser, usable
 
 
@@ -15,7 +15,11 @@ def main(words: Sequence[str]) -> int:
     parser = Parser(prog="flowformer data", description=main.__doc__)
     parser.add_argument("name", nargs="?", help="data set to download; lists all of them if absent", default="")
     parser.add_argument(
-        "--dir", type=Path, help="folder to store it in (default: the cache, where recipes look for it)", default=None
+        "--dir",
+        type=output_path,
+        metavar="DIR",
+        help="folder to store it in (default: the cache, where recipes look for it)",
+        default=None,
     )
     values = parser.parse(words)
     if not values.name:
@@ -25,5 +29,8 @@ def main(words: Sequence[str]) -> int:
 
     from rich.console import Console
 
+    usable(downloads.find_dataset, values.name)
+    if values.dir is not None:
+        check_folder(values.dir, "--dir")
     usable(downloads.fetch, values.name, values.dir, console=Console())
     return 0

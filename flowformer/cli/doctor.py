@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowformer.cli.arguments.parser import Parser, usable
-from flowformer.cli.extras import EXTRAS
+from flowformer.common.extras import EXTRAS
 
 
 def main(words: Sequence[str]) -> int:
@@ -24,7 +24,7 @@ def main(words: Sequence[str]) -> int:
 
     chosen, why = usable(choose_and_say_why, "flow_attention")
     rows_of_backends = {
-        f"{row.name} backend": f"{row.about}: {row.refuses('cpu', torch.float32) or 'runs on this CPU'}"
+        f"{row.name} backend": f"{row.about}: {usable(row.refuses, 'cpu', torch.float32) or 'runs on this CPU'}"
         for row in list_backends()
     }
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

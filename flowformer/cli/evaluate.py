@@ -23,13 +23,10 @@ def main(words: Sequence[str]) -> int:
     if values.data:
         recipe = _move_data(recipe, values.data, f"{values.run}/recipe.json")
 
-    from flowformer.tasks.fingerprint import fingerprints
-    from flowformer.training.fit import evaluate
+    from flowformer.training.fit import build_task, evaluate
     from flowformer.training.folder import RunFolder
 
-    task = usable(recipe.build_task, form)
-    if not values.data_changed_ok:
-        usable(RunFolder(values.run).check_data, fingerprints(task), task.source)
+    task, _ = usable(build_task, recipe, RunFolder(values.run), form, data_changed_ok=values.data_changed_ok)
     found = usable(evaluate, recipe, task, model)
     for name, value in found.items():
         print(f"{name}: {value:.4f}")

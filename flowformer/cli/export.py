@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
+from flowformer.cli.arguments.outputs import check_folder, output_path
 from flowformer.cli.arguments.parser import Parser, usable
 from flowformer.cli.trained import open_run, require, run_arguments
 
@@ -14,14 +14,17 @@ def main(words: Sequence[str]) -> int:
     parser = Parser(prog="flowformer export", description=main.__doc__)
     run_arguments(parser)
     parser.add_argument("--to", choices=["hf"], required=True, help="hf: a folder for Hugging Face's from_pretrained")
-    parser.add_argument("--out", type=Path, help="folder to write (default: RUN/hf)", default=None)
+    parser.add_argument(
+        "--out", type=output_path, metavar="DIR", help="folder to write (default: RUN/hf)", default=None
+    )
     values = parser.parse(words)
+    folder = values.out or values.run / "hf"
+    check_folder(folder)
     _, model, form = open_run(values.run, values.checkpoint)
     require(values.run, form, "export")
 
     from flowformer.interop.hf.export import save_run
 
-    folder = values.out or values.run / "hf"
     usable(save_run, model, form.tokenizer, folder)
     print(f"{folder}: import flowformer.interop.hf, then AutoModelForCausalLM.from_pretrained({str(folder)!r})")
     return 0

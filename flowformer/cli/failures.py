@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import sys
 import tempfile
@@ -12,8 +11,9 @@ from pathlib import Path
 
 import flowformer
 from flowformer.cli.arguments.parser import UsageError
-from flowformer.cli.extras import find_extra
+from flowformer.cli.output import discard, escape
 from flowformer.common.errors import DataError, RunError, describe
+from flowformer.common.extras import find_extra
 
 USAGE, FAULT = 2, 70  # exit statuses; 70 is EX_SOFTWARE of sysexits.h
 # How torch says that memory is short, besides torch.OutOfMemoryError.
@@ -41,8 +41,10 @@ def explain(error: Exception, words: Sequence[str]) -> tuple[str, int]:
 
 def failed(message: str, status: int) -> int:
     """Print a message as one line on standard error, if anybody can read it, and return the exit status."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full, or none
-        print(f"flowformer: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    try:
+        print(f"flowformer: {escape(' '.join(message.split()))}", file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # closed or full
+        discard(sys.stderr)
     return status
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from flowformer.cli.arguments.options import add_options, read_options
+from flowformer.cli.arguments.outputs import check_file
 from flowformer.cli.arguments.parser import Parser, usable
+from flowformer.cli.output import show
 from flowformer.cli.trained import find_run, open_format, open_run, parse_for_run, require, run_arguments
 
 NOTE = "Options depend on the run: `flowformer generate RUN --help` shows them."
@@ -25,6 +28,8 @@ def main(words: Sequence[str]) -> int:
     flags = add_options(parser, form.generate_options)
     values = parse_for_run(parser, words, run, flags)
     options = read_options(values, form.generate_options)
+    if isinstance(out := getattr(options, "out", None), Path):
+        check_file(out)
     _, model, form = open_run(values.run, values.checkpoint)
     usable(_print, form.generate(model, options, track=_track))
     return 0
@@ -32,7 +37,7 @@ def main(words: Sequence[str]) -> int:
 
 def _print(pieces: Iterable[str]) -> None:
     for piece in pieces:
-        print(piece, end="", flush=True)
+        show(piece, end="")
 
 
 def _track(steps: Iterable[Any], total: int, what: str) -> Iterable[Any]:

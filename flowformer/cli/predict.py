@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flowformer.cli.arguments.outputs import check_file, output_path
 from flowformer.cli.arguments.parser import Parser, usable
+from flowformer.cli.output import show
 from flowformer.cli.trained import open_run, require, run_arguments
 
 
@@ -17,20 +19,22 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument(
         "files", type=Path, nargs="+", metavar="file", help="files of the same kind as the training data"
     )
-    parser.add_argument("--out", type=Path, help="file to write", default=None)
+    parser.add_argument("--out", type=output_path, metavar="FILE", help="file to write", default=None)
     values = parser.parse(words)
+    if values.out is not None:
+        check_file(values.out)
     _, model, form = open_run(values.run, values.checkpoint)
     require(values.run, form, "predict")
     names, probabilities = usable(form.classify_files, model, values.files)
     text = to_csv(form, names, probabilities)
     if values.out is None:
-        print(text, end="")
+        show(text, end="")
         return 0
 
     from flowformer.common.files import write_whole
 
-    write_whole(values.out, text)
-    print(f"{len(names)} predictions in {values.out}")
+    usable(write_whole, values.out, text)
+    show(f"{len(names)} predictions in {values.out}")
     return 0
 
 

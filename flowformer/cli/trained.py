@@ -86,8 +86,9 @@ def require(folder: Path, form: Any, command: str) -> None:
     known = _commands()
     if not isinstance(form, known[command]):
         others = [name for name, protocol in known.items() if isinstance(form, protocol)]
+        kind = getattr(form, "kind", type(form).__name__)
         raise UsageError(
-            f"`flowformer {command}` does not apply to {folder}, whose data is {type(form).__name__}; "
+            f"`flowformer {command}` does not apply to {folder}, whose data is {kind}; "
             f"available: {', '.join(['evaluate', *others])}"
         )
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from flowformer.cli.arguments.options import add_options, read_options
+from flowformer.cli.arguments.outputs import check_file, output_path
 from flowformer.cli.arguments.parser import Parser, UsageError, usable
+from flowformer.cli.output import show
 from flowformer.cli.trained import CHECKPOINTS, find_run, is_run, open_format, open_run, parse_for_run, require
 
 NOTE = "Further options depend on the run: `flowformer visualize RUN --help` shows them."
@@ -29,11 +31,12 @@ def main(words: Sequence[str]) -> int:
     flags += add_options(parser, form.show_options)
     values = parse_for_run(parser, words, run, flags)
     usable(drawing.check_path, values.out)
+    check_file(values.out)
     runs, file = _split(values.paths)
     scenes = _scenes(runs, file, values, form.show_options)
-    drawing.write(scenes, values.out)
+    usable(drawing.write, scenes, values.out)
     strips = sum(len(scene.strips) for scene in scenes)
-    print(f"{strips} strips of {', '.join(scene.title for scene in scenes)} in {values.out}")
+    show(f"{strips} strips of {', '.join(scene.title for scene in scenes)} in {values.out}")
     return 0
 
 
@@ -43,7 +46,7 @@ def _add_arguments(parser: Parser) -> list[str]:
     add = parser.add_argument
     add("paths", nargs="+", type=Path, metavar="RUN FILE", help="folders of runs, and the file to visualize")
     actions = [
-        add("--out", type=Path, required=True, help="figure to write: .png, .pdf or .svg"),
+        add("--out", type=output_path, metavar="FILE", required=True, help="figure to write: .png, .pdf or .svg"),
         add("--checkpoint", default="last", help=CHECKPOINTS),
         add("--at", action="append", metavar="PLACE", help=(
             "position of the query; may be repeated: ROW,COLUMN of an image, else a step or token; whole numbers count "

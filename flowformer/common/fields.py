@@ -33,12 +33,14 @@ class Range:
         above: All numbers are larger than this one.
         at_most: The largest number.
         below: All numbers are smaller than this one.
+        largest: A bound that only keeps absurd sizes out; it is named where a value is beyond it, and nowhere else.
     """
 
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
+    largest: float | None = None
 
     def __contains__(self, value: float) -> bool:
         return (
@@ -46,13 +48,24 @@ class Range:
             and (self.above is None or value > self.above)
             and (self.at_most is None or value <= self.at_most)
             and (self.below is None or value < self.below)
+            and (self.largest is None or value <= self.largest)
         )
+
+    def explain(self, value: float) -> str:
+        """Describe the bounds that a value is to have: the largest, where it is beyond that, or the others."""
+        if self.largest is not None and value > self.largest:
+            return f"at most {_bound(self.largest)}"
+        return str(self)
 
     def __str__(self) -> str:
         if self.at_least is not None and self.at_most is not None:
-            return f"from {self.at_least:g} to {self.at_most:g}"
+            return f"from {_bound(self.at_least)} to {_bound(self.at_most)}"
         bounds = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
-        return " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
+        return " and ".join(f"{word} {_bound(bound)}" for word, bound in bounds.items() if bound is not None)
+
+
+def _bound(bound: float) -> str:
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
 
 
 def option(
@@ -65,6 +78,7 @@ def option(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    largest: float | None = None,
 ) -> Any:
     """Declare a field of a recipe, or of the options of a data format, as an option of the command line.
 
@@ -77,8 +91,9 @@ def option(
         above: All numbers it takes are larger.
         at_most: The largest number it takes.
         below: All numbers it takes are smaller.
+        largest: A bound that only keeps absurd sizes out, and that help does not show.
     """
-    allowed = Range(at_least, above, at_most, below)
+    allowed = Range(at_least, above, at_most, below, largest)
     metadata = {"help": help, "group": group, "neutral": neutral, "range": allowed}
     if isinstance(default, dict):
         return field(default_factory=functools.partial(dict, default), metadata=metadata)
@@ -130,22 +145,36 @@ class Option:
         if value is None and self.optional:
             return None
         if self.choices:
-            if value not in self.choices:
+            if not isinstance(value, str) or value not in self.choices:
                 raise self.refuse(value)
             return value
         try:
             kept = _CONVERT[self.type](value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise self.refuse(value) from None
-        if self.type in (int, float) and (kept not in self.allowed or not math.isfinite(kept)):
-            words = str(self.allowed)
-            wanted = words + self._or_none if words and math.isfinite(kept) else self.wanted
-            raise ValueError(f"{self.name} must be {wanted}, got {value!r}")
+        if self.type in (int, float):
+            self._check_range(value, kept)
         return kept
+
+    def _check_range(self, value: Any, number: float) -> None:
+        finite = isinstance(number, int) or math.isfinite(number)  # an integer may be too large for a float
+        if not finite or number not in self.allowed:
+            words = self.allowed.explain(number) if finite else ""
+            wanted = words + (self._or_none if words == str(self.allowed) else "") if words else self.wanted
+            raise ValueError(f"{self.name} must be {wanted}, got {_short(value)}")
 
     def refuse(self, value: Any) -> ValueError:
         """Raise the error for an invalid value."""
-        return ValueError(f"{self.name} must be {self.wanted}, got {value!r}")
+        return ValueError(f"{self.name} must be {self.wanted}, got {_short(value)}")
+
+
+def _short(value: Any) -> str:
+    """A value in an error message; long ones are cut."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python converts
+        return "an integer of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def options_of(recipe: type) -> dict[str, Option]:
@@ -227,13 +256,13 @@ def _to_bool(value: Any) -> bool:
 
 
 def _to_str(value: Any) -> str:
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value or "\0" in value:
         raise TypeError
     return value
 
 
 def _to_path(value: Any) -> Path:
-    if not isinstance(value, (str, PathLike)) or not fspath(value):
+    if not isinstance(value, (str, PathLike)) or not fspath(value) or "\0" in str(value):
         raise TypeError
     return Path(value)
 
@@ -242,7 +271,7 @@ def _to_options(value: Any) -> dict[str, Any]:
     """A copy that holds what JSON gives back: lists for tuples."""
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise TypeError
-    return json.loads(json.dumps(dict(value)))
+    return json.loads(json.dumps(dict(value), allow_nan=False))
 
 
 _KINDS: Mapping[Any, str] = {
@@ -251,7 +280,7 @@ _KINDS: Mapping[Any, str] = {
     bool: "true or false",
     str: "a non-empty string",
     Path: "a path",
-    dict: "a mapping from option names to JSON values",
+    dict: "a mapping from option names to JSON values (no NaN, no infinity)",
 }
 _CONVERT: Mapping[Any, Callable[[Any], Any]] = {
     int: _to_int, float: _to_float, bool: _to_bool, str: _to_str, Path: _to_path, dict: _to_options,

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from flowformer.core.precision import FLOAT_DTYPES
 
+LARGEST_SIZE = 2**31 - 1  # of one axis; PyTorch counts elements in 64 bits, and a tensor has two axes of a size or more
+
 
 class Masks(NamedTuple):
     """Masks of real tokens: ``key`` (batch, S) and ``query`` (batch, L), boolean; ``None`` if all tokens are real."""
@@ -35,14 +37,38 @@ def check_integer(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a whole number, got {value!r}")
 
 
-def check_number(name: str, value: Any, at_least: float | None = None) -> None:
-    """Raise a TypeError for an option that is no number, a ValueError for one that is not finite or too small."""
+def check_number(name: str, value: Any, at_least: float | None = None, at_most: float | None = None) -> None:
+    """Raise a TypeError for an option that is no number, a ValueError for one that is not finite or out of range."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if value != value or value in (float("inf"), -float("inf")):
         raise ValueError(f"{name} must be finite, got {value!r}")
     if at_least is not None and value < at_least:
         raise ValueError(f"{name} must be at least {at_least:g}, got {value!r}")
+    if at_most is not None and value > at_most:
+        raise ValueError(f"{name} must be at most {at_most:g}, got {value!r}")
+
+
+def check_probability(name: str, value: Any) -> None:
+    """Raise a TypeError for an option that is no number, a ValueError for one that is not at least 0 and below 1."""
+    check_number(name, value)
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}")
+
+
+def check_sizes(**sizes: Any) -> None:
+    """Raise a TypeError for a size that is no whole number, a ValueError for one out of range."""
+    for name, size in sizes.items():
+        check_integer(name, size)
+        if size < 1:
+            raise ValueError(f"{name} must be positive, got {size}")
+        if size > LARGEST_SIZE:
+            raise ValueError(f"{name} must be at most {LARGEST_SIZE}, got {size}")
+
+
+def check_optional_sizes(**sizes: Any) -> None:
+    """As :func:`check_sizes`, for sizes that may be ``None``."""
+    check_sizes(**{name: size for name, size in sizes.items() if size is not None})
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -55,6 +81,14 @@ def check_dtype(what: str, dtype: torch.dtype) -> None:
     """Raise TypeError unless a dtype is a supported floating-point dtype."""
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"{what} must be float16, bfloat16, float32 or float64, got {dtype}")
+
+
+def check_dense(what: str, tensor: Any) -> None:
+    """Raise TypeError for a sparse, nested or otherwise not strided tensor; what is no tensor is checked elsewhere."""
+    if isinstance(tensor, Tensor) and (tensor.is_nested or tensor.layout != torch.strided):
+        if tensor.is_nested:
+            raise TypeError(f"{what} must be a dense tensor, got a nested one: pack its sequences, with cu_seqlens")
+        raise TypeError(f"{what} must be a dense tensor, got layout {tensor.layout}: call to_dense()")
 
 
 class Layout(NamedTuple):
@@ -134,6 +168,7 @@ def _check_tensors(op: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> 
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {describe(tensor)}")
+        check_dense(f"{op}: {name}", tensor)
         check_dtype(f"{op}: {name}", tensor.dtype)
         if tensor.ndim != rank:
             raise ValueError(f"{op}: {name} must be ({layout.axes}), got {describe(tensor)}")
@@ -163,6 +198,7 @@ def _check_tensors(op: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> 
 
 
 def _check_mask(op: str, name: str, mask: Tensor, shape: tuple[int, int], device: torch.device) -> None:
+    check_dense(f"{op}: {name}", mask)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"{op}: {name} must be a boolean tensor (True = real token), got {describe(mask)}")
     if tuple(mask.shape) != shape:
@@ -172,6 +208,7 @@ def _check_mask(op: str, name: str, mask: Tensor, shape: tuple[int, int], device
 
 
 def _check_packing(op: str, cu_seqlens: Tensor, q: Tensor, k: Tensor, layout: Layout) -> None:
+    check_dense(f"{op}: cu_seqlens", cu_seqlens)
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: cu_seqlens must be an int32 tensor, got {describe(cu_seqlens)}")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
@@ -179,9 +216,23 @@ def _check_packing(op: str, cu_seqlens: Tensor, q: Tensor, k: Tensor, layout: La
     if q.shape[0] != 1 or q.shape[1] != k.shape[1]:
         axes = layout.axes.replace("batch, length", "1, total length")
         raise ValueError(f"{op}: a packed batch is ({axes}) for q, k and v alike, got q {describe(q)}, k {describe(k)}")
-    bounds = cu_seqlens.tolist()
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"{op}: cu_seqlens must be on {q.device} like q, got {describe(cu_seqlens)}")
+    bounds = _values(op, cu_seqlens)
     if bounds[0] != 0 or bounds[-1] != q.shape[1] or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(f"{op}: cu_seqlens must rise from 0 to the total length {q.shape[1]}, got {bounds}")
+
+
+def _values(op: str, cu_seqlens: Tensor) -> list[int]:
+    if torch.compiler.is_compiling():
+        return cu_seqlens.tolist()
+    try:
+        return cu_seqlens.tolist()
+    except RuntimeError as error:  # also torch's NotImplementedError
+        raise ValueError(
+            f"{op}: a packed batch requires the values of cu_seqlens, which a meta or fake tensor does not have, got "
+            f"{describe(cu_seqlens)}: pass a padded batch with a mask"
+        ) from error
 
 
 def check_step(op: str, q: Tensor, k: Tensor, v: Tensor, state: Any, state_type: type, layout: Layout = HEADS) -> None:
@@ -194,6 +245,7 @@ def check_step(op: str, q: Tensor, k: Tensor, v: Tensor, state: Any, state_type:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {describe(tensor)}")
+        check_dense(f"{op}: {name}", tensor)
         axes = layout.axes.replace("length, ", "")
         if tensor.ndim != axes.count(",") + 1:
             raise ValueError(f"{op}: {name} of one step must be ({axes}), got {describe(tensor)}")
@@ -209,6 +261,8 @@ def check_state(op: str, state: Any, fresh: Any) -> None:
     """
     if type(state) is not type(fresh):
         raise TypeError(f"{op}: initial_state must be a {type(fresh).__name__}, got {describe(state)}")
+    for name, part in zip(fresh._fields, state, strict=True):
+        check_dense(f"{op}: initial_state.{name}", part)
     if isinstance(state[0], Tensor) and state[0].ndim > 1 and not fresh[0].shape[1]:
         tokens = state[0].shape[1]
         fresh = type(fresh)(*(part.new_empty(len(part), tokens, *part.shape[2:]) for part in fresh))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from flowformer.core.checks import check_flag, check_integer, check_number, describe
+from flowformer.core.checks import check_flag, check_optional_sizes, check_probability, check_sizes, describe
 from flowformer.mechanisms.registry import Mechanism
 
 
@@ -61,15 +61,11 @@ class Attention(nn.Module, ABC):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_integer("dim", dim)
-        check_integer("num_heads", num_heads)
-        if head_dim is not None:
-            check_integer("head_dim", head_dim)
+        check_sizes(dim=dim, num_heads=num_heads)
+        check_optional_sizes(head_dim=head_dim)
         for label, value in (("causal", causal), ("bias", bias)):
             check_flag(label, value)
-        check_number("dropout", dropout, 0)
-        if dim < 1 or num_heads < 1 or (head_dim is not None and head_dim < 1):
-            raise ValueError(f"dim, num_heads and head_dim must be positive, got {dim}, {num_heads}, {head_dim}")
+        check_probability("dropout", dropout)
         if head_dim is None and dim % num_heads:
             raise ValueError(
                 f"num_heads must divide dim unless head_dim is given, got dim {dim} and num_heads {num_heads}"

@@ -212,7 +212,7 @@ class LinearAttention(Attention):
 
     def __init__(self, dim: int, num_heads: int, *, eps: float = 1e-6, **options: Any) -> None:
         super().__init__(dim, num_heads, **options)
-        check_number("eps", eps, 0)
+        check_number("eps", eps, 0, 1)
         self.eps = eps
 
     def arguments(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowformer.common.names import nearest
 from flowformer.common.registry import Registry
-from flowformer.core.checks import HEADS, Layout
+from flowformer.core.checks import HEADS, Layout, check_optional_sizes
 from flowformer.mechanisms.weights import FlowMaps
 
 if TYPE_CHECKING:
@@ -193,8 +193,7 @@ def create_attention(
             that is needed and absent.
         TypeError: for an option the mechanism does not have.
     """
-    if max_length is not None and max_length < 1:
-        raise ValueError(f"max_length must be positive, got {max_length}")
+    check_optional_sizes(max_length=max_length)
     module = find_attention(name).module
     known = option_names(name)
     for key in options:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from flowformer.core.checks import describe
+from flowformer.core.checks import check_flag, check_optional_sizes, check_probability, check_sizes, describe
 from flowformer.models.cross_entropy import check_tokens
 from flowformer.models.encoder import Encoder, EncoderBlock
 from flowformer.models.initialization import GPT_STD, LanguageInit
@@ -133,6 +133,12 @@ class TokenDecoder(nn.Module):
 
             init_std: Standard deviation of ``init="gpt"``.
         """
+        check_sizes(vocab_size=vocab_size, dim=dim, ffn_dim=ffn_dim)
+        check_optional_sizes(max_length=max_length)
+        for name, value in (("dropout", dropout), ("activation_dropout", activation_dropout)):
+            check_probability(name, value)
+        for name, flag in (("scale_embedding", scale_embedding), ("norm_first", norm_first)):
+            check_flag(name, flag)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.initialization = LanguageInit(init, dim, num_layers, init_std)
         self.scale = math.sqrt(dim) if scale_embedding else 1.0
@@ -211,17 +217,6 @@ def check_token_ids(name: str, tokens: Tensor) -> None:
         raise TypeError(f"{name} must be integers, got {describe(tokens)}")
     if tokens.ndim != 2 or not tokens.shape[1]:
         raise ValueError(f"{name} must be (batch, length) with at least one token, got {describe(tokens)}")
-
-
-def check_sizes(**sizes: int) -> None:
-    """Raise ValueError for sizes below 1.
-
-    Raises:
-        ValueError: naming all of them.
-    """
-    if min(sizes.values()) < 1:
-        values = " and ".join(map(str, sizes.values()))
-        raise ValueError(f"{' and '.join(sizes)} must be positive, got {values}")
 
 
 def find_targets(mask: Tensor) -> Tensor:

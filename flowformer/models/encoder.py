@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
+from flowformer.core.checks import check_probability, check_sizes
 from flowformer.mechanisms import create_attention
 
 # "gelu_tanh" is the approximation that GPT-2 and the GPT-style module of thuml/Flowformer call "new gelu".
@@ -62,7 +63,11 @@ class EncoderBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
+        check_sizes(dim=dim, ffn_dim=ffn_dim)
+        check_probability("dropout", dropout)
+        if activation_dropout is not None:
+            check_probability("activation_dropout", activation_dropout)
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         self.norm_first = norm_first
         factory: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from flowformer.core.checks import describe
+from flowformer.core.checks import check_flag, check_sizes, describe
 from flowformer.models import generation
 from flowformer.models.cross_entropy import check_tokens, cross_entropy
-from flowformer.models.decoder import LanguageState, TokenDecoder, check_sizes, check_token_ids, find_targets
+from flowformer.models.decoder import LanguageState, TokenDecoder, check_token_ids, find_targets
 from flowformer.models.initialization import draw_parameters
 from flowformer.models.registry import register_model
 
@@ -75,7 +75,8 @@ class LanguageModel(TokenDecoder):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(vocab_size=vocab_size, num_layers=num_layers)
+        check_sizes(vocab_size=vocab_size, dim=dim, num_layers=num_layers)
+        check_flag("tied", tied)
         self.vocab_size, self.max_length, self.dim = vocab_size, max_length, dim
         self.build_decoder(
             vocab_size, dim=dim, num_layers=num_layers, num_heads=num_heads,

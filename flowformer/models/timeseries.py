@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from flowformer.core.checks import describe
+from flowformer.core.checks import check_flag, check_probability, check_sizes, describe
 from flowformer.models.encoder import Encoder, EncoderBlock
 from flowformer.models.registry import register_model
 
@@ -59,8 +59,10 @@ class SeriesClassifier(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if min(sizes := (in_chans, num_classes, max_length)) < 1:
-            raise ValueError(f"in_chans, num_classes and max_length must be positive, got {sizes}")
+        check_sizes(in_chans=in_chans, num_classes=num_classes, max_length=max_length)
+        check_sizes(dim=dim, num_layers=num_layers, ffn_dim=ffn_dim)
+        check_probability("dropout", dropout)
+        check_flag("mask_padding", mask_padding)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         options = dict(attention_options or {})
         if attention == "flow":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from flowformer.core.checks import describe
+from flowformer.core.checks import check_flag, check_integer, check_number, check_probability, check_sizes, describe
 from flowformer.mechanisms.aft import AFTFull, AFTLocal
 from flowformer.models.initialization import draw_parameters, set_initializer, truncated_normal
 from flowformer.models.registry import register_model
@@ -88,8 +88,17 @@ class VisionModel(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        heads = (num_heads,) * len(embed_dims) if isinstance(num_heads, int) else tuple(num_heads)
-        _check_sizes(num_classes, in_chans, patch_size, tuple(embed_dims), tuple(depths), heads, drop_path_rate)
+        for name, sizes in (("embed_dims", embed_dims), ("depths", depths)):
+            if not isinstance(sizes, Sequence):
+                raise TypeError(f"{name} must be a sequence with one number for each stage, got {sizes!r}")
+        one = not isinstance(num_heads, Sequence) or isinstance(num_heads, str)
+        heads = (num_heads,) * len(embed_dims) if one else tuple(num_heads)
+        check_sizes(in_chans=in_chans, patch_size=patch_size)
+        _check_image_size(img_size)
+        _check_stages(num_classes, tuple(embed_dims), tuple(depths), heads)
+        _check_numbers(mlp_ratio, weight_std, drop_path_rate, dropout)
+        for name, flag in (("class_token", class_token), ("positions", positions), ("features_only", features_only)):
+            check_flag(name, flag)
         if class_token and len(embed_dims) > 1:
             raise ValueError(f"class_token=True requires a single stage, got {len(embed_dims)}")
         self.num_classes, self.in_chans, self.features_only = num_classes, in_chans, features_only
@@ -246,6 +255,7 @@ class VisionModel(nn.Module):
         Returns:
             The model itself.
         """
+        _check_image_size(img_size)
         before, after = self.grids(self.img_size), self.grids(img_size)
         with torch.no_grad():
             if self.position is not None:
@@ -280,28 +290,39 @@ class VisionModel(nn.Module):
 
 
 def _pair(size: int | Grid) -> Grid:
-    height, width = (size, size) if isinstance(size, int) else size
-    if min(height, width) < 1:
-        raise ValueError(f"an image must have at least one pixel, got {height} x {width}")
+    height, width = size if isinstance(size, Sequence) else (size, size)
     return height, width
 
 
-def _check_sizes(
-    num_classes: int, in_chans: int, patch_size: int, embed_dims: tuple, depths: tuple, heads: tuple, rate: float
-) -> None:
+def _check_image_size(size: Any) -> None:
+    sides = size if isinstance(size, Sequence) and not isinstance(size, str) else (size, size)
+    if len(sides) != 2:
+        raise ValueError(f"img_size must be a number of pixels or (height, width), got {size!r}")
+    for side in sides:
+        check_sizes(img_size=side)
+
+
+def _check_stages(num_classes: int, embed_dims: tuple, depths: tuple, heads: tuple) -> None:
     if not embed_dims or not len(embed_dims) == len(depths) == len(heads):
         raise ValueError(
             f"embed_dims, depths and num_heads must have one entry for each stage, got {embed_dims}, {depths}, {heads}"
         )
+    check_integer("num_classes", num_classes)
     if num_classes < 0:
         raise ValueError(f"num_classes must not be negative, got {num_classes}")
-    if min(in_chans, patch_size, *embed_dims, *depths) < 1:
-        raise ValueError(
-            f"in_chans, patch_size, embed_dims and depths must be positive, got {in_chans}, {patch_size}, "
-            f"{embed_dims}, {depths}"
-        )
-    if not 0 <= rate < 1:
-        raise ValueError(f"drop_path_rate must be at least 0 and below 1, got {rate}")
+    check_sizes(num_classes=max(num_classes, 1))
+    for name, sizes in (("embed_dims", embed_dims), ("depths", depths), ("num_heads", heads)):
+        for size in sizes:
+            check_sizes(**{name: size})
+
+
+def _check_numbers(mlp_ratio: float, weight_std: float | None, drop_path_rate: float, dropout: float) -> None:
+    for name, value in (("mlp_ratio", mlp_ratio), ("weight_std", 1.0 if weight_std is None else weight_std)):
+        check_number(name, value, at_most=1_000)
+        if value <= 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    for name, value in (("drop_path_rate", drop_path_rate), ("dropout", dropout)):
+        check_probability(name, value)
 
 
 _LAYER_SCALE = 1e-5  # Flowformer_CV/flowformer.py

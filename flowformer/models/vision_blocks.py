@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
+from flowformer.core.checks import check_number, check_probability, check_sizes
 from flowformer.mechanisms import create_attention
 
 NORM_EPS = 1e-6  # of every LayerNorm: Flowformer_CV and DeiT alike
@@ -76,6 +77,11 @@ class VisionBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(dim=dim, ffn_dim=ffn_dim)
+        for name, value in (("drop_path", drop_path), ("dropout", dropout)):
+            check_probability(name, value)
+        if layer_scale is not None:
+            check_number("layer_scale", layer_scale, 0, 1_000)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         options = {"dropout": dropout, **(attention_options or {})}
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS, **factory)

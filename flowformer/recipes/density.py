@@ -53,7 +53,11 @@ class PixelRecipe(LanguageRecipe):
 
     flip: bool = option(True, "flip half of the images horizontally in training", group="data")
     shift: int = option(
-        10, "largest value added to or subtracted from all sub-pixels of an image in training", group="data", at_least=0
+        10,
+        "largest value added to or subtracted from all sub-pixels of an image in training",
+        group="data",
+        at_least=0,
+        largest=255,
     )
 
     def read_format(self, values: dict[str, Any]) -> Any:

@@ -57,33 +57,41 @@ class ImageNetRecipe(ImageRecipe):
     data: Path | None = option(
         None, "folder of the images: folders by class, parquet files or tar files", group="data", neutral=True
     )
-    image_size: int = option(224, "image size in pixels", group="data", at_least=1)
+    image_size: int = option(224, "image size in pixels", group="data", at_least=1, largest=16_384)
     step_images: int = option(
-        1_024, "images per step, over all devices, if accumulate is null", group="optimisation", at_least=1
+        1_024,
+        "images per step, over all devices, if accumulate is null",
+        group="optimisation",
+        at_least=1,
+        largest=1_000_000_000,
     )
     accumulate: int | None = option(
         None,
         "batches per step (gradient accumulation); null for as many as give step_images",
         group="optimisation",
         at_least=1,
+        largest=1_000_000,
     )
     precision: Precision = option("auto", "training precision; auto: 16-mixed on a GPU, else 32-true", group="machine")
     workers: int = option(
         min(8, os.cpu_count() or 1), "worker processes for data loading; 0 for the main process", group="machine",
-        neutral=True, at_least=0,
+        neutral=True, at_least=0, largest=1_000,
     )  # fmt: skip
     rand_augment: str | None = option(
         "rand-m9-mstd0.5-inc1", "RandAugment policy, in the notation of timm; null for none", group="data"
     )
-    color_jitter: float = option(0.4, "strength of color jitter, used without RandAugment", group="data", at_least=0)
+    color_jitter: float = option(
+        0.4, "strength of color jitter, used without RandAugment", group="data", at_least=0, largest=1
+    )
     erasing: float = option(0.0, "probability of random erasing", group="data", at_least=0, at_most=1)
-    mixup: float | None = option(0.8, "alpha of mixup; null for none", group="data", above=0)
-    cutmix: float | None = option(1.0, "alpha of CutMix; null for none", group="data", above=0)
+    mixup: float | None = option(0.8, "alpha of mixup; null for none", group="data", above=0, largest=1_000)
+    cutmix: float | None = option(1.0, "alpha of CutMix; null for none", group="data", above=0, largest=1_000)
     repeats: int = option(
         1,
         "consecutive views of each image (repeated augmentation); an epoch has as many times fewer images",
         group="data",
         at_least=1,
+        largest=1_000,
     )
 
     def __post_init__(self) -> None:
@@ -96,6 +104,15 @@ class ImageNetRecipe(ImageRecipe):
                 f"step_images {self.step_images} is not a multiple of batch_size {self.batch_size} on "
                 f"{self.devices} devices{self._fitting()}; or pass --accumulate N for a step of another size"
             )
+
+    def misfits(self) -> dict[str, str]:
+        """Return fields that have no effect beside the values of the others."""
+        found = super().misfits()
+        if self.accumulate is not None:
+            found["step_images"] = f"step_images has no effect where accumulate is given, {self.accumulate}"
+        if self.rand_augment is not None:
+            found["color_jitter"] = "color_jitter has no effect with RandAugment: pass --rand-augment null"
+        return found
 
     def _fitting(self) -> str:
         share = self.step_images // self.devices
@@ -165,7 +182,7 @@ class OwnImageRecipe(ImageNetRecipe):
     )
 
     def _load(self, data: Path, **more: Any) -> ImageNetTask:
-        return super()._load(data, test_fraction=self.test_fraction, **more)
+        return super()._load(data, test_fraction=self.test_fraction, own_numbers=True, **more)
 
     def published_table(self) -> None:
         """None: there are no published results on a user's images."""
@@ -184,6 +201,14 @@ class TransferRecipe(ImageNetRecipe):
         super().__post_init__()
         if self.attention is None:
             raise ValueError("attention must be the mechanism that replaces the ViT's attention, got None")
+
+    def _check_model(self) -> None:
+        """Leave the name to timm."""
+
+    def misfits(self) -> dict[str, str]:
+        """Return fields that have no effect beside the values of the others."""
+        of_timm = "has no effect: the ViT of timm has its own"
+        return {**super().misfits(), "patch_size": f"patch_size {of_timm}", "dropout": f"dropout {of_timm}"}
 
     def build_model(self, form: Any) -> nn.Module:
         """Build the ViT with replaced attention; for training, with its pretrained weights."""

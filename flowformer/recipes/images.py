@@ -13,8 +13,9 @@ from typing import Any
 from torch import nn
 
 from flowformer.common.fields import option
-from flowformer.models import create_model
+from flowformer.models.vision import VisionModel
 from flowformer.recipes.mechanism import check_attention, merge_fields
+from flowformer.recipes.model import build_model, check_model
 from flowformer.recipes.registry import register_recipe
 from flowformer.tasks.images import task as images
 from flowformer.tasks.images.format import ImageFormat
@@ -32,7 +33,7 @@ class ImageRecipe(EpochRecipe):
     )
     attention_options: dict[str, Any] = option({}, "options of the attention mechanism", group="attention")
     patch_size: int | None = option(
-        None, "patch size in pixels; null for the model's default", group="model", at_least=1
+        None, "patch size in pixels; null for the model's default", group="model", at_least=1, largest=10_000
     )
     drop_path: float = option(
         0.0, "stochastic depth: drop probability of the last block, less in earlier ones", group="model", at_least=0,
@@ -46,7 +47,11 @@ class ImageRecipe(EpochRecipe):
     def __post_init__(self) -> None:
         """Check every field."""
         super().__post_init__()
+        self._check_model()
         check_attention(self.attention, self.attention_options)
+
+    def _check_model(self) -> None:
+        check_model(self.model, VisionModel)
 
     @property
     def label(self) -> str:
@@ -66,16 +71,9 @@ class ImageRecipe(EpochRecipe):
             options["attention"] = self.attention
         if self.attention is not None or self.attention_options:
             options["attention_options"] = self.attention_options
-        try:
-            return create_model(
-                self.model,
-                num_classes=len(form.classes),
-                drop_path_rate=self.drop_path,
-                dropout=self.dropout,
-                **options,
-            )
-        except TypeError as error:  # a model of another kind, an option that a mechanism does not have
-            raise ValueError(str(error)) from error
+        return build_model(
+            self.model, num_classes=len(form.classes), drop_path_rate=self.drop_path, dropout=self.dropout, **options
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +81,9 @@ class SmallImageRecipe(ImageRecipe):
     """A classifier of images that fit in memory."""
 
     flip: bool = option(True, "flip half of the images horizontally in training", group="data")
-    crop_padding: int = option(4, "largest random shift in training, in pixels", group="data", at_least=0)
+    crop_padding: int = option(
+        4, "largest random shift in training, in pixels", group="data", at_least=0, largest=1_000
+    )
     test_fraction: float = option(0.1, "fraction used as test set if the data has none", group="data", above=0, below=1)
 
     def _prepare(self, task: ImageTask, form: ImageFormat | None) -> ImageTask:

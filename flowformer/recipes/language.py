@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from flowformer.common.fields import option
-from flowformer.models import create_model
 from flowformer.models.language import LanguageModel
 from flowformer.recipes.mechanism import check_attention, merge_fields
+from flowformer.recipes.model import build_model, check_model
 from flowformer.recipes.registry import RECIPES, register_recipe
 from flowformer.tasks.text import enwik8, wikitext
 from flowformer.tasks.text import files as text_files
@@ -53,15 +53,29 @@ class LanguageRecipe(StepRecipe):
         "flowformer_wikitext", "language model (sizes and initialization), see `flowformer list models`",
         group="model",
     )  # fmt: skip
-    num_layers: int | None = option(None, "number of blocks; null for the model's default", group="model", at_least=1)
+    num_layers: int | None = option(
+        None, "number of blocks; null for the model's default", group="model", at_least=1, largest=1_000
+    )
     num_heads: int | None = option(
-        None, "number of attention heads; null for the model's default", group="attention", at_least=1
+        None,
+        "number of attention heads; null for the model's default",
+        group="attention",
+        at_least=1,
+        largest=1_000_000,
     )
-    dim: int | None = option(None, "model dimension; null for the model's default", group="model", at_least=1)
+    dim: int | None = option(
+        None, "model dimension; null for the model's default", group="model", at_least=1, largest=1_000_000
+    )
     ffn_dim: int | None = option(
-        None, "hidden dimension of the feed-forward networks; null for the model's default", group="model", at_least=1
+        None,
+        "hidden dimension of the feed-forward networks; null for the model's default",
+        group="model",
+        at_least=1,
+        largest=1_000_000,
     )
-    query_key_gain: float = option(1.0, "factor of the initial query and key weights", group="attention")
+    query_key_gain: float = option(
+        1.0, "factor of the initial query and key weights", group="attention", above=0, largest=1_000_000
+    )
     positions: Literal["learned", "sinusoidal"] | None = option(
         "learned",
         "position embedding: learned (limited to the training length), sinusoidal, or null for none",
@@ -78,7 +92,8 @@ class LanguageRecipe(StepRecipe):
     def __post_init__(self) -> None:
         """Check every field."""
         super().__post_init__()
-        check_attention(self.attention, self.attention_options)
+        check_model(self.model, LanguageModel)
+        check_attention(self.attention, self.attention_options, causal=True)
 
     @property
     def label(self) -> str:
@@ -91,19 +106,16 @@ class LanguageRecipe(StepRecipe):
 
     def build_model(self, form: Any) -> nn.Module:
         """The model of the recipe, for the format's vocabulary."""
-        try:
-            model = create_model(
-                self.model,
-                vocab_size=form.vocab_size,
-                max_length=form.length,
-                positions=self.positions,
-                dropout=self.dropout,
-                attention=self.attention,
-                attention_options=self.attention_options,
-                **{name: getattr(self, name) for name in _SIZES if getattr(self, name) is not None},
-            )
-        except TypeError as error:  # a model of another kind, an option that a mechanism does not have
-            raise ValueError(str(error)) from error
+        model = build_model(
+            self.model,
+            vocab_size=form.vocab_size,
+            max_length=form.length,
+            positions=self.positions,
+            dropout=self.dropout,
+            attention=self.attention,
+            attention_options=self.attention_options,
+            **{name: getattr(self, name) for name in _SIZES if getattr(self, name) is not None},
+        )
         with torch.no_grad():
             for block in cast("LanguageModel", model).decoder.layers:
                 for projection in (block.attention.q_proj, block.attention.k_proj):
@@ -115,7 +127,7 @@ class LanguageRecipe(StepRecipe):
 class TextRecipe(LanguageRecipe):
     """A language model of running text."""
 
-    length: int = option(512, "sequence length in tokens", group="data", at_least=1)
+    length: int = option(512, "sequence length in tokens", group="data", at_least=1, largest=1_000_000_000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +143,15 @@ class WikiTextRecipe(TextRecipe):
         "tokens at the start of each test sequence that serve as context and are not scored",
         group="data",
         at_least=0,
+        largest=1_000_000_000,
     )
     check_counts: bool = option(True, "raise an error if token counts differ from the published ones", group="data")
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        super().__post_init__()
+        if self.context_window >= self.length:
+            raise ValueError(f"context_window must be below length {self.length}, got {self.context_window}")
 
     def build_task(self, form: TextFormat | None = None) -> TextTask:
         """Read the corpus."""
@@ -199,7 +218,11 @@ class OwnTextRecipe(TextRecipe):
         "bytes", "bytes, characters, words, or a Hugging Face tokenizer: folder, tokenizer.json or name", group="data"
     )
     held_out: float = option(
-        0.02, "end of the text used as test set: a fraction below 1, or a number of bytes", group="data", above=0
+        0.02,
+        "end of the text used as test set: a fraction below 1, or a number of bytes",
+        group="data",
+        above=0,
+        largest=1e15,
     )
 
     def build_task(self, form: TextFormat | None = None) -> TextTask:

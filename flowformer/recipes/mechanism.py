@@ -8,20 +8,21 @@ from typing import Any
 import torch
 
 from flowformer.common.names import nearest
+from flowformer.core.checks import check_sizes
 from flowformer.mechanisms.registry import create_attention, option_names
 
 
-def check_attention(name: str | None, options: Mapping[str, Any]) -> None:
+def check_attention(name: str | None, options: Mapping[str, Any], *, causal: bool = False) -> None:
     """Check the name and options of a mechanism before any data is read.
-
-    Values of options are left to the model, whose sizes they depend on.
 
     Args:
         name: The mechanism; ``None`` for the model's own, whose options the model checks.
         options: Options of its module.
+        causal: Whether the model needs its causal form.
 
     Raises:
-        ValueError: for an unknown name, or the first unknown option; the message suggests the nearest.
+        ValueError: for an unknown name, the first unknown option, where the message suggests the nearest, or a value
+            that an option does not take.
     """
     if name is None:
         return
@@ -29,13 +30,13 @@ def check_attention(name: str | None, options: Mapping[str, Any]) -> None:
     for key in options:
         if key not in known and key != "num_heads":  # other attention in a trained model may have heads of its own
             raise ValueError(f"{name} has no option {key!r}{nearest(key, known)}; available: {', '.join(known)}")
+    own = {key: options[key] for key in options if key != "num_heads"}
     try:
+        check_sizes(num_heads=options.get("num_heads", 4))
         with torch.device("meta"):  # no memory, and no random numbers
-            create_attention(name, 64, 4, max_length=64, **{key: options[key] for key in options if key != "num_heads"})
-    except TypeError as error:
-        raise ValueError(f"attention_options: {error}") from error
-    except ValueError:
-        return
+            create_attention(name, 64, 4, causal=causal, max_length=64, **own)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"attention_options: {error}" if options else str(error)) from error
 
 
 def merge_fields(published: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from flowformer.common.fields import check_names
@@ -55,6 +55,18 @@ def create_recipe(name: str, **fields: Any) -> Recipe:
     function = find_recipe(name)
     check_names(type(function()), fields)
     return function(**fields)
+
+
+def check_given(recipe: Recipe, given: Iterable[str]) -> None:
+    """Check that the fields that a user gives have an effect.
+
+    Raises:
+        ValueError: for the first that has none beside the values of the others.
+    """
+    misfits = recipe.misfits()
+    for name in given:
+        if name in misfits:
+            raise ValueError(misfits[name])
 
 
 def read_recipe(values: dict[str, Any]) -> Recipe:

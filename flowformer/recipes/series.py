@@ -17,8 +17,8 @@ from typing import Any
 from torch import nn
 
 from flowformer.common.fields import option
-from flowformer.models import create_model
 from flowformer.recipes.mechanism import check_attention, merge_fields
+from flowformer.recipes.model import build_model
 from flowformer.recipes.registry import RECIPES, register_recipe
 from flowformer.tasks.series import uea
 from flowformer.tasks.series.format import SeriesFormat
@@ -32,10 +32,12 @@ class SeriesRecipe(EpochRecipe):
 
     attention: str = option("flow", "attention mechanism, see `flowformer list attentions`", group="attention")
     attention_options: dict[str, Any] = option({}, "options of the attention mechanism", group="attention")
-    dim: int = option(512, "model dimension", group="model", at_least=1)
-    num_heads: int = option(8, "number of attention heads", group="attention", at_least=1)
-    num_layers: int = option(2, "number of encoder blocks", group="model", at_least=1)
-    ffn_dim: int = option(2048, "hidden dimension of the feed-forward networks", group="model", at_least=1)
+    dim: int = option(512, "model dimension", group="model", at_least=1, largest=1_000_000)
+    num_heads: int = option(8, "number of attention heads", group="attention", at_least=1, largest=1_000_000)
+    num_layers: int = option(2, "number of encoder blocks", group="model", at_least=1, largest=1_000)
+    ffn_dim: int = option(
+        2048, "hidden dimension of the feed-forward networks", group="model", at_least=1, largest=1_000_000
+    )
     dropout: float = option(0.1, "dropout", group="model", at_least=0, below=1)
     mask_padding: bool = option(True, "mask padding in attention; the published code does not", group="attention")
     trim_batches: bool = option(
@@ -60,7 +62,7 @@ class SeriesRecipe(EpochRecipe):
 
     def build_model(self, form: SeriesFormat) -> nn.Module:
         """Build the published classifier with the attention of the recipe."""
-        return create_model(
+        return build_model(
             "flowformer_timeseries",
             in_chans=form.channels,
             num_classes=len(form.classes),

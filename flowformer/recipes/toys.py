@@ -24,7 +24,7 @@ _SHARED: dict[str, Any] = {
 class AdderRecipe(LanguageRecipe):
     """A model that adds two numbers."""
 
-    digits: int = option(2, "number of digits", group="data", at_least=1)
+    digits: int = option(2, "number of digits", group="data", at_least=1, at_most=3)
 
     def build_task(self, form: Any = None) -> toys.ToyTask:
         """Create the problems."""
@@ -35,8 +35,8 @@ class AdderRecipe(LanguageRecipe):
 class SortRecipe(LanguageRecipe):
     """A model that sorts digits."""
 
-    size: int = option(6, "length of the list to sort", group="data", at_least=1)
-    kinds: int = option(3, "number of different digits", group="data", at_least=1)
+    size: int = option(6, "length of the list to sort", group="data", at_least=1, at_most=8)
+    kinds: int = option(3, "number of different digits", group="data", at_least=2, at_most=10)
 
     def build_task(self, form: Any = None) -> toys.ToyTask:
         """Create the problems."""

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from flowformer.common.errors import DataError
+from flowformer.common.folders import cache_folder, make_private
 from flowformer.common.names import nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
+logger = logging.getLogger(__name__)
+
 BLOCK_BYTES = 2**20
 TIMEOUT_SECONDS = 60
+_ZIP_START = b"PK\x03\x04"
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True)
@@ -100,23 +108,63 @@ DATASETS: Mapping[str, Dataset] = {
 
 
 def data_folder(name: str) -> Path:
-    """Return the folder ``name`` of the cache, which is FLOWFORMER_DATA or ~/.cache/flowformer."""
+    """Return the folder ``name`` of the cache: FLOWFORMER_DATA, else that of :func:`cache_folder`."""
     root = os.environ.get("FLOWFORMER_DATA")
-    return (Path(root) if root else Path.home() / ".cache" / "flowformer") / name
+    return (Path(root).expanduser() if root else cache_folder()) / name
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder for data, with its parents.
+    """Create a folder for data, with its parents; in the user's cache folder, they are the user's own (mode 0700).
 
     Raises:
         DataError: where it cannot be made.
     """
     try:
+        if not os.environ.get("FLOWFORMER_DATA") and folder.is_relative_to(cache_folder()):
+            make_private(folder)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(
             f"cannot create the folder {folder}: {error}; set FLOWFORMER_DATA to another folder for the cache"
         ) from error
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Context in which a folder for data is written to: errors of the file system name it.
+
+    Raises:
+        DataError: where it cannot be written to, or its disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, PermissionError) or error.errno in _UNWRITABLE:
+            raise DataError(
+                f"cannot write to {folder}: {error.strerror}; free some space, or set FLOWFORMER_DATA to another folder"
+            ) from error
+        raise
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Context that one process at a time enters; says so where it waits for another."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        logger.warning("waiting for another process, which holds %s", path)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file to its disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def find_dataset(name: str) -> Dataset:
@@ -132,9 +180,8 @@ def find_dataset(name: str) -> Dataset:
 
 
 def search_folders(dataset: Dataset, data_dir: str | Path | None) -> list[Path]:
-    """Return the folders in which a data set is searched, in order: in ``data_dir`` first, then in the cache."""
-    given = [Path(data_dir), Path(data_dir) / dataset.folder] if data_dir else []
-    return [*given, data_folder(dataset.folder)]
+    """Return the folders in which a data set is searched, in order: those in ``data_dir`` if given, else the cache."""
+    return [Path(data_dir), Path(data_dir) / dataset.folder] if data_dir else [data_folder(dataset.folder)]
 
 
 def is_here(dataset: Dataset, data_dir: str | Path | None = None) -> bool:
@@ -153,10 +200,12 @@ def describe_missing(dataset: Dataset, wanted: str, looked_in: Iterable[Path]) -
         wanted: The files that would do.
         looked_in: Folders.
     """
+    looked_in = list(looked_in)
+    given = "" if data_folder(dataset.folder) in looked_in else "; without --data-dir, the cache is searched"
     return (
-        f"{dataset.title}: no {wanted} in {', '.join(map(str, looked_in))}. `flowformer data {dataset.name}` downloads "
-        f"it; or get {dataset.addresses[0]} ({dataset.size_bytes:,} bytes, SHA-256 {dataset.sha256}) and put it into "
-        f"{data_folder(dataset.folder)}, or into any folder DIR and pass --data-dir DIR."
+        f"{dataset.title}: no {wanted} in {', '.join(map(str, looked_in))}{given}. `flowformer data {dataset.name}` "
+        f"downloads it; or get {dataset.addresses[0]} ({dataset.size_bytes:,} bytes, SHA-256 {dataset.sha256}) and "
+        f"put it into {data_folder(dataset.folder)}, or into any folder DIR and pass --data-dir DIR."
     )
 
 
@@ -191,11 +240,13 @@ def fetch(name: str, folder: str | Path | None = None, *, console: Console) -> P
     dataset = find_dataset(name)
     place = Path(folder) / dataset.folder if folder else data_folder(dataset.folder)
     make_folder(place)
-    with FileLock(place / f".{dataset.archive}.lock"):
+    with writing(place), locked(place / f".{dataset.archive}.lock"):
         if _is_there(dataset, place):
             console.print(f"{dataset.title} is already in {place}", highlight=False, markup=False, soft_wrap=True)
             return place
         archive = place / f".{dataset.archive}.part"
+        for leftover in place.glob(".unpack-*"):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         _download(dataset, archive, console)
         _unpack(dataset, archive, place)
         archive.unlink()
@@ -231,6 +282,8 @@ def _download(dataset: Dataset, archive: Path, console: Console) -> None:
                 _verify(dataset, archive)
                 return
             except (OSError, HTTPException, DataError) as error:
+                if getattr(error, "errno", None) in _UNWRITABLE:
+                    raise  # another address would not help
                 failures.append(f"{address}: {type(error).__name__}: {error}")
                 bar.remove_task(task)
     raise DataError(
@@ -248,11 +301,16 @@ def _receive(address: str, archive: Path, size_bytes: int, bar: Progress, task: 
     with _ask(request, archive) as response:
         if response.status != 206:  # the whole file comes
             start = 0
+        block = response.read(BLOCK_BYTES)
+        if not start and not _ZIP_START.startswith(block[: len(_ZIP_START)]):
+            kind = response.headers.get_content_type()
+            raise DataError(f"the server sent something else ({kind}: {block[:40]!r}), not a zip file")
         with archive.open("ab" if start else "wb") as file:
             bar.update(task, completed=start)
-            while file.tell() <= size_bytes and (block := response.read(BLOCK_BYTES)):
+            while block and file.tell() <= size_bytes:
                 file.write(block)
                 bar.update(task, advance=len(block))
+                block = response.read(BLOCK_BYTES)
 
 
 def _ask(request: urllib.request.Request, archive: Path) -> Any:
@@ -282,5 +340,7 @@ def _unpack(dataset: Dataset, archive: Path, place: Path) -> None:
         for member, file in dataset.files.items():
             with zipped.open(member) as source, (Path(scratch) / file).open("wb") as target:
                 shutil.copyfileobj(source, target, BLOCK_BYTES)
+        for file in dataset.files.values():
+            sync(Path(scratch) / file)
         for file in dataset.files.values():
             (Path(scratch) / file).replace(place / file)

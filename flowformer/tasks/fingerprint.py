@@ -66,8 +66,9 @@ def _update(digest: Any, value: Any) -> None:
         digest.update(f"text {len(data)}".encode())
         digest.update(data)
     else:
-        array = np.asarray(value)
+        # Tokens in a file have a type too, and are read piece by piece.
+        array = value if isinstance(getattr(value, "dtype", None), np.dtype) else np.asarray(value)
         digest.update(f"array {array.dtype.str} {array.shape}".encode())
-        flat = array.reshape(-1)
-        for start in range(0, flat.size, _PIECE):
+        flat = array if array.ndim == 1 else array.reshape(-1)
+        for start in range(0, len(flat), _PIECE):
             digest.update(np.ascontiguousarray(flat[start : start + _PIECE]).data)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from flowformer.common.errors import DataError
+from flowformer.tasks.classes import find_class
 
 
 def stratify(labels: np.ndarray, classes: Sequence[str], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -49,8 +50,8 @@ def find_classes(names: Sequence[str], classes: Sequence[str], source: str) -> n
         DataError: for a name that the model does not have.
     """
     index = {name: number for number, name in enumerate(classes)}
-    unknown = [name for name in names if name not in index]
-    if unknown:
-        some = ", ".join(repr(name) for name in unknown[:5])
-        raise DataError(f"{source}: classes that the run does not have: {some}; it has {', '.join(classes[:20])}")
-    return np.array([index[name] for name in names], dtype=np.int64)
+    found = {name: find_class(name, index) for name in names}
+    if unknown := [name for name in names if found[name] is None]:
+        some, known = (", ".join(map(repr, some)) for some in (unknown[:5], classes[:20]))
+        raise DataError(f"{source}: classes that the run does not have: {some}; it has {known}")
+    return np.array([found[name] for name in names], dtype=np.int64)

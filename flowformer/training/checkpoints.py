@@ -45,20 +45,19 @@ class Checkpoints(Checkpoint):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Write the checkpoints of the round."""
-        record = self.history.records[-1]
-        if trainer.is_global_zero:
-            for split in self.splits:
-                if self.history.is_best(split):
-                    save_weights(pl_module.model, self.folder.checkpoints / f"best-{split}.safetensors", record)
+        for split in self.splits:
+            if self.history.is_best(split):
+                self._save(trainer, pl_module, f"best-{split}")
         trainer.save_checkpoint(self.folder.resume_state)  # by all processes of a run on several devices
-        self._save_last(trainer, pl_module)
+        self._save(trainer, pl_module, "last")
+        self.written = True
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Write the weights of a run that was killed before it could, and had no round left to train."""
         if not self.written:
-            self._save_last(trainer, pl_module)
+            self._save(trainer, pl_module, "last")
 
-    def _save_last(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+    def _save(self, trainer: lightning.Trainer, pl_module: Any, name: str) -> None:
         if trainer.is_global_zero:
-            save_weights(pl_module.model, self.folder.checkpoints / "last.safetensors", self.history.records[-1])
-        self.written = True
+            told = {name: value for name, value in self.history.records[-1].items() if name != "seconds"}
+            save_weights(pl_module.model, self.folder.checkpoints / f"{name}.safetensors", told)

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch import nn
 
-from flowformer.common.errors import RunError, describe
+from flowformer.common.errors import DataError, RunError, describe
 from flowformer.common.files import locked, remove_staged, write_json
 from flowformer.common.machine import environment, peak_memory_bytes
 from flowformer.tasks.fingerprint import fingerprints
@@ -65,10 +65,7 @@ def train(
     with quiet():
         _trainer(recipe, [], None)  # raises before anything is written, where this machine has no such device
     form = run.read_format(recipe) if (folder / "format.json").exists() else None
-    task = recipe.build_task(form)
-    data = fingerprints(task)
-    if form is not None and not data_changed_ok:
-        run.check_data(data, task.source)
+    task, data = build_task(recipe, run, form, data_changed_ok=data_changed_ok)
     torch.manual_seed(recipe.seed)
     model = recipe.build_model(task.format)
     with _writing(run) if is_first else contextlib.nullcontext():
@@ -84,6 +81,36 @@ def train(
                 _write_start(run, recipe, task, data)  # what a resumed run may change: where its data is
             write_json(folder / "result.json", result)
     return result
+
+
+def build_task(
+    recipe: Recipe, run: RunFolder, form: Any, *, data_changed_ok: bool = False
+) -> tuple[Task, dict[str, Any]]:
+    """Read the data of a recipe, prepared as a run did.
+
+    Args:
+        recipe: The recipe.
+        run: The folder of the run.
+        form: The format of the run; ``None`` if it has not started.
+        data_changed_ok: Accept other data than that of the run.
+
+    Returns:
+        The task, and the fingerprints of its data.
+
+    Raises:
+        RunError: if the data is not that of the run, or does not fit it.
+        ValueError: if it cannot be read.
+    """
+    try:
+        task = recipe.build_task(form)
+    except DataError as error:
+        if form is None:
+            raise
+        raise RunError(f"the data does not fit the run in {run.path}: {error}") from error
+    data = fingerprints(task)
+    if form is not None and not data_changed_ok:
+        run.check_data(data, task.source)
+    return task, data
 
 
 @contextlib.contextmanager

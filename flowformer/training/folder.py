@@ -15,6 +15,7 @@ tensors and plain values (``torch.load`` with ``weights_only=True``) are read.
 
 from __future__ import annotations
 
+import json
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -34,7 +35,7 @@ from flowformer.training.recipe import Recipe
 
 DATA = "data"  # the key of the fingerprints in format.json
 _RESUME = "last.ckpt"
-_HASH = "sha256"  # the key of the hash of all weights in the metadata of a file
+_METADATA = "flowformer"  # the key of what a file tells about its weights, as JSON: round, metrics, a hash of all
 
 
 class RunFolder:
@@ -117,7 +118,7 @@ class RunFolder:
             RunError: naming the fields that differ.
         """
         before, now = self.read_fields(), recipe.to_json()
-        differ = []
+        differ = [f"{name} is not known to this version" for name in before if name not in now]
         for one in fields(recipe):
             default = one.default if one.default is not MISSING else now[one.name]
             was = before.get(one.name, default)
@@ -197,8 +198,8 @@ def save_weights(model: nn.Module, path: Path, metadata: Mapping[str, Any]) -> N
         metadata: About the weights.
     """
     state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
-    told = {name: str(value) for name, value in metadata.items()}
-    content = safetensors.torch.save(state, {**told, _HASH: _hash(state)})
+    told = json.dumps({**metadata, "sha256": _hash(state)})  # one entry: of several the order would be random
+    content = safetensors.torch.save(state, {_METADATA: told})
     with replacing(path) as staged:
         staged.write_bytes(content)
 
@@ -206,11 +207,12 @@ def save_weights(model: nn.Module, path: Path, metadata: Mapping[str, Any]) -> N
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         with safetensors.safe_open(path, "pt") as file:
-            told = file.metadata() or {}
+            told = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, ValueError) as error:
         raise RunError(f"{path} is damaged: {error}") from error
-    if told.get(_HASH, now := _hash(state)) != now:
+    now = _hash(state)
+    if not isinstance(told, dict) or told.get("sha256", now) != now:
         raise RunError(f"{path} is damaged: its weights are not those that were written")
     return state
 

@@ -112,7 +112,7 @@ class TaskModule(lightning.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Seed random numbers from seed, round and device, and set whether this round ends with an evaluation."""
-        seed = self.recipe.seed * 1_000_003 + self.current_epoch + 2**48 * self.global_rank
+        seed = self.recipe.seed * 1_000_003 + self.current_epoch + 7_368_787 * self.global_rank
         torch.manual_seed(seed) if self.draws is None else self.draws.seed(seed)
         due = self.current_epoch + 1 in self.recipe.evaluated_rounds
         self.trainer.check_val_every_n_epoch = 1 if due else self.current_epoch + 2  # which does not divide epoch + 1

@@ -22,6 +22,9 @@ Decayed = Literal["all", "linear", "weights"]
 DataState = Literal["here", "absent", "unknown"]  # absent: it can be fetched; unknown: an option has to name its path
 
 
+MOST_ROUNDS = 1_000_000  # of a run: each is recorded
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe(ABC):
     """Base class of recipes: how an experiment is run. Every field is an option of the command line.
@@ -36,24 +39,28 @@ class Recipe(ABC):
     unit: ClassVar[str]  # what the length of a run is counted in
 
     name: str = ""  # of the experiment
-    seed: int = option(0, "random seed of initialization, data order and dropout", group="optimisation", at_least=0)
-    batch_size: int = option(16, "batch size per device", group="optimisation", at_least=1)
+    seed: int = option(
+        0, "random seed of initialization, data order and dropout", group="optimisation", at_least=0, largest=2**32 - 1
+    )
+    batch_size: int = option(16, "batch size per device", group="optimisation", at_least=1, largest=1_000_000)
     accumulate: int | None = option(
-        1, "batches per step (gradient accumulation); null for 1", group="optimisation", at_least=1
+        1, "batches per step (gradient accumulation); null for 1", group="optimisation", at_least=1, largest=1_000_000
     )
     optimizer: Optimizer = option("radam", "optimizer", group="optimisation")
-    learning_rate: float = option(1e-3, "peak learning rate", group="optimisation", above=0)
+    learning_rate: float = option(1e-3, "peak learning rate", group="optimisation", above=0, largest=100)
     schedule: Schedule = option("constant", "learning rate schedule after warm-up", group="optimisation")
     min_learning_rate: float = option(
-        0.0, "final learning rate of the schedules cosine and linear", group="optimisation", at_least=0
+        0.0, "final learning rate of the schedules cosine and linear", group="optimisation", at_least=0, largest=100
     )
-    warmup_steps: int = option(0, "warm-up steps", group="optimisation", at_least=0)
-    warmup_learning_rate: float = option(0.0, "learning rate at the start of warm-up", group="optimisation", at_least=0)
+    warmup_steps: int = option(0, "warm-up steps", group="optimisation", at_least=0, largest=1_000_000_000)
+    warmup_learning_rate: float = option(
+        0.0, "learning rate at the start of warm-up", group="optimisation", at_least=0, largest=100
+    )
     beta1: float = option(0.9, "decay rate of the optimizer's first moment", group="optimisation", at_least=0, below=1)
     beta2: float = option(
         0.999, "decay rate of the optimizer's second moment", group="optimisation", at_least=0, below=1
     )
-    weight_decay: float = option(0.0, "weight decay", group="optimisation", at_least=0)
+    weight_decay: float = option(0.0, "weight decay", group="optimisation", at_least=0, largest=100)
     decayed: Decayed = option(
         "all",
         "parameters with weight decay: all; weights of linear layers (linear); all but biases, norms, "
@@ -61,15 +68,20 @@ class Recipe(ABC):
         group="optimisation",
     )
     clip_grad_norm: float | None = option(
-        4.0, "maximum gradient norm; null for no clipping", group="optimisation", above=0
+        4.0, "maximum gradient norm; null for no clipping", group="optimisation", above=0, largest=1_000_000_000
     )
     precision: Precision = option(
         "32-true", "training precision; auto: 16-mixed on a GPU, else 32-true", group="machine"
     )
     accelerator: str = option("auto", "auto, cpu, gpu or another accelerator of Lightning", group="machine")
-    devices: int = option(1, "number of devices", group="machine", at_least=1)
+    devices: int = option(1, "number of devices", group="machine", at_least=1, largest=100_000)
     workers: int = option(
-        0, "worker processes for data loading; 0 for the main process", group="machine", neutral=True, at_least=0
+        0,
+        "worker processes for data loading; 0 for the main process",
+        group="machine",
+        neutral=True,
+        at_least=0,
+        largest=1_000,
     )
 
     def __post_init__(self) -> None:
@@ -90,6 +102,21 @@ class Recipe(ABC):
     def to_json(self) -> dict[str, Any]:
         """Return all fields as JSON values: the ``recipe.json`` that :func:`flowformer.recipes.read_recipe` reads."""
         return plain_fields(self)
+
+    def misfits(self) -> dict[str, str]:
+        """Return fields that have no effect beside the values of the others: what is wrong, by field.
+
+        They are refused where a user gives them: see :func:`flowformer.recipes.registry.check_given`. A published value
+        may stand beside any others.
+        """
+        found = {}
+        if self.schedule not in ("cosine", "linear"):
+            found["min_learning_rate"] = f"min_learning_rate has no effect with the schedule {self.schedule}"
+        if not self.count_warmup_steps(1_000_000):
+            found["warmup_learning_rate"] = "warmup_learning_rate has no effect without warm-up steps"
+        if not self.weight_decay:
+            found["decayed"] = "decayed has no effect without weight_decay"
+        return found
 
     @property
     def used_precision(self) -> str:
@@ -176,12 +203,13 @@ class EpochRecipe(Recipe):
 
     unit: ClassVar[str] = "epoch"
 
-    epochs: int = option(100, "number of epochs", group="optimisation", at_least=1)
+    epochs: int = option(100, "number of epochs", group="optimisation", at_least=1, largest=MOST_ROUNDS)
     eval_every: int = option(
         2,
         "epochs between evaluations, in addition to those before training and after the first epoch",
         group="optimisation",
         at_least=1,
+        largest=1_000_000,
     )
     validation_fraction: float | None = option(
         None,
@@ -190,13 +218,22 @@ class EpochRecipe(Recipe):
         above=0,
         below=1,
     )
-    warmup_epochs: int = option(0, "warm-up epochs, in addition to warmup_steps", group="optimisation", at_least=0)
+    warmup_epochs: int = option(
+        0, "warm-up epochs, in addition to warmup_steps", group="optimisation", at_least=0, largest=1_000_000
+    )
 
     def __post_init__(self) -> None:
         """Check every field."""
         super().__post_init__()
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs must be at most epochs {self.epochs}, got {self.warmup_epochs}")
+
+    def misfits(self) -> dict[str, str]:
+        """Return fields that have no effect beside the values of the others."""
+        found = super().misfits()
+        if self.eval_every > self.epochs:
+            found["eval_every"] = f"eval_every must be at most epochs {self.epochs}, got {self.eval_every}"
+        return found
 
     def count_warmup_steps(self, steps: int) -> int:
         """Return the number of warm-up steps in a run of so many optimizer steps."""
@@ -228,12 +265,13 @@ class StepRecipe(Recipe):
 
     unit: ClassVar[str] = "step"
 
-    steps: int = option(10_000, "number of optimizer steps", group="optimisation", at_least=1)
+    steps: int = option(10_000, "number of optimizer steps", group="optimisation", at_least=1, largest=1_000_000_000)
     eval_every: int = option(
         1_000,
         "steps between evaluations and checkpoints; must divide steps",
         group="optimisation",
         at_least=1,
+        largest=1_000_000_000,
     )
 
     def __post_init__(self) -> None:
@@ -241,6 +279,17 @@ class StepRecipe(Recipe):
         super().__post_init__()
         if self.steps > self.eval_every and self.steps % self.eval_every:
             raise ValueError(f"eval_every must divide steps, got eval_every {self.eval_every} and steps {self.steps}")
+        if self.rounds > MOST_ROUNDS:
+            least = -(-self.steps // MOST_ROUNDS)
+            raise ValueError(f"eval_every must be at least {least} for {self.steps} steps, got {self.eval_every}")
+
+    def misfits(self) -> dict[str, str]:
+        """Return fields that have no effect beside the values of the others."""
+        found = super().misfits()
+        for name in ("eval_every", "warmup_steps"):
+            if getattr(self, name) > self.steps:
+                found[name] = f"{name} must be at most steps {self.steps}, got {getattr(self, name)}"
+        return found
 
     @property
     def steps_of_a_round(self) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 import flowformer
 from flowformer import cli
-from flowformer.cli.extras import EXTRAS, find_extra
+from flowformer.common.extras import EXTRAS, find_extra
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["train", "--help"], ["list", "--help"], ["nonsense"]])

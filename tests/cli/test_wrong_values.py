@@ -60,3 +60,19 @@ def test_doctor_names_the_backend_that_runs(capsys):
     assert cli.main(["doctor"]) == 0
     (told,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("backend")]
     assert ("native: C++" if kernels() else "torch: ") in told
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--contenders", ""], "expects words separated by commas, got ''"),
+        (["--lengths", ","], "expects words separated by commas, got ','"),
+        (["--memory-gb", "nan"], "memory_gb must be at least 0 and below 1,000,000, got nan"),
+        (["--seconds", "inf"], "seconds must be positive, got inf"),
+        (["--threads", str(10**20)], "threads must be at most 1000000000, got 1"),
+        (["--batch", str(10**18)], "batch must be at most 1000000000, got 1"),
+    ],
+)
+def test_numbers_and_lists_of_the_benchmark(words, says, tmp_path, capsys):
+    assert says in refused(capsys, "bench", "causal", "--out", str(tmp_path / "out"), *words)
+    assert not (tmp_path / "out").exists()

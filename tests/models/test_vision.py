@@ -184,7 +184,7 @@ def test_fresh_weights():
         ({"num_heads": (4, 4, 4)}, "one entry for each stage"),
         ({"depths": (1, 0)}, "must be positive"),
         ({"drop_path_rate": 1.0}, "drop_path_rate must be at least 0 and below 1, got 1.0"),
-        ({"img_size": 0}, "at least one pixel, got 0 x 0"),
+        ({"img_size": 0}, "img_size must be positive, got 0"),
         ({"class_token": True}, "requires a single stage, got 2"),
         ({"attention": "flwo"}, "did you mean 'flow'"),
     ],

@@ -1,11 +1,14 @@
 """Downloads, from a server on this machine: whole or not at all, and no byte twice."""
 
+import errno
 import hashlib
 import io
+import os
 import threading
 import zipfile
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from rich.console import Console
 
 from flowformer.common.errors import DataError
 from flowformer.tasks import downloads
-from flowformer.tasks.downloads import DATASETS, Dataset, checksum, data_folder, fetch, find_dataset
+from flowformer.tasks.downloads import DATASETS, Dataset, checksum, data_folder, fetch, find_dataset, make_folder
 from flowformer.tasks.text import enwik8, wikitext
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -194,6 +197,42 @@ def test_other_content_is_refused(own, server, console, cache, found):
     assert names(cache / "own-folder") == []
 
 
+@pytest.mark.usefixtures("own")
+def test_a_page_in_place_of_the_file_is_not_kept(server, console, cache):
+    """A login page of a hotel, with status 200: what was received before stays, and is continued."""
+    place = cache / "own-folder"
+    place.mkdir(parents=True)
+    (place / ".own.zip.part").write_bytes(server.content[:1_000_000])
+    whole, server.content, server.ranges = server.content, b"<!doctype html><title>Log in</title>", False
+    with pytest.raises(DataError, match=r"the server sent something else \(text/plain: b'<!doctype html><title>Log in"):
+        fetch("own", console=console)
+    assert (place / ".own.zip.part").read_bytes() == whole[:1_000_000]
+    server.content, server.ranges, server.requests = whole, True, []
+    fetch("own", console=console)
+    assert server.requests == [1_000_000] * 2
+    assert names(place) == ["text"]
+
+
+@pytest.mark.usefixtures("own")
+def test_a_full_disk_is_named_and_no_other_address_asked(server, console, cache, monkeypatch):
+    def fail(*words):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(downloads, "_receive", fail)
+    with pytest.raises(DataError, match=rf"cannot write to {cache / 'own-folder'}: No space left on device; free some"):
+        fetch("own", console=console)
+    assert not server.requests
+
+
+@pytest.mark.usefixtures("own")
+def test_what_a_killed_process_left_goes(console, cache):
+    left = cache / "own-folder" / ".unpack-abc"
+    left.mkdir(parents=True)
+    (left / "text").write_bytes(b"half")
+    fetch("own", console=console)
+    assert names(cache / "own-folder") == ["text"]
+
+
 def test_the_next_address_begins_anew(own, server, console, cache, monkeypatch):
     other = Server(server.content[:-1] + b"x")
     try:
@@ -294,6 +333,27 @@ def test_checksum_of_files(tmp_path):
 
 def test_the_cache_is_in_the_home_folder_or_where_the_variable_says(monkeypatch, tmp_path, cache):
     assert data_folder("own") == cache / "own"
+    monkeypatch.setenv("FLOWFORMER_DATA", "~/data")
+    assert data_folder("own") == Path.home() / "data" / "own"
     monkeypatch.delenv("FLOWFORMER_DATA")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path)
     assert data_folder("own") == tmp_path / ".cache" / "flowformer" / "own"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert data_folder("own") == tmp_path / "xdg" / "flowformer" / "own"
+
+
+def test_folders_in_the_users_cache_are_the_users_own_and_others_are_as_usual(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("FLOWFORMER_DATA", str(tmp_path / "shared"))
+    before = os.umask(0o022)
+    try:
+        make_folder(data_folder("tokens"))
+        monkeypatch.delenv("FLOWFORMER_DATA")
+        make_folder(data_folder("tokens"))
+        make_folder(tmp_path / "given")
+    finally:
+        os.umask(before)
+    names = ("xdg", "xdg/flowformer/tokens", "shared", "given")
+    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in names}
+    assert modes == {"xdg": 0o700, "xdg/flowformer/tokens": 0o700, "shared": 0o755, "given": 0o755}

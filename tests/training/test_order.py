@@ -1,10 +1,13 @@
 """The order in which a training set is seen, and the learning rate over time."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from flowformer.recipes import create_recipe
+from flowformer.training.module import TaskModule
 from flowformer.training.order import RoundSampler
 from flowformer.training.schedules import learning_rate_factor
 
@@ -82,3 +85,16 @@ def test_schedule_drives_an_optimizer():
         optimizer.step()
         scheduler.step()
     assert rates == pytest.approx([1.0, 2.0, 1.5, 1.0, 0.5])
+
+
+def test_devices_draw_different_dropout_and_a_round_always_the_same():
+    recipe = create_recipe("toys/sort")
+    module = TaskModule(recipe, recipe.build_task(), torch.nn.Linear(1, 1))
+    drawn = []
+    for rank, epoch in ((0, 2), (1, 2), (0, 3), (0, 2)):
+        module._trainer = SimpleNamespace(global_rank=rank, current_epoch=epoch)  # type: ignore[assignment]
+        module.on_train_epoch_start()
+        drawn.append(torch.rand(4).tolist())
+    assert drawn[0] == drawn[3]
+    assert drawn[0] != drawn[1]
+    assert drawn[0] != drawn[2]

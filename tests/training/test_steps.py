@@ -229,16 +229,12 @@ def test_fewer_steps_than_a_round_are_a_round():
     assert (short.rounds, short.count(1), short.evaluated_rounds) == (1, 3, [0, 1])
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"model": "flowformer_timeseries"}, "unexpected keyword|missing"),
-    ],
-)
-def test_models_that_cannot_be_built_are_explained(fields, message):
-    made = recipe(**fields)
-    with pytest.raises(ValueError, match=message):
-        made.build_model(made.build_task().format)
+@pytest.mark.parametrize("model", ["flowformer_timeseries", "flowformer_vision_micro"])
+def test_models_of_another_kind_are_refused(model):
+    with pytest.raises(
+        ValueError, match=f"model must be a language model, got '{model}', .* classifier; available: aft_c"
+    ):
+        recipe(model=model)
 
 
 def test_recipe_fields_reach_the_model():

@@ -18,10 +18,11 @@ from typing import Any, NoReturn
 
 import jsonargparse
 
+from flowformer.cli.arguments.outputs import check_folder
 from flowformer.cli.arguments.parser import UsageError, usable
-from flowformer.common.fields import GROUPS, Option, options_of
+from flowformer.common.fields import GROUPS, Option, check_names, options_of
 from flowformer.common.names import find_nearest, nearest
-from flowformer.recipes import find_recipe
+from flowformer.recipes.registry import check_given, find_recipe
 from flowformer.training.recipe import Recipe
 
 _METAVARS: Mapping[Any, str] = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH", dict: "MAPPING"}
@@ -58,7 +59,10 @@ def read_command(name: str, words: Sequence[str]) -> Command:
     folder, resume, changed, path = (given.pop(key, None) for key in ("out", "resume", "data_changed_ok", "config"))
     config = {} if path is None else _read_config(name, function, path)
     recipe = usable(_resolve, function, config, given, whole=_gives_mapping(words))
-    return Command(recipe, folder or Path("runs") / recipe.name / recipe.label, bool(resume), bool(changed))
+    folder = folder or Path("runs") / recipe.name / recipe.label
+    if not (resume and (folder / "result.json").is_file()):  # a complete run is only shown
+        check_folder(folder)
+    return Command(recipe, folder, bool(resume), bool(changed))
 
 
 def _resolve(function: Callable[..., Recipe], config: dict[str, Any], given: dict[str, Any], *, whole: bool) -> Recipe:
@@ -70,11 +74,15 @@ def _resolve(function: Callable[..., Recipe], config: dict[str, Any], given: dic
     if "attention" in given and given["attention"] != config.get("attention", getattr(function(), "attention", None)):
         config = {key: value for key, value in config.items() if key != "attention_options"}
     single = {} if whole else given.pop("attention_options", {})
+    check_names(type(function()), {**config, **given})
     recipe = function(**{**config, **given})
-    if not single:
-        return recipe
-    merged = {**recipe.attention_options, **single}  # pyright: ignore[reportAttributeAccessIssue] - it has the option
-    return function(**{**config, **given, "attention_options": merged})
+    if single:
+        merged = {**recipe.attention_options, **single}  # pyright: ignore[reportAttributeAccessIssue] - it has the option
+        recipe = function(**{**config, **given, "attention_options": merged})
+    # A file may have all fields, as the recipe.json of a run: those that the recipe has by itself are not given.
+    own = function()
+    check_given(recipe, [*given, *(name for name in config if getattr(recipe, name) != getattr(own, name))])
+    return recipe
 
 
 def _gives_mapping(words: Sequence[str]) -> bool:

@@ -19,6 +19,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from flowformer.core.checks import check_sizes
 from flowformer.interop.hf.cache import read_cache, write_cache
 from flowformer.interop.hf.configuration import FlowformerConfig
 from flowformer.interop.hf.inputs import (
@@ -32,7 +33,7 @@ from flowformer.interop.hf.inputs import (
     read_sizes,
     refuse_packing,
 )
-from flowformer.models.decoder import LanguageState, TokenDecoder, check_sizes
+from flowformer.models.decoder import LanguageState, TokenDecoder
 from flowformer.models.encoder import EncoderBlock
 from flowformer.models.initialization import LanguageInit, set_initializer
 

@@ -1,1 +1,1 @@
-"""CPU kernels in C++: ``source/`` holds them, ``build.py`` compiles and loads them."""
+"""CPU kernels in C++: ``source/`` holds them, ``build.py`` finds or builds, and loads them."""

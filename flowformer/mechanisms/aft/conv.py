@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.core.checks import CHANNELS, check_flag, describe
+from flowformer.core.checks import CHANNELS, check_dense, check_flag, describe
 from flowformer.core.masks import spread
 from flowformer.core.precision import LOG_ZERO, sum_dtype
 from flowformer.core.run import Given
@@ -139,6 +139,7 @@ def _fresh(op: str, batch: int, k: Tensor, v: Tensor, filters: Tensor) -> AFTCon
 def check_filters(op: str, filters: Any, causal: bool) -> None:
     """Raise unless filters are a tensor of valid shape, with odd sizes in the bidirectional form."""
     wanted = f"{op}: filters must be a tensor (heads, taps), or (heads, rows, columns) for images"
+    check_dense(f"{op}: filters", filters)
     if not isinstance(filters, Tensor) or not filters.is_floating_point():
         raise TypeError(f"{wanted}, of floating-point dtype, got {describe(filters)}")
     if filters.ndim not in (2, 3) or 0 in filters.shape:
@@ -192,6 +193,7 @@ def _images(
 ) -> Tensor:
     """The bidirectional form on (batch, height, width, ...)."""
     for name, x in (("q", q), ("k", k), ("v", v), *masks.items()):
+        check_dense(f"{op}: {name}", x)
         rank = 3 if name in masks else 4
         if isinstance(x, Tensor) and (x.ndim != rank or x.shape[:3] != q.shape[:3]):
             axes = "batch, height, width" + ("" if name in masks else ", channels")

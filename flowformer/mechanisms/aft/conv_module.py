@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowformer.core.checks import check_flag
 from flowformer.mechanisms.aft.conv import LAYOUT, aft_conv, aft_conv_step, init_aft_conv_state
 from flowformer.mechanisms.aft.modules import AFT, SOURCE
 from flowformer.mechanisms.aft.weights import conv_rows, conv_truth
@@ -86,6 +87,7 @@ class AFTConv(AFT):
     ) -> None:
         super().__init__(dim, num_heads, causal=causal, device=device, dtype=dtype, **options)
         self.kernel_size = _check_kernel_size(kernel_size, causal)
+        check_flag("hard", hard)
         self.hard = hard
         if len(self.kernel_size) == 2:
             self.axes = "batch, height, width"

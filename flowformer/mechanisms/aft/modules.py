@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowformer.core.checks import CHANNELS, check_flag, check_integer, check_number
+from flowformer.core.checks import CHANNELS, LARGEST_SIZE, check_flag, check_integer, check_number, check_sizes
 from flowformer.mechanisms.aft.full import aft_full, aft_full_step, init_aft_full_state
 from flowformer.mechanisms.aft.local import LAYOUT as LOCAL_LAYOUT
 from flowformer.mechanisms.aft.local import aft_local, aft_local_step, init_aft_local_state
@@ -142,7 +142,10 @@ class _PositionedAFT(AFT):
         for label, value in (("max_length", max_length), ("position_dim", position_dim)):
             if value is not None:
                 check_integer(label, value)
-        check_number("position_std", position_std)
+        for label, value in (("max_length", max_length), ("position_dim", position_dim)):
+            if value is not None and value > LARGEST_SIZE:
+                raise ValueError(f"{name}: {label} must be at most {LARGEST_SIZE}, got {value}")
+        check_number("position_std", position_std, at_most=100)
         if max_length is None:
             raise ValueError(
                 f"{name}: max_length is required, the length of the longest sequence: there is a bias for each position"
@@ -279,10 +282,8 @@ class AFTLocal(_PositionedAFT):
         super().__init__(
             dim, num_heads, max_length=max_length, position_dim=position_dim, position_std=position_std, **options
         )
-        check_integer("window", window)
+        check_sizes(window=window)
         check_flag("hard", hard)
-        if window < 1:
-            raise ValueError(f"AFTLocal: window must be positive, got {window}")
         self.window, self.hard = window, hard
 
     def arguments(self) -> dict[str, Any]:

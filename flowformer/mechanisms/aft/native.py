@@ -12,6 +12,7 @@ from torch import Tensor
 from flowformer.core.backends import implements
 from flowformer.core.masks import run_packed
 from flowformer.core.run import Checked
+from flowformer.kernels.native.arguments import check_channels, check_inputs, check_part, check_whole
 from flowformer.kernels.native.kernels import (
     View,
     address,
@@ -69,7 +70,41 @@ def _new_state(k: Tensor) -> tuple[Tensor, Tensor]:
 _TENSORS = "Tensor q, Tensor k, Tensor v"
 
 
+def _check_causal(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    check_inputs(op, q, k, v, 3, same_length=True)
+    check_channels(op, q, v)
+    check_part(op, "mask", mask, q.shape[:2], torch.bool, q)
+
+
+def _check_state(op: str, q: Tensor, of: str, log_weight: Tensor | None, mean: Tensor | None) -> None:
+    for name, part in (("log_weight", log_weight), ("mean", mean)):
+        check_part(op, of + name, part, (q.shape[0], q.shape[2]), torch.float64, q)
+
+
+def _check_bidirectional(op: str, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor | None) -> None:
+    check_inputs(op, q, k, v, 3, same_length=False)
+    check_channels(op, q, v)
+    check_part(op, "key_mask", masks[0], k.shape[:2], torch.bool, q)
+    check_part(op, "query_mask", masks[1], q.shape[:2], torch.bool, q)
+
+
+def _check_backward(op: str, q: Tensor, k: Tensor, runs: int, marks: Tensor, grad_out: Tensor) -> None:
+    check_part(op, "marks", marks, (k.shape[0], runs + 1, 3, k.shape[2]), torch.float32, q)
+    check_part(op, "grad_out", grad_out, q.shape, q.dtype, q)
+
+
+def _runs(k: Tensor) -> int:
+    return -(-k.shape[1] // RUN)
+
+
 # ----------------------------------------------------------------------------------------------------- the causal form
+
+
+def _check_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *before: Tensor | None) -> None:
+    op = "aft_simple_causal"
+    _check_causal(op, q, k, v, mask)
+    check_whole(op, log_weight=before[0], mean=before[1])
+    _check_state(op, q, "", *before)
 
 
 @_operator(
@@ -77,8 +112,9 @@ _TENSORS = "Tensor q, Tensor k, Tensor v"
     f"({_TENSORS}, Tensor? mask, Tensor? log_weight, Tensor? mean) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _causal(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> Any:
+    _check_forward(q, k, v, *rest)
     mask, *before = contiguous(*rest)
-    out, after, marks = empty_like(q), _new_state(k), _new_marks(k, -(-k.shape[1] // RUN))
+    out, after, marks = empty_like(q), _new_state(k), _new_marks(k, _runs(k))
     q, k, v = adjacent(q), adjacent(k), adjacent(v)
     call = _call(q, k, v, mask, mask, marks)
     call.out = view(out)
@@ -90,7 +126,15 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> Any:
 
 @torch.library.register_fake("flowformer::aft_simple_causal")
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> Any:
-    return empty_like(q), *_new_state(k), _new_marks(k, -(-k.shape[1] // RUN))
+    _check_forward(q, k, v, *rest)
+    return empty_like(q), *_new_state(k), _new_marks(k, _runs(k))
+
+
+def _check_causal_backward(q: Tensor, k: Tensor, v: Tensor, mask: Any, marks: Any, grad_out: Any, *rest: Any) -> None:
+    op = "aft_simple_causal_backward"
+    _check_causal(op, q, k, v, mask)
+    _check_backward(op, q, k, _runs(k), marks, grad_out)
+    _check_state(op, q, "grad_", *rest)
 
 
 @_operator(
@@ -101,9 +145,11 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> Any:
 def _causal_backward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, marks: Tensor, grad_out: Tensor, *grad_state: Tensor | None
 ) -> Any:
+    _check_causal_backward(q, k, v, mask, marks, grad_out, *grad_state)
     grads, grad_before = tuple(map(empty_like, (q, k, v))), _new_state(k)
     q, k, v, grad_out = map(adjacent, (q, k, v, grad_out))
     mask, *grad_after = contiguous(mask, *grad_state)
+    marks = marks.contiguous()
     call = _call(q, k, v, mask, mask, marks)
     call.grad_out = view(grad_out)
     call.grad_q, call.grad_k, call.grad_v = map(view, grads)
@@ -115,6 +161,7 @@ def _causal_backward(
 
 @torch.library.register_fake("flowformer::aft_simple_causal_backward")
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> Any:
+    _check_causal_backward(q, k, v, *rest)
     return *map(empty_like, (q, k, v)), *_new_state(k)
 
 
@@ -137,6 +184,7 @@ def _differentiate_causal(ctx: Any, grad_out: Tensor | None, *grad_state: Tensor
 
 @_operator("aft_simple_bidirectional", f"({_TENSORS}, Tensor? key_mask, Tensor? query_mask) -> (Tensor, Tensor)")
 def _bidirectional(q: Tensor, k: Tensor, v: Tensor, *masks: Tensor | None) -> tuple[Tensor, Tensor]:
+    _check_bidirectional("aft_simple_bidirectional", q, k, v, *masks)
     out, marks = empty_like(q), _new_marks(k, 0)
     q, k, v = adjacent(q), adjacent(k), adjacent(v)
     key_mask, query_mask = contiguous(*masks)
@@ -148,7 +196,14 @@ def _bidirectional(q: Tensor, k: Tensor, v: Tensor, *masks: Tensor | None) -> tu
 
 @torch.library.register_fake("flowformer::aft_simple_bidirectional")
 def _(q: Tensor, k: Tensor, v: Tensor, *masks: Tensor | None) -> tuple[Tensor, Tensor]:
+    _check_bidirectional("aft_simple_bidirectional", q, k, v, *masks)
     return empty_like(q), _new_marks(k, 0)
+
+
+def _check_bidirectional_backward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
+    op = "aft_simple_bidirectional_backward"
+    _check_bidirectional(op, q, k, v, *rest[:2])
+    _check_backward(op, q, k, 0, *rest[2:])
 
 
 @_operator(
@@ -158,9 +213,11 @@ def _(q: Tensor, k: Tensor, v: Tensor, *masks: Tensor | None) -> tuple[Tensor, T
 def _bidirectional_backward(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, marks: Tensor, grad_out: Tensor
 ) -> tuple[Tensor, ...]:
+    _check_bidirectional_backward(q, k, v, key_mask, query_mask, marks, grad_out)
     grads = tuple(map(empty_like, (q, k, v)))
     q, k, v, grad_out = map(adjacent, (q, k, v, grad_out))
     key_mask, query_mask = contiguous(key_mask, query_mask)
+    marks = marks.contiguous()
     call = _call(q, k, v, key_mask, query_mask, marks)
     call.grad_out = view(grad_out)
     call.grad_q, call.grad_k, call.grad_v = map(view, grads)
@@ -170,6 +227,7 @@ def _bidirectional_backward(
 
 @torch.library.register_fake("flowformer::aft_simple_bidirectional_backward")
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
+    _check_bidirectional_backward(q, k, v, *rest)
     return tuple(map(empty_like, (q, k, v)))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowformer.core.checks import Layout, check_state, check_step, describe
+from flowformer.core.checks import Layout, check_dense, check_state, check_step, describe
 from flowformer.core.masks import close_up, fill
 from flowformer.core.precision import LOG_ZERO, no_autocast, sum_dtype
 from flowformer.core.run import Dense, Given, run
@@ -71,6 +71,8 @@ def check_bias(op: str, position_bias: Any, like: Tensor) -> Bias:
         TypeError, ValueError: for anything else.
     """
     bias = tuple(position_bias) if isinstance(position_bias, (tuple, list)) else (position_bias,)
+    for part in bias:
+        check_dense(f"{op}: position_bias", part)
     shown = f"got {', '.join(describe(part) for part in bias)}"
     wanted = f"{op}: position_bias must be a tensor (T, T), or two factors (T, channels)"
     if len(bias) > 2 or not all(isinstance(part, Tensor) and part.is_floating_point() for part in bias):

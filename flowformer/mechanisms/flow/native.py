@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,13 @@ from torch import Tensor
 
 from flowformer.core.backends import implements
 from flowformer.core.run import Checked
+from flowformer.kernels.native.arguments import (
+    check_bounds,
+    check_inputs,
+    check_packing,
+    check_part,
+    check_whole,
+)
 from flowformer.kernels.native.kernels import (
     View,
     address,
@@ -81,7 +89,7 @@ def _tokens(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> _Token
     if cu_seqlens is not None:
         bounds = cu_seqlens.long()
         return _Tokens(torch.stack([torch.zeros_like(bounds[1:]), bounds[:-1], bounds.diff()], 1), None)
-    batch = torch.arange(x.shape[0])
+    batch = torch.arange(x.shape[0], device=x.device)  # whatever the default device is
     if mask is None:
         return _Tokens(torch.stack([batch, torch.zeros_like(batch), torch.full_like(batch, x.shape[1])], 1), None)
     counts = mask.sum(1)
@@ -98,6 +106,10 @@ def _numbers(
     shape: Sequence[int], value_channels: int, dtype: torch.dtype, options: Sequence[Any], threads: int
 ) -> dict[str, Any]:
     feature_map, clamp, eps, flow_eps, competition, allocation, _ = options
+    if feature_map not in _FEATURE_MAPS or competition not in _COMPETITIONS:
+        raise ValueError(f"unknown feature map or competition: {feature_map!r}, {competition!r}")
+    if not all(0 <= number < math.inf for number in (clamp or 0, eps, flow_eps)):
+        raise ValueError(f"clamp, eps and flow_eps must be finite and at least 0, got {clamp}, {eps}, {flow_eps}")
     return {
         "heads": shape[-2],
         "key_channels": shape[-1],
@@ -152,20 +164,67 @@ _CAUSAL = (
 _BIDIRECTIONAL = f"{_TENSORS}, Tensor? key_mask, Tensor? query_mask, Tensor? cu_seqlens"
 
 
+_STATE = ("length", "sums", "log_normaliser", "memory")
+
+
+def _state_shapes(q: Tensor, v: Tensor, batch: int) -> tuple[tuple[int, ...], ...]:
+    heads, channels, value_channels = q.shape[-2], q.shape[-1], v.shape[-1]
+    return (batch,), (batch, heads, 4, channels), (batch, heads), (batch, heads, channels, value_channels)
+
+
 def _new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
     """Memory for a state."""
     batch = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    heads, channels = q.shape[2:]
-    return (
-        q.new_empty(batch, dtype=torch.int64),
-        q.new_empty(batch, heads, 4, channels, dtype=torch.float64),
-        q.new_empty(batch, heads, dtype=torch.float64),
-        q.new_empty(batch, heads, channels, v.shape[3], dtype=torch.float64),
-    )
+    length, *sums = _state_shapes(q, v, batch)
+    return q.new_empty(length, dtype=torch.int64), *(q.new_empty(shape, dtype=torch.float64) for shape in sums)
+
+
+def _check_state(op: str, state: Sequence[Tensor | None], q: Tensor, v: Tensor, batch: int, of: str = "") -> None:
+    """Check the parts of a state, or of the gradient of one, that are given."""
+    for name, part, shape in zip(_STATE, state, _state_shapes(q, v, batch), strict=True):
+        check_part(op, of + name, part, shape, torch.int64 if name == "length" else torch.float64, q)
+
+
+def _check_causal(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Any, cu_seqlens: Any, *state: Tensor | None) -> int:
+    """Check the arguments that the causal operators share; return the number of sequences."""
+    check_inputs(op, q, k, v, 4, same_length=True)
+    check_part(op, "mask", mask, q.shape[:2], torch.bool, q)
+    check_packing(op, cu_seqlens, q, k, mask)
+    batch = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    check_whole(op, **dict(zip(_STATE, state, strict=True)))
+    _check_state(op, state, q, v, batch)
+    return batch
+
+
+def _check_causal_backward(q: Tensor, k: Tensor, v: Tensor, mask: Any, cu_seqlens: Any, *rest: Any) -> None:
+    op = "flow_causal_backward"
+    batch = _check_causal(op, q, k, v, mask, cu_seqlens, *rest[:4])
+    check_part(op, "grad_out", rest[4], v.shape, q.dtype, q)
+    _check_state(op, [None, *rest[5:8]], q, v, batch, "grad_")
+
+
+def _check_bidirectional(op: str, q: Tensor, k: Tensor, v: Tensor, key: Any, query: Any, cu_seqlens: Any) -> None:
+    check_inputs(op, q, k, v, 4, same_length=False)
+    check_part(op, "key_mask", key, k.shape[:2], torch.bool, q)
+    check_part(op, "query_mask", query, q.shape[:2], torch.bool, q)
+    check_packing(op, cu_seqlens, q, k, key, query)
+
+
+def _check_bidirectional_backward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
+    _check_bidirectional("flow_bidirectional_backward", q, k, v, *rest[:3])
+    shape = (*q.shape[:3], v.shape[3])
+    check_part("flow_bidirectional_backward", "grad_out", rest[3], shape, q.dtype, q)
+
+
+def _check_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor) -> None:
+    check_inputs("flow_step", q, k, v, 3, same_length=True)
+    _check_state("flow_step", state, q, v, q.shape[0])
 
 
 @_operator("flow_causal", _CAUSAL, "(Tensor, Tensor, Tensor, Tensor, Tensor)")
 def _causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any) -> Any:
+    _check_causal("flow_causal", q, k, v, mask, cu_seqlens, *rest[:4])
+    check_bounds("flow_causal", cu_seqlens, q.shape[1])
     before, options = contiguous(*rest[:4]), rest[4:]
     out, after = empty_like(v, mask is not None), _new_state(q, v, cu_seqlens)
     q, k, v = adjacent(q), adjacent(k), adjacent(v)
@@ -178,6 +237,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Te
 
 @torch.library.register_fake("flowformer::flow_causal")
 def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any) -> Any:
+    _check_causal("flow_causal", q, k, v, mask, cu_seqlens, *rest[:4])
     return empty_like(v, False), *_new_state(q, v, cu_seqlens)
 
 
@@ -188,6 +248,8 @@ _CAUSAL_GRADIENTS = "Tensor grad_out, Tensor? grad_sums, Tensor? grad_log_normal
 def _causal_backward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any
 ) -> Any:
+    _check_causal_backward(q, k, v, mask, cu_seqlens, *rest)
+    check_bounds("flow_causal_backward", cu_seqlens, q.shape[1])
     before, grad_out, grad_after, options = contiguous(*rest[:4]), rest[4], contiguous(*rest[5:8]), rest[8:]
     dtype, grads = q.dtype, _gradients(q, k, v, mask is not None)
     q, k, v, grad_out = adjacent(q), adjacent(k), adjacent(v), adjacent(grad_out)
@@ -203,6 +265,7 @@ def _causal_backward(
 
 @torch.library.register_fake("flowformer::flow_causal_backward")
 def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any) -> Any:
+    _check_causal_backward(q, k, v, mask, cu_seqlens, *rest)
     return *(empty_like(x, False) for x in (q, k, v)), *_new_state(q, v, cu_seqlens)[1:]
 
 
@@ -211,6 +274,8 @@ def _bidirectional(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, cu_seqlens: Tensor | None,
     *options: Any,
 ) -> Tensor:  # fmt: skip
+    _check_bidirectional("flow_bidirectional", q, k, v, key_mask, query_mask, cu_seqlens)
+    check_bounds("flow_bidirectional", cu_seqlens, q.shape[1])
     out = _empty_out(q, v, query_mask is not None)
     q, k, v = adjacent(q), adjacent(k), adjacent(v)
     sinks, sources = _tokens(q, query_mask, cu_seqlens), _tokens(k, key_mask, cu_seqlens)
@@ -228,6 +293,7 @@ def _empty_out(q: Tensor, v: Tensor, zero: bool) -> Tensor:
 
 @torch.library.register_fake("flowformer::flow_bidirectional")
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    _check_bidirectional("flow_bidirectional", q, k, v, *rest[:3])
     return _empty_out(q, v, False)
 
 
@@ -236,6 +302,8 @@ def _bidirectional_backward(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, cu_seqlens: Tensor | None,
     grad_out: Tensor, *options: Any,
 ) -> Any:  # fmt: skip
+    _check_bidirectional_backward(q, k, v, key_mask, query_mask, cu_seqlens, grad_out)
+    check_bounds("flow_bidirectional_backward", cu_seqlens, q.shape[1])
     dtype = q.dtype
     grad_q, grad_k, grad_v = grads = _gradients(q, k, v, False)
     if query_mask is not None:
@@ -254,6 +322,7 @@ def _bidirectional_backward(
 
 @torch.library.register_fake("flowformer::flow_bidirectional_backward")
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    _check_bidirectional_backward(q, k, v, *rest)
     return tuple(empty_like(x, False) for x in (q, k, v))
 
 
@@ -262,6 +331,7 @@ _STEP = f"{_TENSORS}, Tensor length, Tensor sums, Tensor log_normaliser, Tensor 
 
 @_operator("flow_step", _STEP, "(Tensor, Tensor, Tensor, Tensor, Tensor)")
 def _step(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    _check_step(q, k, v, *rest[:4])
     before = [part.contiguous() for part in rest[:4]]
     return run_step(q.contiguous(), k.contiguous(), v.contiguous(), before, rest[4:])
 
@@ -283,6 +353,7 @@ def _step_call(
 
 @torch.library.register_fake("flowformer::flow_step")
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    _check_step(q, k, v, *rest[:4])
     return v.new_empty(v.shape), *(part.new_empty(part.shape) for part in rest[:4])
 
 

@@ -43,7 +43,7 @@ class FlowOptions:
         if self.competition not in ("sequence", "heads", None):
             raise ValueError(f"competition must be 'sequence', 'heads' or None, got {self.competition!r}")
         for name in ("eps", "flow_eps", *(() if self.clamp is None else ("clamp",))):
-            check_number(name, getattr(self, name))
+            check_number(name, getattr(self, name), at_most=None if name == "clamp" else 1)
         if self.clamp is not None and not self.clamp > 0:
             raise ValueError(f"clamp must be positive or None, got {self.clamp!r}")
         for name in ("eps", "flow_eps"):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import io
-import pickle
+import lzma
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 
 from flowformer.common.errors import DataError
+from flowformer.tasks.images.array_pickles import load_arrays
+from flowformer.tasks.images.decoding import UnreadableImage, decode
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32  # pixels
@@ -24,14 +26,17 @@ _TRAIN_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 _TEST_BATCH = "test_batch"
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 _ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
-# What a pickled array of numbers is made of, by the names of NumPy 1 and 2; nothing else is unpickled.
-_PICKLED = {
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-}
+MOST_BYTES = 2**31  # of an archive's files together; CIFAR-10 is a tenth of that
+_DAMAGE = (
+    OSError,
+    EOFError,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    ValueError,
+    RuntimeError,
+)
 
 Files = Mapping[str, Callable[[], bytes]]  # by path, what reads them
 
@@ -98,23 +103,57 @@ def read_cifar10(path: Path) -> tuple[LabelledImages, LabelledImages | None]:
 def _list_files(path: Path) -> Files:
     if path.is_dir():
         found = sorted(one for one in path.rglob("*") if one.is_file())
-        return {one.relative_to(path).as_posix(): one.read_bytes for one in found}
+        return {one.relative_to(path).as_posix(): partial(_read_file, one) for one in found}
     if not path.is_file():
         raise DataError(f"{path}: no such file or folder")
     try:
         if zipfile.is_zipfile(path):
-            archive = zipfile.ZipFile(path)
-            names = sorted(name for name in archive.namelist() if not name.endswith("/"))
-            return {name: lambda name=name: archive.read(name) for name in names}
+            return _list_zip(path)
         if tarfile.is_tarfile(path):
-            # Read at once: in a compressed archive each member costs a pass over all before it.
-            with tarfile.open(path) as tar:
-                contents = {member.name: tar.extractfile(member) for member in tar if member.isfile()}
-                data = {name: file.read() for name, file in contents.items() if file is not None}
-            return {name: lambda name=name: data[name] for name in sorted(data)}
-    except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
+            return _read_tar(path)
+    except DataError:
+        raise
+    except _DAMAGE as error:
         raise DataError(f"{path}: damaged archive ({error})") from error
     raise DataError(f"{path}: expected a folder, or an archive: zip, tar or tar.gz")
+
+
+def _read(origin: object, read: Callable[[], bytes]) -> bytes:
+    try:
+        return read()
+    except _DAMAGE as error:
+        raise DataError(f"{origin}: cannot be read ({error})") from error
+
+
+def _read_file(path: Path) -> bytes:
+    return _read(path, lambda: _check_total(path, path.stat().st_size) or path.read_bytes())
+
+
+def _list_zip(path: Path) -> Files:
+    archive = zipfile.ZipFile(path)
+    members = [member for member in archive.infolist() if not member.is_dir()]
+    _check_total(path, sum(member.file_size for member in members))
+    names = sorted({member.filename for member in members})
+    return {name: partial(_read, f"{path}: {name}", partial(archive.read, name)) for name in names}
+
+
+def _read_tar(path: Path) -> Files:
+    """The files of a tar archive, read at once: in a compressed one each member costs a pass over all before it."""
+    total = 0
+    data = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            file = tar.extractfile(member) if member.isreg() and not member.issparse() else None
+            if file is not None:
+                total += member.size
+                _check_total(path, total)
+                data[member.name] = file.read()
+    return {name: partial(data.__getitem__, name) for name in sorted(data)}
+
+
+def _check_total(path: Path, total: int) -> None:
+    if total > MOST_BYTES:
+        raise DataError(f"{path}: files of {total:,} bytes and more, expected CIFAR-10, at most {MOST_BYTES:,} bytes")
 
 
 def _read_binary(origin: str, data: bytes) -> LabelledImages:
@@ -124,21 +163,20 @@ def _read_binary(origin: str, data: bytes) -> LabelledImages:
     return _check(origin, records[:, 1:], records[:, 0])
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles arrays and plain values; a pickle may else run anything."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _PICKLED:
-            raise pickle.UnpicklingError(f"{module}.{name} is not part of CIFAR-10")
-        return super().find_class(module, name)
-
-
 def _read_pickle(origin: str, data: bytes) -> LabelledImages:
     try:
-        values = _ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
-        return _check(origin, np.asarray(values[b"data"]), np.asarray(values[b"labels"]))
-    except (pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, AttributeError) as error:
+        values = load_arrays(data)
+    except Exception as error:  # an unpickler raises whatever broken data lead it to
         raise DataError(f"{origin}: not a batch of CIFAR-10 in its Python form ({error})") from error
+    planes, labels = (values.get(name) for name in (b"data", b"labels")) if isinstance(values, dict) else (None, None)
+    if not isinstance(planes, np.ndarray) or not isinstance(labels, list | np.ndarray):
+        raise DataError(f"{origin}: expected a dictionary with an array {b'data'!r} and a list {b'labels'!r}")
+    numbers = [label for label in labels if isinstance(label, int | np.integer)]
+    if len(numbers) != len(labels):
+        raise DataError(f"{origin}: expected labels that are whole numbers from 0 to 9")
+    if numbers and not 0 <= min(numbers) <= max(numbers) < len(CLASSES):
+        raise DataError(f"{origin}: expected labels from 0 to 9, got {min(numbers)} to {max(numbers)}")
+    return _check(origin, planes, np.array(numbers, dtype=np.int64))
 
 
 def _check(origin: str, planes: np.ndarray, labels: np.ndarray) -> LabelledImages:
@@ -167,13 +205,10 @@ def _read_pictures(path: Path, files: Files) -> tuple[LabelledImages | None, Lab
 
 
 def _decode(origin: str, data: bytes) -> np.ndarray:
-    from PIL import Image
-
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            image = np.asarray(picture.convert("RGB"))
-    except OSError as error:
-        raise DataError(f"{origin}: not an image, or damaged ({error})") from error
+        image = np.asarray(decode(data))
+    except UnreadableImage as error:
+        raise DataError(f"{origin}: {error}") from error
     if image.shape != (SIDE, SIDE, 3):
         raise DataError(f"{origin}: expected {SIDE} x {SIDE} pixels, got {image.shape[1]} x {image.shape[0]}")
     return image

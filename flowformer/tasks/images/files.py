@@ -5,7 +5,6 @@ What cannot be read never ends a run: it is left out, named once in the log, and
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 import re
@@ -18,9 +17,11 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from flowformer.common.errors import DataError
+from flowformer.tasks.classes import as_number, find_class, order_classes
 from flowformer.tasks.fingerprint import hash_values
 from flowformer.tasks.images.decoding import SUFFIXES, UnreadableImage, decode
-from flowformer.tasks.images.shards import Found, Label, Store, read_parquet, read_tar
+from flowformer.tasks.images.lists import read_list
+from flowformer.tasks.images.shards import UNLABELLED, Found, Label, Store, read_parquet, read_tar
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -62,7 +63,7 @@ class ImageFiles(Dataset[EncodedImage]):
         rows: (n,) int64, which of the store's images these are.
         labels: (n,) int64, indices of classes.
         classes: Names of the classes, sorted; of numbered ones what the source calls them, or else their numbers.
-        numbered: Whether the source has numbers of classes, not names.
+        numbers: Number of each class in the source; None where it has names only.
         left_out: What is not among the images or could not be read: why, by name.
     """
 
@@ -72,8 +73,13 @@ class ImageFiles(Dataset[EncodedImage]):
     rows: np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...]
-    numbered: bool = False
+    numbers: tuple[int, ...] | None = None
     left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def numbered(self) -> bool:
+        """Whether the source has numbers of classes, not names."""
+        return self.numbers is not None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -148,13 +154,13 @@ class ImageFiles(Dataset[EncodedImage]):
         if tuple(classes) == self.classes:
             return self
         index = {name: number for number, name in enumerate(classes)}
-        present = np.unique(self.labels)
-        unknown = [self.classes[label] for label in present if self.classes[label] not in index]
+        found = [find_class(name, index) for name in self.classes]
+        unknown = [self.classes[label] for label in np.unique(self.labels) if found[label] is None]
         if unknown:
             some = ", ".join(repr(name) for name in unknown[:5])
             raise DataError(f"{self.origin}: unknown classes {some}{', ...' if len(unknown) > 5 else ''}")
-        numbers = np.array([index.get(name, -1) for name in self.classes], dtype=np.int64)
-        return replace(self, labels=numbers[self.labels], classes=tuple(classes))
+        numbers = np.array([-1 if number is None else number for number in found], dtype=np.int64)
+        return replace(self, labels=numbers[self.labels], classes=tuple(classes), numbers=None)
 
 
 class FileImages:
@@ -258,7 +264,7 @@ def _read_shards(place: Path, form: str, files: Sequence[Path]) -> dict[str, Ima
     sets = {}
     for split, shards in _in_order(by_split).items():
         found = _SHARDS[form][1](shards)
-        if all(isinstance(label, int) and label < 0 for label in found.labels):
+        if set(found.labels) == {UNLABELLED}:
             logger.info("%s: the %s set has no labels, and is not used", place, split)
             continue
         sets[split] = _labelled(f"{place}, {split}", form, found)
@@ -269,26 +275,26 @@ def _read_shards(place: Path, form: str, files: Sequence[Path]) -> dict[str, Ima
 
 def _labelled(origin: str, form: str, found: Found) -> ImageFiles:
     """Number the classes."""
-    numbered = all(isinstance(label, int) for label in found.labels)
-    if not numbered and any(isinstance(label, int) for label in found.labels):
-        raise DataError(f"{origin}: labels are partly numbers and partly names: {found.labels[:5]}")
-    if numbered:
-        labels = np.array(found.labels, dtype=np.int64)
-        most = int(labels.max(initial=-1))
-        classes = found.class_names or tuple(str(number) for number in range(most + 1))
-        if labels.min(initial=0) < 0 or most >= len(classes):
-            raise DataError(f"{origin}: labels from {labels.min()} to {most} for {len(classes)} classes")
-    else:
-        classes = _sorted_names({str(label) for label in found.labels})
-        index = {name: number for number, name in enumerate(classes)}
-        labels = np.array([index[str(label)] for label in found.labels], dtype=np.int64)
+    labels = found.labels
+    if len({isinstance(label, int) for label in labels}) > 1:
+        if any(as_number(str(label)) is None for label in labels):
+            number = next(label for label in labels if isinstance(label, int))
+            name = next(label for label in labels if not isinstance(label, int))
+            raise DataError(f"{origin}: labels are partly numbers and partly names: {number} and {name!r}")
+        labels = [str(label) for label in labels]  # decimals, or with leading zeros
+    numbers: tuple[int, ...] | None = None
+    if labels and isinstance(labels[0], int):
+        numbers = tuple(sorted({int(label) for label in labels}))
+        if found.class_names:
+            if numbers[0] < 0 or numbers[-1] >= len(found.class_names):
+                span = f"labels from {numbers[0]} to {numbers[-1]}"
+                raise DataError(f"{origin}: {span} for {len(found.class_names)} classes")
+            numbers = tuple(range(len(found.class_names)))
+    classes = order_classes(map(str, labels)) if numbers is None else found.class_names or tuple(map(str, numbers))
+    index = {name: place for place, name in enumerate(numbers or classes)}
+    places = np.array([index[label] for label in labels], dtype=np.int64)
     rows = np.arange(len(found.store), dtype=np.int64)
-    return ImageFiles(origin, form, found.store, rows, labels, classes, numbered, found.left_out)
-
-
-def _sorted_names(names: set[str]) -> tuple[str, ...]:
-    numbers = all(name.isascii() and name.isdigit() for name in names)
-    return tuple(sorted(names, key=int) if numbers else sorted(names))
+    return ImageFiles(origin, form, found.store, rows, places, classes, numbers, found.left_out)
 
 
 def read_folder(path: str | Path) -> ImageFiles:
@@ -350,19 +356,42 @@ def _walk(root: Path, below: str) -> Iterator[str]:
 
 
 def _split_folders(place: Path) -> dict[str, Path]:
-    """Folders of images by split; none where there is neither a train nor a validation set."""
+    """Folders of images by split; none where there is neither a train nor a validation set.
+
+    What is in a folder decides, not its name: beside class folders, images right within "train" are those of a class.
+    """
+    folders = [Path(entry.path) for entry in _visible(place) if entry.is_dir() and not _is_image(entry.name)]
+    named = [folder for folder in folders if folder.name.lower() in SPLITS and _has_images(folder, flat=True)]
+    others = [folder.name for folder in folders if folder not in named and _has_images(folder, flat=True)]
+    if others and not any(map(_is_labelled, named)):
+        return {}
     found: dict[str, Path] = {}
-    for entry in _visible(place):
-        split = SPLITS.get(entry.name.lower())
-        if split and entry.is_dir() and _has_images(Path(entry.path), flat=True):
-            if split in found:
-                raise DataError(f"{place} contains two folders for {split}: {found[split].name} and {entry.name}")
-            found[split] = Path(entry.path)
+    for folder in named:
+        split = SPLITS[folder.name.lower()]
+        if split in found:
+            raise DataError(f"{place} contains two folders for {split}: {found[split].name} and {folder.name}")
+        found[split] = folder
     if "train" not in found and "validation" not in found:
         return {}
+    if others:
+        _check_others(place, found, others)
     if "test" in found and not _is_labelled(found["test"]):
         logger.info("%s has no labels, and is not used", found.pop("test"))
     return _in_order(found)
+
+
+def _check_others(place: Path, found: Mapping[str, Path], others: Sequence[str]) -> None:
+    """Refuse what may be a set or a class; log what stands beside sets, and is not used."""
+    listed = ", ".join(map(repr, others[:_NAMED])) + (", ..." if len(others) > _NAMED else "")
+    if len(found) == 1:
+        (folder,) = found.values()
+        raise DataError(
+            f"{place}: {folder.name!r} is either a set, for it contains class folders or a list, or a class beside "
+            f"{listed}: move the class folders out of {folder.name!r} or the other folders elsewhere"
+        )
+    logger.warning(
+        "%s: beside %s, the images in %s are not used", place, ", ".join(one.name for one in found.values()), listed
+    )
 
 
 def _in_order(by_split: Mapping[str, Any]) -> dict[str, Any]:
@@ -402,7 +431,7 @@ def _labels_file(folder: Path) -> Path | None:
 
 
 def _read_flat(folder: Path, path: Path) -> ImageFiles:
-    label_of = _read_labels(path)
+    label_of = read_list(path)
     names: list[str] = []
     labels: list[Label] = []
     left_out: dict[str, str] = {}
@@ -419,31 +448,3 @@ def _read_flat(folder: Path, path: Path) -> ImageFiles:
         raise DataError(f"{path} lists none of the images in {folder}")
     found = Found(FileImages(folder, names), labels, None, left_out)
     return _labelled(str(folder), "a folder and a list of labels", found)
-
-
-_NAME_COLUMNS = ("name", "file", "filename", "image", "imageid")
-_CLASS_COLUMNS = ("class", "label", "wnid", "synset", "index", "predictionstring")
-
-
-def _read_labels(path: Path) -> dict[str, Label]:
-    """Classes by name of file, with or without its suffix: of columns with a header, or else of the first two."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = [row for row in csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",") if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot read the table: {error}") from error
-    header = [cell.strip().lower() for cell in lines[0]] if lines else []
-    name_at, class_at = (
-        next((header.index(name) for name in known if name in header), -1) for known in (_NAME_COLUMNS, _CLASS_COLUMNS)
-    )
-    if min(name_at, class_at) < 0:
-        name_at, class_at = 0, 1
-    else:
-        del lines[0]
-    found: dict[str, Label] = {}
-    for row in lines:
-        if len(row) <= max(name_at, class_at) or not row[class_at].strip():
-            raise DataError(f"{path}: expected a name and a class in each line, got {row}")
-        label = row[class_at].split()[0]  # Kaggle's list has boxes behind the class
-        found[row[name_at].strip()] = int(label) if label.isascii() and label.isdigit() else label
-    return found

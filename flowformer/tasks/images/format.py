@@ -45,6 +45,7 @@ class ImageFormat:
         crop: Part of the side that the centre crop keeps, after resizing: 0.875 resizes to 256 for 224.
     """
 
+    kind: ClassVar[str] = "images"
     item: ClassVar[str] = "picture"
     files: ClassVar[str] = "pictures, and folders of them"
     show_options: ClassVar[type] = NoChoice
@@ -137,15 +138,21 @@ class ImageFormat:
             if read:
                 names += [str(file) for file, _ in read]
                 pieces.append(classify(model, self, [image for _, image in read]))
+                if not np.isfinite(pieces[-1]).all():
+                    row = int(np.argmin(np.isfinite(pieces[-1]).all(axis=1)))
+                    raise DataError(f"{read[row][0]}: the model gives no finite probabilities for this image")
         if not pieces:
-            raise DataError(f"none of {len(files)} files in {', '.join(map(str, paths))} is a readable image")
+            listed = ", ".join(map(str, paths))
+            if not files:
+                raise DataError(f"{listed} contains no pictures; expected files that end in {', '.join(SUFFIXES)}")
+            raise DataError(f"none of {len(files)} files in {listed} is a readable image")
         return names, np.concatenate(pieces)
 
     def _read(self, file: Path) -> np.ndarray | None:
         try:
             return self.prepare(decode(file.read_bytes()))
-        except UnreadableImage as error:
-            logger.warning("%s is left out: %s", file, error)
+        except (UnreadableImage, OSError) as error:
+            logger.warning("%s is left out: %s", file, getattr(error, "strerror", None) or error)
             return None
 
     def show(self, model: VisionModel, file: Path | None, options: NoChoice, view: View) -> Scene:

@@ -24,6 +24,7 @@ from flowformer.common.errors import DataError
 from flowformer.tasks.images.decoding import UnreadableImage
 from flowformer.tasks.images.files import ImageFiles, find_images
 from flowformer.tasks.images.format import ImageFormat
+from flowformer.tasks.images.numbering import choose_classes, classes, renumber
 from flowformer.tasks.images.task import SPLIT_SEED
 from flowformer.tasks.metric import Metric
 from flowformer.tasks.splits import stratify
@@ -46,14 +47,6 @@ PUBLISHED: Mapping[str, float] = {
     "aft-conv-small-11-16": 80.2, "aft-conv-small-11-384": 80.8, "aft-conv-small-15-384": 81.0,
     "aft-conv-transfer": 83.4,
 }  # fmt: skip
-
-
-@cache
-def classes() -> tuple[str, ...]:
-    """Return the 1,000 classes of ImageNet-1K in order, by their WordNet ids: "n01440764" is class 0."""
-    from timm.data.imagenet_info import ImageNetInfo
-
-    return tuple(ImageNetInfo("imagenet-1k").label_names())
 
 
 @contextmanager
@@ -421,11 +414,13 @@ def load(
     validation_fraction: float = 0.0,
     seed: int = 0,
     test_fraction: float = 0.0,
+    own_numbers: bool = False,
 ) -> ImageNetTask:
     """Find ImageNet's images, a part of them, or others in the same form.
 
     Classes with WordNet names that ImageNet-1K has are its classes, with its indices, also where some are missing.
-    Numbers without names are its indices too. Otherwise classes are those of the training images, sorted.
+    Numbers without names are its indices too, if all are below 1,000. Otherwise classes are those of the training
+    images, sorted.
 
     Args:
         path: As :func:`flowformer.tasks.images.files.find_images` takes it; it must hold a training and a validation
@@ -436,6 +431,7 @@ def load(
         seed: Decides which.
         test_fraction: Part of each class that is held out to test on, always the same, where there is one set only; 0
             to refuse that.
+        own_numbers: Whether numbers without names are classes of their own: as many as there are different numbers.
 
     Raises:
         DataError: where sets are missing, no image of one can be read, or classes do not fit.
@@ -449,8 +445,8 @@ def load(
         found = "; ".join(f"{split}: {files}" for split, files in sets.items())
         raise DataError(f"{path}: expected a train and a val set; found {found}")
     is_whole = (len(train), len(test)) == SIZES
-    names = _class_names(train)
-    train, test = _with_classes(train, names).check(), _with_classes(test, names).check()
+    names = choose_classes(train, own_numbers)
+    train, test = renumber(train, names).check(), renumber(test, names).check()
     if len(names) < 2:
         raise DataError(f"{train}; classification requires two classes")
     augmentation = augmentation or Augmentation()
@@ -475,21 +471,3 @@ def _split(files: ImageFiles, fraction: float, seed: int) -> tuple[ImageFiles, I
     present, ranks = np.unique(files.labels, return_inverse=True)
     kept, held = stratify(ranks, [files.classes[label] for label in present], fraction, seed)
     return files.subset(kept), files.subset(held)
-
-
-def _class_names(train: ImageFiles) -> tuple[str, ...]:
-    if train.numbered:
-        unnamed = train.classes == tuple(str(number) for number in range(len(train.classes)))
-        fits = len(train.classes) <= len(classes()) if unnamed else len(train.classes) == len(classes())
-        return classes() if fits else train.classes
-    return classes() if set(train.classes) <= set(classes()) else train.classes
-
-
-def _with_classes(files: ImageFiles, names: tuple[str, ...]) -> ImageFiles:
-    """The same images with indices of the classes named; numbers are such indices."""
-    if not files.numbered:
-        return files.with_classes(names)
-    most = int(files.labels.max(initial=-1))
-    if most >= len(names):
-        raise DataError(f"{files.origin}: labels up to {most} for {len(names)} classes")
-    return replace(files, classes=names)

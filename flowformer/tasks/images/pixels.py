@@ -42,7 +42,7 @@ class DrawingOptions(SamplingOptions):
     """Options of ``flowformer generate`` for images."""
 
     out: Path | None = option(None, "PNG file to write; required")
-    count: int = option(16, "number of images to sample")
+    count: int = option(16, "number of images to sample", at_least=1, largest=100_000)
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class PixelFormat:
         levels: Values that a sub-pixel has, from 0; at most 256.
     """
 
+    kind: ClassVar[str] = "images"
     generate_options: ClassVar[type] = DrawingOptions
 
     height: int

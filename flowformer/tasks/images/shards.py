@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from flowformer.common.errors import DataError
+from flowformer.tasks.encodings import decode
 from flowformer.tasks.images.decoding import SUFFIXES, UnreadableImage
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
@@ -24,6 +26,16 @@ LABEL_KEYS = ("label", "cls", "class_index", "index", "wnid", "synset", "class_i
 
 # A label as its source has it: a number, or a name.
 Label = int | str
+UNLABELLED = -1  # the number in place of a label that is not known
+MOST_LABEL_BYTES = 2**20
+# What tarfile raises where headers are damaged.
+DAMAGED_TAR = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError)
+_WHOLE = re.compile(r"0|-?[1-9][0-9]{0,99}")
+
+
+def parse_label(text: str) -> Label:
+    """Return the label that a text is: a whole number in its usual spelling, else a name, as "007" and "1.0" are."""
+    return int(text) if _WHOLE.fullmatch(text) else text
 
 
 class Store(Protocol):
@@ -80,10 +92,13 @@ def read_parquet(files: Sequence[Path]) -> Found:
             file = parquet.ParquetFile(path)
             column, label = (_column(path, file.schema_arrow, known) for known in (IMAGE_COLUMNS, LABEL_COLUMNS))
             values = file.read([label], use_threads=False).column(0).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
+        except DataError:
+            raise
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise DataError(f"{path}: cannot read the parquet file: {error}") from error
         if any(value is None for value in values):
             raise DataError(f"{path}: row {values.index(None)} has no {label}")
+        _check_unlabelled(path, values)
         names = names or _class_names(file.schema_arrow, label)
         first = len(labels)
         for group in range(file.num_row_groups):
@@ -91,6 +106,16 @@ def read_parquet(files: Sequence[Path]) -> Found:
             first += file.metadata.row_group(group).num_rows
         labels += values
     return Found(ParquetImages(files, column, groups, len(labels)), labels, names, {})
+
+
+def _check_unlabelled(path: Path, values: Sequence[Any]) -> None:
+    """Raise where some rows, not all, have the number of a label that is not known."""
+    numbers = {value for value in values if isinstance(value, int)}
+    if numbers and min(numbers) < 0 and numbers != {UNLABELLED}:
+        raise DataError(
+            f"{path}: labels from {min(numbers)} to {max(numbers)}, expected numbers from 0 on; {UNLABELLED} in all "
+            "rows stands for no labels"
+        )
 
 
 class ParquetImages:
@@ -149,7 +174,7 @@ class ParquetImages:
         place = self._group_of(index)
         try:
             value = self._read_group(place)[index - int(self.groups[place, 2])].as_py()
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError, IndexError) as error:
             raise UnreadableImage(f"cannot read rows: {error}") from error
         data = value.get("bytes") if isinstance(value, Mapping) else value
         if not isinstance(data, bytes):
@@ -161,10 +186,12 @@ class ParquetImages:
 
         if self._kept[0] != place:
             number, group, _ = (int(value) for value in self.groups[place])
-            if number not in self._open:
-                # Mapped into memory: a process that is forked shares no position in the file.
-                self._open[number] = parquet.ParquetFile(self.files[number], memory_map=True)
-            table = self._open[number].read_row_group(group, [self.column], use_threads=False)
+            # Not mapped into memory: a file that becomes shorter would end the process. A process that is forked opens
+            # its own, for both would share the position in the file.
+            key = os.getpid(), number
+            if key not in self._open:
+                self._open[key] = parquet.ParquetFile(self.files[number])
+            table = self._open[key].read_row_group(group, [self.column], use_threads=False)
             self._kept = (place, table.column(0))
         return self._kept[1]
 
@@ -217,11 +244,15 @@ def _samples(path: Path, left_out: dict[str, str]) -> dict[str, dict[str, Any]]:
         with tarfile.open(path, "r:") as archive:
             try:
                 for member in archive:
-                    if member.isfile():
+                    if member.isfile() and not member.issparse():
                         _add(samples, path, archive, member)
-            except tarfile.ReadError as error:
+            except DataError:  # of a label
+                raise
+            except DAMAGED_TAR as error:
                 left_out[f"{path.name}, from byte {archive.offset:,} on"] = f"damaged: {error}"
-    except (tarfile.ReadError, OSError) as error:
+    except DataError:
+        raise
+    except DAMAGED_TAR as error:
         raise DataError(f"{path}: cannot read the tar file (compressed ones are not supported): {error}") from error
     return samples
 
@@ -235,10 +266,10 @@ def _add(samples: dict[str, dict[str, Any]], path: Path, archive: tarfile.TarFil
         sample["image"] = member
     elif suffix == ".cls" or (suffix == ".json" and "label" not in sample):
         content = archive.extractfile(member)
-        text = content.read() if content else b""
-        label = _label_of(text, suffix)
+        text = content.read(MOST_LABEL_BYTES) if content else b""
+        label = _label_of(decode(text, f"{path}: {member.name}").strip(), suffix)
         if label is None:
-            raise DataError(f"{path}: {member.name} contains no label: {text[:80]!r}")
+            raise DataError(f"{path}: {member.name} contains no label: {text[:80]!r}{_hint(suffix)}")
         sample["label"] = label
 
 
@@ -271,22 +302,32 @@ class TarImages:
         """Read the encoded image.
 
         Raises:
+            UnreadableImage: where the file has become shorter.
             OSError: where the file cannot be read.
         """
         number, offset, size = (int(value) for value in self.places[index])
         with self.files[number].open("rb") as file:
+            whole = os.fstat(file.fileno()).st_size
+            if whole < offset + size:
+                raise UnreadableImage(f"the tar file has become shorter: {whole:,} bytes, {offset + size:,} expected")
             file.seek(offset)
             return file.read(size)
 
 
-def _label_of(text: bytes, suffix: str) -> Label | None:
+def _hint(suffix: str) -> str:
+    return f"; expected a number or a name, in JSON as {', '.join(LABEL_KEYS)}" if suffix == ".json" else ""
+
+
+def _label_of(text: str, suffix: str) -> Label | None:
+    value: Any = text
     try:
-        value: Any = text.decode("utf-8").strip()
         if suffix == ".json":
-            content = json.loads(value)
+            content = json.loads(text)
             value = next((content[key] for key in LABEL_KEYS if key in content), None)
-    except (UnicodeDecodeError, json.JSONDecodeError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
     if isinstance(value, str):
-        return int(value) if value.isascii() and value.isdigit() else value or None
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+        return parse_label(value) if value else None
+    if isinstance(value, bool | float):
+        return json.dumps(value)
+    return value if isinstance(value, int) else None

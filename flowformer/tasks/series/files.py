@@ -3,56 +3,23 @@
 from __future__ import annotations
 
 import csv
-import gzip
-import tempfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
+from typing import IO, TYPE_CHECKING, NoReturn, cast
 
 import numpy as np
 
 from flowformer.common.errors import DataError
+from flowformer.tasks.encodings import open_text
+from flowformer.tasks.series.table import SeriesTable, describe_excess, find_excess
+from flowformer.tasks.series.ts import is_number, read_ts_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
 ACCEPTED_SUFFIXES = (".ts", ".ts.gz", ".csv", ".csv.gz")
 CSV_KEYS = ("series", "time", "label")
-# The header handed to aeon: lengths may differ, and the labels stay with us (aeon lowers their case).
-_AEON_HEADER = "@missing true\n@univariate false\n@equalLength false\n@classLabel true 0\n@data\n"
-
-
-@dataclass(frozen=True, eq=False)
-class SeriesTable:
-    """Series as read from a file, before preprocessing.
-
-    Attributes:
-        origin: the file, for messages.
-        series: n arrays of shape (length, channels), float64, NaN where missing.
-        labels: n labels as written; empty strings where the source has none.
-        names: what the source calls each series; "0", "1", ... where it names none.
-        channel_names: where the source names its channels, else None.
-        locate: gives the line of series i in the file, for messages.
-    """
-
-    origin: str
-    series: list[np.ndarray]
-    labels: list[str]
-    names: tuple[str, ...]
-    channel_names: tuple[str, ...] | None = None
-    locate: Callable[[int], int] | None = None
-
-    def where(self, index: int) -> str:
-        """Return the location of series `index`: the file, and the line if known."""
-        return f"{self.origin}, " + (f"line {self.locate(index)}" if self.locate else f"series {index}")
-
-    def select_channels(self, names: tuple[str, ...]) -> SeriesTable:
-        """Return the table with its channels in the order of `names`, a permutation of its `channel_names`."""
-        order = [list(self.channel_names or ()).index(name) for name in names]
-        return replace(self, series=[one[:, order] for one in self.series], channel_names=names)
 
 
 def read_table(path: str | Path, *, labelled: bool = True) -> SeriesTable:
@@ -70,7 +37,7 @@ def read_table(path: str | Path, *, labelled: bool = True) -> SeriesTable:
     path = Path(path)
     stem = path.name.lower().removesuffix(".gz")
     if stem.endswith(".ts"):
-        return _read_ts_table(path, labelled)
+        return read_ts_table(path, labelled)
     if stem.endswith(".csv"):
         return _read_csv_table(path, labelled)
     raise DataError(f"{path}: unknown file type; expected {', '.join(ACCEPTED_SUFFIXES)}")
@@ -87,7 +54,7 @@ def read_ts(path: str | Path) -> tuple[list[np.ndarray], list[str]]:
             carries time stamps, or a row has the wrong channels or length, a value that is no number, or an undeclared
             label.
     """
-    table = _read_ts_table(Path(path), labelled=True)
+    table = read_ts_table(Path(path), labelled=True)
     return table.series, table.labels
 
 
@@ -110,165 +77,12 @@ def read_csv(path: str | Path) -> tuple[list[np.ndarray], list[str]]:
 
 
 @contextmanager
-def _open_text(path: Path) -> Iterator[TextIO]:
-    """Open plain or gzipped text; every failure to read, then or later, becomes a DataError."""
-    opener: Callable[..., Any] = gzip.open if path.suffix.lower() == ".gz" else open
-    try:
-        # backslashreplace: the archive's comments are not all UTF-8, and labels must stay distinct.
-        with opener(path, "rt", encoding="utf-8-sig", errors="backslashreplace") as handle:
+def _open_csv(path: Path) -> Iterator[IO[str]]:
+    with open_text(path) as handle:
+        try:
             yield handle
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
-    except (OSError, EOFError, zlib.error, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-
-
-@dataclass
-class _TsHeader:
-    """What the header of a .ts file declares."""
-
-    labelled: bool = False  # rows end in a label
-    labels: dict[str, str] = field(default_factory=dict)  # spelling in a row, loosely -> spelling in the header
-    channels: int | None = None
-    equal_length: bool = False
-
-    def find_label(self, text: str) -> str | None:
-        return self.labels.get(text) or self.labels.get(_loose(text))
-
-
-def _loose(label: str) -> str:
-    # Files of the archive's format are written with less care than they are read: "Up" and "up", "1.0" and "1".
-    try:
-        return repr(float(label))
-    except ValueError:
-        return label.casefold()
-
-
-def _read_ts_table(path: Path, labelled: bool) -> SeriesTable:
-    with tempfile.TemporaryDirectory(prefix="flowformer-") as folder:
-        # aeon stumbles over blank lines, comments between rows, a byte order mark and gzip: it gets a plain copy.
-        copy = Path(folder, "rows.ts")
-        with _open_text(path) as handle, copy.open("w", encoding="utf-8") as rows:
-            labels, lines = _copy_ts(path, handle, rows, labelled)
-        series = _load_with_aeon(path, copy, lines)
-    names = tuple(str(index) for index in range(len(series)))
-    return SeriesTable(str(path), series, labels, names, locate=lines.__getitem__)
-
-
-def _copy_ts(path: Path, handle: TextIO, rows: TextIO, labelled: bool) -> tuple[list[str], list[int]]:
-    """Check header and rows, write the rows for aeon; return label and line number of each series."""
-    numbered = enumerate(handle, start=1)
-    header = _read_ts_header(path, numbered, labelled)
-    rows.write(_AEON_HEADER)
-    labels: list[str] = []
-    lines: list[int] = []
-    length: int | None = None
-    for number, text in numbered:
-        text = text.strip()
-        if not text or text.startswith("#"):
-            continue
-        channels = text.split(":")
-        label = channels.pop().strip() if header.labelled else ""
-        length = _check_ts_row(f"{path}, line {number}", channels, header, length)
-        labels.append(_check_ts_label(f"{path}, line {number}", label, header, labelled))
-        lines.append(number)
-        rows.write(":".join(channels) + ":0\n")
-    if not labels:
-        raise DataError(f"{path}: no rows after @data")
-    return labels, lines
-
-
-def _check_ts_label(place: str, label: str, header: _TsHeader, labelled: bool) -> str:
-    """Return the label as the header spells it, or an empty string where none is needed and none is there."""
-    if not labelled and (not header.labelled or label == "?"):
-        return ""
-    spelled = header.find_label(label)
-    if spelled is None:
-        hint = "" if labelled else "; if the rows have no labels, the header must contain @classLabel false"
-        raise DataError(f"{place}: label {label!r} is not in the header's @classLabel list{hint}")
-    return spelled
-
-
-def _read_ts_header(path: Path, numbered: Iterable[tuple[int, str]], labelled: bool) -> _TsHeader:
-    header = _TsHeader()
-    number = 0
-    for number, text in numbered:
-        tag, *values = text.split() or [""]
-        if tag.lower() == "@data":
-            if not header.labels and (labelled or header.labelled):
-                raise DataError(f"{path}, line {number}: no class labels: the header lacks '@classLabel true ...'")
-            return header
-        _read_ts_tag(f"{path}, line {number}", tag.lower(), values, header)
-    if number == 0:
-        raise DataError(f"{path}: the file is empty")
-    raise DataError(f"{path}: no @data line in {number} lines; not a .ts file, or cut short")
-
-
-def _read_ts_tag(place: str, tag: str, values: list[str], header: _TsHeader) -> None:
-    first = values[0].lower() if values else ""
-    if tag == "@targetlabel" and first == "true":
-        raise DataError(f"{place}: a regression problem (@targetLabel true); expected classes")
-    if tag == "@timestamps" and first == "true":
-        # aeon's reader drops the signs of time-stamped values and whole numbers altogether.
-        raise DataError(f"{place}: values with time stamps (@timeStamps true) are not supported; use a .csv file")
-    if tag == "@classlabel" and first == "true":
-        header.labelled = True
-        # Spelled exactly wins over spelled alike.
-        header.labels = {_loose(label): label for label in reversed(values[1:])} | {one: one for one in values[1:]}
-    elif tag == "@dimensions" and first.isdigit():
-        header.channels = int(first)
-    elif tag == "@equallength":
-        header.equal_length = first == "true"
-
-
-def _check_ts_row(place: str, channels: list[str], header: _TsHeader, length: int | None) -> int:
-    """Check the shape of one row; return the length to expect of the next where all are declared equal."""
-    wanted = header.channels = header.channels or len(channels)
-    before = " before the label" if header.labelled else ""
-    hint = "" if header.labelled else "; the header declares no labels (@classLabel), so every part is a channel"
-    if len(channels) != wanted or not channels:
-        raise DataError(f"{place}: {len(channels)} channels{before}, {wanted or 'at least 1'} expected{hint}")
-    lengths = {channel.count(",") + 1 for channel in channels}
-    if len(lengths) > 1:
-        raise DataError(f"{place}: channels of different lengths {sorted(lengths)} in one series{hint}")
-    steps = lengths.pop()
-    if header.equal_length and length not in (None, steps):
-        raise DataError(f"{place}: {steps} time steps, but {length} before it and the header has @equalLength true")
-    return steps
-
-
-def _load_with_aeon(path: Path, copy: Path, lines: list[int]) -> list[np.ndarray]:
-    from aeon.datasets import load_from_ts_file
-
-    try:
-        series = load_from_ts_file(str(copy))[0]
-    except ValueError as error:  # without a place: find it
-        raise _find_bad_number(path, copy, lines) or DataError(f"{path}: {error}") from error
-    return [np.ascontiguousarray(one.T) for one in series]
-
-
-def _find_bad_number(path: Path, copy: Path, lines: list[int]) -> DataError | None:
-    with copy.open(encoding="utf-8") as handle:
-        rows = handle.readlines()[_AEON_HEADER.count("\n") :]
-    for number, row in zip(lines, rows, strict=True):
-        for channel, values in enumerate(row.split(":")[:-1], start=1):
-            for step, value in enumerate(values.split(","), start=1):
-                if not _is_number(value):
-                    return DataError(
-                        f"{path}, line {number}: channel {channel}, time step {step}: {value!r} is not a number "
-                        "(a missing value is written ?)"
-                    )
-    return None
-
-
-def _is_number(text: str, missing: tuple[str, ...] = ("?",)) -> bool:
-    if text.strip() in missing:
-        return True
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return "_" not in text  # Python reads 1_000, pandas does not
+        except csv.Error as error:
+            raise DataError(f"{path}: cannot be read: {error}") from error
 
 
 def _read_csv_table(path: Path, labelled: bool) -> SeriesTable:
@@ -286,8 +100,13 @@ def _read_csv_table(path: Path, labelled: bool) -> SeriesTable:
         before = labels[first_rows[codes[changed[0]]]]
         _fail_at_row(path, changed[0], f"label {labels[changed[0]]!r}, but the same series had {before!r} before")
     order = _order_steps(path, codes, _read_times(path, frame["time"]))
-    values = frame[list(channels)].to_numpy(dtype=np.float64)[order]
-    series = np.split(values, np.flatnonzero(np.diff(codes[order])) + 1)
+    values = frame[list(channels)].to_numpy(dtype=np.float64)
+    if place := find_excess(values):
+        number, cells = _find_csv_row(path, place[0])
+        name = channels[place[1]]
+        text = cells[names.index(name)].strip()
+        raise DataError(f"{path}, line {number}: column {name!r}: {describe_excess(text)}")
+    series = np.split(values[order], np.flatnonzero(np.diff(codes[order])) + 1)
     return SeriesTable(
         str(path),
         series,
@@ -299,18 +118,38 @@ def _read_csv_table(path: Path, labelled: bool) -> SeriesTable:
 
 
 def _read_csv_header(path: Path, wanted: tuple[str, ...]) -> list[str]:
-    with _open_text(path) as handle:
+    with _open_csv(path) as handle:
         names = [name.strip() for name in next(csv.reader(handle), [])]
     if not any(names):
         raise DataError(f"{path}: the file is empty" if not names else f"{path}, line 1: no header")
     absent = [key for key in wanted if key not in names]
     if absent:
-        raise DataError(f"{path}, line 1: missing column {', '.join(absent)}; the header has {', '.join(names)}")
+        raise DataError(
+            f"{path}, line 1: missing column {', '.join(absent)}; the header has {', '.join(names)}"
+            f"{_hint_at_columns(names, absent)}"
+        )
     if "" in names or len(set(names)) < len(names):
         raise DataError(f"{path}, line 1: a column without a name, or two of one name: {', '.join(names)}")
     if not set(names).difference(CSV_KEYS):
         raise DataError(f"{path}, line 1: no channel columns besides {', '.join(names)}")
     return names
+
+
+def _hint_at_columns(names: list[str], absent: list[str]) -> str:
+    for separator, what in ((";", "semicolons"), ("\t", "tabs")):
+        if len(names) == 1 and separator in names[0]:
+            return f": expected commas between columns, not {what}"
+    alike = [name for name in names if name.strip("'\"").lower() in absent]
+    return f": {', '.join(map(repr, alike))} must be written in small letters without quotes" if alike else ""
+
+
+def _describe_cell(cell: str) -> str:
+    """The likely cause for a cell that is no number."""
+    if "," in cell and is_number(cell.replace(",", ".", 1)):
+        return "; the decimal sign must be a point"
+    if is_number(cell.strip().translate(str.maketrans("", "", ",' \u00a0\u202f"))):
+        return "; digits must not be grouped"
+    return ""
 
 
 def _read_frame(path: Path, names: list[str], channels: tuple[str, ...], wanted: tuple[str, ...]) -> pd.DataFrame:
@@ -323,7 +162,7 @@ def _read_frame(path: Path, names: list[str], channels: tuple[str, ...], wanted:
     types = {name: np.float64 if name in channels else str for name in names}
     missing = {name: ["", "?", "nan", "NaN"] for name in channels}
     try:
-        with _open_text(path) as handle:
+        with _open_csv(path) as handle:
             frame = pd.read_csv(
                 handle,
                 names=names,
@@ -352,7 +191,7 @@ def _read_frame(path: Path, names: list[str], channels: tuple[str, ...], wanted:
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield line number and cells of each row below the header, without blank lines, as pandas counts rows."""
-    with _open_text(path) as handle:
+    with _open_csv(path) as handle:
         reader = csv.reader(handle, skipinitialspace=True)
         next(reader)
         number = reader.line_num + 1
@@ -369,8 +208,10 @@ def _check_csv_rows(path: Path, names: list[str], wanted: tuple[str, ...]) -> No
         for name, cell in zip(names, cells, strict=True):
             if name in wanted and not cell.strip():
                 raise DataError(f"{path}, line {number}: {name} is missing")
-            if name not in CSV_KEYS and not _is_number(cell, missing=("", "?")):
-                raise DataError(f"{path}, line {number}: column {name!r}: {cell!r} is not a number")
+            if name not in CSV_KEYS and not is_number(cell, missing=("", "?")):
+                raise DataError(
+                    f"{path}, line {number}: column {name!r}: {cell!r} is not a number{_describe_cell(cell)}"
+                )
 
 
 def _check_csv_cells(path: Path, names: list[str], number: int, cells: list[str]) -> None:
@@ -378,8 +219,12 @@ def _check_csv_cells(path: Path, names: list[str], number: int, cells: list[str]
         raise DataError(f"{path}, line {number}: {len(cells)} cells, but the header has {len(names)}")
 
 
+def _find_csv_row(path: Path, row: int) -> tuple[int, list[str]]:
+    return next(found for index, found in enumerate(_csv_rows(path)) if index == row)
+
+
 def _find_csv_line(path: Path, row: int) -> int:
-    return next(number for index, (number, _) in enumerate(_csv_rows(path)) if index == row)
+    return _find_csv_row(path, row)[0]
 
 
 def _fail_at_row(path: Path, row: int | np.integer, cause: str) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,12 @@ from flowformer.common.fields import option
 from flowformer.models.timeseries import SeriesClassifier
 from flowformer.tasks.scenes import Scene, View, find_mechanisms, line_strips
 from flowformer.tasks.series.dataset import SeriesSet
-from flowformer.tasks.series.files import SeriesTable, read_table
+from flowformer.tasks.series.files import read_table
+from flowformer.tasks.series.table import SeriesTable
+
+logger = logging.getLogger(__name__)
+
+MOST_DEVIATIONS = 1e18  # their squares, which norms are made of, are in the range of float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,31 +43,47 @@ class SeriesScaler:
             series: arrays of shape (length, channels).
 
         Raises:
-            ValueError: no series, or series of different channel counts.
+            ValueError: no series, series of different channel counts, or values whose squares are beyond float64.
         """
         if len({one.shape[1:] for one in series}) != 1:
             raise ValueError(
                 f"series must have the same number of channels, got {sorted({one.shape[1:] for one in series})}"
             )
         count = np.sum([np.isfinite(one).sum(axis=0) for one in series], axis=0)
-        mean = np.sum([_replace_missing(one, 0.0).sum(axis=0) for one in series], axis=0) / np.maximum(count, 1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean = np.sum([_replace_missing(one, 0.0).sum(axis=0) for one in series], axis=0) / np.maximum(count, 1)
         low = np.min([_replace_missing(one, np.inf).min(axis=0, initial=np.inf) for one in series], axis=0)
         high = np.max([_replace_missing(one, -np.inf).max(axis=0, initial=-np.inf) for one in series], axis=0)
         # By the extremes, not by std == 0: rounding of the mean gives a constant channel a std of about 1e-17.
         constant = low >= high
         mean = np.where(constant, np.where(count > 0, low, 0.0), mean)
-        squares = np.sum([np.square(_replace_missing(one, mean) - mean).sum(axis=0) for one in series], axis=0)
-        std = np.sqrt(squares / np.maximum(count - 1, 1))
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares = np.sum([np.square(_replace_missing(one, mean) - mean).sum(axis=0) for one in series], axis=0)
+            std = np.sqrt(squares / np.maximum(count - 1, 1))
+        if not (std < np.inf).all():
+            channel = int(np.argmin(std < np.inf))
+            raise ValueError(
+                f"channel {channel} has values from {low[channel]:g} to {high[channel]:g}, whose standard deviation is "
+                "beyond float64; scale them first"
+            )
         return cls(mean, np.where(constant | (std == 0), 1.0, std))
 
     def __call__(self, series: np.ndarray) -> np.ndarray:
         """Standardise (length, channels) to float32; remaining missing values become 0, the mean of the training set.
 
         Raises:
-            ValueError: the channel count is not the scaler's.
+            ValueError: the channel count is not the scaler's, or a scaled value is beyond float32.
         """
         self._check_channels(series)
-        return ((_replace_missing(series, self.mean) - self.mean) / self.std).astype(np.float32)
+        with np.errstate(over="ignore"):
+            scaled = ((_replace_missing(series, self.mean) - self.mean) / self.std).astype(np.float32)
+        if not np.isfinite(scaled).all():
+            step, channel = map(int, np.argwhere(~np.isfinite(scaled))[0])
+            raise ValueError(
+                f"the value {series[step, channel]:g} of channel {channel}, time step {step}, is beyond float32 when "
+                f"it is scaled by mean {self.mean[channel]:g} and standard deviation {self.std[channel]:g}"
+            )
+        return scaled
 
     def _check_channels(self, series: np.ndarray) -> None:
         if series.ndim != 2 or series.shape[1] != len(self.mean):
@@ -103,7 +125,7 @@ def fill_missing(series: np.ndarray) -> np.ndarray:
 class SeriesChoice:
     """Selection of a series in a file."""
 
-    index: int = option(0, "index of the series in the file, from 0")
+    index: int = option(0, "index of the series in the file, from 0", at_least=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +140,7 @@ class SeriesFormat:
         channel_names: of the training data, in the model's order; None where its source names none.
     """
 
+    kind: ClassVar[str] = "series"
     item: ClassVar[str] = "series"
     files: ClassVar[str] = "series as .ts, or as .csv in long form, with or without labels"
     show_options: ClassVar[type] = SeriesChoice
@@ -201,7 +224,7 @@ class SeriesFormat:
             DataError: as `read_table` and `match_format`.
         """
         tables = [read_table(path, labelled=False) for path in paths]
-        probabilities = [classify(model, self, match_format(table, self)) for table in tables]
+        probabilities = [_classify_table(model, self, table) for table in tables]
         return [name for table in tables for name in table.names], np.concatenate(probabilities)
 
     def show(self, model: SeriesClassifier, file: Path | None, options: SeriesChoice, view: View) -> Scene:
@@ -262,6 +285,49 @@ def classify(model: nn.Module, form: SeriesFormat, series: Sequence[np.ndarray],
     return np.concatenate(pieces)
 
 
+def _classify_table(model: nn.Module, form: SeriesFormat, table: SeriesTable) -> np.ndarray:
+    probabilities = classify(model, form, match_format(table, form))
+    bad = np.flatnonzero(~np.isfinite(probabilities).all(axis=1))
+    if len(bad):
+        raise DataError(f"{table.where(int(bad[0]))}: the model gives no finite probabilities for this series")
+    return probabilities
+
+
+def check_scale(table: SeriesTable, form: SeriesFormat, training: str) -> None:
+    """Raise for a value so far from the training data that a model cannot compute with it.
+
+    Args:
+        table: The series, their channels in the model's order.
+        form: The format with the statistics of the training data.
+        training: What the training data is called in messages.
+
+    Raises:
+        DataError: naming the place.
+    """
+    most, least = (form.scaler.mean + sign * MOST_DEVIATIONS * form.scaler.std for sign in (1, -1))
+    for row, series in enumerate(table.series):
+        # fmin and fmax leave NaN out.
+        if (np.fmax.reduce(series) <= most).all() and (np.fmin.reduce(series) >= least).all():
+            continue
+        with np.errstate(over="ignore"):
+            scaled = np.abs((series - form.scaler.mean) / form.scaler.std)
+        if not (excess := scaled > MOST_DEVIATIONS).any():
+            continue  # a channel without any value
+        step, channel = map(int, np.argwhere(excess)[0])
+        raise DataError(
+            f"{table.where(row)}: {table.describe_channel(channel)}, time step {step + 1}: {series[step, channel]:g} "
+            f"is {scaled[step, channel]:.2g} standard deviations from the mean of {training}; expected at most "
+            f"{MOST_DEVIATIONS:g}"
+        )
+
+
+def warn_of_empty_channels(table: SeriesTable) -> None:
+    """Log the channels that have no value in any series."""
+    known = np.any([np.isfinite(one).any(axis=0) for one in table.series], axis=0)
+    if empty := [table.describe_channel(channel) for channel in np.flatnonzero(~known)]:
+        logger.warning("%s: %s without any value, set to 0", table.origin, ", ".join(empty))
+
+
 def check_series(table: SeriesTable) -> None:
     """Raise for a table without series, with empty series, or with different numbers of channels.
 
@@ -289,7 +355,9 @@ def match_format(table: SeriesTable, form: SeriesFormat) -> list[np.ndarray]:
             where both sides name them, by number elsewhere.
     """
     check_series(table)
-    return match_channels(table, form.channels, form.channel_names, "the training data").series
+    matched = match_channels(table, form.channels, form.channel_names, "the training data")
+    check_scale(matched, form, "the training data")
+    return matched.series
 
 
 def match_channels(table: SeriesTable, count: int, names: tuple[str, ...] | None, training: str) -> SeriesTable:

@@ -15,10 +15,19 @@ import numpy as np
 from torch import Tensor, nn
 
 from flowformer.common.errors import DataError
+from flowformer.tasks.classes import find_class, order_classes
 from flowformer.tasks.metric import Metric
 from flowformer.tasks.series.dataset import SeriesSet
-from flowformer.tasks.series.files import SeriesTable, read_table
-from flowformer.tasks.series.format import SeriesFormat, check_series, fill_missing, match_channels
+from flowformer.tasks.series.files import read_table
+from flowformer.tasks.series.format import (
+    SeriesFormat,
+    check_scale,
+    check_series,
+    fill_missing,
+    match_channels,
+    warn_of_empty_channels,
+)
+from flowformer.tasks.series.table import SeriesTable
 from flowformer.tasks.splits import find_classes, stratify
 
 
@@ -128,28 +137,37 @@ def build_task(
         check_series(table)
     training = f"the training data {train.origin}"
     test = match_channels(test, train.series[0].shape[1], train.channel_names, training)
-    classes = tuple(sorted(set(train.labels)))
+    warn_of_empty_channels(train)
+    classes = order_classes(train.labels)
     if len(classes) < 2:
         raise DataError(
             f"{train.origin}: classification needs at least two classes, all labels are {train.labels[0]!r}"
         )
     index = {label: number for number, label in enumerate(classes)}
+    numbers = {label: find_class(label, index) for label in set(train.labels) | set(test.labels)}
     for row, label in enumerate(test.labels):
-        if label not in index:
-            raise DataError(f"{test.where(row)}: label {label!r} does not occur in {training}")
+        if numbers[label] is None:
+            raise DataError(f"{test.where(row)}: label {label!r} does not occur in {training}{_list_classes(classes)}")
     parts = [
-        SeriesSet([fill_missing(one) for one in table.series], np.array([index[label] for label in table.labels]))
+        SeriesSet([fill_missing(one) for one in table.series], np.array([numbers[label] for label in table.labels]))
         for table in (train, test)
     ]
+    form = SeriesFormat.fit(parts[0], classes, channel_names=train.channel_names)
+    check_scale(test, form, training)
     return SeriesTask(
         name=name,
         train=parts[0],
         test=parts[1],
-        format=SeriesFormat.fit(parts[0], classes, channel_names=train.channel_names),
+        format=form,
         published=dict(published or {}),
         licence=licence,
         source=source or f"{train.origin} and {test.origin}",
     )
+
+
+def _list_classes(classes: tuple[str, ...]) -> str:
+    some = ", ".join(map(repr, classes[:20]))
+    return f", which has {some}{', ...' if len(classes) > 20 else ''}"
 
 
 def load_pair(train_path: str | Path, test_path: str | Path, *, name: str = "own") -> SeriesTask:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from flowformer.common.errors import DataError
 from flowformer.common.names import nearest
-from flowformer.tasks.downloads import data_folder
-from flowformer.tasks.series.files import SeriesTable, read_table
+from flowformer.tasks.downloads import data_folder, make_folder
+from flowformer.tasks.series.files import read_table
+from flowformer.tasks.series.table import SeriesTable
 from flowformer.tasks.series.task import SeriesTask, build_task
 
 logger = logging.getLogger(__name__)
@@ -95,11 +96,12 @@ def get_published(subset: str) -> dict[str, float]:
 
 
 def load(subset: str, data_dir: str | Path | None = None) -> SeriesTask:
-    """Load one of `SUBSETS`: from `data_dir`, else from aeon's wheel, else from the cache, else by download.
+    """Load one of `SUBSETS`: from `data_dir` if given, else from aeon's wheel, else from the cache, else by download.
 
     Files are sought as {folder}/{subset}/{subset}_TRAIN.ts or {folder}/{subset}_TRAIN.ts, and with .ts.gz; likewise
     _TEST. The cache is the folder `uea` in the folder that the environment variable FLOWFORMER_DATA names, or
-    ~/.cache/flowformer/uea. A download goes to `data_dir` if given, else to the cache.
+    `flowformer` in the user's cache folder (:func:`flowformer.common.folders.cache_folder`). A download goes to the
+    cache.
 
     Raises:
         DataError: unknown subset; files that cannot be read; or no files and no way to download them, in which case
@@ -108,7 +110,12 @@ def load(subset: str, data_dir: str | Path | None = None) -> SeriesTask:
     _check_subset(subset)
     folders = _search_folders(data_dir)
     found = _find_files(subset, folders)
-    train, test = [read_table(path) for path in found] if found else _download(subset, folders, data_dir)
+    if found is None and data_dir:
+        raise DataError(
+            f"UEA subset {subset}: no {_describe_files(subset)} in {data_dir} or its folder {subset}; without "
+            "--data-dir, aeon's files, the cache and a download are tried"
+        )
+    train, test = [read_table(path) for path in found] if found else _download(subset, folders)
     note = "" if found and not _ships_with_aeon(found[0]) else f" (through aeon {metadata.version('aeon')})"
     return build_task(
         train,
@@ -126,7 +133,8 @@ def find(subset: str, data_dir: str | Path | None = None) -> tuple[Path, Path] |
 
 
 def _search_folders(data_dir: str | Path | None) -> list[Path]:
-    return [folder for folder in (data_dir and Path(data_dir), _find_aeon_data(), data_folder("uea")) if folder]
+    """Folders to search, in order. One that is given holds the data or is an error: another copy is other data."""
+    return [Path(data_dir)] if data_dir else [folder for folder in (_find_aeon_data(), data_folder("uea")) if folder]
 
 
 def _check_subset(subset: str) -> None:
@@ -157,12 +165,12 @@ def _find_files(subset: str, folders: Iterable[Path]) -> tuple[Path, Path] | Non
     return None
 
 
-def _download(subset: str, folders: Iterable[Path], data_dir: str | Path | None) -> tuple[SeriesTable, SeriesTable]:
+def _download(subset: str, folders: Iterable[Path]) -> tuple[SeriesTable, SeriesTable]:
     """Fetch both files through aeon, keep them only if they are whole, and return what they hold."""
-    folder = Path(data_dir) if data_dir else data_folder("uea")
+    folder = data_folder("uea")
     logger.info("downloading %s to %s", subset, folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         # Inside the folder, so that a finished file moves into place in one step.
         with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as scratch:
             train, test = _fetch(subset, Path(scratch))
@@ -188,9 +196,13 @@ def _keep(table: SeriesTable, folder: Path) -> SeriesTable:
     return replace(table, origin=str(Path(table.origin).replace(folder / Path(table.origin).name)))
 
 
+def _describe_files(subset: str) -> str:
+    return f"{subset}_TRAIN.ts and {subset}_TEST.ts (or .ts.gz)"
+
+
 def _describe_missing(subset: str, looked_in: Iterable[Path], folder: Path, error: Exception) -> str:
     return (
-        f"UEA subset {subset}: no {subset}_TRAIN.ts and {subset}_TEST.ts (or .ts.gz) in "
+        f"UEA subset {subset}: no {_describe_files(subset)} in "
         f"{', '.join(str(one) for one in looked_in)}, and the download failed: {type(error).__name__}: {error}. "
         f"Both files are published at {WEBSITE}/description.php?Dataset={subset}; put them into {folder / subset}, or "
         f"into any folder DIR and pass --data-dir DIR."

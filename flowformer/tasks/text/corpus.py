@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
+from flowformer.tasks.text.stored import StoredTokens
 from flowformer.tasks.text.tokenizers import Tokenizer
 
 
@@ -16,7 +15,7 @@ class Corpus:
     Attributes:
         name: What it is called.
         tokenizer: What made tokens of it, and makes text of tokens.
-        train: Tokens of the training part, (n,) of the tokenizer's dtype; a read-only memory map, as the others are.
+        train: Tokens of the training part, (n,) of the tokenizer's dtype, in a file as the others are.
         validation: Those of the validation part; None where there is none.
         test: Those of the test part; None where there is none.
         source: Where the text came from.
@@ -25,8 +24,8 @@ class Corpus:
 
     name: str
     tokenizer: Tokenizer
-    train: np.ndarray
-    validation: np.ndarray | None
-    test: np.ndarray | None
+    train: StoredTokens
+    validation: StoredTokens | None
+    test: StoredTokens | None
     source: str
     licence: str

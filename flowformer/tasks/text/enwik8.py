@@ -12,6 +12,7 @@ import numpy as np
 from flowformer.common.errors import DataError
 from flowformer.tasks.downloads import DATASETS, checksum, describe_missing, search_folders
 from flowformer.tasks.text.corpus import Corpus
+from flowformer.tasks.text.stored import StoredTokens
 from flowformer.tasks.text.token_cache import keep, open_bytes
 from flowformer.tasks.text.tokenizers import BytesTokenizer
 
@@ -37,11 +38,12 @@ PUBLISHED: Mapping[str, float] = {
 
 
 def load(data_dir: str | Path | None = None) -> Corpus:
-    """Load Enwik8 from ``data_dir``, else from the cache.
+    """Load Enwik8 from ``data_dir`` if given, else from the cache.
 
     It is sought as ``enwik8``, as ``enwik8.zip``, or as the three files of Transformer-XL's prep_enwik8.py
     (``train.txt.raw``, ``valid.txt.raw``, ``test.txt.raw``), in the folder itself and in its folder ``enwik8``. The
-    cache is the folder that the environment variable FLOWFORMER_DATA names, or ~/.cache/flowformer.
+    cache is the folder that the environment variable FLOWFORMER_DATA names, or ``flowformer`` in the user's cache
+    folder.
 
     Raises:
         DataError: if it is not found, with a message how to get it; or if it is not Enwik8, by its size and
@@ -78,7 +80,7 @@ def _unpack(archive: Path) -> Path:
         try:
             with zipfile.ZipFile(archive) as zipped:
                 zipped.extract("enwik8", folder)
-        except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError) as error:
             raise DataError(f"{archive} is not a zip file that contains enwik8: {error}; incomplete?") from error
 
     return keep("enwik8", archive, [archive], build) / "enwik8"
@@ -97,7 +99,7 @@ def _check(found: Path, files: list[Path]) -> None:
         raise DataError(f"{found}: expected the MD5 {MD5}, got {md5}: not Enwik8")
 
 
-def _split(files: list[Path]) -> list[np.ndarray]:
+def _split(files: list[Path]) -> list[StoredTokens]:
     if len(files) > 1:
         return [open_bytes(file) for file in files]
     ends = np.cumsum(SPLIT_SIZES).tolist()

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import bz2
 import codecs
-import gzip
 import json
-import lzma
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata, util
-from io import BufferedIOBase
 from pathlib import Path
 from typing import IO, Any
 
 from flowformer.common.errors import DataError
+from flowformer.tasks.encodings import COMPRESSED, DAMAGE, find_mark, find_undecodable, open_binary
 from flowformer.tasks.text.corpus import Corpus
 from flowformer.tasks.text.token_cache import keep, open_bytes, open_tokens, write_tokens
 from flowformer.tasks.text.tokenizers import FITTED, BytesTokenizer, Tokenizer, create_tokenizer, read_tokenizer
 
 # Files of a folder that are taken; a file that is named itself may be called anything.
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".htm", ".html", ".xml", ".raw", ".tokens")
-COMPRESSED: Mapping[str, Callable[[Path], BufferedIOBase]] = {
-    ".gz": gzip.GzipFile,
-    ".bz2": bz2.BZ2File,
-    ".xz": lzma.LZMAFile,
-}
 REFUSED_SUFFIXES = (".zst", ".zip", ".tar", ".tgz", ".7z", ".parquet")
 
 # What is made of text at a time.
@@ -44,8 +36,9 @@ def load(path: str | Path | None = None, *, tokenizer: str | Tokenizer = "bytes"
 
     A folder is all its text files in the order of their paths, those of folders within included; hidden ones are left
     out. Files may be compressed: ``.gz``, ``.bz2``, ``.xz``. Between two of them comes a line feed, where the first
-    does not end in one. Tokens are made once, and kept in the folder ``tokens`` of the cache, which is in the folder
-    that the environment variable FLOWFORMER_DATA names, or in ~/.cache/flowformer.
+    does not end in one. A byte order mark is no part of a text; text in UTF-16 or UTF-32 that has one is converted to
+    UTF-8. Tokens are made once, and kept in the folder ``tokens`` of the cache, which is in the folder that the
+    environment variable FLOWFORMER_DATA names, or in ``flowformer`` in the user's cache folder.
 
     Args:
         path: A file or a folder. If absent, a slice of Wikipedia, 6 MB of XML, from the gensim wheel.
@@ -102,7 +95,8 @@ def _find_files(path: Path) -> list[Path]:
             raise DataError(f"{path}: expected plain text or {', '.join(COMPRESSED)}: unpack it first")
         return [path]
     if not path.is_dir():
-        raise DataError(f"file or folder {path} not found")
+        what = "is neither a file nor a folder" if path.exists() else "not found"
+        raise DataError(f"file or folder {path} {what}")
     files = [
         file
         for file in sorted(path.rglob("*"))
@@ -117,17 +111,13 @@ def _find_files(path: Path) -> list[Path]:
 
 
 def _is_text(file: Path) -> bool:
-    name = file.with_suffix("") if file.suffix in COMPRESSED else file
+    name = file.with_suffix("") if file.suffix.lower() in COMPRESSED else file
     return name.suffix.lower() in TEXT_SUFFIXES
 
 
-def _open(file: Path) -> BufferedIOBase:
-    return COMPRESSED[file.suffix](file) if file.suffix in COMPRESSED else file.open("rb")
-
-
 def _join(name: str, path: Path, files: Sequence[Path]) -> Path:
-    """One file with the bytes of all: the file itself where it is one that is not compressed."""
-    if len(files) == 1 and files[0].suffix not in COMPRESSED:
+    """One file with the bytes of all: the file itself where it is one, not compressed and without a byte order mark."""
+    if len(files) == 1 and files[0].suffix.lower() not in COMPRESSED and not _mark(files[0])[0]:
         return files[0]
 
     def build(folder: Path) -> None:
@@ -138,17 +128,42 @@ def _join(name: str, path: Path, files: Sequence[Path]) -> Path:
     return keep(f"{name}-text", path, files, build) / "text"
 
 
+def _mark(file: Path) -> tuple[bytes, str]:
+    with _reading(file), open_binary(file) as source:
+        return find_mark(source.read(4))
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except DAMAGE as error:
+        raise DataError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
+
+
 def _append(file: Path, target: IO[bytes], *, last: bool) -> None:
     end = b"\n"
-    try:
-        with _open(file) as source:
-            while block := source.read(PIECE_BYTES):
-                target.write(block)
-                end = block[-1:]
-    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:  # as bz2 and gzip call damage
-        raise DataError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
+    for block in _blocks(file):
+        target.write(block)
+        end = block[-1:] or end
     if end != b"\n" and not last:
         target.write(b"\n")
+
+
+def _blocks(file: Path) -> Iterator[bytes]:
+    """The bytes of a file without its byte order mark; of UTF-16 and UTF-32, the same text in UTF-8."""
+    mark, name = _mark(file)
+    decoder = None if name in ("utf-8", "utf-8-sig") else codecs.getincrementaldecoder(name)()
+    with _reading(file), open_binary(file) as source:
+        source.read(len(mark) if decoder is None else 0)
+        while True:
+            block = source.read(PIECE_BYTES)
+            try:
+                yield block if decoder is None else decoder.decode(block, final=not block).encode()
+            except UnicodeDecodeError as error:
+                raise DataError(find_undecodable(file) or f"{file}: {error}") from error
+            if not block:
+                return
 
 
 def _cut(text: Path, held_out: float, source: str, *, exact: bool) -> int:
@@ -204,7 +219,8 @@ def _tokenize(
                 tokens = map(made.encode, _pieces(text, start, stop))
                 write_tokens(folder / f"{part}.npy", tokens, made.dtype)
         except UnicodeDecodeError as error:
-            raise DataError(_describe_undecodable(files, error)) from error
+            found = next(filter(None, map(find_undecodable, files)), f"the text is not UTF-8: {error.reason}")
+            raise DataError(f"{found}; with --tokenizer bytes any file is read") from error
         (folder / "tokenizer.json").write_text(json.dumps(made.to_json()), encoding="utf-8")
 
     options = {**options, "tokenizer": ready.to_json() if ready else tokenizer}
@@ -222,18 +238,6 @@ def _pieces(text: Path, start: int, stop: int) -> Iterator[str]:
         file.seek(start)
         while (left := stop - file.tell()) > 0:
             piece = file.read(min(PIECE_BYTES, left))
+            if not piece:
+                raise DataError(f"{text} has become shorter while it was read: {file.tell():,} of {stop:,} bytes")
             yield (piece + file.readline(stop - file.tell())).decode("utf-8")
-
-
-def _describe_undecodable(files: Sequence[Path], error: UnicodeDecodeError) -> str:
-    for file in files:
-        decoder, place = codecs.getincrementaldecoder("utf-8")(), 0
-        with _open(file) as source:
-            try:
-                while block := source.read(PIECE_BYTES):
-                    decoder.decode(block)
-                    place += len(block)
-                decoder.decode(b"", final=True)
-            except UnicodeDecodeError as here:
-                return f"{file} is not UTF-8 near byte {place + here.start:,}: {here.reason}; as bytes any file is read"
-    return f"the text is not UTF-8: {error.reason}; as bytes any file is read"

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowformer.common.errors import DataError
 from flowformer.common.fields import option
 from flowformer.models.language import LanguageModel
+from flowformer.tasks.encodings import decode
 from flowformer.tasks.protocols import Track
 from flowformer.tasks.sampling import SamplingOptions
 from flowformer.tasks.scenes import Scene, View, find_mechanisms, line_strips, read_example
@@ -28,9 +28,9 @@ class WritingOptions(SamplingOptions):
     """Options of ``flowformer generate`` for text."""
 
     prompt: tuple[str, ...] = option((), "text to continue (default: a new line)")
-    tokens: int = option(200, "maximum number of new tokens per prompt")
+    tokens: int = option(200, "maximum number of new tokens per prompt", at_least=1, largest=1_000_000_000)
     stop: tuple[str, ...] = option((), "stop before this text")
-    temperature: float = option(0.8, "sampling temperature; 0 always selects the most likely token")
+    temperature: float = option(0.8, "sampling temperature; 0 always selects the most likely token", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,7 @@ class TextFormat:
         length: Tokens of a training sequence.
     """
 
+    kind: ClassVar[str] = "text"
     generate_options: ClassVar[type] = WritingOptions
     show_options: ClassVar[type] = TextChoice
 
@@ -90,6 +91,8 @@ class TextFormat:
             ValueError, TypeError: as :func:`flowformer.tasks.text.writing.write`.
         """
         texts = list(options.prompt or ["\n"])
+        if not all(texts):
+            raise ValueError("a prompt must have at least one character, got ''")
         pieces = write(
             model, self.tokenizer, texts, stop=options.stop, max_new_tokens=options.tokens, **options.as_arguments()
         )
@@ -148,7 +151,4 @@ def _label(tokenizer: Tokenizer, token: int) -> str:
 
 def _read_text(file: Path | None) -> str:
     data = read_example(file, "a text in UTF-8; or give --text TEXT")
-    try:
-        return data.decode("utf-8").rstrip("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text: {error}") from error
+    return decode(data, file).rstrip("\n")

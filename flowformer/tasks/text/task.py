@@ -152,6 +152,11 @@ def build_task(
     for what, tokens in parts.items():
         if tokens is None or not len(tokens):
             raise ValueError(f"{corpus.name}: the {what} text is empty")
+    if len(corpus.train) < length:
+        raise ValueError(
+            f"{corpus.name}: the training text has {len(corpus.train):,} tokens, fewer than a sequence of length "
+            f"{length:,}"
+        )
     if start is None:
         start = _new_line(corpus.tokenizer, int(corpus.train[0]))
 

@@ -1,4 +1,4 @@
-"""Cache of tokenized texts as memory maps, safe with several processes.
+"""Cache of tokenized texts as files, safe with several processes.
 
 What is made from one source is a folder in the folder ``tokens`` of the cache. Its name tells what it was made of, down
 to sizes and times of the source's files: a source that changes makes another folder, and the former one goes.
@@ -10,17 +10,19 @@ import hashlib
 import json
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
-from flowformer.tasks.downloads import data_folder, make_folder
+from flowformer.common.errors import DataError
+from flowformer.tasks.downloads import BLOCK_BYTES, data_folder, locked, make_folder, sync, writing
+from flowformer.tasks.text.stored import StoredTokens
 
 # Part of every folder's name: raise it when what is made of a source changes.
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 
 
@@ -47,7 +49,7 @@ def keep(
         The folder; its files are as ``build`` left them, and are not to be written to.
 
     Raises:
-        DataError: where the cache's folder cannot be made.
+        DataError: where the cache's folder cannot be made or written to, or its disk is full.
     """
     folder = data_folder("tokens")
     # The slot is what stays when the source changes.
@@ -56,7 +58,7 @@ def keep(
     if _is_whole(place):
         return place
     make_folder(folder)
-    with FileLock(folder / f".{slot}.lock"):
+    with writing(folder), locked(folder / f".{slot}.lock"):
         if not _is_whole(place):  # it may have come while this process waited
             _make(place, folder / f".{slot}.part", build)
             for former in folder.glob(f"{slot}-*"):
@@ -67,13 +69,16 @@ def keep(
 
 def _make(place: Path, beside: Path, build: Callable[[Path], None]) -> None:
     for leftover in (beside, place):
-        if leftover.exists():
+        if leftover.is_dir():
             shutil.rmtree(leftover)
+        leftover.unlink(missing_ok=True)
     beside.mkdir()
     try:
         build(beside)
-        sizes = {path.name: path.stat().st_size for path in beside.iterdir()}
-        (beside / MANIFEST).write_text(json.dumps(sizes), encoding="utf-8")
+        contents = {path.name: _content(path) for path in beside.iterdir()}
+        (beside / MANIFEST).write_text(json.dumps(contents), encoding="utf-8")
+        for path in beside.iterdir():
+            sync(path)
         beside.replace(place)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -82,10 +87,22 @@ def _make(place: Path, beside: Path, build: Callable[[Path], None]) -> None:
 
 def _is_whole(place: Path) -> bool:
     try:
-        sizes = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
-        return all((place / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, AttributeError):  # not there, or damaged
+        contents = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
+        return all(
+            (place / name).stat().st_size == content[0] and _content(place / name) == content
+            for name, content in contents.items()
+        )
+    except (OSError, ValueError, AttributeError, TypeError, LookupError):  # not there, or damaged
         return False
+
+
+def _content(path: Path) -> list[int]:
+    """Size and CRC-32 of a file: of a damaged one other than of the whole."""
+    check = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            check = zlib.crc32(block, check)
+        return [file.tell(), check]
 
 
 def _state(path: Path) -> list[Any]:
@@ -119,12 +136,25 @@ def _write_header(file: Any, dtype: np.dtype, count: int) -> None:
     np.lib.format.write_array_header_1_0(file, described)
 
 
-def open_tokens(path: Path) -> np.ndarray:
-    """Open a ``.npy`` file as a read-only memory map."""
-    return np.load(path, mmap_mode="r")
+def open_tokens(path: Path) -> StoredTokens:
+    """Open a ``.npy`` file of one axis.
+
+    Raises:
+        DataError: for a file that is none, or shorter than it says.
+        OSError: for a file that cannot be opened.
+    """
+    try:
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            start = file.tell()
+    except ValueError as error:
+        raise DataError(f"{path}: not a .npy file: {error}") from error
+    if len(shape) != 1 or dtype.hasobject:
+        raise DataError(f"{path}: expected an array of tokens with one axis, got {dtype} {shape}")
+    return StoredTokens(path, dtype, start, shape[0])
 
 
-def open_bytes(path: Path, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """Open a file's bytes from ``start`` to ``stop`` as a read-only memory map, (stop - start,) uint8."""
-    stop = path.stat().st_size if stop is None else stop
-    return np.memmap(path, np.uint8, mode="r", offset=start, shape=(stop - start,))
+def open_bytes(path: Path, start: int = 0, stop: int | None = None) -> StoredTokens:
+    """Open a file's bytes from ``start`` to ``stop``, (stop - start,) uint8."""
+    return StoredTokens(path, np.uint8, start, (path.stat().st_size if stop is None else stop) - start)

@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from flowformer.common.errors import DataError
+from flowformer.common.names import nearest
+from flowformer.tasks.encodings import decode
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -379,7 +383,9 @@ def _open_hugging_face(source: str, definition: str | None) -> tokenizers.Tokeni
         if definition is not None:
             return tokenizers.Tokenizer.from_str(definition)
         if path.is_file():
-            return tokenizers.Tokenizer.from_file(str(path))
+            return tokenizers.Tokenizer.from_str(decode(path.read_bytes(), path))
+    except DataError:
+        raise
     except Exception as error:  # tokenizers raises nothing more special
         raise ValueError(f"{source} contains no readable tokenizer: {error}") from error
     return _convert_hugging_face(source)
@@ -390,11 +396,13 @@ def _convert_hugging_face(source: str) -> tokenizers.Tokenizer:
     import transformers
 
     try:
-        theirs = transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, ImportError) as error:
+        local = Path(source).is_dir() or _is_unreachable(source)
+        theirs = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+    except Exception as error:  # of the hub's client, or of damaged files
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"no tokenizer {source!r}: expected a tokenizer.json, a folder with a tokenizer, or a name on the Hugging"
-            f" Face hub; {type(error).__name__}: {error}"
+            f"no tokenizer {source!r}: expected bytes, {', '.join(FITTED)}, a tokenizer.json, a folder with a "
+            f"tokenizer, or a name on the Hugging Face hub; {type(error).__name__}: {reason}"
         ) from error
     backend = getattr(theirs, "backend_tokenizer", None)
     if backend is None:
@@ -402,6 +410,19 @@ def _convert_hugging_face(source: str) -> tokenizers.Tokenizer:
             f"tokenizer {source!r}: {type(theirs).__name__} is written in Python and has no tokenizer.json"
         )
     return backend
+
+
+def _is_unreachable(name: str) -> bool:
+    """Whether the hub does not answer: it is asked once, where transformers would ask a dozen times for a minute."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(name, "tokenizer_config.json"), timeout=10)
+    except huggingface_hub.errors.HfHubHTTPError:
+        return False  # it answers, and says what is wrong
+    except Exception:  # of the network, or of the client's HTTP library
+        return True
+    return False
 
 
 def create_tokenizer(name: str, text: Iterable[str] | None = None) -> Tokenizer:
@@ -424,6 +445,8 @@ def create_tokenizer(name: str, text: Iterable[str] | None = None) -> Tokenizer:
         return FITTED[name].fit(text)
     if not name:
         raise ValueError("the name of a tokenizer must not be empty")
+    if not Path(name).exists() and (hint := nearest(name, ("bytes", *FITTED))):
+        raise ValueError(f"no tokenizer {name!r}{hint}")
     return HuggingFaceTokenizer(name)
 
 

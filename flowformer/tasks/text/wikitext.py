@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
+from typing import IO
 
 from flowformer.common.errors import DataError
 from flowformer.tasks.downloads import DATASETS, describe_missing, search_folders
+from flowformer.tasks.encodings import open_text
 from flowformer.tasks.text.corpus import Corpus
 from flowformer.tasks.text.token_cache import keep, open_tokens, write_tokens
 from flowformer.tasks.text.tokenizers import Tokenizer, WordTokenizer, read_tokenizer
@@ -59,12 +61,12 @@ class _Found:
 def load(
     data_dir: str | Path | None = None, *, check_counts: bool = True, tokenizer: Tokenizer | None = None
 ) -> Corpus:
-    """Load WikiText-103 from ``data_dir``, else from the cache.
+    """Load WikiText-103 from ``data_dir`` if given, else from the cache.
 
     It is sought as ``wiki.train.tokens``, ``wiki.valid.tokens`` and ``wiki.test.tokens``, as ``wikitext-103-v1.zip``,
     or as the parquet files of the Hugging Face hub (``train-00000-of-00002.parquet`` and so on, with a column
     ``text``); in the folder itself, and in its folders ``wikitext-103`` and ``wikitext-103-v1``. The cache is the
-    folder that the environment variable FLOWFORMER_DATA names, or ~/.cache/flowformer.
+    folder that the environment variable FLOWFORMER_DATA names, or ``flowformer`` in the user's cache folder.
 
     Words are what whitespace parts; every line ends with ``<eos>``, empty ones too. The vocabulary is that of train,
     most frequent words first; a word that train lacks becomes ``<unk>``. Tokens are made once, which takes a minute or
@@ -115,7 +117,7 @@ def _find_tokens(folder: Path) -> _Found | None:
         return None
 
     def read(part: str) -> Iterator[str]:
-        with files[part].open(encoding="utf-8") as text:
+        with open_text(files[part]) as text:
             yield from _pieces(text)
 
     return _Found(tuple(files.values()), read)
@@ -128,7 +130,7 @@ def _find_zip(folder: Path) -> _Found | None:
 
     def read(part: str) -> Iterator[str]:
         with zipfile.ZipFile(archive) as zipped, zipped.open(f"wikitext-103/wiki.{part}.tokens") as member:
-            yield from _pieces(TextIOWrapper(member, encoding="utf-8"))
+            yield from _pieces(TextIOWrapper(member, encoding="utf-8-sig"))
 
     return _Found((archive,), read)
 
@@ -167,7 +169,7 @@ def _read_parquet(file: Path) -> Iterator[str]:
         raise DataError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _pieces(text: TextIOWrapper) -> Iterator[str]:
+def _pieces(text: IO[str]) -> Iterator[str]:
     while piece := text.read(PIECE_CHARACTERS):
         piece += text.readline()
         yield piece if piece.endswith("\n") else f"{piece}\n"
@@ -181,7 +183,7 @@ def _tokenize(found: _Found, ready: Tokenizer | None) -> Path:
             tokenizer = ready or WordTokenizer.fit(found.read("train"))
             for part in COUNTS:
                 write_tokens(folder / f"{part}.npy", map(tokenizer.encode, found.read(part)), tokenizer.dtype)
-        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, UnicodeDecodeError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, UnicodeDecodeError, RuntimeError) as error:
             raise DataError(f"{found.source} cannot be read: {type(error).__name__}: {error}") from error
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer.to_json()), encoding="utf-8")
 

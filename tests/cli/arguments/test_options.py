@@ -52,5 +52,5 @@ def test_values_have_the_types_of_their_fields():
 
 
 def test_value_of_another_type_is_refused():
-    with pytest.raises(UsageError, match="invalid int value: 'many'"):
+    with pytest.raises(UsageError, match="expects a whole number, got 'many'"):
         parse("--top-k", "many")

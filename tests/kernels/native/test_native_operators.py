@@ -391,6 +391,15 @@ def test_a_level_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -
             ops.flow_attention(*inputs(6), backend=backend)
 
 
+def test_doctor_reports_a_level_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv(build.LEVEL_VARIABLE, "avx1024")
+    monkeypatch.setenv("FLOWFORMER_BACKEND", "torch")
+    assert cli.main(["doctor"]) == 2
+    assert "FLOWFORMER_NATIVE_LEVEL=avx1024: available on this machine: " in capsys.readouterr().err
+
+
 def test_every_level_of_this_machine_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     library = build.load()
     assert library is not None

@@ -332,7 +332,7 @@ def test_bad_positions_are_refused_in_words(kind: type[AFT]) -> None:
 
 
 def test_bad_windows_are_refused() -> None:
-    with pytest.raises(ValueError, match="AFTLocal: window must be positive, got 0"):
+    with pytest.raises(ValueError, match="window must be positive, got 0"):
         AFTLocal(DIM, max_length=8, window=0)
 
 

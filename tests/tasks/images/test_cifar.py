@@ -1,7 +1,9 @@
 """CIFAR-10 in each of its forms gives the same pictures."""
 
+import contextlib
 import io
 import pickle
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -170,3 +172,117 @@ def test_twenty_thousand_real_pictures():
     assert np.bincount(train.labels).tolist() == [2000] * 10
     assert test is None
     assert train.images.mean() / 255 == pytest.approx(0.474, abs=0.005)
+
+
+# -------------------------------------------------------------------------------------------- damaged and hostile files
+
+HOSTILE = {
+    "an array of terabytes": b"\x80\x02cnumpy\nndarray\n(\x8a\x06\x00\x00\x00\x00\x00\x01\x85tR.",
+    "an unknown codec": b"\x80\x02c_codecs\nencode\nX\x04\x00\x00\x00testX\x06\x00\x00\x00zlib_c\x86R.",
+    "code": b"cposix\nsystem\n(S'true'\ntR.",
+    "nothing": b"",
+    "a page": b"<!doctype html>",
+    **{
+        what: pickle.dumps(value)
+        for what, value in {
+            "a list": [1, 2],
+            "a number": 7,
+            "no labels": {b"data": planes(np.zeros((1, 32, 32, 3), np.uint8))},
+            "data that is a list": {b"data": [[0] * 3072], b"labels": [1]},
+            "data of other numbers": {b"data": np.zeros((1, 3072)), b"labels": [1]},
+            "data of another size": {b"data": np.zeros((1, 3071), np.uint8), b"labels": [1]},
+            "data without rows": {b"data": np.zeros((), np.uint8), b"labels": [1]},
+            "labels that are names": {b"data": np.zeros((1, 3072), np.uint8), b"labels": ["cat"]},
+            "labels that are nested": {b"data": np.zeros((2, 3072), np.uint8), b"labels": [[1], [2, 3]]},
+            "labels out of range": {b"data": np.zeros((1, 3072), np.uint8), b"labels": [10]},
+            "gigantic labels": {b"data": np.zeros((1, 3072), np.uint8), b"labels": [10**30]},
+            "labels that are none": {b"data": np.zeros((1, 3072), np.uint8), b"labels": [None]},
+            "too few labels": {b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]},
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_pickles_that_are_no_batch_are_errors_that_name_them(tmp_path, what):
+    (tmp_path / "data_batch_1").write_bytes(HOSTILE[what])
+    with pytest.raises(DataError, match=rf"{tmp_path}: data_batch_1: ") as caught:
+        read_cifar10(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_pickles_are_errors(tmp_path, batches):
+    """Bytes changed anywhere, five hundred times."""
+    generator = np.random.default_rng(0)
+    whole = np.frombuffer(pickled(LabelledImages(batches["test_batch"].images[:1], np.array([3]))), np.uint8)
+    opcodes = np.r_[:120, len(whole) - 60 : len(whole)]
+    for _ in range(500):
+        damaged = whole.copy()
+        damaged[generator.choice(opcodes, 3)] = generator.integers(0, 256, 3)
+        (tmp_path / "data_batch_1").write_bytes(damaged.tobytes())
+        with contextlib.suppress(DataError):
+            read_cifar10(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["zip", "tar.gz"])
+def test_archives_that_unpack_to_too_much_are_refused(tmp_path, form, monkeypatch):
+    monkeypatch.setattr("flowformer.tasks.images.cifar.MOST_BYTES", 2**20)
+    path = tmp_path / f"cifar.{form}"
+    if form == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as zipped:
+            zipped.writestr("data_batch_1", bytes(2**21))
+    else:
+        with tarfile.open(path, "w:gz") as tar:
+            member = tarfile.TarInfo("data_batch_1")
+            member.size = 2**21
+            tar.addfile(member, io.BytesIO(bytes(2**21)))
+    assert path.stat().st_size < 2**15
+    with pytest.raises(
+        DataError, match="files of 2,097,152 bytes and more, expected CIFAR-10, at most 1,048,576 bytes"
+    ):
+        read_cifar10(path)
+
+
+def test_links_and_devices_of_archives_are_passed_over(tmp_path):
+    (tmp_path / "secret").write_bytes(b"secret")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number, kind in enumerate((tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE), 1):
+            member = tarfile.TarInfo(f"data_batch_{number}")
+            member.type, member.linkname = kind, str(tmp_path / "secret")
+            tar.addfile(member)
+    with pytest.raises(DataError, match="does not contain CIFAR-10"):
+        read_cifar10(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("form", ["zip", "tar", "tar.gz"])
+def test_damaged_archives_are_errors_that_name_them(tmp_path, batches, form):
+    path = tmp_path / f"cifar.{form}"
+    data = binary(batches["data_batch_1"])
+    if form == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as zipped:
+            zipped.writestr("data_batch_1.bin", data)
+    else:
+        with tarfile.open(path, f"w:{form[4:]}") as tar:
+            member = tarfile.TarInfo("data_batch_1.bin")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    whole = path.read_bytes()
+    generator = np.random.default_rng(0)
+    for _ in range(100):
+        damaged = bytearray(whole[: generator.integers(1, 2 * len(whole))])
+        for place in generator.integers(0, len(damaged), 8):
+            damaged[place] = generator.integers(0, 256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(DataError):
+            read_cifar10(path)
+    path.write_bytes(whole[:5000])
+    with pytest.raises(DataError, match=re.escape(str(path))):
+        read_cifar10(path)
+
+
+def test_picture_that_is_damaged_is_named(tmp_path, batches):
+    write_pictures(tmp_path, batches)
+    path = next(tmp_path.rglob("*.png"))
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(DataError, match=re.escape(path.relative_to(tmp_path).as_posix())):
+        read_cifar10(tmp_path)

@@ -2,8 +2,12 @@
 
 import json
 import logging
+import multiprocessing
 import pickle
+import struct
 import tarfile
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from flowformer.common.errors import DataError
+from flowformer.tasks.images import decoding
 from flowformer.tasks.images.decoding import UnreadableImage, decode
 from flowformer.tasks.images.files import find_images, read_folder
 
@@ -179,7 +184,7 @@ def test_list_that_lacks_an_image(tmp_path, caplog):
         (b"c,dog\n", "lists none of the images"),
         (b"a\n", r"expected a name and a class in each line, got \['a'\]"),
         (b"a, \n", "expected a name and a class"),
-        (b"\xff\xfe\x00", "cannot read the table"),
+        (b"\xff\xfe\x00", "labels.csv is not UTF-16, which its byte order mark states: byte 2: truncated data"),
         (b"a,1\nb,cat\n", "labels are partly numbers and partly names"),
     ],
 )
@@ -344,8 +349,9 @@ def test_tar_file_that_is_cut_off(tmp_path):
         ({"a.png": b"", "a.cls": b""}, "a.cls contains no label: b''"),
         ({"a.png": b"", "a.json": b"{"}, "a.json contains no label"),
         ({"a.png": b"", "a.json": b"[]"}, "a.json contains no label"),
-        ({"a.png": b"", "a.json": b'{"label": 1.5}'}, "a.json contains no label"),
-        ({"a.png": b"", "a.cls": b"\xff"}, "a.cls contains no label"),
+        ({"a.png": b"", "a.json": b'{"label": [1]}'}, "a.json contains no label: .*; expected a number or a name"),
+        ({"a.png": b"", "a.json": b"[" * 100_000}, "a.json contains no label"),
+        ({"a.png": b"", "a.cls": b"a\xff"}, r"a\.tar: a\.cls is not UTF-8: byte 1: invalid start byte"),
         ({"a.png": b"", "a.cls": b"1", "b.png": b"", "b.cls": b"cat"}, "labels are partly numbers and partly names"),
     ],
 )
@@ -444,6 +450,69 @@ def test_sixteen_bits():
     assert np.asarray(decode(encode(low, "TIFF")))[0, :, 0].tolist() == [0, 255]
 
 
+def deep_png(values, kind):
+    """A PNG file of 16 bits; Pillow writes none of colours. Kinds: 0 grey, 2 RGB, 6 RGBA."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, kind, 0, 0, 0)
+    ends = chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + ends
+
+
+def deep_tiff(values):
+    """A TIFF file of 16-bit colours, not compressed."""
+    height, width, _ = values.shape
+    data = values.astype("<u2").tobytes()
+    tags = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, 122), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 128),
+            (277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, len(data))]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + struct.pack("<HHH", 16, 16, 16) + data
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    monkeypatch.setattr(decoding, "_reported", [])
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize("most", [1023, 4095, 3000, 16383, 255])
+@pytest.mark.parametrize("form", ["grey PNG", "grey TIFF", "PNG", "PNG with alpha", "TIFF"])
+def test_fewer_bits_in_sixteen_are_scaled_by_their_maximum(most, form, said):
+    values = np.random.default_rng(0).integers(0, most + 1, (6, 8, 3))
+    values[0, 0] = most
+    wanted = np.rint(values * (255 / most)).astype(np.uint8)
+    if form.startswith("grey"):
+        data = encode(Image.fromarray(values[..., 0].astype(np.uint16)), form[5:])
+        wanted = wanted[..., :1].repeat(3, 2)
+    elif form == "TIFF":
+        data = deep_tiff(values)
+    else:
+        alpha = np.full((6, 8, 1), 65535)
+        data = deep_png(np.concatenate([values, alpha], 2), 6) if "alpha" in form else deep_png(values, 2)
+    assert np.array_equal(np.asarray(decode(data)), wanted)
+    decode(data)
+    assert said() == [
+        f"images of 16 bits that use fewer (the first has values up to {most}) are scaled by their maximum"
+    ]
+
+
+@pytest.mark.parametrize("kind", [2, 6])
+def test_sixteen_bits_of_colours(kind, said):
+    values = np.random.default_rng(0).integers(0, 65536, (6, 8, 3 if kind == 2 else 4))
+    values[..., 3:] = 65535
+    assert np.array_equal(np.asarray(decode(deep_png(values, kind))), (values >> 8)[..., :3])
+    assert not said()
+
+
+def test_black_of_sixteen_bits(said):
+    assert not np.asarray(decode(encode(Image.new("I;16", (3, 3))))).any()
+    assert not np.asarray(decode(deep_png(np.zeros((3, 3, 3), int), 2))).any()
+    assert not said()
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [
@@ -538,3 +607,140 @@ def test_only_corrupt_files_are_an_error(tmp_path):
     )
     with pytest.raises(DataError, match=r"none of 6 images can be read; dog/2.jpg: not an image of a known format"):
         files.check()
+
+
+# -------------------------------------------------------------------------------------------- damaged and hostile files
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM"])
+@pytest.mark.parametrize("part", [0, 0.01, 0.3, 0.8])
+def test_truncated_pictures_are_unreadable(form, part):
+    data = encode(picture(0, (64, 64)), form)
+    with pytest.raises(UnreadableImage) as caught:
+        decode(data[: int(len(data) * part)])
+    assert "\n" not in str(caught.value)
+
+
+def test_picture_of_no_pixels():
+    with pytest.raises(UnreadableImage):
+        decode(b"P6 0 0 255\n")
+    with pytest.raises(UnreadableImage):
+        decode(deep_png(np.zeros((1, 1, 3), int), 2).replace(struct.pack(">II", 1, 1), bytes(8), 1))
+
+
+def test_decompression_bomb_costs_no_memory():
+    bomb = b"P6 60000 60000 255\n"
+    tracemalloc.start()
+    with pytest.raises(UnreadableImage, match="DecompressionBomb"):
+        decode(bomb)
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+
+def test_a_folder_called_like_a_picture_is_left_out(tmp_path):
+    files = read_folder(write_folder(tmp_path, images(1) | {"cat/folder.png/x": b""}))
+    with pytest.raises(UnreadableImage, match=r"Is a directory|Permission denied"):
+        files.decode([files.name(index) for index in range(len(files))].index("cat/folder.png"))
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_shards_that_become_shorter_are_errors_that_name_them(tmp_path, kind):
+    """Not the end of the process: a file that is mapped into memory would be."""
+    big = {number: encode(Image.effect_noise((200, 200), 90)) for number in range(6)}
+    if kind == "tar":
+        path = write_tar(
+            tmp_path / "a.tar", {f"{n}.png": data for n, data in big.items()} | {f"{n}.cls": b"1" for n in big}
+        )
+    else:
+        path = write_parquet(tmp_path / "a.parquet", [(data, 1) for data in big.values()], group=1)
+    files = find_images(path)["all"]
+    files.decode(0)
+    with path.open("rb+") as file:
+        file.truncate(path.stat().st_size // 2)
+    files.decode(0)
+    with pytest.raises(UnreadableImage, match="shorter" if kind == "tar" else "cannot read rows"):
+        files.decode(5)
+    path.unlink()
+    with pytest.raises(UnreadableImage):
+        pickle.loads(pickle.dumps(files)).decode(5)
+
+
+def _decode_all(files):
+    return [np.asarray(files.decode(index)).sum() for index in range(len(files))]
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+def test_parquet_that_is_open_is_read_by_forked_processes(tmp_path):
+    files = find_images(write_parquet(tmp_path / "a.parquet", rows(40), group=1))["all"]
+    wanted = _decode_all(files)
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        running = pool.map_async(_decode_all, [files] * 12)
+        assert all(_decode_all(files) == wanted for _ in range(5))
+        assert running.get() == [wanted] * 12
+
+
+def special(name, kind, **fields):
+    member = tarfile.TarInfo(name)
+    member.type = kind
+    for field, value in fields.items():
+        setattr(member, field, value)
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def test_hostile_members_of_tar_files_are_passed_over(tmp_path):
+    """Links, devices, names that lead elsewhere: nothing is unpacked, and only what is in the file is read."""
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png(0))
+    write_tar(
+        tmp_path / "good.tar", {"/abs/1.png": png(1), "/abs/1.cls": b"a", "../up/2.png": png(2), "../up/2.cls": b"b"}
+    )
+    good = (tmp_path / "good.tar").read_bytes().rstrip(b"\0")
+    good += bytes(-len(good) % 512)
+    bad = b"".join(
+        special(f"{number}.png", kind, linkname=str(secret))
+        for number, kind in enumerate(
+            (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE)
+        )
+    )
+    (tmp_path / "a.tar").write_bytes(good + bad + bytes(1024))
+    files = find_images(tmp_path / "a.tar")["all"]
+    assert [files.name(index) for index in range(len(files))] == ["a.tar:/abs/1.png", "a.tar:../up/2.png"]
+    assert same(files, [1, 2])
+
+
+@pytest.mark.parametrize("size", [2**40, 2**62, 2**33])
+@pytest.mark.parametrize("name", ["0.png", "0.cls", "0.json"])
+def test_members_that_claim_to_be_gigantic_take_no_memory(tmp_path, size, name):
+    path = write_tar(tmp_path / "a.tar", members(2, lambda number: b"%d" % number))
+    whole = path.read_bytes().rstrip(b"\0")
+    whole += bytes(-len(whole) % 512)
+    path.write_bytes(whole + special(name, tarfile.REGTYPE, size=size) + b"abc")
+    tracemalloc.start()
+    files = find_images(path)["all"]
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+    assert len(files) == 2
+    assert any("damaged" in reason for reason in files.left_out.values())
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_damaged_shards_are_errors_or_left_out(tmp_path, kind):
+    """Bytes changed anywhere, two hundred times."""
+    generator = np.random.default_rng(0)
+    path = tmp_path / f"a.{kind}"
+    if kind == "tar":
+        write_tar(path, members(3, lambda number: b"%d" % number))
+    else:
+        write_parquet(path, rows(3))
+    whole = np.frombuffer(path.read_bytes(), np.uint8)
+    for _ in range(200):
+        damaged = whole.copy()
+        places = generator.integers(0, len(whole), 8)
+        damaged[places] = generator.integers(0, 256, 8)
+        path.write_bytes(damaged[: generator.integers(1, 2 * len(whole))].tobytes())
+        try:
+            files = find_images(path)["all"]
+        except DataError:
+            continue
+        for index in range(len(files)):
+            files._reason(index)

@@ -15,8 +15,9 @@ from flowformer.common.errors import DataError
 from flowformer.models import create_model
 from flowformer.tasks.protocols import Format, Task
 from flowformer.tasks.series.dataset import SeriesSet
-from flowformer.tasks.series.files import SeriesTable, read_table
+from flowformer.tasks.series.files import read_table
 from flowformer.tasks.series.format import SeriesFormat, SeriesScaler, classify, fill_missing, match_format
+from flowformer.tasks.series.table import SeriesTable
 from flowformer.tasks.series.task import SeriesTask, build_task, load_pair
 
 

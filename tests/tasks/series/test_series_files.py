@@ -122,7 +122,7 @@ def test_unreadable_files_are_named(tmp_path):
     for name in ("gone.ts", "gone.ts.gz", "gone.csv", "gone.csv.gz"):
         refuse(lambda name=name: read_table(tmp_path / name), name, "no such file")
     (tmp_path / "folder.ts").mkdir()
-    refuse(lambda: read_ts(tmp_path / "folder.ts"), "folder.ts: cannot be read")
+    refuse(lambda: read_ts(tmp_path / "folder.ts"), "folder.ts: a folder, expected a file")
     body = gzip.compress(write_ts(tmp_path / "own.ts", ROWS * 400).read_bytes())
     for content in (b"no gzip at all", body[:-20], body[:30] + b"\xff" * 20 + body[50:]):
         for name in ("bad.ts.gz", "bad.csv.gz"):
@@ -247,7 +247,11 @@ def test_labels_that_are_not_needed_are_read_where_they_are(tmp_path):
         ("@classLabel false", "1,2:3,4:a", "3 channels, 2 expected; the header declares no labels (@classLabel)"),
         ("@classLabel false", "1,2:a", "channels of different lengths [1, 2] in one series; the header declares no"),
         ("@classLabel true a b", "1,2:3,4", "1 channels before the label, 2 expected"),
-        ("@classLabel true a b", "1,2:3,4:c", "label 'c' is not in the header's @classLabel list; if the rows have no"),
+        (
+            "@classLabel true a b",
+            "1,2:3,4:c",
+            "label 'c' is not in the header's @classLabel list ('a', 'b'); if the rows have no",
+        ),
         ("@classLabel false", "1,2:3,x", "channel 2, time step 2: 'x' is not a number"),
     ],
 )

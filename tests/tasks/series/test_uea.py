@@ -69,15 +69,23 @@ def test_finds_files_in_data_dir(tmp_path, suffix, nested):
     assert "aeon" not in task.source
 
 
-def test_data_dir_comes_before_the_wheel_and_the_wheel_steps_in(tmp_path):
-    assert len(uea.load("JapaneseVowels", tmp_path / "nothing").train) == 270
-    write_archive(tmp_path, "JapaneseVowels")
-    assert len(uea.load("JapaneseVowels", tmp_path).train) == 2
+@pytest.mark.parametrize("subset", ["JapaneseVowels", "Heartbeat"])
+def test_no_other_copy_stands_in_for_that_of_data_dir(monkeypatch, tmp_path, subset):
+    """Neither that of aeon's wheel, nor that of the cache, nor a download."""
+    write_archive(tmp_path / "cache" / "uea", "Heartbeat")
+    calls = fake_download(monkeypatch, TRAIN, TEST)
+    folder = tmp_path / "mine"
+    with pytest.raises(DataError, match=rf"no {subset}_TRAIN.ts .* in {folder} or its folder .* without --data-dir"):
+        uea.load(subset, folder)
+    assert uea.find(subset, folder) is None
+    assert not calls
+    write_archive(folder, subset)
+    assert len(uea.load(subset, folder).train) == 2
 
 
 def test_finds_files_in_the_cache(tmp_path):
     write_archive(tmp_path / "cache" / "uea" / "Heartbeat", "Heartbeat")
-    assert len(uea.load("Heartbeat", tmp_path / "elsewhere").train) == 2
+    assert len(uea.load("Heartbeat").train) == 2
 
 
 def test_cache_defaults_to_the_home_folder(monkeypatch, tmp_path):
@@ -90,18 +98,17 @@ def test_cache_defaults_to_the_home_folder(monkeypatch, tmp_path):
 def test_one_of_two_files_is_none(tmp_path):
     write_archive(tmp_path, "Heartbeat")
     (tmp_path / "Heartbeat_TEST.ts").unlink()
-    with pytest.raises(DataError, match=r"no Heartbeat_TRAIN.ts and Heartbeat_TEST.ts .* download failed"):
+    with pytest.raises(DataError, match=r"no Heartbeat_TRAIN.ts and Heartbeat_TEST.ts \(or .ts.gz\) in"):
         uea.load("Heartbeat", tmp_path)
 
 
 def test_offline_says_what_to_put_where(tmp_path):
     with pytest.raises(DataError) as caught:
-        uea.load("FaceDetection", tmp_path / "mine")
+        uea.load("FaceDetection")
     for part in (
         "FaceDetection_TRAIN.ts",
         "FaceDetection_TEST.ts",
-        str(tmp_path / "mine"),
-        str(tmp_path / "cache" / "uea"),
+        str(tmp_path / "cache" / "uea" / "FaceDetection"),
         "--data-dir",
         "timeseriesclassification.com",
         "no network in tests",
@@ -127,13 +134,11 @@ def fake_download(monkeypatch, train: str, test: str, error: Exception | None = 
     return calls
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_download_is_kept_and_found_again(monkeypatch, tmp_path, given):
+def test_download_is_kept_and_found_again(monkeypatch, tmp_path):
     monkeypatch.setattr(uea, "SPLIT_SIZES", {"Heartbeat": (2, 1)})
     calls = fake_download(monkeypatch, TRAIN, TEST)
-    data_dir = tmp_path / "mine" if given else None
-    folder = (data_dir or tmp_path / "cache" / "uea") / "Heartbeat"
-    first, again = uea.load("Heartbeat", data_dir), uea.load("Heartbeat", data_dir)
+    folder = tmp_path / "cache" / "uea" / "Heartbeat"
+    first, again = uea.load("Heartbeat"), uea.load("Heartbeat")
     assert calls == ["Heartbeat"]
     assert sorted(path.name for path in folder.iterdir()) == ["Heartbeat_TEST.ts", "Heartbeat_TRAIN.ts"]
     assert str(folder) in first.source
@@ -157,10 +162,10 @@ def test_broken_download_leaves_nothing(monkeypatch, tmp_path, train, test, erro
     monkeypatch.setattr(uea, "SPLIT_SIZES", {"Heartbeat": (2, 1)})
     fake_download(monkeypatch, train, test, error)
     with pytest.raises(DataError, match="download failed"):
-        uea.load("Heartbeat", tmp_path / "mine")
-    assert not list((tmp_path / "mine").iterdir())
+        uea.load("Heartbeat")
+    assert not list((tmp_path / "cache" / "uea").iterdir())
     fake_download(monkeypatch, TRAIN, TEST)
-    assert len(uea.load("Heartbeat", tmp_path / "mine").train) == 2
+    assert len(uea.load("Heartbeat").train) == 2
 
 
 def test_missing_aeon_is_no_crash(monkeypatch, tmp_path):

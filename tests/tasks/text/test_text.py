@@ -103,14 +103,14 @@ def test_metric_is_the_usual_one(tokenizer, name, value):
     assert task.metric.shown(math.log(4)) == pytest.approx(value)
     records = [{"test/loss": 2.0}, {"test/loss": 1.0}, {"test/loss": 3.0}]
     assert task.metric.best(records, "test") is records[1]
-    assert build_task(corpus(np.array([0, 1]), WordTokenizer(["<eos>", "a"])), 4).metric.shown(1e9) < math.inf
+    assert build_task(corpus(np.array([0, 1]), WordTokenizer(["<eos>", "a"])), 2).metric.shown(1e9) < math.inf
 
 
 def test_first_token_follows_a_new_line():
     assert build_task(corpus(), 5).test[0][0][0] == 10
-    assert build_task(corpus(np.array([2, 1]), CharacterTokenizer("abc\n")), 5).test[0][0][0] == 3
-    assert build_task(corpus(np.array([2, 1]), WordTokenizer(["<eos>", "<unk>", "a"])), 5).test[0][0][0] == 0
-    assert build_task(corpus(np.array([4, 1]), CharacterTokenizer("0123456789")), 5).test[0][0][0] == 4
+    assert build_task(corpus(np.array([2, 1]), CharacterTokenizer("abc\n")), 2).test[0][0][0] == 3
+    assert build_task(corpus(np.array([2, 1]), WordTokenizer(["<eos>", "<unk>", "a"])), 2).test[0][0][0] == 0
+    assert build_task(corpus(np.array([4, 1]), CharacterTokenizer("0123456789")), 2).test[0][0][0] == 4
 
 
 def test_sets_evaluated_during_training():
@@ -125,6 +125,9 @@ def test_a_corpus_without_a_part_is_refused():
         build_task(replace(corpus(), test=None), 5)
     with pytest.raises(ValueError, match="made: the training text is empty"):
         build_task(replace(corpus(), train=TEXT[:0]), 5)
+    build_task(corpus(), len(TEXT))
+    with pytest.raises(ValueError, match=f"the training text has {len(TEXT)} tokens, fewer than a sequence of length"):
+        build_task(corpus(), len(TEXT) + 1)
 
 
 def test_format_is_read_as_it_was_written():

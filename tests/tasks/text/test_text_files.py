@@ -11,6 +11,7 @@ import pytest
 
 from flowformer.common.errors import DataError
 from flowformer.tasks.text import files as text_files
+from flowformer.tasks.text.stored import StoredTokens
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -35,7 +36,7 @@ def test_bytes_of_a_file_are_not_copied(file, cache):
     assert bytes(corpus.train) + bytes(corpus.test) == content
     assert len(corpus.test) == round(0.1 * len(content))
     assert corpus.validation is None
-    assert isinstance(corpus.train, np.memmap)
+    assert isinstance(corpus.train, StoredTokens)
     assert corpus.train.dtype == np.uint8
     assert (corpus.name, corpus.source, corpus.tokenizer.kind) == ("mine", str(file), "bytes")
     assert not cache.exists()
@@ -45,8 +46,8 @@ def test_bytes_of_a_file_are_not_copied(file, cache):
 def test_other_tokens_are_made_once(file, cache, monkeypatch, tokenizer):
     corpus = text_files.load(file, tokenizer=tokenizer)
     assert corpus.tokenizer.kind == tokenizer
-    assert isinstance(corpus.test, np.memmap)
-    assert not corpus.test.flags.writeable
+    assert isinstance(corpus.test, StoredTokens)
+    assert not corpus.test[:].flags.writeable
     assert corpus.test.dtype == corpus.tokenizer.dtype
     monkeypatch.setattr(text_files, "_pieces", None)  # nothing is read again
     again = text_files.load(file, tokenizer=tokenizer)
@@ -221,10 +222,69 @@ def test_what_is_not_utf8_is_named(tmp_path, cache, tokenizer):
     folder.mkdir()
     (folder / "a.txt").write_bytes(b"richtig\n")
     (folder / "b.txt").write_bytes(b"alt\n" + "f\xfcnf\n".encode("latin-1"))
-    with pytest.raises(DataError, match=r"b.txt is not UTF-8 near byte 5: .*; as bytes any file is read"):
+    with pytest.raises(DataError, match=r"b.txt is not UTF-8: byte 5: .*; with --tokenizer bytes any file is read"):
         text_files.load(folder, tokenizer=tokenizer)
     assert not list((cache / "tokens").glob(f"own-{tokenizer}-*"))
     assert bytes(text_files.load(folder).test)
+
+
+MARKED = {"utf-8-sig": 3, "utf-16": 2, "utf-32": 4}
+
+
+@pytest.mark.parametrize("form", MARKED)
+@pytest.mark.parametrize("tokenizer", ["bytes", "words", "characters"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_byte_order_mark_is_no_text(tmp_path, form, tokenizer, pack, monkeypatch):
+    monkeypatch.setattr(text_files, "PIECE_BYTES", 101)  # cuts characters of all encodings
+    file = tmp_path / ("mine.txt" if pack is bytes else "mine.txt.gz")
+    file.write_bytes(pack(TEXT.encode(form)))
+    assert whole(text_files.load(file, tokenizer=tokenizer)) == TEXT
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "words", "characters"])
+def test_no_byte_order_mark_within_a_text_of_several_files(tmp_path, tokenizer):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for number, form in enumerate(("utf-8", *MARKED, "utf-8-sig")):
+        (folder / f"{number}.txt").write_bytes("Füße\nFluss\nein".encode(form))
+    assert whole(text_files.load(folder, tokenizer=tokenizer)) == "\n".join(["Füße\nFluss\nein"] * 5)
+
+
+def test_utf_16_that_is_damaged_is_named_with_its_byte(tmp_path, cache):
+    (tmp_path / "own.txt").write_bytes("abc".encode("utf-16")[:-1])
+    with pytest.raises(DataError, match=r"own.txt is not UTF-16, which its byte order mark states: byte 6: truncated"):
+        text_files.load(tmp_path / "own.txt")
+    assert not list((cache / "tokens").glob("own-*"))
+
+
+def test_lines_that_end_as_on_windows_stay(tmp_path):
+    (tmp_path / "own.txt").write_bytes(b"one\r\ntwo\rthree\r\n" * 9)
+    for tokenizer in ("bytes", "characters"):
+        assert whole(text_files.load(tmp_path / "own.txt", tokenizer=tokenizer)) == "one\r\ntwo\rthree\r\n" * 9
+
+
+def test_a_text_that_becomes_shorter_while_it_is_read_is_named(file, monkeypatch):
+    pieces = text_files._pieces
+
+    def cut_first(text, start, stop):
+        file.write_bytes(TEXT.encode()[:100])
+        return pieces(text, start, stop)
+
+    monkeypatch.setattr(text_files, "_pieces", cut_first)
+    with pytest.raises(DataError, match=r"mine.txt has become shorter while it was read: 100 of "):
+        text_files.load(file, tokenizer="words")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names of files are bytes on POSIX only")
+def test_names_of_files_that_are_no_utf8(tmp_path):
+    for name in ("caf\udce9.txt", "caf\udce9"):
+        (tmp_path / name).write_bytes(TEXT.encode())
+        assert whole(text_files.load(tmp_path / name, tokenizer="words")) == TEXT
+
+
+def test_what_is_neither_a_file_nor_a_folder():
+    with pytest.raises(DataError, match=f"{os.devnull} is neither a file nor a folder"):
+        text_files.load(os.devnull)
 
 
 def test_the_slice_of_wikipedia():

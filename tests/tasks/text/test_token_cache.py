@@ -1,14 +1,19 @@
 """What is made once and kept: by one process of several, again when the source changes, and whole or not at all."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from flowformer.common.errors import DataError
+from flowformer.tasks.text.stored import StoredTokens
 from flowformer.tasks.text.token_cache import keep, open_bytes, open_tokens, write_tokens
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -31,7 +36,7 @@ def build(folder):
     time.sleep(0.5)
     write_tokens(folder / "tokens.npy", [np.frombuffer(source.read_bytes(), np.uint8)], np.dtype(np.uint8))
 
-print(open_tokens(keep("made", source, [source], build) / "tokens.npy").tolist())
+print(open_tokens(keep("made", source, [source], build) / "tokens.npy")[:].tolist())
 """
 
 
@@ -69,8 +74,8 @@ def test_is_made_once(source, cache):
     load, calls = counted(source)
     first, again = load(), load()
     assert bytes(first) == bytes(again) == b"abc"
-    assert isinstance(again, np.memmap)
-    assert not again.flags.writeable
+    assert isinstance(again, StoredTokens)
+    assert not again[:].flags.writeable
     assert len(calls) == 1
     assert len(folders(cache)) == 1
 
@@ -126,7 +131,9 @@ def test_other_sources_are_kept_beside(tmp_path, cache):
     assert len(folders(cache)) == 2
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "no manifest", "empty manifest", "odd manifest"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "gone", "changed", "no manifest", "empty manifest", "odd manifest", "older manifest"]
+)
 def test_what_is_damaged_is_made_again(source, cache, damage):
     load, calls = counted(source)
     load()
@@ -136,10 +143,16 @@ def test_what_is_damaged_is_made_again(source, cache, damage):
         tokens.write_bytes(tokens.read_bytes()[:-1])
     elif damage == "gone":
         tokens.unlink()
+    elif damage == "changed":  # of one size, and of one time
+        times = tokens.stat()
+        content = bytearray(tokens.read_bytes())
+        content[-1] ^= 1
+        tokens.write_bytes(content)
+        os.utime(tokens, ns=(times.st_atime_ns, times.st_mtime_ns))
     elif damage == "no manifest":
         manifest.unlink()
     else:
-        manifest.write_text("" if damage == "empty manifest" else "[]")
+        manifest.write_text({"empty": "", "odd": "[]", "older": '{"tokens.npy": 131}'}[damage.split()[0]])
     assert bytes(load()) == b"abc"
     assert len(calls) == 2
 
@@ -165,6 +178,51 @@ def test_a_cache_that_cannot_be_written_is_named(source, cache):
         counted(source)[0]()
 
 
+def test_a_full_disk_is_named_and_leaves_nothing(source, cache):
+    def build(folder):
+        (folder / "half").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(
+        DataError, match=rf"cannot write to {cache / 'tokens'}: No space left on device; free some space"
+    ):
+        keep("made", source, [source], build)
+    assert not folders(cache)
+
+
+def test_a_folder_that_is_read_only_is_named(source, cache, monkeypatch):
+    monkeypatch.setattr("flowformer.tasks.downloads.FileLock.acquire", refuse)
+    with pytest.raises(DataError, match=rf"cannot write to {cache / 'tokens'}: Read-only file system; free some space"):
+        counted(source)[0]()
+
+
+def refuse(*words, **options):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+def test_what_is_whole_is_read_without_writing(source, monkeypatch):
+    load, _ = counted(source)
+    load()
+    monkeypatch.setattr("flowformer.tasks.downloads.FileLock.acquire", refuse)
+    assert bytes(load()) == b"abc"
+
+
+def test_a_process_that_waits_for_another_says_so(source, cache, caplog):
+    load, calls = counted(source)
+    load()
+    (place,) = (cache / "tokens").glob("made-*")
+    (place / "tokens.npy").unlink()
+    (lock,) = (cache / "tokens").glob(".made-*.lock")
+    with ThreadPoolExecutor(1) as other:
+        with FileLock(lock):
+            waiting = other.submit(load)
+            while "waiting for another process" not in caplog.text:
+                assert not waiting.done()
+                time.sleep(0.01)
+        assert bytes(waiting.result()) == b"abc"
+    assert len(calls) == 2
+
+
 def test_odd_names_stay_in_the_cache(source, cache):
     load = keep("../a b/" + "c" * 300, source, [source], lambda folder: None)
     assert load.parent == cache / "tokens"
@@ -185,4 +243,4 @@ def test_bytes_of_a_file(tmp_path):
     (tmp_path / "text").write_bytes(b"0123456789")
     assert bytes(open_bytes(tmp_path / "text")) == b"0123456789"
     assert bytes(open_bytes(tmp_path / "text", 3, 5)) == b"34"
-    assert not open_bytes(tmp_path / "text").flags.writeable
+    assert not open_bytes(tmp_path / "text")[:].flags.writeable

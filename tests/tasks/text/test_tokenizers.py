@@ -7,6 +7,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from flowformer.common.errors import DataError
 from flowformer.tasks.text.tokenizers import (
     BytesTokenizer,
     CharacterTokenizer,
@@ -170,10 +171,48 @@ def test_hugging_face_takes_older_files(tmp_path):
 @pytest.mark.slow  # importing transformers
 def test_a_tokenizer_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"no tokenizer 'nobody/nothing': expected a tokenizer.json"):
+    with pytest.raises(ValueError, match=r"no tokenizer 'nobody/nothing': expected bytes, characters, words, a tok"):
         create_tokenizer("nobody/nothing")
     with pytest.raises(ValueError, match="no tokenizer"):
         create_tokenizer(str(tmp_path))
+
+
+@pytest.mark.slow  # importing transformers
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    asked = []
+
+    def refuse(*words, **options):
+        asked.append(words)
+        raise ConnectionError("no network in tests")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", refuse)
+    monkeypatch.setattr("huggingface_hub.utils._http.http_backoff", refuse)
+    with pytest.raises(ValueError, match="no tokenizer 'nobody/nothing'") as caught:
+        create_tokenizer("nobody/nothing")
+    assert len(asked) == 1, asked
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("wrds", "words"), ("word", "words"), ("Bytes", "bytes"), ("chars", "characters"), ("character", "characters")],
+)
+def test_a_misspelt_name_is_not_asked_of_the_hub(monkeypatch, name, near):
+    monkeypatch.setattr("flowformer.tasks.text.tokenizers._open_hugging_face", None)
+    with pytest.raises(ValueError, match=rf"no tokenizer '{name}' \(did you mean '{near}'\?\)"):
+        create_tokenizer(name)
+
+
+@pytest.mark.parametrize("form", ["utf-8-sig", "utf-16"])
+def test_a_tokenizer_with_a_byte_order_mark(tmp_path, form):
+    path = tmp_path / "tokenizer.json"
+    write_bpe(path)
+    wanted = HuggingFaceTokenizer(path).encode(TEXT)
+    path.write_bytes(path.read_text(encoding="utf-8").encode(form))
+    np.testing.assert_array_equal(create_tokenizer(str(tmp_path)).encode(TEXT), wanted)
+    path.write_bytes(b"{\xff}")
+    with pytest.raises(DataError, match=r"tokenizer.json is not UTF-8: byte 1: invalid start byte"):
+        create_tokenizer(str(path))
 
 
 def test_what_is_no_tokenizer(tmp_path):

@@ -1,0 +1,241 @@
+"""The raw operators refuse what kernels would read or write wrongly, whatever is called past our own checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from kernel_inputs import needs_kernels, random
+from torch import Tensor
+
+from flowformer import ops
+
+OPERATORS = torch.ops.flowformer
+CORE = ops.PRESETS["core"].values()
+BATCH, LENGTH, SOURCES, HEADS, KEYS, VALUES, CHANNELS = 2, 37, 35, 3, 4, 5, 6
+
+pytestmark = needs_kernels
+
+
+def qkv(sources: int = LENGTH, batch: int = BATCH) -> dict[str, Tensor]:
+    return {
+        "q": random(batch, LENGTH, HEADS, KEYS),
+        "k": random(batch, sources, HEADS, KEYS),
+        "v": random(batch, sources, HEADS, VALUES),
+    }
+
+
+def mask(length: int) -> Tensor:
+    return torch.ones(BATCH, length, dtype=torch.bool)
+
+
+def state(of: str = "", batch: int = BATCH) -> dict[str, Tensor]:
+    parts = ops.init_flow_state(batch, HEADS, KEYS, VALUES)._asdict()
+    return {of + name: part for name, part in parts.items() if not of or name != "length"}
+
+
+def channels(sources: int = LENGTH) -> dict[str, Tensor]:
+    return {
+        name: random(BATCH, length, CHANNELS) for name, length in zip("qkv", (LENGTH, sources, sources), strict=True)
+    }
+
+
+def means(of: str = "") -> dict[str, Tensor]:
+    return {of + name: torch.zeros(BATCH, CHANNELS, dtype=torch.float64) for name in ("log_weight", "mean")}
+
+
+BOUNDS = torch.tensor([0, 3, 3, LENGTH], dtype=torch.int32)
+NONE = {"mask": None, "cu_seqlens": None}
+GRAD = {"grad_out": random(BATCH, LENGTH, HEADS, VALUES)}
+PACKED_GRAD = {"grad_out": random(1, LENGTH, HEADS, VALUES)}
+MASKS = {"key_mask": mask(SOURCES), "query_mask": mask(LENGTH)}
+NO_MASKS = {"key_mask": None, "query_mask": None}
+MARKS = torch.zeros(BATCH, 3, 3, CHANNELS)
+
+# What each operator takes, in its order: the tensors by name. Flow-Attention's options follow.
+VALID: dict[str, tuple[str, dict[str, Tensor | None]]] = {
+    "causal": ("flow_causal", {**qkv(), "mask": mask(LENGTH), "cu_seqlens": None, **state()}),
+    "causal packed": ("flow_causal", {**qkv(batch=1), "mask": None, "cu_seqlens": BOUNDS, **state(batch=3)}),
+    "causal backward": (
+        "flow_causal_backward",
+        {**qkv(), "mask": mask(LENGTH), "cu_seqlens": None, **state(), **GRAD, **state("grad_")},
+    ),
+    "causal packed backward": (
+        "flow_causal_backward",
+        {**qkv(batch=1), "mask": None, "cu_seqlens": BOUNDS, **state(batch=3), **PACKED_GRAD, **state("grad_", 3)},
+    ),
+    "bidirectional": ("flow_bidirectional", {**qkv(SOURCES), **MASKS, "cu_seqlens": None}),
+    "bidirectional packed": ("flow_bidirectional", {**qkv(batch=1), **NO_MASKS, "cu_seqlens": BOUNDS}),
+    "bidirectional backward": ("flow_bidirectional_backward", {**qkv(SOURCES), **MASKS, "cu_seqlens": None, **GRAD}),
+    "bidirectional packed backward": (
+        "flow_bidirectional_backward",
+        {**qkv(batch=1), **NO_MASKS, "cu_seqlens": BOUNDS, **PACKED_GRAD},
+    ),
+    "step": ("flow_step", {**{name: x[:, 0] for name, x in qkv().items()}, **state()}),
+    "aft causal": ("aft_simple_causal", {**channels(), "mask": mask(LENGTH), **means()}),
+    "aft causal backward": (
+        "aft_simple_causal_backward",
+        {**channels(), "mask": mask(LENGTH), "marks": MARKS, "grad_out": random(BATCH, LENGTH, CHANNELS), **means("g")},
+    ),
+    "aft bidirectional": ("aft_simple_bidirectional", {**channels(SOURCES), **MASKS}),
+    "aft bidirectional backward": (
+        "aft_simple_bidirectional_backward",
+        {**channels(SOURCES), **MASKS, "marks": MARKS[:, :1], "grad_out": random(BATCH, LENGTH, CHANNELS)},
+    ),
+}
+
+
+def call(case: str, **changed: Tensor | None) -> Any:
+    name, arguments = VALID[case]
+    assert changed.keys() <= arguments.keys()
+    options = CORE if name.startswith("flow") else ()
+    return getattr(OPERATORS, name)(*{**arguments, **changed}.values(), *options)
+
+
+def empty_axes(x: Tensor) -> Iterator[Tensor]:
+    """One axis without elements, except the batch."""
+    for axis in range(1, x.ndim):
+        yield x.narrow(axis, 0, 0)
+
+
+def shapes(x: Tensor) -> Iterator[Tensor]:
+    """The tensor with one element more, less or none along each axis, and with one axis more or less."""
+    yield from empty_axes(x)
+    for axis in range(x.ndim):
+        yield torch.cat([x, x.narrow(axis, 0, 1)], axis)
+        if x.shape[axis] > 1:
+            yield x.narrow(axis, 0, x.shape[axis] - 1)
+    yield x.unsqueeze(0)
+    yield x.unsqueeze(-1)
+    yield x.select(-1, 0)
+
+
+def dtypes(x: Tensor) -> Iterator[Tensor]:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool):
+        if dtype != x.dtype and not (x is BOUNDS and dtype == torch.int64):
+            yield x.to(dtype)
+    yield x.to(torch.complex64)
+
+
+def places(x: Tensor) -> Iterator[Tensor]:
+    yield x.to("meta")
+
+
+CHANGES: dict[str, Callable[[Tensor], Iterator[Tensor]]] = {"shape": shapes, "dtype": dtypes, "device": places}
+
+
+@pytest.mark.parametrize("case", VALID)
+def test_the_arguments_that_are_changed_below_are_right(case: str) -> None:
+    results = call(case)
+    assert all(x.isfinite().all() for x in ([results] if isinstance(results, Tensor) else results[:1]))
+
+
+def is_free(v: Tensor, other: Tensor) -> bool:
+    """Whether other values differ in the number of channels only, which no other argument of this operator tells."""
+    alike = other.shape[:-1] == v.shape[:-1] and other.dtype == v.dtype and other.device == v.device
+    return alike and other.shape[-1] > 0
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("case", VALID)
+def test_wrong_tensors_are_refused_one_by_one(case: str, change: str) -> None:
+    name, arguments = VALID[case]
+    for argument, tensor in arguments.items():
+        for wrong in CHANGES[change](tensor) if tensor is not None else ():
+            if argument == "v" and name == "flow_bidirectional" and is_free(tensor, wrong):
+                continue
+            with pytest.raises((TypeError, ValueError), match=f"flowformer::{name}: .*got|cu_seqlens must rise"):
+                call(case, **{argument: wrong})
+
+
+@pytest.mark.parametrize("case", VALID)
+def test_sparse_tensors_are_refused(case: str) -> None:
+    for argument, tensor in VALID[case][1].items():
+        if tensor is not None:
+            with pytest.raises((TypeError, ValueError, NotImplementedError)):
+                call(case, **{argument: tensor.to_sparse()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int32])
+@pytest.mark.parametrize("case", VALID)
+def test_inputs_of_a_dtype_without_kernels_are_refused(case: str, dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match="q, k and v must all be float32 or all bfloat16"):
+        call(case, **{name: VALID[case][1][name].to(dtype) for name in "qkv"})
+
+
+@pytest.mark.parametrize("case", [case for case in VALID if "causal" in case])
+def test_parts_of_a_state_are_refused(case: str) -> None:
+    names = [name for name in ("length", "sums", "log_normaliser", "memory") if name in VALID[case][1]]
+    for name in names or (["log_weight", "mean"] if "backward" not in case else []):
+        with pytest.raises(ValueError, match=f"a state is given whole or not at all, got no {name}"):
+            call(case, **{name: None})
+
+
+@pytest.mark.parametrize("case", [case for case in VALID if "packed" in case])
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        [0, 20, 10, LENGTH], [0, 3, 3, LENGTH + 1], [0, 3, 3, LENGTH - 1], [1, 3, 3, LENGTH], [-1, 3, 3, LENGTH],
+        [0, 3, 1000, LENGTH], [0, -1000, 3, LENGTH], [0, 3, 2**31 - 1, LENGTH], [0, -(2**31), 3, LENGTH],
+        [LENGTH, 3, 3, 0],
+    ],
+)  # fmt: skip
+def test_boundaries_that_are_none_are_refused(case: str, bounds: list[int]) -> None:
+    for dtype in (torch.int32, torch.int64):
+        with pytest.raises(ValueError, match=f"cu_seqlens must rise from 0 to the total length {LENGTH}"):
+            call(case, cu_seqlens=torch.tensor(bounds, dtype=dtype))
+
+
+@pytest.mark.parametrize("case", [case for case in VALID if "packed" in case])
+def test_masks_beside_boundaries_are_refused(case: str) -> None:
+    for name in {"mask", "key_mask", "query_mask"} & VALID[case][1].keys():
+        with pytest.raises(ValueError, match="a packed batch has batch 1, as many queries as keys and no masks"):
+            call(case, **{name: torch.ones(1, LENGTH, dtype=torch.bool)})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("tanh", 1.0, 1e-6, 0.0, "sequence", True, True), ("sigmoid", 1.0, 1e-6, 0.0, "all", True, True),
+        ("sigmoid", -1.0, 1e-6, 0.0, "sequence", True, True), ("sigmoid", 1.0, float("nan"), 0.0, None, True, True),
+        ("sigmoid", 1.0, 1e-6, float("inf"), None, True, True),
+    ],
+)  # fmt: skip
+def test_unknown_options_are_refused(options: tuple[Any, ...]) -> None:
+    for name, arguments in VALID.values():
+        if name.startswith("flow"):
+            with pytest.raises(ValueError, match=r"unknown feature map or competition|must be finite and at least 0"):
+                getattr(OPERATORS, name)(*arguments.values(), *options)
+
+
+@pytest.mark.parametrize("case", VALID)
+def test_layouts_do_not_matter(case: str) -> None:
+    """Kernels that need adjacent elements get copies."""
+
+    def apart(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        wide = torch.stack([x, torch.ones_like(x)], -1)
+        return wide.transpose(0, -2).contiguous().transpose(0, -2)[..., 0]
+
+    want, got = call(case), call(case, **{name: apart(x) for name, x in VALID[case][1].items()})
+    for one, other in zip(*((x,) if isinstance(x, Tensor) else x for x in (got, want)), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("case", VALID)
+def test_an_empty_batch_is_computed(case: str) -> None:
+    if "packed" not in case:
+        results = call(case, **{name: x if x is None else x[:0] for name, x in VALID[case][1].items()})
+        assert all(x.shape[0] == 0 for x in ([results] if isinstance(results, Tensor) else results))
+
+
+@pytest.mark.parametrize("case", VALID)
+def test_the_default_device_does_not_matter(case: str) -> None:
+    want = call(case)
+    with torch.device("meta"):
+        got = call(case)
+    for one, other in zip(*((x,) if isinstance(x, Tensor) else x for x in (got, want)), strict=True):
+        assert torch.equal(one, other)
