@@ -122,7 +122,8 @@ class TimmVisionModel(VisionModel):
                 "torch.fx cannot trace this model, whose steps depend on the image's size: use features_only=True,"
                 " forward_intermediates, or forward hooks on the modules of feature_info"
             )
-        if torch.jit.is_tracing() and any(isinstance(module, AFTFull) for module in self.modules()):
+        tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage] - it is documented
+        if tracing and any(isinstance(module, AFTFull) for module in self.modules()):
             raise TypeError("torch.jit.trace cannot trace AFT-full attention: use torch.export")
         return self.forward_head(self.forward_features(images))
 

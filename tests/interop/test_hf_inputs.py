@@ -88,7 +88,8 @@ def test_keywords_of_transformers_are_accepted(kind):
     wanted = model(draw(2, 5))[0]
     extra = {
         "num_items_in_batch": 3, "output_router_logits": False, "is_causal": True, "tokenizer": object(),
-        "assistant_tokenizer": None, "max_length_q": 5, "token_type_ids": torch.zeros(2, 5, dtype=torch.int64),
+        "assistant_tokenizer": None, "max_length_q": 5,
+        "assistant_model": object(), "token_type_ids": torch.zeros(2, 5, dtype=torch.int64),
         "position_ids": torch.arange(5).unsqueeze(0), "nothing": None,
     }  # fmt: skip
     assert torch.equal(model(draw(2, 5), **extra)[0], wanted)
@@ -108,13 +109,32 @@ def test_keywords_of_transformers_are_accepted(kind):
         ({"position_ids": torch.tensor([[0, 1, 1, 2, 3]])}, ValueError, "has 1 where 2 real tokens"),
         ({"seq_idx": torch.zeros(2, 4, dtype=torch.int64)}, ValueError, r"seq_idx must be \(2, 5\) or"),
         ({"cu_seq_lens_q": torch.tensor([0, 5])}, ValueError, "batch of size 1 without padding, got a batch of size 2"),
+        ({"attention_mask": [[1] * 5] * 2}, TypeError, "attention_mask must be a tensor, got list"),
+        ({"input_ids": [[1, 2]]}, TypeError, "input_ids must be a tensor of integers, got list"),
+        (
+            {"input_ids": None, "inputs_embeds": torch.ones(2, 5, 16).long()},
+            TypeError,
+            "inputs_embeds must be a tensor",
+        ),
         ({"cu_seq_lens_q": [0, 5]}, TypeError, "boundaries as integers, got"),
     ],
 )
 def test_what_a_model_cannot_do_is_refused(given, error, message):
     for kind in (FlowformerForCausalLM, FlowformerForSequenceClassification):
         with pytest.raises(error, match=message):
-            build(kind=kind)(draw(2, 5), **given)
+            build(kind=kind)(**{"input_ids": draw(2, 5), **given})
+
+
+def test_labels_that_are_none_are_refused():
+    model = build()
+    for labels, error, message in (
+        (draw(1, 5) + VOCABULARY, ValueError, "labels must be from 0 to 60, or -100, got"),
+        (-draw(1, 5) - 1, ValueError, "labels must be from 0 to 60, or -100"),
+        (draw(1, 5).float(), TypeError, "labels must be a tensor of integers"),
+        ([[1] * 5], TypeError, "labels must be a tensor of integers, got list"),
+    ):
+        with pytest.raises(error, match=message):
+            model(draw(1, 5), labels=labels)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -128,16 +129,18 @@ def _make_room(model: FlowformerForCausalLM, tokenizer: PreTrainedTokenizerFast)
     if after > before:
         model.resize_token_embeddings(after, mean_resizing=False)
         with torch.no_grad():
-            for layer in (model.get_input_embeddings(), model.lm_head):
-                layer.weight[before:] = layer.weight[:before].float().mean(0)
-    for config in (model.config, model.generation_config):
+            for weight in (model.model.embed.weight, model.lm_head.weight):
+                weight[before:] = weight[:before].float().mean(0)
+    configs: tuple[Any, ...] = (model.config, model.generation_config)
+    for config in configs:
         config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     model.generation_config.suppress_tokens = [tokenizer.pad_token_id]
 
 
 def _write_card(model: FlowformerForCausalLM, tokenizer: PreTrainedTokenizerFast, vocabulary: int) -> str:
     config, pad, eos = model.config, tokenizer.pad_token, tokenizer.eos_token
-    added = [f"`{name}`" for name in (eos, pad) if tokenizer.convert_tokens_to_ids(name) >= vocabulary]
+    ids = tokenizer.get_vocab()
+    added = [f"`{name}`" for name in (eos, pad) if ids[str(name)] >= vocabulary]
     return _CARD.format(
         attention=config.attention, layers=config.num_hidden_layers, dim=config.hidden_size,
         parameters=model.num_parameters(), pad=pad, eos=eos,

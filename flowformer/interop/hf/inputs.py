@@ -14,7 +14,7 @@ from flowformer.models.decoder import LanguageState, check_token_ids, find_targe
 from flowformer.models.positions import count_positions
 
 # What Trainer and generate pass to every model, and the models of transformers ignore.
-_PASSED_ON = {*TransformersKwargs.__optional_keys__, "tokenizer", "assistant_tokenizer"}
+_PASSED_ON = {*TransformersKwargs.__optional_keys__, "tokenizer", "assistant_tokenizer", "assistant_model"}
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 
@@ -184,9 +184,13 @@ def read_sizes(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("pass either input_ids or inputs_embeds")
     if input_ids is not None:
+        if not isinstance(input_ids, Tensor):
+            raise TypeError(f"input_ids must be a tensor of integers, got {describe(input_ids)}")
         check_token_ids("input_ids", input_ids)
         return input_ids.shape[0], input_ids.shape[1]
     embeds = cast("Tensor", inputs_embeds)
+    if not isinstance(embeds, Tensor) or not embeds.is_floating_point():
+        raise TypeError(f"inputs_embeds must be a tensor of floating-point numbers, got {describe(embeds)}")
     if embeds.ndim != 3 or not embeds.shape[1]:
         raise ValueError(f"inputs_embeds must be (batch, length, dim) with one token or more, got {describe(embeds)}")
     return embeds.shape[0], embeds.shape[1]
@@ -198,6 +202,8 @@ def read_mask(
     """Which of the new tokens are real, (batch, length) boolean; None where all are."""
     if attention_mask is None:
         return None
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask must be a tensor, got {describe(attention_mask)}")
     if attention_mask.shape not in ((batch, length), (batch, seen + length)):
         so_far = f" or {(batch, seen + length)}" if seen else ""
         raise ValueError(f"attention_mask must be {(batch, length)}{so_far}, got {describe(attention_mask)}")
@@ -221,19 +227,26 @@ def read_mask(
 
 def countable_labels(
     labels: Tensor, attention_mask: Tensor | None, sizes: tuple[int, int], logits_to_keep: int | Tensor,
-    starts: Tensor | None,
+    starts: Tensor | None, classes: int,
 ) -> Tensor:  # fmt: skip
     """Labels, with -100 at padding and where nothing but padding or another sequence comes before."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be a tensor of integers, got {describe(labels)}")
     if labels.shape != sizes:
         raise ValueError(f"labels must be {sizes} like the input, got {describe(labels)}")
     if isinstance(logits_to_keep, Tensor) or logits_to_keep:
         raise ValueError("logits_to_keep is not supported with labels, which need the logits of all positions")
     if starts is not None:
         labels = labels.masked_fill(starts.to(labels.device), -100)
-    if attention_mask is None:
-        return labels
-    real = attention_mask[:, -labels.shape[1] :].bool().to(labels.device)
-    return labels.masked_fill(~find_targets(real), -100)
+    if attention_mask is not None:
+        real = attention_mask[:, -labels.shape[1] :].bool().to(labels.device)
+        labels = labels.masked_fill(~find_targets(real), -100)
+    # Values are looked at on a CPU only, as those of tokens are.
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = labels[(labels != -100) & ((labels < 0) | (labels >= classes))]
+        if wrong.numel():
+            raise ValueError(f"labels must be from 0 to {classes - 1}, or -100, got {int(wrong[0])}")
+    return labels
 
 
 def last_token(

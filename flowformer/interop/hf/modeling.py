@@ -291,7 +291,7 @@ class FlowformerForCausalLM(FlowformerPreTrainedModel, GenerationMixin):
         sizes = read_sizes(input_ids, inputs_embeds)
         if labels is not None:
             starts = find_starts(position_ids, kwargs, sizes)
-            labels = countable_labels(labels, attention_mask, sizes, logits_to_keep, starts)
+            labels = countable_labels(labels, attention_mask, sizes, logits_to_keep, starts, self.config.vocab_size)
         out = self.model(
             input_ids, attention_mask, cache, inputs_embeds, use_cache, position_ids=position_ids, **kwargs
         )

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
-from flowformer.core.checks import check_flag, check_integer, check_number, describe
+from flowformer.core.checks import check_dtype, check_flag, check_integer, check_number, describe
 from flowformer.core.masks import fill
+from flowformer.core.precision import FLOAT_DTYPES
 from flowformer.core.tracing import is_traced
 from flowformer.mechanisms.base import Attention
 from flowformer.mechanisms.registry import create_attention
@@ -87,6 +88,13 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
             if width is not None or label in ("embed_dim", "num_heads"):
                 check_integer(f"{name}: {label}", width)
         check_number(f"{name}: dropout", dropout, 0)
+        if dropout > 1:
+            raise ValueError(f"{name}: dropout is a probability from 0 to 1, got {dropout}")
+        if dtype is not None:
+            check_dtype(f"{name}: dtype", dtype)
+        for label, width in (("kdim", kdim), ("vdim", vdim)):
+            if width is not None and width < 1:
+                raise ValueError(f"{name}: {label} must be at least 1, got {width}")
         if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
             raise ValueError(
                 f"{name}: num_heads must divide embed_dim, got embed_dim {embed_dim}, num_heads {num_heads}"
@@ -180,6 +188,7 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
         Raises:
             TypeError, ValueError: for invalid input.
         """
+        self._check_tensors(query=query, key=key, value=value)
         if query.is_nested or key.is_nested or value.is_nested:
             masks = (key_padding_mask, query_padding_mask)
             return self._forward_nested(
@@ -220,6 +229,18 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
         self.train(module.training)
 
     # ----------------------------------------------------------------------------------------------------------- layout
+
+    def _check_tensors(self, **tensors: Any) -> None:
+        """Refuse what is no tensor of the weights' dtype and device; under autocast, dtypes may differ."""
+        name, weight = type(self).__name__, self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
+        for label, x in tensors.items():
+            if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES:
+                raise TypeError(f"{name}: {label} must be a tensor of floating-point numbers, got {describe(x)}")
+            if x.device != weight.device:
+                raise ValueError(f"{name}: {label} must be on {weight.device} like the weights, got {describe(x)}")
+            if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+                wanted = str(weight.dtype).removeprefix("torch.")
+                raise TypeError(f"{name}: {label} must be {wanted} like the weights, got {describe(x)}")
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         name = type(self).__name__
