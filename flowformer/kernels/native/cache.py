@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flowformer.common.folders import cache_folder, make_private
-from flowformer.kernels.native.compiler import BUILDING, SUFFIX, BuildError, compiled, content_hash, fingerprint
+from flowformer.kernels.native.compiler import (
+    BUILDING,
+    SUFFIX,
+    BuildError,
+    compiled,
+    content_hash,
+    fingerprint,
+    printable,
+)
 
 try:
     import fcntl
@@ -157,7 +165,9 @@ def _read(folder: int, file: str) -> bytes | None:
 
 
 def _build(folder: Path, name: str, source: Path, compiler: str) -> Cached:
-    _log.warning("building flowformer's C++ kernels with %s in %s, once: up to a minute", compiler, folder)
+    _log.warning(
+        "building flowformer's C++ kernels with %s in %s, once: up to a minute", compiler, printable(str(folder))
+    )
     _sweep(folder)
     with compiled(folder, source, compiler) as library:
         library.chmod(0o700)
@@ -222,7 +232,9 @@ def _acquire(path: Path) -> int:
             holder, since = seen, time.monotonic()
             if seen[1]:  # else it is about to write its number
                 _log.warning(
-                    "waiting for process %s, which builds flowformer's C++ kernels in %s", seen[1], path.parent
+                    "waiting for process %s, which builds flowformer's C++ kernels in %s",
+                    seen[1],
+                    printable(str(path.parent)),
                 )
         elif time.monotonic() - since > _WAIT_S:
             _log.warning("process %s is not done after %g s: building the kernels in this one", seen[1], _WAIT_S)
