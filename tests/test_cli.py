@@ -101,11 +101,11 @@ def test_language_run_is_exported(language_run, tmp_path, capsys):
 def test_exports_to_what_is_no_empty_folder(language_run, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     for out, message in (
-        (tmp_path / "file", "is a file: choose a folder"),
-        (tmp_path / "file" / "below", "could not be written"),
+        (tmp_path / "file", "is a file: pass --out for a folder"),
+        (tmp_path / "file" / "below", "cannot be written"),
         (tmp_path, "is not empty: choose another folder"),
         (tmp_path / ("a" * 300), "too long"),
-        ("/proc/flowformer", "could not be written"),
+        ("/proc/flowformer", "cannot be written"),
     ):
         status, printed, err = run(capsys, "export", str(language_run), "--to", "hf", "--out", str(out))
         assert (status, printed) == (2, "")

@@ -9,7 +9,7 @@ from typing import Any
 from flowformer.cli.arguments.parser import Parser, usable
 from flowformer.cli.output.paths import check_file, output_path
 from flowformer.cli.output.streams import show
-from flowformer.cli.trained import open_run, require, run_arguments
+from flowformer.cli.trained import open_run, require, run_arguments, run_files
 
 
 def main(words: Sequence[str]) -> int:
@@ -22,7 +22,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--out", type=output_path, metavar="FILE", help="file to write", default=None)
     values = parser.parse(words)
     if values.out is not None:
-        check_file(values.out)
+        check_file(values.out, inputs=(*run_files(values.run), *values.files))
     _, model, form = open_run(values.run, values.checkpoint)
     require(values.run, form, "predict")
     names, probabilities = usable(form.classify_files, model, values.files)

@@ -23,7 +23,7 @@ def main(words: Sequence[str]) -> int:
         return _train(words, command)
     except KeyboardInterrupt as error:
         again = command if "--resume" in words else f"{command} --resume"
-        raise Interrupted.of(error, f"To continue from the last checkpoint: {again}") from None
+        raise Interrupted.of(error, f"To continue: {again}") from None
 
 
 def _train(words: Sequence[str], command: str) -> int:

@@ -23,6 +23,11 @@ def is_run(folder: str | Path) -> bool:
     return (Path(folder) / "recipe.json").exists()
 
 
+def run_files(folder: Path) -> list[Path]:
+    """Return what belongs to a run: files, and the folder of checkpoints."""
+    return [folder / name for name in ("recipe.json", "format.json", "metrics.jsonl", "result.json", "checkpoints")]
+
+
 def find_run(words: Sequence[str]) -> Path | None:
     """Return the first run among the words of a command line; ``None`` if only help is requested.
 

@@ -11,7 +11,16 @@ from flowformer.cli.arguments.options import add_options, read_options
 from flowformer.cli.arguments.parser import Parser, UsageError, usable
 from flowformer.cli.output.paths import check_file, output_path
 from flowformer.cli.output.streams import show
-from flowformer.cli.trained import CHECKPOINTS, find_run, is_run, open_format, open_run, parse_for_run, require
+from flowformer.cli.trained import (
+    CHECKPOINTS,
+    find_run,
+    is_run,
+    open_format,
+    open_run,
+    parse_for_run,
+    require,
+    run_files,
+)
 
 NOTE = "Further options depend on the run: `flowformer visualize RUN --help` shows them."
 
@@ -31,8 +40,8 @@ def main(words: Sequence[str]) -> int:
     flags += add_options(parser, form.show_options)
     values = parse_for_run(parser, words, run, flags)
     usable(drawing.check_path, values.out)
-    check_file(values.out)
     runs, file = _split(values.paths)
+    check_file(values.out, inputs=[*(one for folder in runs for one in run_files(folder)), *([file] if file else [])])
     scenes = _scenes(runs, file, values, form.show_options)
     usable(drawing.write, scenes, values.out)
     strips = sum(len(scene.strips) for scene in scenes)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +35,7 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: if the file cannot be written.
     """
     if path.is_dir():
-        raise IsADirectoryError(21, "is a folder, expected a file", str(path))
+        raise IsADirectoryError(errno.EISDIR, "is a folder, expected a file", str(path))
     if path.exists() and not path.is_file():
         yield path
         return
@@ -91,6 +93,20 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
+def check_regular(path: Path) -> None:
+    """Raise for a pipe or a device, which may never end.
+
+    Raises:
+        DataError: naming it.
+        OSError: if it is not there, or a folder.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "is a folder, expected a file", str(path))
+    if not stat.S_ISREG(mode):
+        raise DataError(f"{path} is a pipe or a device, expected a file")
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
@@ -98,6 +114,7 @@ def read_json(path: Path) -> Any:
         DataError: for a file that is not JSON; the message names it.
         OSError: for a file that cannot be read.
     """
+    check_regular(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from flowformer.common.errors import DataError, RunError
-from flowformer.common.files import read_json, replacing
+from flowformer.common.files import check_regular, read_json, replacing
 from flowformer.tasks.fingerprint import describe_changes, hash_values
 from flowformer.training.recipe import Recipe
 
@@ -90,7 +90,7 @@ class RunFolder:
         try:
             return recipe.read_format(values)
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-            raise RunError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+            raise RunError(f"{path} is damaged: {error}") from error
 
     def read_result(self) -> dict[str, Any]:
         """Read the result of a complete run.
@@ -107,7 +107,7 @@ class RunFolder:
         try:
             return read_json(self.path / name)
         except DataError as error:
-            raise RunError(f"{error}: the file is damaged") from error
+            raise RunError(f"{error}: the run is damaged") from error
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Check that a recipe is that of the run, but for fields that do not change a result.
@@ -205,6 +205,7 @@ def save_weights(model: nn.Module, path: Path, metadata: Mapping[str, Any]) -> N
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    check_regular(path)
     try:
         with safetensors.safe_open(path, "pt") as file:
             told = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
@@ -260,6 +261,7 @@ def read_plain(path: Path, *, mapped: bool = False) -> dict[str, Any]:
         OSError: for a file that cannot be opened.
         RunError: for a damaged file, or one that contains anything else.
     """
+    check_regular(path)
     path.open("rb").close()  # whatever is wrong with the file itself
     try:
         if not mapped:

@@ -275,3 +275,28 @@ def test_a_graph_reads_boundaries_and_not_positions(monkeypatch):
         assert all(torch.equal(one, other) for one, other in zip(found[:3], wanted[:3], strict=True))
     with pytest.raises(ValueError, match="pass cu_seq_lens_q as well"):
         read_packing(places, {}, sizes, None)
+
+
+@pytest.mark.parametrize("parts", [1, 6])
+def test_loss_of_trainer_does_not_depend_on_the_side_of_padding(tmp_path, parts):
+    """Trainer counts the label of the first real token of a padded row, which the model does not."""
+    dataset, found = rows((2, 2, 9, 2, 2, 9)), {}
+    for side in ("left", "right"):
+
+        def collate(batch, side=side):
+            longest = max(map(len, batch))
+            ids, mask = (torch.zeros(len(batch), longest, dtype=torch.int64) for _ in range(2))
+            for number, row in enumerate(batch):
+                place = slice(longest - len(row), None) if side == "left" else slice(len(row))
+                ids[number, place], mask[number, place] = row, 1
+            return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+        torch.manual_seed(0)
+        model = FlowformerForCausalLM(configure(dropout=0.0))
+        options = {
+            "per_device_train_batch_size": 6 // parts,
+            "gradient_accumulation_steps": parts,
+            "learning_rate": 0.0,
+        }
+        found[side] = train(model, tmp_path, dataset, collate, remove_unused_columns=False, max_steps=1, **options)
+    assert found["left"] == pytest.approx(found["right"], rel=1e-4)

@@ -250,7 +250,7 @@ def runs(tmp_path, monkeypatch):
     rows = [f"s,{time},{a},{b}" for time, (a, b) in enumerate(STEPS)]
     (tmp_path / "series.csv").write_text("series,time,x,y\n" + "\n".join(rows) + "\n")
     (tmp_path / "text.txt").write_text("to be\n")
-    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    (tmp_path / "bytes").write_bytes(b"a\xff\xfe")
     return tmp_path
 
 
@@ -305,9 +305,9 @@ def test_runs_of_one_mechanism_are_told_apart_by_their_folders(runs, capsys, mon
         (["flow", "image.png", "--layer", "9"], "no layer 9"),
         (["series", "series.csv", "--index", "1"], "has 1 series, from 0 to 0; got --index 1"),
         (["series", "no.csv"], "no such file"),
-        (["text", "bytes"], "is not UTF-8 text"),
+        (["text", "bytes"], "bytes is not UTF-8: byte 1"),
         (["text", "no.txt"], "cannot be read"),
-        (["pixels", "image.png"], "does not apply to pixels, whose data is PixelFormat; available: evaluate, generate"),
+        (["pixels", "image.png"], "does not apply to pixels, whose data is images; available: evaluate, generate"),
     ],
 )
 def test_mistakes_are_explained(words, message, runs, capsys):

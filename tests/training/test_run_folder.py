@@ -119,6 +119,11 @@ DAMAGE = {
     "format.json list": write("format.json", b"[]"),
     "format.json without classes": write("format.json", b'{"mean": [0, 0]}'),
     "format.json text for numbers": edit("format.json", mean="abc"),
+    "format.json number for a list": edit("format.json", mean=1e308),
+    "format.json infinite": edit("format.json", std=[1e999, 1]),
+    "format.json length": edit("format.json", max_length="9"),
+    "format.json classes": edit("format.json", classes=[1, 2]),
+    "format.json one mean": edit("format.json", mean=[0.0]),
     "format.json of other channels": edit("format.json", mean=[0, 0, 0], std=[1, 1, 1]),
     f"{LAST} empty": write(LAST, b""),
     f"{LAST} cut": cut(LAST),
@@ -149,6 +154,42 @@ def test_failed_resume_names_what_is_damaged_and_changes_nothing(whole, unfinish
     assert said.count("\n") == 1
     assert str(unfinished) in said
     assert contents(unfinished) == before
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "format.json", LAST, RESUME])
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_pipes_and_devices_are_not_waited_for(run, name, kind, capsys):
+    (run / name).unlink()
+    if kind == "fifo":
+        os.mkfifo(run / name)
+    elif kind == "device":
+        (run / name).symlink_to("/dev/zero")
+    else:
+        (run / name).mkdir()
+    assert main(["evaluate", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert str(run / name) in said
+    assert "expected a file" in said
+
+
+@pytest.mark.parametrize("name", ["recipe.json", LAST, "test.csv", "link.csv"])
+def test_predictions_do_not_replace_what_is_read(whole, run, tmp_path, name, capsys):
+    shutil.copy(whole[0] / "test.csv", tmp_path / "test.csv")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "test.csv")
+    out = tmp_path / name if name.endswith("csv") else run / name
+    before = out.read_bytes()
+    assert main(["predict", str(run), str(tmp_path / "test.csv"), "--out", str(out)]) == 2
+    assert "would replace what is read" in capsys.readouterr().err
+    assert out.read_bytes() == before
+    for _ in range(2):  # a file of its own may be replaced, also within the run
+        assert main(["predict", str(run), str(tmp_path / "test.csv"), "--out", str(run / "predicted.csv")]) == 0
+
+
+def test_empty_channel_of_new_series_is_told(whole, run, tmp_path, caplog):
+    rows = (whole[0] / "test.csv").read_text().splitlines()
+    (tmp_path / "new.csv").write_text("\n".join([rows[0], *(row.rsplit(",", 1)[0] + "," for row in rows[1:])]) + "\n")
+    assert main(["predict", str(run), str(tmp_path / "new.csv")]) == 0
+    assert "channel 'y' without any value" in caplog.text
 
 
 def test_sums_of_a_checkpoint_are_checked(whole, unfinished, capsys):

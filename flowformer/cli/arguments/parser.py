@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from flowformer.common.errors import RunError
+from flowformer.common.errors import RunError, describe
 from flowformer.common.names import find_nearest
 
 
@@ -49,5 +49,7 @@ def usable(function: Any, *words: Any, **values: Any) -> Any:
     """Call a function, and raise its ValueError, RunError or OSError as a usage error."""
     try:
         return function(*words, **values)
-    except (ValueError, RunError, OSError) as error:
+    except OSError as error:
+        raise UsageError(describe(error)) from error
+    except (ValueError, RunError) as error:
         raise UsageError(str(error)) from error

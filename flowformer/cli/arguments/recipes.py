@@ -8,6 +8,7 @@ from :mod:`flowformer.common.fields`. ``null`` stands for ``None``. An option of
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
+import yaml
 
 from flowformer.cli.arguments.parser import UsageError, usable
 from flowformer.cli.output.paths import check_folder
 from flowformer.common.fields import GROUPS, Option, check_names, options_of
+from flowformer.common.files import check_regular
 from flowformer.common.names import find_nearest, nearest
 from flowformer.recipes.registry import check_given, find_recipe
 from flowformer.training.recipe import Recipe
@@ -155,8 +158,8 @@ class _ConfigParser(_Parser):
 
     def read(self) -> dict[str, Any]:
         """The values that the file has."""
-        if not self.path.is_file():
-            raise UsageError(f"file {self.path} not found")
+        usable(check_regular, self.path)
+        _refuse_aliases(self.path)
         try:
             return vars(self.parse_path(str(self.path), defaults=False))
         except (OSError, UnicodeError) as error:
@@ -170,6 +173,14 @@ class _ConfigParser(_Parser):
         if unknown:
             message = f"unknown field {unknown[1]!r}{nearest(unknown[1], self.fields)}"
         return f"{self.path}: {super().explain(message)}"
+
+
+def _refuse_aliases(path: Path) -> None:
+    """Raise for YAML with aliases, a few of which can stand for any amount of memory."""
+    with contextlib.suppress(yaml.YAMLError, OSError, UnicodeError), path.open("rb") as file:  # reported later
+        for token in yaml.scan(file, Loader=yaml.SafeLoader):
+            if isinstance(token, yaml.AliasToken):
+                raise UsageError(f"{path}, line {token.start_mark.line + 1}: aliases of YAML are not supported")
 
 
 def _literal(text: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from flowformer.cli.arguments.parser import UsageError
@@ -37,20 +38,31 @@ def check_folder(folder: Path, flag: str = "--out") -> None:
     _try_to_write(folder, ".flowformer", folder, f"pass {flag} for another folder")
 
 
-def check_file(file: Path, flag: str = "--out") -> None:
+def check_file(file: Path, flag: str = "--out", *, inputs: Iterable[Path] = ()) -> None:
     """Check that a file can be written or replaced. Nothing is changed.
 
     Args:
         file: It need not be there yet.
         flag: The option that names it.
+        inputs: Files and folders that are read: a file of theirs is not replaced.
 
     Raises:
         UsageError: naming the file and the reason.
     """
     with contextlib.suppress(OSError, ValueError):
+        if read := next((one for one in inputs if _is_part(file, one)), None):
+            raise UsageError(f"{file} would replace what is read, {read}: pass {flag} for another file")
+    with contextlib.suppress(OSError, ValueError):
         if file.is_dir():
             raise UsageError(f"{file} is a folder: pass {flag} for a file")
     _try_to_write(file.parent, f".{file.name}", file, f"pass {flag} for another file")
+
+
+def _is_part(file: Path, read: Path) -> bool:
+    """Whether a file that exists is another one, or lies in a folder."""
+    if not file.is_file():
+        return False
+    return file.samefile(read) or (read.is_dir() and file.resolve().is_relative_to(read.resolve()))
 
 
 def _try_to_write(folder: Path, name: str, named: Path, advice: str) -> None:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from flowformer.interop.hf.conversion import to_hf
 from flowformer.interop.hf.modeling import FlowformerForCausalLM
@@ -88,10 +89,22 @@ def save_run(model: LanguageModel, tokenizer: Tokenizer, folder: str | Path) -> 
         made.generation_config.max_length = made.config.max_position_embeddings
     card = _write_card(made, theirs, tokenizer.vocab_size)
     _make_room(made, theirs)
-    with _staged(folder) as staging:
+    with _staged(folder) as staging, _without_progress():
         made.save_pretrained(staging)
         theirs.save_pretrained(staging)
         (staging / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def _without_progress() -> Iterator[None]:
+    """Keep transformers from drawing a bar for the second that writing takes."""
+    was = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was:
+            logging.enable_progress_bar()
 
 
 def to_hf_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:

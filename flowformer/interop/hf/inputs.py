@@ -249,6 +249,16 @@ def countable_labels(
     return labels
 
 
+def share_of_labels(given: Tensor, counted: Tensor) -> Tensor:
+    """Return which share of the labels that Trainer counts are counted by the model.
+
+    Trainer's ``num_items_in_batch`` is the number of labels other than -100, without the first of each row. It includes
+    the first real token of a row that is padded on the left, which the model does not predict from padding.
+    """
+    ours, theirs = ((labels[:, 1:] != -100).sum() for labels in (counted, given))
+    return torch.where(theirs > 0, ours / theirs.clamp(min=1), 1.0)
+
+
 def last_token(
     input_ids: Tensor | None, attention_mask: Tensor | None, length: int, pad_token_id: int | None
 ) -> Tensor | None:

@@ -32,6 +32,7 @@ from flowformer.interop.hf.inputs import (
     read_packing,
     read_sizes,
     refuse_packing,
+    share_of_labels,
 )
 from flowformer.models.decoder import LanguageState, TokenDecoder
 from flowformer.models.encoder import EncoderBlock
@@ -291,7 +292,10 @@ class FlowformerForCausalLM(FlowformerPreTrainedModel, GenerationMixin):
         sizes = read_sizes(input_ids, inputs_embeds)
         if labels is not None:
             starts = find_starts(position_ids, kwargs, sizes)
+            given = labels
             labels = countable_labels(labels, attention_mask, sizes, logits_to_keep, starts, self.config.vocab_size)
+            if loss_arguments.get("num_items_in_batch") is not None:
+                loss_arguments["num_items_in_batch"] *= share_of_labels(given, labels)
         out = self.model(
             input_ids, attention_mask, cache, inputs_embeds, use_cache, position_ids=position_ids, **kwargs
         )

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2")
+# Pillow's names of them. Others may run another program, as EPS does.
+_FORMATS = {"JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000"}
 _reported: list[int] = []  # the largest value of the first image that was scaled by its maximum
 _ORIENTATION = 0x0112  # the tag of EXIF
 
@@ -41,10 +43,11 @@ def decode(data: bytes) -> Image.Image:
     if not data:
         raise UnreadableImage("empty")
     try:
+        Image.init()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=sorted(_FORMATS.intersection(Image.OPEN))) as image:
                 deep = any(_swap_bytes(tile.args) != tile.args for tile in image.tile)
                 image.load()
                 if 0 in image.size:

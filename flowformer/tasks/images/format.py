@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flowformer.common.errors import DataError
+from flowformer.common.values import read_integer, read_number, read_numbers, read_texts
 from flowformer.models.vision import VisionModel
 from flowformer.tasks.encodings import check_file
 from flowformer.tasks.images.decoding import SUFFIXES, UnreadableImage, decode
@@ -111,9 +112,17 @@ class ImageFormat:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ImageFormat:
-        """Read a format that ``to_json`` wrote."""
-        lists = {name: tuple(values[name]) for name in ("classes", "mean", "std")}
-        return cls(**{**values, **lists})
+        """Read a format that ``to_json`` wrote.
+
+        Raises:
+            ValueError: for values of another kind, or that do not fit each other.
+        """
+        channels, mean = read_integer(values, "channels"), read_numbers(values, "mean")
+        std = read_numbers(values, "std", above=0)
+        if not channels == len(mean) == len(std) or channels not in (1, 3):
+            raise ValueError(f"expected 1 or 3 channels, means and deviations, got {channels}, {len(mean)}, {len(std)}")
+        size, crop = read_integer(values, "size"), read_number(values, "crop", above=0)
+        return cls(read_texts(values, "classes"), size, channels, mean, std, crop)
 
     def classify_files(self, model: nn.Module, paths: Sequence[Path]) -> tuple[list[str], np.ndarray]:
         """Return class probabilities of image files by a trained model. Unreadable files are logged.

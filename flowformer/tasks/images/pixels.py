@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from flowformer.common.fields import option
 from flowformer.common.files import write_whole
+from flowformer.common.values import read_integer
 from flowformer.mechanisms import find_attention
 from flowformer.models.generation import stream_tokens
 from flowformer.models.language import LanguageModel
@@ -107,7 +108,7 @@ class PixelFormat:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> PixelFormat:
         """Read a format that :meth:`to_json` wrote."""
-        return cls(**values)
+        return cls(*(read_integer(values, name) for name in ("height", "width", "channels", "levels")))
 
     def generate(self, model: LanguageModel, options: DrawingOptions, *, track: Track) -> Iterator[str]:
         """Sample images and write them as a grid to a PNG file.

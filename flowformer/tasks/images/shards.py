@@ -234,6 +234,12 @@ def read_tar(files: Sequence[Path]) -> Found:
             names.append(sample["image"].name)
             places.append((number, sample["image"].offset_data, sample["image"].size))
             labels.append(sample["label"])
+    if not names and left_out:
+        found = "; ".join(f"{name}: {why}" for name, why in list(left_out.items())[:3])
+        raise DataError(
+            f"{', '.join(map(str, files))}: expected images KEY.jpg with their labels KEY.cls, where a key ends at the "
+            f"first dot; found {found}. Unpack a tar file of folders by class"
+        )
     return Found(TarImages(files, places, names), labels, None, left_out)
 
 

@@ -119,6 +119,9 @@ def _read_csv_table(path: Path, labelled: bool) -> SeriesTable:
 
 def _read_csv_header(path: Path, wanted: tuple[str, ...]) -> list[str]:
     with _open_csv(path) as handle:
+        if any("\0" in piece for piece in iter(lambda: handle.read(2**20), "")):
+            raise DataError(f"{path}: contains a null character, which text has not")
+    with _open_csv(path) as handle:
         names = [name.strip() for name in next(csv.reader(handle), [])]
     if not any(names):
         raise DataError(f"{path}: the file is empty" if not names else f"{path}, line 1: no header")
@@ -210,7 +213,7 @@ def _check_csv_rows(path: Path, names: list[str], wanted: tuple[str, ...]) -> No
                 raise DataError(f"{path}, line {number}: {name} is missing")
             if name not in CSV_KEYS and not is_number(cell, missing=("", "?")):
                 raise DataError(
-                    f"{path}, line {number}: column {name!r}: {cell!r} is not a number{_describe_cell(cell)}"
+                    f"{path}, line {number}: column {name!r}: {cell!r:.80} is not a number{_describe_cell(cell)}"
                 )
 
 
@@ -239,9 +242,9 @@ def _read_times(path: Path, column: pd.Series) -> np.ndarray:
         dates = pd.to_datetime(column, errors="coerce", format="ISO8601", utc=True).dt.tz_localize(None)
         # Judge by the kind that fits more rows, so that the message names the odd one out.
         times = dates if dates.notna().sum() > times.notna().sum() else times
-    bad = np.flatnonzero(times.isna().to_numpy())
+    bad = np.flatnonzero(times.isna().to_numpy() | times.isin([np.inf, -np.inf]).to_numpy())
     if len(bad):
-        _fail_at_row(path, bad[0], f"time {column.iloc[bad[0]]!r} is neither a number nor an ISO 8601 date")
+        _fail_at_row(path, bad[0], f"time {column.iloc[bad[0]]!r:.80} is neither a number nor an ISO 8601 date")
     return np.asarray(times)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flowformer.common.errors import DataError
 from flowformer.common.fields import option
+from flowformer.common.values import read_integer, read_numbers, read_texts
 from flowformer.models.timeseries import SeriesClassifier
 from flowformer.tasks.scenes import Scene, View, find_mechanisms, line_strips
 from flowformer.tasks.series.dataset import SeriesSet
@@ -205,10 +206,18 @@ class SeriesFormat:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> SeriesFormat:
-        """Read a format that ``to_json`` wrote."""
-        scaler = SeriesScaler(*(np.array(values[name], dtype=np.float64) for name in ("mean", "std")))
-        names = values["channel_names"]
-        return cls(tuple(values["classes"]), values["max_length"], scaler, values["trim"], names and tuple(names))
+        """Read a format that ``to_json`` wrote.
+
+        Raises:
+            ValueError: for values of another kind, or that do not fit each other.
+        """
+        mean, std = read_numbers(values, "mean"), read_numbers(values, "std", above=0)
+        names = None if values.get("channel_names") is None else read_texts(values, "channel_names")
+        if not len(mean) == len(std) == len(names or mean):
+            raise ValueError(f"{len(mean)} means, {len(std)} deviations and {len(names or mean)} names of channels")
+        scaler = SeriesScaler(np.array(mean), np.array(std))
+        trim = values.get("trim") is True
+        return cls(read_texts(values, "classes"), read_integer(values, "max_length"), scaler, trim, names)
 
     def classify_files(self, model: nn.Module, paths: Sequence[Path]) -> tuple[list[str], np.ndarray]:
         """Return class probabilities of the series in files by a trained model.
@@ -286,7 +295,9 @@ def classify(model: nn.Module, form: SeriesFormat, series: Sequence[np.ndarray],
 
 
 def _classify_table(model: nn.Module, form: SeriesFormat, table: SeriesTable) -> np.ndarray:
-    probabilities = classify(model, form, match_format(table, form))
+    series = match_format(table, form)
+    warn_of_empty_channels(table)
+    probabilities = classify(model, form, series)
     bad = np.flatnonzero(~np.isfinite(probabilities).all(axis=1))
     if len(bad):
         raise DataError(f"{table.where(int(bad[0]))}: the model gives no finite probabilities for this series")

@@ -243,4 +243,4 @@ def is_number(text: str, missing: tuple[str, ...] = ("?",)) -> bool:
         float(text)
     except ValueError:
         return False
-    return "_" not in text  # Python reads 1_000, pandas does not
+    return "_" not in text and text.isascii()  # Python reads 1_000 and the digits of all scripts, pandas does not

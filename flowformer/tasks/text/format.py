@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flowformer.common.fields import option
+from flowformer.common.values import read_integer
 from flowformer.models.language import LanguageModel
 from flowformer.tasks.encodings import decode
 from flowformer.tasks.protocols import Track
@@ -82,7 +83,7 @@ class TextFormat:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TextFormat:
         """Read a format that :meth:`to_json` wrote."""
-        return cls(read_tokenizer(values["tokenizer"]), values["length"])
+        return cls(read_tokenizer(values["tokenizer"]), read_integer(values, "length"))
 
     def generate(self, model: LanguageModel, options: WritingOptions, *, track: Track) -> Iterator[str]:
         """Continue prompts. The text of a single prompt is streamed; several are shown when all are complete.

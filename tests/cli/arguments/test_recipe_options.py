@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import typing
 from pathlib import Path
 
@@ -240,8 +241,8 @@ def test_mistakes_in_a_file_name_the_file(tmp_path, text, message):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    assert refused("--config", tmp_path / "absent.yaml") == f"file {tmp_path / 'absent.yaml'} not found"
-    assert refused("--config", tmp_path) == f"file {tmp_path} not found"
+    assert refused("--config", tmp_path / "absent.yaml") == f"{tmp_path / 'absent.yaml'}: No such file or directory"
+    assert refused("--config", tmp_path) == f"{tmp_path}: is a folder, expected a file"
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
     assert "binary.yaml cannot be read" in refused("--config", tmp_path / "binary.yaml")
 
@@ -265,3 +266,17 @@ def test_recipe_file_of_another_version_is_explained(tmp_path, capsys):
     (tmp_path / "recipe.json").write_text(json.dumps({**create_recipe(VOWELS).to_json(), "preset": "core"}))
     assert cli.main(["evaluate", str(tmp_path)]) == 2
     assert "unknown field 'preset'" in capsys.readouterr().err
+
+
+def test_aliases_of_yaml_are_refused(tmp_path, capsys):
+    """A few of them can stand for more than any memory holds."""
+    lines = ["a: &b0 [x, x]", *(f"a{n}: &b{n + 1} [*b{n}, *b{n}, *b{n}, *b{n}]" for n in range(40)), "dim: *b40"]
+    (tmp_path / "bomb.yaml").write_text("\n".join(lines))
+    assert cli.main(["train", "text/own", "--config", str(tmp_path / "bomb.yaml")]) == 2
+    assert "bomb.yaml, line 2: aliases of YAML are not supported" in capsys.readouterr().err
+
+
+def test_config_that_is_a_pipe_is_not_waited_for(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    assert cli.main(["train", "text/own", "--config", str(tmp_path / "pipe")]) == 2
+    assert "is a pipe or a device, expected a file" in capsys.readouterr().err

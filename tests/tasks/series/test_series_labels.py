@@ -266,3 +266,23 @@ def test_scales_beyond_float64_are_refused():
     scaler = SeriesScaler.fit([np.array([[0.0], [1e-10]])])
     with pytest.raises(ValueError, match=r"the value 1e\+300 of channel 0, time step 1, is beyond float32"):
         scaler(np.array([[0.0], [1e300]]))
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ("s9,inf,a,1,2", "time 'inf' is neither a number"),
+        ("s9,-inf,a,1,2", "time '-inf' is neither a number"),
+        ("s9,0\0,a,1,2", "null character"),
+        ("s9,0,a\0b,1,2", "null character"),
+        ("s9,0,a,\u0661\u0662,2", "'\u0661\u0662' is not a number"),
+        (f"s9,0,a,{'x' * 5000},2", "is not a number"),
+    ],
+)
+def test_odd_cells_are_refused(tmp_path, row, says):
+    path = tmp_path / "odd.csv"
+    path.write_text(f"series,time,label,x,y\ns1,0,a,1,2\n{row}\n", encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        read_csv(path)
+    assert says in str(caught.value)
+    assert len(str(caught.value)) < len(str(path)) + 200
