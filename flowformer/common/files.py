@@ -154,7 +154,7 @@ def _this_process() -> dict[str, Any]:
     import platform
     import sys
 
-    now = datetime.datetime.now(tz=datetime.UTC).isoformat(timespec="seconds")
+    now = datetime.datetime.now(tz=datetime.timezone.utc).isoformat(timespec="seconds")
     return {"pid": os.getpid(), "host": platform.node(), "since": now, "command": " ".join(sys.argv)}
 
 

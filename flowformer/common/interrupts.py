@@ -30,7 +30,7 @@ class Interrupted(KeyboardInterrupt):
         self.status = 130 if number == signal.SIGINT else 143
 
     def __str__(self) -> str:
-        words = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+        words: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
         said = words.get(self.number, "the terminal was closed")
         return f"{said}. {self.advice}" if self.advice else said
 

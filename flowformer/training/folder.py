@@ -21,7 +21,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import safetensors
 import safetensors.torch
@@ -227,7 +227,7 @@ def save_plain(content: Mapping[str, Any], path: Path) -> None:
     with replacing(path) as staged, staged.open("wb") as file:
         target = _Writer(file)
         try:
-            torch.save(dict(content), target)
+            torch.save(dict(content), cast("Any", target))
         except RuntimeError as error:
             raise target.error or error from error
 

@@ -25,8 +25,9 @@ def writable_output() -> Iterator[None]:
     if sys.stderr is None:
         sys.stderr = _null_device()
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportOptionalMemberAccess] - it has it
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
     if sys.stdout is None:
         sys.stdout = _null_device()  # files that are opened later do not take its number
         raise UsageError("standard output is closed: redirect it to a file, or to /dev/null")

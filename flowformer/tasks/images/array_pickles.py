@@ -41,7 +41,7 @@ def _check_sizes(data: bytes) -> None:
             raise pickle.UnpicklingError(f"more than {MOST_OPCODES:,} values")
         if opcode.name in _STORES and int(argument or 0) > len(data):
             raise pickle.UnpicklingError(f"byte {place}: number {argument} in a pickle of {len(data)} bytes")
-        if opcode.name == "FRAME" and argument > len(data) - place:
+        if opcode.name == "FRAME" and int(argument or 0) > len(data) - (place or 0):
             raise pickle.UnpicklingError(f"byte {place}: a frame of {argument} bytes in a pickle of {len(data)} bytes")
 
 
@@ -106,7 +106,7 @@ class _DType:
             raise pickle.UnpicklingError(f"an array of {self.dtype}, expected numbers")
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        order = state[1].decode("ascii") if isinstance(state[1], bytes) else state[1]
+        order: Any = state[1].decode("ascii") if isinstance(state[1], bytes) else state[1]
         self.dtype = self.dtype.newbyteorder(order)
 
 

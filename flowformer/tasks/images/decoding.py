@@ -76,7 +76,10 @@ def _scale_colours(image: Image.Image, data: bytes) -> Image.Image:
     from PIL import Image
 
     # Pillow keeps the upper bytes. Where they are small, the lower ones are read too.
-    if image.mode not in ("RGB", "RGBA") or max(high for _, high in image.getextrema()[:3]) > 127:
+    if image.mode not in ("RGB", "RGBA"):
+        return image
+    extrema: Any = image.getextrema()  # a pair for each band
+    if max(high for _, high in extrema[:3]) > 127:
         return image
     with Image.open(io.BytesIO(data)) as other:
         other.tile = [tile._replace(args=_swap_bytes(tile.args)) for tile in other.tile]

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 import numpy as np
 
@@ -61,7 +61,7 @@ def read_ts_table(path: Path, labelled: bool) -> SeriesTable:
     return SeriesTable(str(path), series, labels, names, locate=lines.__getitem__)
 
 
-def _copy(path: Path, handle: TextIO, rows: TextIO, labelled: bool) -> tuple[list[str], list[int]]:
+def _copy(path: Path, handle: IO[str], rows: IO[str], labelled: bool) -> tuple[list[str], list[int]]:
     """Check header and rows, write the rows for aeon; return label and line number of each series."""
     numbered = enumerate(handle, start=1)
     header = _read_header(path, numbered, labelled)
