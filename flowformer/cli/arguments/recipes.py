@@ -30,6 +30,7 @@ from flowformer.training.recipe import Recipe
 
 _METAVARS: Mapping[Any, str] = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH", dict: "MAPPING"}
 _MECHANISM = "--attention-options"
+_DEEPEST = 20  # levels of a file of options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,7 @@ class _ConfigParser(_Parser):
     def read(self) -> dict[str, Any]:
         """The values that the file has."""
         usable(check_regular, self.path)
-        _refuse_aliases(self.path)
+        _check_yaml(self.path)
         try:
             return vars(self.parse_path(str(self.path), defaults=False))
         except (OSError, UnicodeError) as error:
@@ -175,12 +176,16 @@ class _ConfigParser(_Parser):
         return f"{self.path}: {super().explain(message)}"
 
 
-def _refuse_aliases(path: Path) -> None:
-    """Raise for YAML with aliases, a few of which can stand for any amount of memory."""
+def _check_yaml(path: Path) -> None:
+    """Raise for YAML that takes any amount of memory or time: aliases, and deep nesting."""
+    depth = 0
     with contextlib.suppress(yaml.YAMLError, OSError, UnicodeError), path.open("rb") as file:  # reported later
         for token in yaml.scan(file, Loader=yaml.SafeLoader):
-            if isinstance(token, yaml.AliasToken):
-                raise UsageError(f"{path}, line {token.start_mark.line + 1}: aliases of YAML are not supported")
+            name = type(token).__name__
+            depth += ("Start" in name and name != "StreamStartToken") - ("End" in name and name != "StreamEndToken")
+            if isinstance(token, yaml.AliasToken) or depth > _DEEPEST:
+                what = "aliases of YAML are" if depth <= _DEEPEST else f"nesting of more than {_DEEPEST} levels is"
+                raise UsageError(f"{path}, line {token.start_mark.line + 1}: {what} not supported")
 
 
 def _literal(text: str) -> Any:

@@ -276,6 +276,16 @@ def test_aliases_of_yaml_are_refused(tmp_path, capsys):
     assert "bomb.yaml, line 2: aliases of YAML are not supported" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, "dim: " + "[" * 25 + "]" * 25, "a:\n" + "".join(" " * n + "- a:\n" for n in range(1, 90, 2))],
+)
+def test_deep_nesting_is_refused(tmp_path, text, capsys):
+    (tmp_path / "deep.yaml").write_text(text)
+    assert cli.main(["train", "text/own", "--config", str(tmp_path / "deep.yaml")]) == 2
+    assert "nesting of more than 20 levels is not supported" in capsys.readouterr().err
+
+
 def test_config_that_is_a_pipe_is_not_waited_for(tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")
     assert cli.main(["train", "text/own", "--config", str(tmp_path / "pipe")]) == 2
