@@ -64,7 +64,7 @@ def train(
         return run.read_result()
     with quiet():
         _trainer(recipe, [], None)  # raises before anything is written, where this machine has no such device
-    form = run.read_format(recipe) if (folder / "format.json").exists() else None
+    form = run.read_format(recipe) if run.exists and (folder / "format.json").exists() else None
     task, data = build_task(recipe, run, form, data_changed_ok=data_changed_ok)
     torch.manual_seed(recipe.seed)
     model = recipe.build_model(task.format)
@@ -125,8 +125,10 @@ def _check_folder(run: RunFolder, recipe: Recipe, resume: bool, *, lock: bool = 
     if run.path.exists() and not run.path.is_dir():
         raise RunError(f"{run.path} is a file: pass --out for a folder")
     if not run.exists:
+        if run.resume_state.exists():
+            raise RunError(f"{run.path} has checkpoints and no recipe.json: pass --out for another folder")
         return
-    if lock:
+    if lock and not run.complete:
         with _writing(run):
             pass  # nobody else writes it
     if not resume:
@@ -135,8 +137,8 @@ def _check_folder(run: RunFolder, recipe: Recipe, resume: bool, *, lock: bool = 
 
 
 def _write_start(run: RunFolder, recipe: Recipe, task: Task, data: Mapping[str, Any]) -> None:
+    write_json(run.path / "recipe.json", recipe.to_json())  # first: without format.json the run has not started
     write_json(run.path / "format.json", {**task.format.to_json(), DATA: data})
-    write_json(run.path / "recipe.json", recipe.to_json())
 
 
 def _build_result(

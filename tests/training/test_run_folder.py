@@ -219,6 +219,25 @@ def test_weights_lost_by_a_kill_after_the_last_round_are_written_again(whole, un
     assert (unfinished / LAST).read_bytes() == before
 
 
+def test_run_killed_between_its_first_files_starts_again(whole, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(whole[0] / "run/recipe.json", run)
+    assert main(["evaluate", str(run)]) == 2
+    assert "was never started" in capsys.readouterr().err
+    assert main([*elsewhere(whole[1], run), "--resume"]) == 0
+    assert contents(run)[LAST] == contents(whole[0] / "run")[LAST]
+
+
+def test_checkpoints_without_a_recipe_are_not_resumed(whole, unfinished, capsys):
+    (unfinished / "recipe.json").unlink()
+    before = contents(unfinished)
+    for more in ([], ["--resume"]):
+        assert main([*elsewhere(whole[1], unfinished), *more]) == 2
+        assert "has checkpoints and no recipe.json" in capsys.readouterr().err
+    assert contents(unfinished) == before
+
+
 def test_missing_metrics_come_from_the_checkpoint(whole, unfinished):
     (unfinished / "metrics.jsonl").unlink()
     assert main([*elsewhere(whole[1], unfinished), "--resume"]) == 0
