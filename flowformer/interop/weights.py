@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flowformer.common.errors import DataError
+from flowformer.common.files import read_json
 
 _NAMES = ("model.safetensors", "pytorch_model.bin")
 
@@ -86,10 +86,7 @@ def _read_parts(index: Path) -> list[Path]:
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} is damaged: {error}") from error
+    found = read_json(file)
     if not isinstance(found, dict):
         raise DataError(f"{file} must contain a JSON object, got {type(found).__name__}")
     return found

@@ -270,9 +270,9 @@ def sharded(folder: Path) -> None:
 
 DAMAGES = {
     "no object": ("config.json", lambda data: b"[]", "config.json must contain a JSON object, got list"),
-    "no JSON": ("config.json", lambda data: data[:20], "config.json is damaged"),
-    "another encoding": ("config.json", lambda data: b"\xff\xfe{}", "config.json is damaged"),
-    "deep": ("config.json", lambda data: b"[" * 100_000, "config.json is damaged"),
+    "no JSON": ("config.json", lambda data: data[:20], "config.json is not JSON"),
+    "another encoding": ("config.json", lambda data: b"\xff\xfe{}", "config.json is not JSON"),
+    "deep": ("config.json", lambda data: b"[" * 100_000, "config.json is not JSON"),
     "no heads": ("config.json", lambda data: b'{"model_type": "gpt2"}', "n_head must be an integer, got None"),
     "empty": ("model.safetensors", lambda data: b"", "model.safetensors is damaged"),
     "cut": ("model.safetensors", lambda data: data[:-100], "model.safetensors is damaged"),
