@@ -119,9 +119,12 @@ class Explanation:
         return f"{self.op}: {self.backend}, sums in {self.sums}: {self.why}"
 
 
-def choose(op: str, backend: str = "auto", like: Tensor | None = None) -> str:
-    """Choose the backend of an operation; arguments and errors as in :func:`choose_and_say_why`."""
-    return _decide(op, backend, like)[0]
+def choose(op: str, backend: str = "auto", like: Tensor | None = None, only_torch: str = "") -> str:
+    """Choose the backend of an operation; arguments and errors as in :func:`choose_and_say_why`.
+
+    ``only_torch`` is the reason why no other backend can compute it with its options, empty where they can.
+    """
+    return _decide(op, backend, like, only_torch)[0]
 
 
 def choose_and_say_why(op: str, backend: str = "auto", like: Tensor | None = None) -> tuple[str, str]:
@@ -143,9 +146,9 @@ def choose_and_say_why(op: str, backend: str = "auto", like: Tensor | None = Non
     return chosen, why or find_backend(chosen).describe()
 
 
-def _decide(op: str, backend: str, like: Tensor | None) -> tuple[str, str]:
+def _decide(op: str, backend: str, like: Tensor | None, only_torch: str = "") -> tuple[str, str]:
     device, dtype = ("cpu", torch.float32) if like is None else (like.device.type, like.dtype)
-    chosen, why = _choose(op, backend, device, dtype, is_exporting(), is_transformed())
+    chosen, why = _choose(op, backend, device, dtype, is_exporting(), is_transformed(), only_torch)
     if not torch.compiler.is_compiling() and _asking.now:
         raise _OnlyAskedError(op, like, chosen, why)
     return chosen, why
@@ -160,7 +163,7 @@ def is_transformed() -> bool:
 
 @torch.compiler.assume_constant_result
 def _choose(
-    op: str, backend: str, device: str, dtype: torch.dtype, exporting: bool, transformed: bool
+    op: str, backend: str, device: str, dtype: torch.dtype, exporting: bool, transformed: bool, only_torch: str
 ) -> tuple[str, str]:
     source = "requested by the backend argument"
     if backend == "auto":
@@ -174,7 +177,7 @@ def _choose(
     for row in list_backends():
         if row is TORCH or backend not in ("auto", row.name):
             continue
-        reason = _refusal(op, row, device, dtype, exporting, transformed)
+        reason = _refusal(op, row, device, dtype, exporting, transformed) or only_torch
         if not reason:
             return row.name, ""  # the description is added on request
         reasons.append(reason)

@@ -12,8 +12,9 @@ from flowformer.core.checks import HEADS, Layout, Masks, check, check_flag, chec
 from flowformer.core.masks import run_packed
 from flowformer.core.scan import Step, scan
 
-# On q, k, v, mask of keys, mask of queries and state (``None`` if not causal): the output, and the state after it.
-Dense = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Any], tuple[Tensor, Any]]
+# On q, k, v, mask of keys, mask of queries, state (``None`` if not causal), and what else there is of tokens: the output,
+# and the state after it.
+Dense = Callable[..., tuple[Tensor, Any]]
 
 
 class Given(NamedTuple):
@@ -58,6 +59,13 @@ class Checked(NamedTuple):
     state: Any
 
 
+def check_inputs(op: str, given: Given, layout: Layout = HEADS) -> Masks:
+    """Check all arguments but states; see :func:`flowformer.core.checks.check`."""
+    q, k, v, causal, mask, context_mask, cu_seqlens, *_ = given
+    check_flag(f"{op}: causal", causal)
+    return check(op, q, k, v, layout=layout, causal=causal, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens)
+
+
 def run(
     op: str,
     given: Given,
@@ -66,6 +74,8 @@ def run(
     init_state: Callable[[int], Any] | None = None,
     layout: Layout = HEADS,
     options: Sequence[Any] = (),
+    of_tokens: Sequence[Tensor] = (),
+    only_torch: str = "",
 ) -> Any:
     """Run an operation with the chosen backend, or with ``dense`` in plain PyTorch.
 
@@ -76,6 +86,8 @@ def run(
         init_state: The state before the first token, for a number of sequences; ``None`` where there is no state.
         layout: The axes of q, k and v, and whether they must be equally long.
         options: What a backend's implementation is given besides a :class:`Checked`.
+        of_tokens: What else there is of each token, (batch, length, ...): ``dense`` takes it after the state.
+        only_torch: Why other backends cannot compute this; empty where they can.
 
     Returns:
         The output, or the output and the state.
@@ -83,13 +95,10 @@ def run(
     Raises:
         TypeError, ValueError: for arguments that do not fit together.
     """
-    q, k, v, causal, mask, context_mask, cu_seqlens, state, return_state, backend = given
-    check_flag(f"{op}: causal", causal)
+    q, k, v, causal, _, _, cu_seqlens, state, return_state, backend = given
     check_flag(f"{op}: return_state", return_state)
-    masks = check(
-        op, q, k, v, layout=layout, causal=causal, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens
-    )
-    chosen = choose(op, backend, q)
+    masks = check_inputs(op, given, layout)
+    chosen = choose(op, backend, q, only_torch)
     check_state_use(op, causal and init_state is not None, state, return_state)
     if causal and init_state is not None and (state is not None or chosen == TORCH.name):
         fresh = init_state(given.sequences)
@@ -99,24 +108,32 @@ def run(
     if chosen != TORCH.name:
         out, state = implementation(op, chosen)(Checked(q, k, v, causal, masks, cu_seqlens, state), *options)
     elif cu_seqlens is None:
-        out, state = dense(q, k, v, *masks, state)
+        out, state = dense(q, k, v, *masks, state, *of_tokens)
     else:
-        out, state = run_packed(
-            lambda q, k, v, mask, state: dense(q, k, v, mask, mask, state), (q, k, v), cu_seqlens, state
-        )
+
+        def padded(*given: Any) -> tuple[Tensor, Any]:
+            q, k, v, *others, mask, state = given
+            return dense(q, k, v, mask, mask, state, *others)
+
+        out, state = run_packed(padded, (q, k, v, *of_tokens), cu_seqlens, state)
     return (out, state) if return_state else out
 
 
-def scanned(block: Step, whole: Callable[..., Tensor], causal: bool) -> Dense:
+def scanned(block: Step, whole: Callable[..., Tensor], causal: bool, learned: Sequence[Tensor | None] = ()) -> Dense:
     """Return the plain PyTorch form of a mechanism in linear time.
 
     Args:
-        block: The causal form on a block of tokens (q, k, v, mask): see :func:`flowformer.core.scan.scan`.
-        whole: The bidirectional form on q, k, v, mask of keys, mask of queries.
+        block: The causal form on a block of tokens (q, k, v, mask, ...): see :func:`flowformer.core.scan.scan`.
+        whole: The bidirectional form on q, k, v, mask of keys, mask of queries, and what else there is of tokens.
         causal: Which form.
+        learned: Learned tensors that ``block`` takes after the state.
     """
 
-    def dense(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: Any) -> Any:
-        return scan(block, (q, k, v, key), state) if causal else (whole(q, k, v, key, query), None)
+    def dense(
+        q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: Any, *others: Tensor
+    ) -> Any:
+        if causal:
+            return scan(block, (q, k, v, key, *others), state, learned)
+        return whole(q, k, v, key, query, *others), None
 
     return dense

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flowformer.core.backends import is_transformed
+from flowformer.core.decay import Decay, carry_decayed
 from flowformer.core.precision import without_autocast
 from flowformer.core.tracing import count_chunks, cut, frame, is_exporting, shift
 
@@ -21,10 +22,17 @@ CHUNK = 64  # tokens that meet directly; 64 is fastest in PyTorch on a CPU
 
 BLOCK = 512  # tokens whose intermediate values exist at a time; backward recomputes block by block
 
-Step = Callable[[Sequence[Any], Any], tuple[Tensor, Any]]
+Step = Callable[..., tuple[Tensor, Any]]
 
 
-def scan(step: Step, tokens: Sequence[Tensor | None], state: Any, *, block: int = BLOCK) -> tuple[Tensor, Any]:
+def scan(
+    step: Step,
+    tokens: Sequence[Tensor | None],
+    state: Any,
+    learned: Sequence[Tensor | None] = (),
+    *,
+    block: int = BLOCK,
+) -> tuple[Tensor, Any]:
     """Run a causal recurrence over blocks of tokens; forward and backward take memory linear in length.
 
     Autograd sees one node: it keeps the inputs and the state before each block, and recomputes a block when it comes to
@@ -32,39 +40,45 @@ def scan(step: Step, tokens: Sequence[Tensor | None], state: Any, *, block: int 
     and under forward-mode differentiation, the blocks are plain operations.
 
     Args:
-        step: ``step(tokens of a block, state) -> (output of the block, state after it)``, pure.
+        step: ``step(tokens of a block, state, *learned) -> (output of the block, state after it)``, pure.
         tokens: Tensors (batch, L, ...), or ``None``.
         state: A NamedTuple of tensors; integer ones take no gradient.
+        learned: What is the same for all tokens: tensors, or ``None``.
         block: Tokens in a block.
 
     Returns:
         Output (batch, L, ...) and the state after the last token.
     """
     if is_exporting():
-        return step(tokens, state)  # a loop over blocks would bind the graph to the length of the example
+        return step(tokens, state, *learned)  # a loop over blocks would bind the graph to the length of the example
     if torch.compiler.is_compiling() or is_transformed():
         pieces = []
         for start in range(0, _length(tokens), block):
-            piece, state = step(_cut(tokens, start, block), state)
+            piece, state = step(_cut(tokens, start, block), state, *learned)
             pieces.append(piece)
         return torch.cat(pieces, 1), state
-    tensors = [t for t in (*tokens, *state) if t is not None]
+    tensors = [t for t in (*tokens, *learned, *state) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        layout = _Layout(step, block, [t is not None for t in tokens], type(state))
+        layout = _Layout(step, block, [t is not None for t in (*tokens, *learned)], len(tokens), type(state))
         out, *parts = _Scan.apply(layout, *tensors)
         return out, type(state)(*parts)
-    return _run(step, tokens, state, block)
+    return _run(step, tokens, state, learned, block)
 
 
 def _run(
-    step: Step, tokens: Sequence[Tensor | None], state: Any, block: int, starts: list[Any] | None = None
+    step: Step,
+    tokens: Sequence[Tensor | None],
+    state: Any,
+    learned: Sequence[Tensor | None],
+    block: int,
+    starts: list[Any] | None = None,
 ) -> tuple[Tensor, Any]:
     """The output, and the state after the last token; the states before each block are added to ``starts``."""
     length, out = _length(tokens), None
     for start in range(0, length, block):
         if starts is not None:
             starts.append(state)
-        piece, state = step(_cut(tokens, start, block), state)
+        piece, state = step(_cut(tokens, start, block), state, *learned)
         if out is None:
             out = piece.new_empty(piece.shape[0], length, *piece.shape[2:])
         out[:, start : start + block] = piece
@@ -77,13 +91,21 @@ class _Layout(NamedTuple):
 
     step: Step
     block: int
-    given: list[bool]  # which tokens are tensors, which None
+    given: list[bool]  # which of tokens and learned are tensors, which None
+    tokens: int  # how many of them are tokens
     state_type: Any
 
-    def split(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor | None], Any]:
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many tensors are of tokens, and how many learned."""
+        of_tokens = sum(self.given[: self.tokens])
+        return of_tokens, sum(self.given) - of_tokens
+
+    def split(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor | None], Any]:
+        """Tokens, learned and state."""
         rest = iter(tensors)
-        tokens = [next(rest) if given else None for given in self.given]
-        return tokens, self.state_type(*rest)
+        parts = [next(rest) if given else None for given in self.given]
+        return parts[: self.tokens], parts[self.tokens :], self.state_type(*rest)
 
 
 def _length(tokens: Sequence[Tensor | None]) -> int:
@@ -99,9 +121,9 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, layout: _Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
-        tokens, first = layout.split(tensors)
+        tokens, learned, first = layout.split(tensors)
         starts: list[Any] = []
-        out, last = _run(layout.step, tokens, first, layout.block, starts)
+        out, last = _run(layout.step, tokens, first, learned, layout.block, starts)
         ctx.layout, ctx.blocks = layout, len(starts)
         ctx.save_for_backward(*tensors, *(part for state in starts[1:] for part in state))
         ctx.mark_non_differentiable(*(part for part in last if not part.is_floating_point()))
@@ -114,12 +136,14 @@ class _Scan(torch.autograd.Function):
             # once_differentiable would drop them in silence where grads_out is a constant.
             raise RuntimeError("causal operations do not support second-order gradients: omit create_graph=True")
         grad_out, *grad_state = grads_out
-        layout, count = ctx.layout, sum(ctx.layout.given)
-        saved = ctx.saved_tensors
-        tokens, first = saved[:count], saved[count : count + len(grad_state)]
-        later = saved[count + len(grad_state) :]
-        wanted = ctx.needs_input_grad[1 : 1 + count]
+        layout, saved = ctx.layout, ctx.saved_tensors
+        of_tokens, of_learned = layout.counts
+        tokens, learned, first, later = _split(saved, (of_tokens, of_learned, len(grad_state)))
+        wanted = ctx.needs_input_grad[1 : 1 + of_tokens]
+        sought = ctx.needs_input_grad[1 + of_tokens : 1 + of_tokens + of_learned]
         grads = [torch.empty_like(t) if want else None for t, want in zip(tokens, wanted, strict=True)]
+        gathered = [torch.zeros_like(t) if want else None for t, want in zip(learned, sought, strict=True)]
+        learned = [t.detach().requires_grad_(want) for t, want in zip(learned, sought, strict=True)]
         carried = [g for g, part in zip(grad_state, first, strict=True) if part.is_floating_point()]
         for index in reversed(range(ctx.blocks)):
             start = index * layout.block
@@ -128,18 +152,34 @@ class _Scan(torch.autograd.Function):
             pieces = [t[:, window].detach().requires_grad_(w) for t, w in zip(tokens, wanted, strict=True)]
             state = [part.detach().requires_grad_(part.is_floating_point()) for part in state]
             with torch.enable_grad():
-                out, after = layout.step(*layout.split([*pieces, *state]))
+                given, constant, before = layout.split([*pieces, *learned, *state])
+                out, after = layout.step(given, before, *constant)
             outputs = [out, *(part for part in after if part.requires_grad)]
             flowing = [g for g, part in zip(carried, _floating(after), strict=True) if part.requires_grad]
-            leaves = [t for t in (*pieces, *state) if t.requires_grad]
+            leaves = [t for t in (*pieces, *learned, *state) if t.requires_grad]
             results = list(torch.autograd.grad(outputs, leaves, [grad_out[:, window], *flowing], allow_unused=True))
             results = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, results, strict=True)]
-            carried = results[sum(wanted) :]
-            for grad in grads:
-                if grad is not None:
-                    grad[:, window] = results.pop(0)
+            of_pieces, of_constants, carried = _split(results, (sum(wanted), sum(sought)))
+            for grad, found in zip(_present(grads), of_pieces, strict=True):
+                grad[:, window] = found
+            for grad, found in zip(_present(gathered), of_constants, strict=True):
+                grad += found
         of_state = iter(carried)
-        return None, *grads, *(next(of_state) if part.is_floating_point() else None for part in first)
+        of_first = (next(of_state) if part.is_floating_point() else None for part in first)
+        return None, *grads, *gathered, *of_first
+
+
+def _split(items: Sequence[Any], counts: Sequence[int]) -> list[Sequence[Any]]:
+    """The first items, so many at a time; and the rest."""
+    parts, start = [], 0
+    for count in counts:
+        parts.append(items[start : start + count])
+        start += count
+    return [*parts, items[start:]]
+
+
+def _present(grads: Sequence[Tensor | None]) -> list[Tensor]:
+    return [grad for grad in grads if grad is not None]
 
 
 def _floating(state: Sequence[Tensor]) -> list[Tensor]:
@@ -169,33 +209,41 @@ def pad_to_chunks(tokens: Sequence[Tensor], mask: Tensor | None, chunk: int) -> 
     return [frame(t, 0, total) for t in tokens], frame(mask, 0, total)
 
 
-def carry(sums: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+def carry(sums: Tensor, past: Tensor, decay: Decay | None = None) -> tuple[Tensor, Tensor]:
     """Return the sums before each chunk and after the last one.
 
     Args:
-        sums: One sum per chunk, (batch, heads, chunks, ...).
+        sums: One sum per chunk, (batch, heads, chunks, ...); with a decay, what is left of it at the chunk's end.
         past: The sum of all before, (batch, heads, ...), in the dtype of states.
+        decay: See :mod:`flowformer.core.decay`.
 
     Returns:
         Sum before each chunk, shape and dtype of ``sums``; sum after the last chunk, shape and dtype of ``past``.
     """
+    if decay is not None:
+        return carry_decayed(sums, past, decay)
     running = sums.cumsum(2)
     before = shift(running, 0.0) + past.to(sums.dtype).unsqueeze(2)
     return before, past + running[:, :, -1].to(past.dtype)
 
 
-def causal_product(scores: Tensor, Q: Tensor, K: Tensor, V: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sum_{j <= i} (Q_i . K_j) V_j, computed in chunks.
+def causal_product(
+    scores: Tensor, Q: Tensor, K: Tensor, V: Tensor, memory: Tensor, decay: Decay | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return sum_{j <= i} (Q_i . K_j) V_j, computed in chunks; with a decay, each term times gamma(i, j).
 
     Args:
-        scores: Q K^T within each chunk, lower triangle, (batch, heads, chunks, chunk, chunk).
+        scores: Q K^T within each chunk, lower triangle, (batch, heads, chunks, chunk, chunk), decayed.
         Q: (batch, heads, chunks, chunk, K).
         K: (batch, heads, chunks, chunk, K).
         V: (batch, heads, chunks, chunk, V).
         memory: sum of K_j V_j^T over the past, (batch, heads, K, V).
+        decay: See :mod:`flowformer.core.decay`.
 
     Returns:
         The products (batch, heads, chunks, chunk, V) and the memory after the last chunk.
     """
-    before, memory = carry(K.transpose(-1, -2) @ V, memory)
+    if decay is not None:
+        K, Q = K * decay.leaving.unsqueeze(-1), Q * decay.arriving.unsqueeze(-1)
+    before, memory = carry(K.transpose(-1, -2) @ V, memory, decay)
     return scores @ V + Q @ before, memory

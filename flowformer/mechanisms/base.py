@@ -113,8 +113,11 @@ class Attention(nn.Module, ABC):
         """Join the heads of the operation's output: (..., heads, channels) to (..., width)."""
         return out.flatten(-2)
 
-    def learned(self) -> tuple[Any, ...]:
-        """Return the learned tensors, which the operation takes after v, and the step after the state."""
+    def learned(self, x: Tensor | None = None) -> tuple[Any, ...]:
+        """Return the learned tensors, which the operation takes after v, and the step after the state.
+
+        Some depend on the inputs x, (batch, L, dim) or of a step (batch, dim); without them, all that a state needs.
+        """
         return ()
 
     def arguments(self) -> dict[str, Any]:
@@ -171,7 +174,7 @@ class Attention(nn.Module, ABC):
             given["cu_seqlens"] = cu_seqlens
         if initial_state is not None or return_state:
             given.update(initial_state=self._cast(initial_state, q.dtype), return_state=return_state)
-        out = self.mechanism.operation(q, k, v, *self.learned(), **given)
+        out = self.mechanism.operation(q, k, v, *self.learned(x), **given)
         out, state = out if return_state else (out, None)
         out = fill(self.dropout(self.out_proj(self.join(out))), mask)
         return (out, state) if return_state else out
@@ -217,7 +220,7 @@ class Attention(nn.Module, ABC):
         assert self.mechanism.step is not None  # there is a state
         check_tokens_of(f"{type(self).__name__}.step: x", x, "batch", self.dim)
         q, k, v = self._project(x, x)
-        out, state = self.mechanism.step(q, k, v, self._cast(state, q.dtype), *self.learned(), **self.arguments())
+        out, state = self.mechanism.step(q, k, v, self._cast(state, q.dtype), *self.learned(x), **self.arguments())
         return self.dropout(self.out_proj(self.join(out))), state
 
     def extra_repr(self) -> str:

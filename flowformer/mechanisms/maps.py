@@ -60,7 +60,7 @@ def attention_rows(
     x, mask = _unpack(x, mask, cu_seqlens)
     q, k, masks = _project(module, x, context, mask, context_mask)
     return row.rows(
-        q, k, rows, *module.learned(), causal=module.causal, heads=module.num_heads, **masks, **module.arguments()
+        q, k, rows, *module.learned(x), causal=module.causal, heads=module.num_heads, **masks, **module.arguments()
     )
 
 
@@ -96,7 +96,7 @@ def flow_maps(
         raise TypeError(f"only {' and '.join(kinds)} have flows, got {type(module).__name__}")
     x, mask = _unpack(x, mask, cu_seqlens)
     q, k, masks = _project(module, x, context, mask, context_mask)
-    return row.flows(q, k, *module.learned(), causal=module.causal, **masks, **module.arguments())
+    return row.flows(q, k, *module.learned(x), causal=module.causal, **masks, **module.arguments())
 
 
 def has_flows(module: nn.Module) -> bool:

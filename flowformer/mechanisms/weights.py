@@ -70,12 +70,19 @@ def lower(scores: Tensor, places: Tensor, elsewhere: float = 0.0) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- the truth
 
 
-def truth_of(weights: Weights, *, gate: Callable[[Tensor], Tensor] | None = None) -> Callable[..., Tensor]:
+def _same(learned: tuple[Any, ...], row: int, places: Tensor) -> tuple[Any, ...]:
+    return learned
+
+
+def truth_of(
+    weights: Weights, *, gate: Callable[[Tensor], Tensor] | None = None, of_sequence: Callable[..., Any] = _same
+) -> Callable[..., Tensor]:
     """Return the float64 reference of a mechanism: its rows of weights times the values.
 
     Args:
         weights: The mechanism's rows of weights.
         gate: What outputs are multiplied by, as a function of the queries.
+        of_sequence: Learned tensors for one sequence, of (all of them, its row of the batch, its places in there).
 
     Returns:
         A function of q, k, v and learned tensors, with ``causal``, masks, packing and options as the operation takes
@@ -95,8 +102,8 @@ def truth_of(weights: Weights, *, gate: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
         learned = tree_map_only(Tensor, Tensor.double, learned)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            rows = weights(q, k, *learned, causal=causal, **options)
+        def attend(q: Tensor, k: Tensor, v: Tensor, row: int, places: Tensor) -> Tensor:
+            rows = weights(q, k, *of_sequence(learned, row, places), causal=causal, **options)
             out = torch.cat([_weigh(rows(places), v) for places in _places_in_turn(len(q), q.device)])
             return out if gate is None else gate(q) * out
 
@@ -117,7 +124,7 @@ def _places_in_turn(length: int, device: torch.device) -> Iterator[Tensor]:
 
 
 def _per_sequence(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    attend: Callable[[Tensor, Tensor, Tensor, int, Tensor], Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -127,7 +134,8 @@ def _per_sequence(
 ) -> Tensor:
     """Run ``attend`` on the real tokens of each sequence; zeros elsewhere, and where there is nothing to attend to."""
     if cu_seqlens is not None:
-        pieces = [attend(q[0, a:b], k[0, a:b], v[0, a:b]) for a, b in pairwise(cu_seqlens.tolist()) if b > a]
+        bounds = [torch.arange(a, b, device=q.device) for a, b in pairwise(cu_seqlens.tolist()) if b > a]
+        pieces = [attend(q[0, at], k[0, at], v[0, at], 0, at) for at in bounds]
         return torch.cat(pieces).unsqueeze(0)
     if context_mask is None and q.shape[1] == k.shape[1]:
         context_mask = mask
@@ -136,7 +144,7 @@ def _per_sequence(
         sinks, sources = real_places(mask, row, q), real_places(context_mask, row, k)
         out = q.new_zeros(*q.shape[1:-1], v.shape[-1])
         if len(sinks) and len(sources):
-            out = out.index_put((sinks,), attend(q[row, sinks], k[row, sources], v[row, sources]))
+            out = out.index_put((sinks,), attend(q[row, sinks], k[row, sources], v[row, sources], row, sinks))
         outs.append(out)
     return torch.stack(outs)
 
@@ -151,13 +159,16 @@ def real_places(mask: Tensor | None, row: int, tokens: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------- rows of a batch
 
 
-def rows_of(op: str, weights: Weights, layout: Layout = HEADS) -> Callable[..., Tensor]:
+def rows_of(
+    op: str, weights: Weights, layout: Layout = HEADS, of_sequence: Callable[..., Any] = _same
+) -> Callable[..., Tensor]:
     """Return a function that computes rows of weights of a batch, for attention maps.
 
     Args:
         op: Name of the operation, for messages.
         weights: The mechanism's rows of weights.
         layout: The axes of q and k, and whether they must be equally long.
+        of_sequence: As in :func:`truth_of`.
 
     Returns:
         A function of q, k, places of queries and learned tensors, with ``causal``, ``mask``, ``context_mask`` and
@@ -186,7 +197,8 @@ def rows_of(op: str, weights: Weights, layout: Layout = HEADS) -> Callable[..., 
             sinks, sources = real_places(masks.query, row, q), real_places(masks.key, row, k)
             of_row = q.new_zeros(heads or 1, len(places), len(sources), dtype=wide)
             if len(sinks) and len(sources):
-                found = weights(q[row, sinks].to(wide), k[row, sources].to(wide), *learned, causal=causal, **options)
+                given = of_sequence(learned, row, sinks)
+                found = weights(q[row, sinks].to(wide), k[row, sources].to(wide), *given, causal=causal, **options)
                 # Padded queries take the place of a real one, and are hidden below.
                 of_row = _take(found, torch.searchsorted(sinks, places).clamp(max=len(sinks) - 1), heads)
             of_row = of_row.masked_fill(~torch.isin(places, sinks).unsqueeze(1), 0)
@@ -220,13 +232,15 @@ def check_places(op: str, places: Places, queries: int) -> Tensor:
     return found.long()
 
 
-def flows_of(op: str, flows: Callable[..., FlowMaps], layout: Layout = HEADS) -> Callable[..., FlowMaps]:
+def flows_of(
+    op: str, flows: Callable[..., FlowMaps], layout: Layout = HEADS, of_sequence: Callable[..., Any] = _same
+) -> Callable[..., FlowMaps]:
     """Return a function that computes flows of a batch, from a function of one sequence without padding."""
 
     def maps(
         q: Tensor,
         k: Tensor,
-        *,
+        *learned: Any,
         causal: bool = False,
         mask: Tensor | None = None,
         context_mask: Tensor | None = None,
@@ -234,11 +248,13 @@ def flows_of(op: str, flows: Callable[..., FlowMaps], layout: Layout = HEADS) ->
     ) -> FlowMaps:
         masks = check(op, q, k, k, layout=layout, causal=causal, mask=mask, context_mask=context_mask)
         wide = state_dtype(q.device)
+        learned = tree_map_only(Tensor, lambda t: t.to(wide), learned)
         whole = FlowMaps(*(q.new_zeros(len(q), *x.shape[1:3], dtype=wide) for x in (q, k, q, k, k, q)))
         for row in range(len(q)):
             sinks, sources = real_places(masks.query, row, q), real_places(masks.key, row, k)
             if len(sinks) and len(sources):
-                found = flows(q[row, sinks].to(wide), k[row, sources].to(wide), causal=causal, **options)
+                given = of_sequence(learned, row, sinks)
+                found = flows(q[row, sinks].to(wide), k[row, sources].to(wide), *given, causal=causal, **options)
                 for name, of_all, of_real in zip(FlowMaps._fields, whole, found, strict=True):
                     of_source = name in ("outgoing", "conserved_outgoing", "competition")
                     of_all[row, sources if of_source else sinks] = of_real

@@ -124,7 +124,7 @@ class AFTConv(AFT):
         filters = self.gamma.unsqueeze(1) * (kernel - mean) * (variance + EPS).rsqrt() + self.beta.unsqueeze(1)
         return filters.view_as(self.kernel)
 
-    def learned(self) -> tuple[Tensor]:
+    def learned(self, x: Tensor | None = None) -> tuple[Tensor]:
         """The filters, as the operation takes them."""
         return (self.filters,)
 

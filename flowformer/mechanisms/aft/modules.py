@@ -133,7 +133,7 @@ class _PositionedAFT(AFT):
         for part in (bias,) if isinstance(bias, Tensor) else bias:
             nn.init.normal_(part, std=self.position_std)
 
-    def learned(self) -> tuple[Tensor | tuple[Tensor, Tensor]]:
+    def learned(self, x: Tensor | None = None) -> tuple[Tensor | tuple[Tensor, Tensor]]:
         """The position bias w as the operation takes it: the table, or its two factors."""
         return (self.position_table if self.position_dim is None else (self.query_positions, self.key_positions),)
 

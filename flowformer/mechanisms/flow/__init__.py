@@ -4,8 +4,10 @@ The equations are in :mod:`flowformer.mechanisms.flow.operation`.
 """
 
 from flowformer.mechanisms.flow.module import FlowAttention
-from flowformer.mechanisms.flow.operation import FlowState, flow_attention, flow_attention_step, init_flow_state
+from flowformer.mechanisms.flow.operation import flow_attention
 from flowformer.mechanisms.flow.options import PRESETS, FlowOptions, flow_options
+from flowformer.mechanisms.flow.state import FlowState, init_flow_state
+from flowformer.mechanisms.flow.step import flow_attention_step
 
 __all__ = [
     "PRESETS",

@@ -5,22 +5,28 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from flowformer.mechanisms.base import Attention
-from flowformer.mechanisms.flow.operation import flow_attention, flow_attention_step, init_flow_state
+from flowformer.mechanisms.decay import LogDecay, of_sequence
+from flowformer.mechanisms.flow.operation import flow_attention
 from flowformer.mechanisms.flow.options import OPTIONS, flow_options
+from flowformer.mechanisms.flow.state import fresh_state
+from flowformer.mechanisms.flow.step import flow_attention_step
 from flowformer.mechanisms.flow.weights import flows, weights
-from flowformer.mechanisms.registry import by_sizes, register
+from flowformer.mechanisms.registry import register
 from flowformer.mechanisms.weights import flows_of, rows_of, truth_of
 
 
 @register(
     "flow",
     operation=flow_attention,
-    truth=truth_of(weights),
-    rows=rows_of("flow_attention", weights),
-    flows=flows_of("flow_attention", flows),
+    truth=truth_of(weights, of_sequence=of_sequence),
+    rows=rows_of("flow_attention", weights, of_sequence=of_sequence),
+    flows=flows_of("flow_attention", flows, of_sequence=of_sequence),
     step=flow_attention_step,
-    init_state=by_sizes(init_flow_state),
+    init_state=fresh_state,
     source="Wu et al., Flowformer, ICML 2022",
     cost="L K V",
 )
@@ -71,7 +77,42 @@ class FlowAttention(Attention):
             dim, num_heads, causal=causal, bias=bias, dropout=dropout, head_dim=head_dim, device=device, dtype=dtype
         )
         self.preset, self.overrides = preset, overrides
-        self.options = flow_options(preset, **overrides)
+        self.options = options = flow_options(preset, **overrides)
+        factory = {"device": device, "dtype": dtype}
+        if options.decay is not None:
+            self.decay = LogDecay(options.decay, dim, num_heads, **factory)
+        if options.temperature:
+            self.temperatures = nn.Parameter(torch.ones(3, num_heads, **factory))
+        if options.feature_map == "learned":
+            shape = (2, num_heads, self.head_dim, self.head_dim)
+            self.feature_weights = nn.Parameter(torch.empty(shape, **factory))
+        self._reset_own()
+
+    def reset_parameters(self) -> None:
+        """Re-initialize all parameters: gates and features start as without what is learned of them."""
+        super().reset_parameters()
+        self._reset_own()
+        if self.options.decay is not None:
+            self.decay.reset_parameters()
+
+    @torch.no_grad()
+    def _reset_own(self) -> None:
+        if self.options.temperature:
+            self.temperatures.fill_(1)
+        if self.options.feature_map == "learned":
+            self.feature_weights.copy_(torch.eye(self.head_dim))
+
+    def learned(self, x: Tensor | None = None) -> tuple[Any, ...]:
+        """Log-decays, of the inputs x where they depend on the token; temperatures, and weights of the feature map."""
+        options = self.options
+        if not options.learns:
+            return ()
+        decays = options.decay is not None and not (options.decay == "token" and x is None)
+        return (
+            self.decay(x) if decays else None,
+            self.temperatures if options.temperature else None,
+            self.feature_weights if options.feature_map == "learned" else None,
+        )
 
     def arguments(self) -> dict[str, Any]:
         """Options of the operation."""

@@ -30,7 +30,7 @@ from flowformer.kernels.native.kernels import (
     run,
     view,
 )
-from flowformer.mechanisms.flow.operation import FlowState
+from flowformer.mechanisms.flow.state import FlowState
 from flowformer.mechanisms.flow.options import FlowOptions
 
 # ---------------------------------------------------------------------------- the C interface, as source/call.h has it
@@ -397,23 +397,27 @@ torch.library.register_autograd(
 
 
 @implements("flow_attention", "native")
-def attend(given: Checked, options: FlowOptions) -> tuple[Tensor, FlowState | None]:
+def attend(given: Checked, learned: Any, options: FlowOptions) -> tuple[Tensor, FlowState | None]:
     """Either form of Flow-Attention: the output, and the state after it."""
     q, k, v, causal, masks, cu_seqlens, state = given
     if not causal:
         return torch.ops.flowformer.flow_bidirectional(q, k, v, *masks, cu_seqlens, *options.values()), None
-    before = (None, None, None, None) if state is None else state
-    out, *after = torch.ops.flowformer.flow_causal(q, k, v, masks.key, cu_seqlens, *before, *options.values())
-    return out, FlowState(*after)
+    before = (None, None, None, None) if state is None else (state.count[:, 0].long(), *state[1:])
+    out, length, *after = torch.ops.flowformer.flow_causal(q, k, v, masks.key, cu_seqlens, *before, *options.values())
+    return out, FlowState(length.double().unsqueeze(1).expand(-1, q.shape[2]).contiguous(), *after)
 
 
 @implements("flow_attention_step", "native")
 def step(q: Tensor, k: Tensor, v: Tensor, state: FlowState, options: FlowOptions, *, plain: bool) -> tuple[Tensor, ...]:
     """Compute one token: output, and parts of the state after it; ``plain``: contiguous tensors without gradients."""
+    heads = q.shape[1]
+    state = (state.count[:, 0].long(), *state[1:])
     if plain:
-        return run_step(q, k, v, state, options.values())
+        out, length, *after = run_step(q, k, v, state, options.values())
+        return out, length.double().unsqueeze(1).expand(-1, heads).contiguous(), *after
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *state)):
         tokens = (t.unsqueeze(1) for t in (q, k, v))  # a sequence of one token: that has a backward pass
-        out, *after = torch.ops.flowformer.flow_causal(*tokens, None, None, *state, *options.values())
-        return out.squeeze(1), *after
-    return torch.ops.flowformer.flow_step(q, k, v, *state, *options.values())
+        out, length, *after = torch.ops.flowformer.flow_causal(*tokens, None, None, *state, *options.values())
+        return out.squeeze(1), length.double().unsqueeze(1).expand(-1, heads).contiguous(), *after
+    out, length, *after = torch.ops.flowformer.flow_step(q, k, v, *state, *options.values())
+    return out, length.double().unsqueeze(1).expand(-1, heads).contiguous(), *after

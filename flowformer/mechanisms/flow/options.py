@@ -9,6 +9,8 @@ from flowformer.common.names import nearest
 from flowformer.core.checks import check_flag, check_number
 
 RELU_FLOOR = 1e-6  # published with the relu feature map: keeps every capacity positive
+FEATURE_MAPS = ("sigmoid", "relu", "elu", "softmax", "learned")
+DECAYS = ("fixed", "learned", "token")
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,9 @@ class FlowOptions:
     """Options of Flow-Attention.
 
     Attributes:
-        feature_map: ``"sigmoid"``, or ``"relu"`` for relu(x) + 1e-6.
+        feature_map: The published ``"sigmoid"``, or ``"relu"`` for relu(x) + 1e-6. Others: ``"elu"`` for elu(x) + 1;
+            ``"softmax"`` for K softmax([x, -x]) over channels (2 K of them), with which a query can point at a key that
+            resembles it; ``"learned"`` for the same of [x W, -x W] with learned W, a matrix for each head.
         clamp: Bound c of the conserved outgoing flow before competition; ``None`` for no bound.
         eps: Added to every element of both factors of each flow.
         flow_eps: Added to each of the four flows besides.
@@ -26,6 +30,10 @@ class FlowOptions:
         rescale: Multiply the conserved outgoing flow by S / L before the clamp, so that its mean is 1 for any pair of
             lengths. As published (``False``) its mean is L / S: with a clamp of 1 and L > S every source is clipped to
             1 and competition is uniform. No difference where L == S.
+        decay: Whether capacity decays with the distance of source and sink: ``None``, or per head ``"fixed"`` (time
+            constants of 4 to 64 tokens, and heads without), ``"learned"`` (from there) or ``"token"`` (learned, and
+            dependent on the token). Not in cross-attention.
+        temperature: Whether competition and allocation have learned temperatures and an offset for each head.
     """
 
     feature_map: str = "sigmoid"
@@ -35,11 +43,15 @@ class FlowOptions:
     competition: str | None = "sequence"
     allocation: bool = True
     rescale: bool = False
+    decay: str | None = None
+    temperature: bool = False
 
     def __post_init__(self) -> None:
         """Raise for invalid values."""
-        if self.feature_map not in ("sigmoid", "relu"):
-            raise ValueError(f"feature_map must be 'sigmoid' or 'relu', got {self.feature_map!r}")
+        if self.feature_map not in FEATURE_MAPS:
+            raise ValueError(f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {self.feature_map!r}")
+        if self.decay not in (*DECAYS, None):
+            raise ValueError(f"decay must be one of {', '.join(DECAYS)} or None, got {self.decay!r}")
         if self.competition not in ("sequence", "heads", None):
             raise ValueError(f"competition must be 'sequence', 'heads' or None, got {self.competition!r}")
         for name in ("eps", "flow_eps", *(() if self.clamp is None else ("clamp",))):
@@ -49,11 +61,20 @@ class FlowOptions:
         for name in ("eps", "flow_eps"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
-        for name in ("allocation", "rescale"):
+        for name in ("allocation", "rescale", "temperature"):
             check_flag(name, getattr(self, name))
 
+    @property
+    def learns(self) -> bool:
+        """Whether an operation needs learned tensors, or the default decay."""
+        return self.decay is not None or self.temperature or self.feature_map == "learned"
+
+    def feature_channels(self, channels: int) -> int:
+        """Return the number of features of queries and keys with so many channels."""
+        return 2 * channels if self.feature_map in ("softmax", "learned") else channels
+
     def values(self) -> tuple[Any, ...]:
-        """Return the options in the order of their declaration, as the native operators take them."""
+        """Return those options that the native operators take, in their order."""
         return (
             *(self.feature_map, self.clamp, self.eps, self.flow_eps),
             *(self.competition, self.allocation, self.rescale),

@@ -45,7 +45,7 @@ from flowformer.core.run import Given, run, scanned
 from flowformer.core.scan import causal_product, join_chunks, pad_to_chunks, split_chunks
 from flowformer.core.sums import sum_over_tokens, times_sum
 from flowformer.core.tracing import cut, log_add, log_cumsum
-from flowformer.mechanisms.flow.operation import features
+from flowformer.mechanisms.flow.equations import features
 from flowformer.mechanisms.mobile.options import MobileOptions, mobile_options
 
 CHUNK = 32  # tokens that meet directly: fewer than elsewhere, since every pair of them has a weight of its own

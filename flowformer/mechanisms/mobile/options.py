@@ -34,6 +34,8 @@ class MobileOptions:
 
     def __post_init__(self) -> None:
         """Raise for invalid values."""
+        if self.feature_map not in ("sigmoid", "relu"):
+            raise ValueError(f"feature_map must be 'sigmoid' or 'relu', got {self.feature_map!r}")
         # What Flow-Attention has as well is refused in its words.
         FlowOptions(self.feature_map, self.clamp, self.eps, competition=self.competition, allocation=self.allocation)
         check_flag("normalize", self.normalize)

@@ -212,7 +212,7 @@ def test_overrides_depart_from_the_preset() -> None:
         ("visoin", {}, ValueError, r"unknown preset 'visoin'; available: core, .*did you mean 'vision'\?"),
         ("zzz", {}, ValueError, r"unknown preset 'zzz'; available: core, vision, timeseries, lra, wikitext, decision$"),
         ("core", {"clmap": 1.0}, TypeError, r"no option 'clmap'; available: .*did you mean 'clamp'\?"),
-        ("core", {"feature_map": "elu"}, ValueError, "feature_map must be 'sigmoid' or 'relu', got 'elu'"),
+        ("core", {"feature_map": "tanh"}, ValueError, "feature_map must be one of sigmoid, .*, got 'tanh'"),
         ("core", {"competition": "tokens"}, ValueError, "competition must be .* got 'tokens'"),
         ("core", {"clamp": 0.0}, ValueError, "clamp must be positive or None, got 0.0"),
         ("core", {"clamp": math.nan}, ValueError, "clamp must be finite, got nan"),
@@ -283,13 +283,13 @@ def test_step_equals_parallel() -> None:
         state = after
     for part, other in zip(state, last, strict=True):
         close(part, other)
-    assert state.length.tolist() == [130, 130]
+    assert state.count.tolist() == [[130] * state.count.shape[1]] * 2
 
 
 def test_state_counts_real_tokens() -> None:
     mask = torch.arange(100).expand(2, -1) < torch.tensor([[30], [0]])
     _, state = ops.flow_attention(*inputs(100), causal=True, mask=mask, return_state=True)
-    assert state.length.tolist() == [30, 0]
+    assert state.count[:, 0].tolist() == [30, 0]
     for part, fresh in zip(state, ops.init_flow_state(2, 3, 8, 8), strict=True):
         assert torch.equal(part[1], fresh[1])
 

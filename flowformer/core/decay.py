@@ -1,0 +1,148 @@
+r"""Decay with distance: sums over the past in which each token's part shrinks by a factor at every later token.
+
+With the log-decay g_t <= 0 of token t, token j counts at token i >= j with weight
+
+    gamma(i, j) = exp(g_{j+1} + ... + g_i)
+
+so that S_t = sum_{j<=t} gamma(t, j) x_j is the recurrence S_t = exp(g_t) S_{t-1} + x_t. A constant g = log gamma gives
+gamma^(i-j) (RetNet, Sun et al., 2023); one that depends on the token is a forget gate (Gated Linear Attention, Yang et
+al., 2024). Every factor is computed from the sum of the log-decays between the two tokens, never as a quotient of two
+cumulative products, which underflow: gamma^1000 = 4.6e-46 for gamma = 0.9.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowformer.core.checks import FLOAT_DTYPES, check_dense, describe
+from flowformer.core.tracing import log_add, log_cumsum, shift
+
+
+class Decay(NamedTuple):
+    """Factors of a block of tokens in chunks. Axes that are the same for all sequences or chunks may have size 1.
+
+    Attributes:
+        within: gamma(i, j) of the tokens of a chunk, (batch, heads, chunks, chunk, chunk); zero for j > i.
+        arriving: From before the chunk to each token, (batch, heads, chunks, chunk).
+        leaving: From each token to the end of its chunk, likewise.
+        chunks: gamma of whole chunks, (batch, heads, chunks, chunks): from the end of chunk j to that of chunk i.
+        past: From before the block to the end of each chunk, (batch, heads, chunks).
+        total: Log-decay from before the block to each of its tokens, (batch, heads, chunks * chunk), float64.
+    """
+
+    within: Tensor
+    arriving: Tensor
+    leaving: Tensor
+    chunks: Tensor
+    past: Tensor
+    total: Tensor
+
+
+def between(log_decay: Tensor) -> Tensor:
+    """Return exp(g_{j+1} + ... + g_i) for log-decays (..., n) as (..., i, j); zero for j > i."""
+    count = log_decay.shape[-1]
+    later = torch.ones(count, count, dtype=torch.bool, device=log_decay.device).tril(-1)
+    steps = log_decay.unsqueeze(-1).masked_fill(~later, 0)  # g_s in row s, for the columns j < s
+    return steps.cumsum(-2).exp().tril()
+
+
+def decay_of(log_decay: Tensor, chunks: int, wide: torch.dtype) -> Decay:
+    """Return the factors of a block.
+
+    Args:
+        log_decay: (batch or 1, heads, chunks * chunk); zero at padding, which does not decay.
+        chunks: Number of chunks.
+        wide: The dtype of ``total``.
+    """
+    log_decay = log_decay.clamp(max=0)
+    parts = log_decay.unflatten(-1, (chunks, -1))
+    within = between(parts)
+    of_chunks = parts.sum(-1)
+    return Decay(
+        within,
+        parts.cumsum(-1).exp(),
+        within[..., -1, :],
+        between(of_chunks),
+        of_chunks.cumsum(-1).exp(),
+        log_decay.to(wide).cumsum(-1),
+    )
+
+
+def carry_decayed(sums: Tensor, past: Tensor, decay: Decay) -> tuple[Tensor, Tensor]:
+    """Return the decayed sums before each chunk, each at the end of the chunk before it, and after the last one.
+
+    Args:
+        sums: One sum per chunk at its end, (batch, heads, chunks, ...): parts times ``decay.leaving``.
+        past: The sum of all before, (batch, heads, ...), in the dtype of states.
+        decay: Of the block.
+
+    Returns:
+        Sum before each chunk, shape and dtype of ``sums``; sum after the last chunk, shape and dtype of ``past``.
+    """
+    shape = (*decay.past.shape, *(1,) * (sums.ndim - 3))
+    running = (decay.chunks @ sums.flatten(3)).view(sums.shape) if sums.ndim > 3 else _by_chunk(decay, sums)
+    whole = decay.past.view(shape)
+    before = shift(running, 0.0) + shift(whole, 1.0) * past.to(sums.dtype).unsqueeze(2)
+    return before, past * whole[:, :, -1].to(past.dtype) + running[:, :, -1].to(past.dtype)
+
+
+def _by_chunk(decay: Decay, sums: Tensor) -> Tensor:
+    return (decay.chunks @ sums.unsqueeze(-1)).squeeze(-1)
+
+
+def log_sum_decayed(x: Tensor, past: Tensor, decay: Decay) -> Tensor:
+    """Return log sum_{j<=t} gamma(t, j) exp(x_j), the past included.
+
+    Args:
+        x: (batch, heads, tokens), in the dtype of states.
+        past: The logarithm of the sum of all before, (batch, heads).
+        decay: Of the block.
+    """
+    so_far = log_add(log_cumsum(x - decay.total), past.unsqueeze(-1))
+    return so_far + decay.total
+
+
+def check_log_decay(op: str, log_decay: Any, q: Tensor, *, step: bool = False) -> None:
+    """Raise unless log-decays are those of heads or of tokens: (heads,), or q's axes up to the heads.
+
+    Args:
+        op: Name of the operation, for messages.
+        log_decay: What was given.
+        q: Queries (batch, length, heads, channels), or of one step (batch, heads, channels).
+        step: Whether of one step.
+
+    Raises:
+        TypeError: for anything but a tensor of floats.
+        ValueError: for another shape or device.
+    """
+    check_dense(f"{op}: log_decay", log_decay)
+    if not isinstance(log_decay, Tensor) or log_decay.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: log_decay must be a floating-point tensor, got {describe(log_decay)}")
+    heads, tokens = q.shape[-2:-1], q.shape[:-1]
+    if log_decay.shape not in (heads, tokens):
+        axes = "(batch, heads)" if step else "(batch, length, heads)"
+        raise ValueError(
+            f"{op}: log_decay must be (heads,) or {axes}, {tuple(heads)} or {tuple(tokens)}, got {describe(log_decay)}"
+        )
+    if log_decay.device != q.device:
+        raise ValueError(f"{op}: log_decay must be on {q.device} like q, got {describe(log_decay)}")
+
+
+SHORTEST, LONGEST = 4.0, 64.0  # time constants in tokens
+
+
+def default_log_decay(heads: int, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Return log-decays (heads,) whose time constants -1 / g are spread over scales: 4 to 64 tokens, evenly in the log.
+
+    The last quarter of the heads, at least one of two or more, does not decay: without such heads recall is lost.
+    """
+    without = 0 if heads == 1 else max(1, heads // 4)
+    place = torch.linspace(0, 1, heads - without, dtype=torch.float64)
+    if heads - without == 1:
+        place = torch.ones_like(place) / 2
+    constants = SHORTEST * (LONGEST / SHORTEST) ** place
+    rates = torch.cat([-1 / constants, torch.zeros(without, dtype=torch.float64)])
+    return rates.to(device=device, dtype=torch.get_default_dtype() if dtype is None else dtype)

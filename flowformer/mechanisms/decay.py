@@ -1,0 +1,115 @@
+"""Decay in mechanisms: a module's log-decays, and factors of decay in float64 for references."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowformer.core.checks import apply
+from flowformer.core.decay import default_log_decay
+from flowformer.core.precision import sum_dtype
+from flowformer.mechanisms.weights import lower
+
+
+ROWS = 512  # rows of factors that a reference makes at a time
+
+
+def log_gammas(log_decay: Tensor, length: int, places: Tensor) -> Tensor:
+    """Return log gamma(i, j) = -|g_1 + ... + g_i - (g_1 + ... + g_j)|, (heads, rows, length), of one sequence.
+
+    Args:
+        log_decay: g, (heads,) or (length, heads).
+        length: Tokens j.
+        places: Tokens i.
+    """
+    so_far = log_decay.clamp(max=0).expand(length, -1).cumsum(0).T
+    return -(so_far[:, places].unsqueeze(-1) - so_far.unsqueeze(1)).abs()
+
+
+def _rows(x: Tensor, log_decay: Tensor, causal: bool) -> Iterator[Tensor]:
+    for places in torch.arange(len(x), device=x.device).split(ROWS):
+        found = log_gammas(log_decay, len(x), places)
+        yield lower(found, places, -torch.inf) if causal else found
+
+
+def decayed(x: Tensor, log_decay: Tensor, causal: bool) -> Tensor:
+    """Return sum_j gamma(i, j) x_j of one sequence x (length, heads, ...), over j <= i where causal; quadratic time."""
+    flat = x.flatten(2) if x.ndim > 2 else x.unsqueeze(-1)
+    return torch.cat([torch.einsum("hij,jhx->ihx", rows.exp(), flat) for rows in _rows(x, log_decay, causal)]).view_as(
+        x
+    )
+
+
+def log_decayed(x: Tensor, log_decay: Tensor, causal: bool) -> Tensor:
+    """Return log sum_j gamma(i, j) exp(x_j) of one sequence x (length, heads), likewise."""
+    return torch.cat([(rows + x.T.unsqueeze(1)).logsumexp(-1).T for rows in _rows(x, log_decay, causal)])
+
+
+def of_sequence(learned: Sequence[Any], row: int, places: Tensor) -> tuple[Any, ...]:
+    """Return learned tensors for one sequence of a batch: log-decays by token are those of its tokens."""
+    if learned and isinstance(learned[0], Tensor) and learned[0].ndim == 3:
+        return learned[0][row, places], *learned[1:]
+    return tuple(learned)
+
+
+class LogDecay(nn.Module):
+    """Log-decays for the heads of an attention module, all of which start at fixed time constants.
+
+    Heads without decay, a quarter of them, stay without. See :mod:`flowformer.core.decay`.
+
+    Args:
+        kind: ``"fixed"``: a buffer. ``"learned"``: -exp(r) with a learned r for each head. ``"token"``: -softplus(w . x
+            + b), for each head of each token.
+        dim: Channels of x.
+        num_heads: Heads.
+        device: Of the parameters.
+        dtype: Of the parameters.
+    """
+
+    def __init__(self, kind: str, dim: int, num_heads: int, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.kind, self.num_heads = kind, num_heads
+        factory = {"device": device, "dtype": dtype}
+        decaying = int((default_log_decay(num_heads) < 0).sum()) if num_heads > 1 else 1
+        if kind == "fixed":
+            self.register_buffer("log_decay", torch.empty(num_heads, **factory))
+        else:
+            self.bias = nn.Parameter(torch.empty(decaying, **factory))
+        if kind == "token":
+            self.weight = nn.Parameter(torch.empty(decaying, dim, **factory))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Return to the fixed time constants."""
+        fixed = default_log_decay(self.num_heads, dtype=torch.float64)
+        if self.kind == "fixed":
+            self.log_decay.copy_(fixed)
+            return
+        rates = -fixed[fixed < 0]
+        self.bias.copy_(rates.log() if self.kind == "learned" else rates.expm1().log())
+        if self.kind == "token":
+            self.weight.zero_()
+
+    def forward(self, x: Tensor | None) -> Tensor:
+        """Return (heads,), or for ``"token"`` (..., heads) of inputs x (..., dim)."""
+        if self.kind == "fixed":
+            return self.log_decay
+        if self.kind == "learned":
+            rates = self.bias.to(sum_dtype(self.bias.dtype)).exp()
+        else:
+            assert x is not None  # there is no state of tokens to come
+            rates = apply("x", self._gate, x)
+        without = rates.new_zeros(*rates.shape[:-1], self.num_heads - rates.shape[-1])
+        return torch.cat([-rates, without], -1)
+
+    def _gate(self, x: Tensor) -> Tensor:
+        rates = nn.functional.linear(x, self.weight, self.bias)
+        return nn.functional.softplus(rates.to(sum_dtype(rates.dtype)))
+
+    def extra_repr(self) -> str:
+        """Return the kind, for printing."""
+        return f"{self.kind!r}, num_heads={self.num_heads}"
