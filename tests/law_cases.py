@@ -31,13 +31,19 @@ class Variant:
         options: Keyword arguments of the operation, of its truth, of its step and of its state.
         learned: Shapes of the learned tensors that the operation takes after v and the step after the state, for
             sequences of up to ``length`` tokens and for ``heads``. One entry for each argument: a ``torch.Size``, or a
-            tuple of them where the argument is a tuple of tensors.
+            tuple of them where the argument is a tuple of tensors; ``None`` for an argument that is absent.
         quadratic: Whether a learned tensor is quadratic in length, and so memory too.
+        decays: Whether the first learned tensor is of log-decays. A variant that decays knows the order of tokens, and
+            has no cross-attention.
+        by_token: Whether those are of tokens, (batch, length, heads): then they are an input like q, k and v, and
+            ``learned`` gives the others.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     learned: Callable[[int, int], tuple[Any, ...]] = lambda length, heads: ()
     quadratic: bool = False
+    decays: bool = False
+    by_token: bool = False
 
 
 def _table(length: int, heads: int) -> tuple[Any, ...]:
@@ -52,6 +58,14 @@ def _filters(length: int, heads: int) -> tuple[Any, ...]:
     return (torch.Size((heads, 5)),)
 
 
+def _heads(length: int, heads: int) -> tuple[Any, ...]:
+    return (torch.Size((heads,)),)
+
+
+def _temperatures(length: int, heads: int) -> tuple[Any, ...]:
+    return (None, torch.Size((3, heads)))
+
+
 VARIANTS: dict[str, dict[str, Variant]] = {
     "flow": {
         **{preset: Variant({"preset": preset}) for preset in ops.PRESETS},
@@ -59,6 +73,14 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "no-allocation": Variant({"allocation": False}),
         "rescale": Variant({"rescale": True}),
         "relu": Variant({"feature_map": "relu"}),
+        "decay": Variant({"decay": "learned", "feature_map": "elu"}, _heads, decays=True),
+        "decay-token": Variant({"decay": "token"}, decays=True, by_token=True),
+        "temperature": Variant({"temperature": True, "feature_map": "softmax", "clamp": 8.0}, _temperatures),
+    },
+    "linear": {
+        "default": Variant(),
+        "decay": Variant({"decay": "learned"}, _heads, decays=True),
+        "decay-token": Variant({"decay": "token"}, decays=True, by_token=True),
     },
     "mobile": {
         "default": Variant(),

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from flowformer.core import run as core_run
-from flowformer.core.backends import ENVIRONMENT_VARIABLE, TORCH, Backend, backends_of
+from flowformer.core.backends import ENVIRONMENT_VARIABLE, TORCH, Backend, backends_of, explain
 from flowformer.core.scan import scan
 from flowformer.mechanisms import Attention, Mechanism, create_attention, find_attention, list_attentions
 
@@ -66,7 +66,17 @@ class Case(NamedTuple):
     @property
     def crosses(self) -> bool:
         """Whether there may be another number of queries than of keys."""
-        return self.row.can("cross") and not self.causal
+        return self.row.can("cross") and not self.causal and not self.variant.decays
+
+    @property
+    def permutes(self) -> bool:
+        """Whether tokens have no order."""
+        return self.row.can("permutation") and not self.variant.decays
+
+    @property
+    def count(self) -> int:
+        """How many inputs are of tokens: q, k and v, and log-decays where they are."""
+        return 4 if self.variant.by_token else 3
 
     def up_to(self, length: int) -> Case:
         """The same, with tables of positions for ``length`` tokens."""
@@ -81,16 +91,22 @@ class Case(NamedTuple):
     def parameters(self, dtype: torch.dtype | None = None, heads: int = HEADS) -> list[Tensor]:
         """The learned tensors, those of a pair one after the other; the same at every call."""
         shapes, _ = self._learned(heads)
-        return [_parameter(shape, seed, dtype or self.dtype) for seed, shape in enumerate(shapes)]
+        given = [shape for shape in shapes if shape is not None]
+        made = [_parameter(shape, seed, dtype or self.dtype) for seed, shape in enumerate(given)]
+        if self.variant.decays and not self.variant.by_token:
+            made[0] = -0.3 * made[0].abs() - 0.01
+        return made
 
-    def _learned(self, heads: int = HEADS) -> tuple[list[torch.Size], Any]:
+    def _learned(self, heads: int = HEADS) -> tuple[list[torch.Size | None], Any]:
         shapes = self.variant.learned(self.longest, heads)
         return tree_flatten(shapes, is_leaf=lambda shape: isinstance(shape, torch.Size))
 
     def _arguments_of(self, parameters: Tensors, dtype: torch.dtype) -> tuple[Any, ...]:
         """Learned tensors as the operation takes them; those of :meth:`parameters` where none are given."""
-        _, structure = self._learned()
-        return tree_unflatten(list(parameters) or self.parameters(dtype), structure)
+        first, parameters = parameters[: self.count - 3], parameters[self.count - 3 :]
+        shapes, structure = self._learned()
+        given = iter(parameters or self.parameters(dtype))
+        return *first, *tree_unflatten([None if shape is None else next(given) for shape in shapes], structure)
 
     def op(self, q: Tensor, k: Tensor, v: Tensor, *parameters: Tensor, **arguments: Any) -> Any:
         learned = self._arguments_of(parameters, q.dtype)
@@ -100,14 +116,17 @@ class Case(NamedTuple):
         learned = self._arguments_of(parameters, q.dtype)
         return self.row.truth(q, k, v, *learned, causal=self.causal, **self.variant.options, **arguments)
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, state: Any, *parameters: Tensor) -> tuple[Tensor, Any]:
+    def step(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Any]:
+        """One token: what there is of it, the state, and learned tensors."""
+        of_token, (state, *parameters) = rest[: self.count - 3], rest[self.count - 3 :]
+        parameters = (*of_token, *parameters)
         chooses = "backend" in inspect.signature(self.row.step).parameters
         options = {**({"backend": self.backend.name} if chooses else {}), **self.variant.options}
         return self.row.step(q, k, v, state, *self._arguments_of(parameters, q.dtype), **options)
 
     def steps(self, tensors: Tensors, state: Any) -> tuple[Tensor, Any]:
         """Token by token: outputs side by side, and the last state."""
-        tensors, parameters = tensors[:3], tensors[3:]
+        tensors, parameters = tensors[: self.count], tensors[self.count :]
         outs = []
         for token in zip(*(t.unbind(1) for t in tensors), strict=True):
             out, state = self.step(*token, state, *parameters)
@@ -116,7 +135,7 @@ class Case(NamedTuple):
 
     def fresh(self, batch: int, dtype: torch.dtype | None = None) -> Any:
         dtype = dtype or self.dtype
-        learned = self._arguments_of((), dtype)
+        learned = (None,) * (self.count - 3) + self._arguments_of((), dtype)
         return self.row.init_state(batch, HEADS, KEY, VALUE, *learned, dtype=dtype, **self.variant.options)
 
     def inputs(
@@ -128,11 +147,13 @@ class Case(NamedTuple):
         dtype: torch.dtype | None = None,
         seed: int = 0,
     ) -> list[Tensor]:
-        """Random q, k and v."""
+        """Random q, k and v, and log-decays of tokens where the operation takes them."""
         sources = length if sources is None else sources
         random = torch.Generator().manual_seed(1000 * length + 10 * sources + seed)
         sizes = zip((length, sources, sources), self.shapes(), strict=True)
         tensors = [torch.randn(batch, n, *shape, generator=random, dtype=torch.float64) for n, shape in sizes]
+        if self.variant.by_token:
+            tensors.append(-0.3 * torch.randn(batch, length, HEADS, generator=random, dtype=torch.float64).abs())
         return [t.to(dtype or self.dtype) for t in tensors]
 
 
@@ -148,6 +169,14 @@ def _backends(row: Mechanism) -> list[Backend]:
     return [row for row in reversed(found) if not row.refuses(row.device, row.dtypes[0])]
 
 
+def _computes(case: Case) -> bool:
+    """Whether the case's backend has the variant's options."""
+    try:
+        return explain(case.op, *case.inputs(1)).backend == case.backend.name
+    except ValueError:
+        return False
+
+
 def _every_case() -> dict[str, Case]:
     cases = {}
     for name in list_attentions():
@@ -156,7 +185,9 @@ def _every_case() -> dict[str, Case]:
             for form, causal in (("bidirectional", False), ("causal", True))[: 2 if row.can("causal") else 1]:
                 for chosen in _backends(row):
                     suffix = "" if chosen is TORCH else f"-{chosen.name}"
-                    cases[f"{name}-{label}-{form}{suffix}"] = Case(row, variant, causal, chosen)
+                    case = Case(row, variant, causal, chosen)
+                    if chosen is TORCH or _computes(case):
+                        cases[f"{name}-{label}-{form}{suffix}"] = case
     return cases
 
 
@@ -330,8 +361,8 @@ def check_drift(case: Case, length: int, gradients: bool = True) -> None:
     def run(case: Case, dtype: torch.dtype) -> list[Tensor]:
         # Of v alone, since equal tokens compete in vain: the gradients of q and k are nothing but rounding.
         token = case.inputs(1, batch=1, dtype=torch.float32)
-        q, k, v = (t.to(dtype).expand(-1, length, *t.shape[2:]) for t in token)
-        out = case.op(q, k, v.requires_grad_(gradients))
+        q, k, v, *others = (t.to(dtype).expand(-1, length, *t.shape[2:]) for t in token)
+        out = case.op(q, k, v.requires_grad_(gradients), *others)
         return [out.detach(), *(torch.autograd.grad(out.sum(), v) if gradients else ())]
 
     all_close(run(case, torch.float32), run(case.in_torch, torch.float64), TOLERANCE[torch.float32])
@@ -396,7 +427,8 @@ def narrow(tensors: Tensors) -> list[Tensor]:
 
     One of them is positive, lest a flow under relu be as small as the differences.
     """
-    return [torch.stack([t[..., 0].abs() + 0.1, t[..., 1]], -1).requires_grad_() for t in tensors]
+    few = [torch.stack([t[..., 0].abs() + 0.1, t[..., 1]], -1).requires_grad_() for t in tensors[:3]]
+    return [*few, *(t.requires_grad_() for t in tensors[3:])]
 
 
 def learning(case: Case) -> list[Tensor]:
@@ -591,7 +623,7 @@ def test_4_split_anywhere_and_resumed(case: Case, cut: int) -> None:
     tensors = case.inputs(130)
 
     def in_two(leaves: Tensors, state: Any) -> tuple[Tensor, Any]:
-        tensors, learned = leaves[:3], leaves[3:]
+        tensors, learned = leaves[: case.count], leaves[case.count :]
         first, state = case.op(*(t[:, :cut] for t in tensors), *learned, initial_state=state, return_state=True)
         second, state = case.op(*(t[:, cut:] for t in tensors), *learned, initial_state=state, return_state=True)
         return torch.cat([first, second], 1), state
@@ -657,11 +689,11 @@ def test_5_padding_is_invisible(case: Case, side: str, filler: float) -> None:
         out = case.op(*leaves, mask=mask)
         upstream = pad(weights_like(want[0]), count, side, 1.0)
         got = [out, *torch.autograd.grad(out, leaves, upstream)]
-        for padded, one in zip(got[:4], want[:4], strict=True):
+        for padded, one in zip(got[: case.count + 1], want[: case.count + 1], strict=True):
             tokens, padding = unpad(padded, count, side)
             close(tokens, one)
             assert not padding.any()  # zeros; NaN would be True
-        all_close(got[4:], want[4:])
+        all_close(got[case.count + 1 :], want[case.count + 1 :])
 
 
 @pytest.mark.parametrize(("sinks", "sources"), [(0, 9), (9, 0), (3, 9), (14, 9)])
@@ -718,7 +750,8 @@ def one_by_one(case: Case, sequences: Sequence[Tensors]) -> list[Tensor]:
     """Outputs and gradients of inputs side by side; gradients of parameters added up."""
     results = [with_gradients_of_part(case, [*s, *case.parameters()]) for s in sequences if s[0].shape[1]]
     parts = list(zip(*results, strict=True))
-    return [*(torch.cat(part, 1) for part in parts[:4]), *(torch.stack(part).sum(0) for part in parts[4:])]
+    of_tokens, learned = parts[: case.count + 1], parts[case.count + 1 :]
+    return [*(torch.cat(part, 1) for part in of_tokens), *(torch.stack(part).sum(0) for part in learned)]
 
 
 def with_gradients_of_part(case: Case, tensors: Tensors) -> list[Tensor]:
@@ -929,27 +962,28 @@ def test_6_modules_take_a_batch_of_no_sequence(case: Case, monkeypatch: pytest.M
 
 def permuted(case: Case, length: int, sources: int) -> tuple[Tensor, Tensor]:
     """Outputs for queries and keys in another order, and outputs in the order of the queries."""
-    q, k, v = case.inputs(length, sources)
+    q, k, v, *decays = case.inputs(length, sources)
     random = torch.Generator().manual_seed(0)
     sinks = torch.randperm(length, generator=random)
     others = torch.randperm(sources, generator=random) if case.crosses else sinks
-    return case.op(q[:, sinks], k[:, others], v[:, others]), case.op(q, k, v)[:, sinks]
+    of_tokens = [t[:, sinks] for t in decays]
+    return case.op(q[:, sinks], k[:, others], v[:, others], *of_tokens), case.op(q, k, v, *decays)[:, sinks]
 
 
-@each(lambda case: is_bidirectional(case) and case.row.can("permutation"))
+@each(lambda case: is_bidirectional(case) and case.permutes)
 def test_6_tokens_have_no_order(case: Case) -> None:
     close(*permuted(case, 30, 50 if case.crosses else 30))
 
 
-@each(lambda case: is_bidirectional(case) and not case.row.can("permutation"))
+@each(lambda case: is_bidirectional(case) and not case.permutes)
 def test_6_tokens_have_an_order(case: Case) -> None:
     assert not torch.allclose(*permuted(case, 30, 30))
 
 
 @each(is_causal)
 def test_6_causal_tokens_have_an_order(case: Case) -> None:
-    q, k, v = case.inputs(30)
-    assert not torch.allclose(case.op(q, k.flip(1), v.flip(1)), case.op(q, k, v))
+    q, k, v, *others = case.inputs(30)
+    assert not torch.allclose(case.op(q, k.flip(1), v.flip(1), *others), case.op(q, k, v, *others))
 
 
 # ------------------------------------------------------------------------------------------------------- 7: finite
@@ -978,7 +1012,10 @@ def extremes(case: Case, length: int, size: float, dtype: torch.dtype, values: f
         (rising(of_q), rising(of_k).flip(1)),
         (0 * ones(of_q), rising(of_k) * signs(of_k)),
     ]
-    return [[(size * q).to(dtype), (size * k).to(dtype), (values * signs(of_v)).to(dtype)] for q, k in kinds]
+    made = [[(size * q).to(dtype), (size * k).to(dtype), (values * signs(of_v)).to(dtype)] for q, k in kinds]
+    if case.variant.by_token:  # some forget everything
+        return [[*tensors, (-size * signs((HEADS,)).relu()).to(dtype)] for tensors in made]
+    return made
 
 
 # How large inputs and values are, and what is above the outputs.
@@ -1157,16 +1194,16 @@ def refuses(function: Callable[..., Any], arguments: Mapping[str, Any], kind: ty
 @each()
 def test_8_bad_input_is_refused_in_words(case: Case) -> None:
     tensors = case.inputs(6, dtype=torch.float32)
-    arguments = {**dict(zip("qkv", tensors, strict=True)), **case.arguments()}
+    arguments = {**dict(zip("qkv", tensors, strict=False)), **case.arguments()}
     op = with_parameters(case)
     op(**arguments)  # what is spoilt below is accepted as it is
-    for bad, kind, says in every_bad_input(case, *tensors).values():
+    for bad, kind, says in every_bad_input(case, *tensors[:3]).values():
         refuses(op, {**arguments, **bad}, kind, says)
 
 
 def with_parameters(case: Case) -> Callable[..., Any]:
     """The operation with good parameters, and all else by name."""
-    learned = case._arguments_of((), torch.float32)
+    learned = (*case.inputs(6, dtype=torch.float32)[3:], *case._arguments_of((), torch.float32))
     return lambda q, k, v, **arguments: case.row.operation(q, k, v, *learned, **arguments)
 
 
@@ -1215,7 +1252,7 @@ def test_8_bad_states_are_refused_in_words(case: Case) -> None:
 
 @each(has_state)
 def test_8_bad_steps_are_refused_in_words(case: Case) -> None:
-    q, k, v = (t[:, 0] for t in case.inputs(6))
+    q, k, v, *others = (t[:, 0] for t in case.inputs(6))
     state = case.fresh(2)
     for tensors, kind, says in (
         ((q.unsqueeze(1), k, v), ValueError, rf"q of one step must be \({axes(q, True)}\), got \(2, 1, "),
@@ -1227,9 +1264,9 @@ def test_8_bad_steps_are_refused_in_words(case: Case) -> None:
         ((q[:1], k[:1], v[:1]), ValueError, r"state\.\w+ must be"),
     ):
         with pytest.raises(kind, match=says):
-            case.step(*tensors, state)
+            case.step(*tensors, *others, state)
     with pytest.raises(TypeError, match=r"state must be a \w+State, got NoneType"):
-        case.step(q, k, v, None)
+        case.step(q, k, v, *others, None)
 
 
 # ------------------------------------------------------------------------------------------------------ 9: memory
@@ -1254,6 +1291,8 @@ class Recorder(TorchDispatchMode):
 def memory(case: Case, length: int, channels: int, arguments: Mapping[str, Any]) -> tuple[int, int]:
     """Bytes of the largest tensor, and of all that is kept for the backward pass."""
     tensors = [torch.randn(1, length, *shape) for shape in case.shapes(1, channels, channels)]
+    if case.variant.by_token:
+        tensors.append(-torch.rand(1, length, 1))
     leaves = [t.requires_grad_() for t in (*tensors, *(p.clone() for p in case.parameters(torch.float32, heads=1)))]
     kept = {}
 

@@ -12,12 +12,16 @@ cumulative products, which underflow: gamma^1000 = 4.6e-46 for gamma = 0.9.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flowformer.core.checks import FLOAT_DTYPES, check_dense, describe
+from flowformer.core.checks import check_dense, describe
+from flowformer.core.chunks import pad_to_chunks
+from flowformer.core.masks import fill
+from flowformer.core.precision import FLOAT_DTYPES
 from flowformer.core.tracing import log_add, log_cumsum, shift
 
 
@@ -69,6 +73,33 @@ def decay_of(log_decay: Tensor, chunks: int, wide: torch.dtype) -> Decay:
         of_chunks.cumsum(-1).exp(),
         log_decay.to(wide).cumsum(-1),
     )
+
+
+def block_decay(
+    log_decay: Tensor,
+    mask: Tensor | None,
+    length: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    wide: torch.dtype,
+) -> Decay:
+    """The factors of a block.
+
+    Args:
+        log_decay: (heads,), or (batch, length, heads).
+        mask: (batch, chunks * chunk) of the padded block; padding does not decay.
+        length: Tokens of the block before it was padded.
+        shape: Chunks, and tokens of each.
+        dtype: In which to compute.
+        wide: The dtype of states.
+    """
+    chunks, chunk = shape
+    log_decay = log_decay.to(dtype)
+    if log_decay.ndim == 1:
+        log_decay = log_decay.view(1, 1, -1).expand(1 if mask is None else len(mask), chunks * chunk, -1)
+    elif length != chunks * chunk:
+        (log_decay,), _ = pad_to_chunks((log_decay,), mask, chunk)
+    return decay_of(fill(log_decay, mask).transpose(1, 2), chunks, wide)
 
 
 def carry_decayed(sums: Tensor, past: Tensor, decay: Decay) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,7 @@ from torch import Tensor
 from flowformer.core.backends import is_transformed
 from flowformer.core.decay import Decay, carry_decayed
 from flowformer.core.precision import without_autocast
-from flowformer.core.tracing import count_chunks, cut, frame, is_exporting, shift
-
-CHUNK = 64  # tokens that meet directly; 64 is fastest in PyTorch on a CPU
+from flowformer.core.tracing import is_exporting, shift
 
 BLOCK = 512  # tokens whose intermediate values exist at a time; backward recomputes block by block
 
@@ -184,29 +182,6 @@ def _present(grads: Sequence[Tensor | None]) -> list[Tensor]:
 
 def _floating(state: Sequence[Tensor]) -> list[Tensor]:
     return [part for part in state if part.is_floating_point()]
-
-
-def split_chunks(x: Tensor, chunk: int) -> Tensor:
-    """Split (batch, length, heads, channels) into (batch, heads, chunks, chunk, channels); chunk divides length."""
-    batch, length, heads, channels = x.shape
-    return x.view(batch, length // chunk, chunk, heads, channels).permute(0, 3, 1, 2, 4).contiguous()
-
-
-def join_chunks(x: Tensor, length: int) -> Tensor:
-    """Join (batch, heads, chunks, chunk, channels) to (batch, length, heads, channels), cut to ``length``."""
-    batch, heads, chunks, chunk, channels = x.shape
-    return cut(x.permute(0, 2, 3, 1, 4).reshape(batch, chunks * chunk, heads, channels), length)
-
-
-def pad_to_chunks(tokens: Sequence[Tensor], mask: Tensor | None, chunk: int) -> tuple[list[Tensor], Tensor | None]:
-    """Pad (batch, length, ...) tensors with masked tokens to a multiple of ``chunk``."""
-    batch, length = tokens[0].shape[:2]
-    total = count_chunks(length, chunk) * chunk
-    if not is_exporting() and total == length:
-        return list(tokens), mask
-    if mask is None:
-        mask = torch.ones(batch, length, dtype=torch.bool, device=tokens[0].device)
-    return [frame(t, 0, total) for t in tokens], frame(mask, 0, total)
 
 
 def carry(sums: Tensor, past: Tensor, decay: Decay | None = None) -> tuple[Tensor, Tensor]:

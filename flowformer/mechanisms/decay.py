@@ -13,8 +13,14 @@ from flowformer.core.decay import default_log_decay
 from flowformer.core.precision import sum_dtype
 from flowformer.mechanisms.weights import lower
 
-
+DECAYS = ("fixed", "learned", "token")
 ROWS = 512  # rows of factors that a reference makes at a time
+
+
+def check_decay(decay: Any) -> None:
+    """Raise ValueError for an unknown kind of decay."""
+    if decay not in (*DECAYS, None):
+        raise ValueError(f"decay must be one of {', '.join(DECAYS)} or None, got {decay!r}")
 
 
 def log_gammas(log_decay: Tensor, length: int, places: Tensor) -> Tensor:

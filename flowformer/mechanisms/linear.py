@@ -4,7 +4,8 @@ exp(q . k) is replaced by phi(q) . phi(k) with phi(x) = elu(x) + 1, so that a su
 
     out_i = phi(q_i) . sum_j phi(k_j) v_j^T / (phi(q_i) . sum_j phi(k_j) + eps)
 
-Causal attention restricts j to j <= i; :mod:`flowformer.core.scan` has how it is computed in chunks.
+Causal attention restricts j to j <= i; :mod:`flowformer.core.scan` has how it is computed in chunks. With a decay, each
+term of both sums is multiplied by gamma(i, j), which shrinks with distance: :mod:`flowformer.core.decay`.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flowformer.core.both_ways import Block, both_ways
 from flowformer.core.checks import check_fresh_state, check_number, check_state, check_step
+from flowformer.core.chunks import CHUNK, join_chunks, pad_to_chunks, split_chunks
+from flowformer.core.decay import Decay, block_decay, check_log_decay, default_log_decay
 from flowformer.core.masks import fill
 from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
-from flowformer.core.run import Given, run, scanned
-from flowformer.core.scan import CHUNK, carry, causal_product, join_chunks, pad_to_chunks, split_chunks
+from flowformer.core.run import Dense, Given, check_inputs, run, scanned
+from flowformer.core.scan import carry, causal_product
 from flowformer.core.sums import sum_over_tokens, times_sum
 from flowformer.mechanisms.base import Attention
+from flowformer.mechanisms.decay import LogDecay, check_decay, log_gammas, of_sequence
 from flowformer.mechanisms.registry import by_sizes, register
 from flowformer.mechanisms.weights import Rows, lower, rows_of, truth_of
 
@@ -70,6 +75,7 @@ def linear_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    log_decay: Tensor | None = None,
     *,
     causal: bool = False,
     mask: Tensor | None = None,
@@ -79,6 +85,7 @@ def linear_attention(
     return_state: bool = False,
     backend: str = "auto",
     eps: float = 1e-6,
+    decay: str | None = None,
 ) -> Tensor | tuple[Tensor, LinearState]:
     """Linear attention (Katharopoulos et al., 2020) with feature map elu + 1.
 
@@ -86,6 +93,9 @@ def linear_attention(
         q: Queries (batch, L, heads, K).
         k: Keys (batch, S, heads, K).
         v: Values (batch, S, heads, V).
+        log_decay: Logarithm of gamma, the factor by which weights shrink at each token of distance: (heads,), or
+            (batch, L, heads) where it depends on the token. Values above 0 count as 0, and padding does not decay.
+            Absent for no decay. Not in cross-attention.
         causal: Output t sees positions up to t only. Requires L == S.
         mask: (batch, L) boolean, True = real token; of keys and values too where L == S and there is no
             ``context_mask``.
@@ -95,6 +105,7 @@ def linear_attention(
         return_state: Return the state after the last token as well (causal only).
         backend: ``"auto"`` or ``"torch"``.
         eps: Added to the denominator.
+        decay: Where ``log_decay`` is absent: ``"fixed"`` for :func:`flowformer.core.decay.default_log_decay`.
 
     Returns:
         Output (batch, L, heads, V), zeros at padded queries; with ``return_state`` also the state.
@@ -102,49 +113,130 @@ def linear_attention(
     Raises:
         TypeError, ValueError: for invalid arguments.
     """
-    check_number("linear_attention: eps", eps, 0)
+    op = "linear_attention"
+    check_number(f"{op}: eps", eps, 0)
     given = Given(q, k, v, causal, mask, context_mask, cu_seqlens, initial_state, return_state, backend)
-    dense = scanned(
-        lambda tokens, state: _causal_block(tokens, state, eps, CHUNK),
-        lambda q, k, v, key, query: _bidirectional(q, k, v, key, query, eps),
-        causal,
-    )
+    if log_decay is not None or decay is not None:
+        check_inputs(op, given)
+        log_decay = resolve_decay(op, log_decay, decay, q)
+        if k.shape[1] != q.shape[1] or context_mask is not None:
+            raise ValueError(f"{op}: decay is of distances within one sequence: cross-attention must have decay=None")
+    by_token = log_decay is not None and log_decay.ndim == 3
     return run(
-        "linear_attention", given, dense, options=(eps,),
+        op, given, _dense(causal, log_decay, by_token, eps), options=(eps,),
         init_state=lambda batch: init_linear_state(batch, k.shape[2], k.shape[3], v.shape[3], device=q.device),
+        of_tokens=(log_decay,) if by_token else (),
     )  # fmt: skip
+
+
+def resolve_decay(op: str, log_decay: Tensor | None, decay: str | None, q: Tensor, *, step: bool = False) -> Tensor:
+    """Check log-decays beside q, and return them or the default of a fixed decay.
+
+    Raises:
+        TypeError, ValueError: for tensors that do not fit, or are needed and absent.
+    """
+    if log_decay is None and decay != "fixed":
+        raise TypeError(f"{op}: log_decay must be a tensor with decay={decay!r}, got None")
+    if log_decay is None:
+        log_decay = default_log_decay(q.shape[-2], q.device, sum_dtype(q.dtype))
+    check_log_decay(op, log_decay, q, step=step)
+    return log_decay
+
+
+def _dense(causal: bool, log_decay: Tensor | None, by_token: bool, eps: float) -> Dense:
+    """Both forms in plain PyTorch."""
+
+    def block(tokens: Sequence[Any], state: LinearState, constant: Tensor | None) -> tuple[Tensor, LinearState]:
+        *tokens, of_tokens = tokens if by_token else (*tokens, constant)
+        return _causal_block(tokens, state, of_tokens, eps, CHUNK)
+
+    def whole(q: Tensor, k: Tensor, v: Tensor, key: Any, query: Any, *of_tokens: Tensor) -> Tensor:
+        given = of_tokens[0] if by_token else log_decay
+        if given is None:
+            return _bidirectional(q, k, v, key, query, eps)
+        return _bidirectional_decayed(q, k, v, key, given, eps)
+
+    return scanned(block, whole, causal, (None if by_token else log_decay,))
+
+
+def _features(x: Tensor, mask: Tensor | None) -> Tensor:
+    return fill(elu_plus_one(fill(x, mask).to(sum_dtype(x.dtype))), mask)
 
 
 def _bidirectional(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, eps: float
 ) -> Tensor:
-    compute = sum_dtype(q.dtype)
     with no_autocast(q.device):
-        Q = fill(elu_plus_one(fill(q, query_mask).to(compute)), query_mask).transpose(1, 2)
-        K = fill(elu_plus_one(fill(k, key_mask).to(compute)), key_mask).transpose(1, 2)
-        V = fill(v, key_mask).to(compute).transpose(1, 2)
+        Q, K = _features(q, query_mask).transpose(1, 2), _features(k, key_mask).transpose(1, 2)
+        V = fill(v, key_mask).to(Q.dtype).transpose(1, 2)
         total = times_sum(Q, K.sum(-2).unsqueeze(-1)) + eps
         out = times_sum(Q, sum_over_tokens(K, V)) / total
         return out.transpose(1, 2).to(q.dtype).contiguous()
 
 
-def _causal_block(tokens: Sequence[Any], state: LinearState, eps: float, chunk: int) -> tuple[Tensor, Any]:
+def _bidirectional_decayed(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_decay: Tensor, eps: float
+) -> Tensor:
+    """The bidirectional form with decay, by two scans."""
+    with no_autocast(q.device):
+        batch, _, heads, channels = q.shape
+        state = init_linear_state(batch, heads, channels, v.shape[-1], device=q.device)
+        parts = both_ways(log_decay, mask)(_sums, (q, k, v), state)
+        total, product = sum(parts).split([1, v.shape[-1]], -1)
+        return fill(product / (total + eps), mask).to(q.dtype)
+
+
+def _sums(block: Block, tensors: Sequence[Tensor], state: LinearState) -> tuple[Tensor, LinearState]:
+    """The denominator and the sum over values of each token of a block, (batch, length, heads, 1 + V)."""
+    length = tensors[0].shape[1]
+    (q, k, v), mask, decay = block.prepare(tensors, CHUNK, state.memory.dtype)
+    Q, K = (split_chunks(_features(x, mask), CHUNK) for x in (q, k))
+    V = split_chunks(fill(v, mask).to(Q.dtype), CHUNK)
+    total, product, state = _products(Q, K, V, state, decay, -1 if block.reverse else 0)
+    return join_chunks(torch.cat([total, product], -1), length), state
+
+
+def _products(
+    Q: Tensor, K: Tensor, V: Tensor, state: LinearState, decay: Decay | None, diagonal: int = 0
+) -> tuple[Tensor, Tensor, LinearState]:
+    """Denominators, sums over values and the state after a block; without the token itself for ``diagonal`` -1."""
+    scores = (Q @ K.transpose(-1, -2)).tril(diagonal)
+    if decay is None:
+        key_before, key_sum = carry(K.sum(-2), state.key_sum)
+        earlier = Q @ key_before.unsqueeze(-1)
+    else:
+        scores = scores * decay.within
+        key_before, key_sum = carry((K * decay.leaving.unsqueeze(-1)).sum(-2), state.key_sum, decay)
+        earlier = (Q @ key_before.unsqueeze(-1)) * decay.arriving.unsqueeze(-1)
+    product, memory = causal_product(scores, Q, K, V, state.memory, decay)
+    return scores.sum(-1, keepdim=True) + earlier, product, LinearState(key_sum, memory)
+
+
+def _causal_block(
+    tokens: Sequence[Any], state: LinearState, log_decay: Tensor | None, eps: float, chunk: int
+) -> tuple[Tensor, LinearState]:
     q, k, v, mask = tokens
-    compute, length = sum_dtype(q.dtype), q.shape[1]
+    length = q.shape[1]
     with no_autocast(q.device):
         (q, k, v), mask = pad_to_chunks((q, k, v), mask, chunk)
-        Q = split_chunks(fill(elu_plus_one(fill(q, mask).to(compute)), mask), chunk)
-        K = split_chunks(fill(elu_plus_one(fill(k, mask).to(compute)), mask), chunk)
-        V = split_chunks(fill(v, mask).to(compute), chunk)
-        scores = (Q @ K.transpose(-1, -2)).tril()
-        key_before, key_sum = carry(K.sum(-2), state.key_sum)
-        total = scores.sum(-1, keepdim=True) + Q @ key_before.unsqueeze(-1) + eps
-        product, memory = causal_product(scores, Q, K, V, state.memory)
-        return join_chunks(product / total, length).to(v.dtype), LinearState(key_sum, memory)
+        Q, K = (split_chunks(_features(x, mask), chunk) for x in (q, k))
+        V = split_chunks(fill(v, mask).to(Q.dtype), chunk)
+        decay = None
+        if log_decay is not None:
+            decay = block_decay(log_decay, mask, length, Q.shape[2:4], Q.dtype, state.memory.dtype)
+        total, product, state = _products(Q, K, V, state, decay)
+        return join_chunks(product / (total + eps), length).to(v.dtype), state
 
 
 def linear_attention_step(
-    q: Tensor, k: Tensor, v: Tensor, state: LinearState, *, eps: float = 1e-6
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: LinearState,
+    log_decay: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    decay: str | None = None,
 ) -> tuple[Tensor, LinearState]:
     """Compute one token of causal linear attention.
 
@@ -153,7 +245,9 @@ def linear_attention_step(
         k: Key (batch, heads, K).
         v: Value (batch, heads, V).
         state: State before the token; not changed.
+        log_decay: (heads,), or (batch, heads) where it depends on the token; absent for no decay.
         eps: Added to the denominator.
+        decay: As in :func:`linear_attention`.
 
     Returns:
         Output (batch, heads, V) and the state after the token.
@@ -169,6 +263,10 @@ def linear_attention_step(
     with no_autocast(q.device):
         compute = state.memory.dtype
         Q, K, V = elu_plus_one(q.to(compute)), elu_plus_one(k.to(compute)), v.to(compute)
+        if log_decay is not None or decay is not None:
+            log_decay = resolve_decay(op, log_decay, decay, q, step=True)
+            factor = log_decay.to(compute).clamp(max=0).exp().expand(q.shape[:2])[..., None]
+            state = LinearState(state.key_sum * factor, state.memory * factor[..., None])
         key_sum = state.key_sum + K
         memory = state.memory + K.unsqueeze(-1) * V.unsqueeze(-2)
         total = (Q * key_sum).sum(-1, keepdim=True) + eps
@@ -176,12 +274,24 @@ def linear_attention_step(
         return out.to(v.dtype), LinearState(key_sum, memory)
 
 
-def linear_weights(q: Tensor, k: Tensor, *, causal: bool = False, eps: float = 1e-6) -> Rows:
-    """Return rows phi(q_i) . phi(k_j) / (phi(q_i) . sum_j phi(k_j) + eps) of one sequence, in float64."""
+def linear_weights(
+    q: Tensor,
+    k: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    causal: bool = False,
+    eps: float = 1e-6,
+    decay: str | None = None,
+) -> Rows:
+    """Return rows phi(q_i) . phi(k_j) gamma(i, j) / (phi(q_i) . sum_j phi(k_j) gamma(i, j) + eps) of one sequence."""
     Q, K = (torch.where(x > 0, x + 1, x.clamp(max=0).exp()) for x in (q, k))
+    if log_decay is None and decay is not None:
+        log_decay = default_log_decay(q.shape[1], q.device, q.dtype)
 
     def rows(places: Tensor) -> Tensor:
         scores = torch.einsum("ihk,jhk->hij", Q[places], K)
+        if log_decay is not None:
+            scores = scores * log_gammas(log_decay, len(K), places).exp()
         scores = lower(scores, places) if causal else scores
         return scores / (scores.sum(-1, keepdim=True) + eps)
 
@@ -191,8 +301,8 @@ def linear_weights(q: Tensor, k: Tensor, *, causal: bool = False, eps: float = 1
 @register(
     "linear",
     operation=linear_attention,
-    truth=truth_of(linear_weights),
-    rows=rows_of("linear_attention", linear_weights),
+    truth=truth_of(linear_weights, of_sequence=of_sequence),
+    rows=rows_of("linear_attention", linear_weights, of_sequence=of_sequence),
     step=linear_attention_step,
     init_state=by_sizes(init_linear_state),
     source="Katharopoulos et al., Transformers are RNNs, ICML 2020",
@@ -205,6 +315,8 @@ class LinearAttention(Attention):
         dim: Channels of input and output.
         num_heads: Heads.
         eps: Added to the denominator.
+        decay: Whether weights decay with distance: ``None``, ``"fixed"``, ``"learned"`` or ``"token"``; see
+            :class:`flowformer.mechanisms.decay.LogDecay`. Not in cross-attention.
         **options: As :class:`flowformer.mechanisms.Attention` takes them: ``causal``, ``bias``, ``dropout``,
             ``head_dim``, ``device``, ``dtype``.
 
@@ -212,10 +324,28 @@ class LinearAttention(Attention):
         ValueError: for sizes that do not fit.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, eps: float = 1e-6, **options: Any) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, *, eps: float = 1e-6, decay: str | None = None, **options: Any
+    ) -> None:
         super().__init__(dim, num_heads, **options)
         check_number("eps", eps, 0, 1)
+        check_decay(decay)
         self.eps = eps
+        self.decay = None
+        if decay is not None:
+            self.decay = LogDecay(decay, dim, num_heads, device=options.get("device"), dtype=options.get("dtype"))
+
+    def reset_parameters(self) -> None:
+        """Re-initialize all parameters."""
+        super().reset_parameters()
+        if self.decay is not None:
+            self.decay.reset_parameters()
+
+    def learned(self, x: Tensor | None = None) -> tuple[Any, ...]:
+        """Log-decays, of the inputs x where they depend on the token."""
+        if self.decay is None or (self.decay.kind == "token" and x is None):
+            return ()
+        return (self.decay(x),)
 
     def arguments(self) -> dict[str, Any]:
         """Options of the operation."""

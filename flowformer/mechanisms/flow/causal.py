@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowformer.core.decay import Decay, decay_of, log_sum_decayed
+from flowformer.core.chunks import join_chunks, pad_to_chunks, split_chunks
+from flowformer.core.decay import Decay, block_decay, log_sum_decayed
 from flowformer.core.masks import fill
 from flowformer.core.precision import LOG_ZERO, no_autocast
-from flowformer.core.scan import carry, causal_product, join_chunks, pad_to_chunks, split_chunks
+from flowformer.core.scan import carry, causal_product
 from flowformer.core.tracing import log_add, log_cumsum
 from flowformer.mechanisms.flow.equations import Learned, allocate, contend, open_flow, query_and_key
 from flowformer.mechanisms.flow.options import FlowOptions
@@ -57,33 +58,6 @@ def causal_block(
         out = join_chunks(out * gate.unsqueeze(-1), length).to(v.dtype)
         after = torch.stack([key_sum, query_sum, scaled_key_sum, scaled_query_sum], 2)
     return out, FlowState(count, after, log_normaliser, memory)
-
-
-def block_decay(
-    log_decay: Tensor,
-    mask: Tensor | None,
-    length: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    wide: torch.dtype,
-) -> Decay:
-    """The factors of a block.
-
-    Args:
-        log_decay: (heads,), or (batch, length, heads).
-        mask: (batch, chunks * chunk) of the padded block; padding does not decay.
-        length: Tokens of the block before it was padded.
-        shape: Chunks, and tokens of each.
-        dtype: In which to compute.
-        wide: The dtype of states.
-    """
-    chunks, chunk = shape
-    log_decay = log_decay.to(dtype)
-    if log_decay.ndim == 1:
-        log_decay = log_decay.view(1, 1, -1).expand(1 if mask is None else len(mask), chunks * chunk, -1)
-    elif length != chunks * chunk:
-        (log_decay,), _ = pad_to_chunks((log_decay,), mask, chunk)
-    return decay_of(fill(log_decay, mask).transpose(1, 2), chunks, wide)
 
 
 def count_tokens(

@@ -30,8 +30,8 @@ from flowformer.kernels.native.kernels import (
     run,
     view,
 )
-from flowformer.mechanisms.flow.state import FlowState
 from flowformer.mechanisms.flow.options import FlowOptions
+from flowformer.mechanisms.flow.state import FlowState
 
 # ---------------------------------------------------------------------------- the C interface, as source/call.h has it
 

@@ -25,20 +25,21 @@ depend on length:
     C_t = n_t exp(O^_t) / sum_{j<=t} exp(O^_j)  A_t = sigmoid(I^_t)
     R_t = A_t (Q_t / I_t) . sum_{j<=t} K_j^T C_j v_j
 
-With a decay, capacity is Q_i . K_j gamma(i, j), gamma(i, j) = gamma^|i-j| for one gamma <= 1 of a head, or the product of
-the decays of the tokens between i and j: :mod:`flowformer.core.decay`. The identities hold for any capacity that is not
-negative, and so for this one: in self-attention the mean of I^ and of O^ is 1. Every sum over tokens, of K, Q, K / O, Q /
-I, exp(O^) and K C v, becomes a decayed one, as does the count n_i = sum_j gamma(i, j), and
+With a decay, capacity is Q_i . K_j gamma(i, j), where gamma(i, j) = gamma^|i-j| for one gamma <= 1 of a head, or the
+product of the decays of the tokens between i and j: :mod:`flowformer.core.decay`. The identities hold for any capacity
+that is not negative, and so for this one: in self-attention the means of I^ and O^ are 1. Every sum over tokens, of K,
+Q, K / O, Q / I, exp(O^) and K C v, becomes a decayed one, as does the count n_i = sum_j gamma(i, j), and in both forms
+sources compete with those in their reach:
 
-    C_j = n_j exp(O^_j) / sum_i gamma(i, j) exp(O^_i)       sources compete with those in their reach
+    C_j = n_j exp(O^_j) / sum_i gamma(i, j) exp(O^_i)
 
-in both forms. The causal form decays the five sums, the count and the matrix at each token; the bidirectional one is
-two scans less the diagonal: :mod:`flowformer.mechanisms.flow.decayed`.
+The causal form decays the five sums, the count and the matrix at each token; the bidirectional one is two scans less
+the diagonal: :mod:`flowformer.mechanisms.flow.decayed`.
 
-The causal form is computed in chunks. Within a chunk, Q K^T gives everything: the row sums of its lower triangle are I, the column
-sums of its upper triangle O, the products of the two with n/O and n/I are I^ and O^, and the lower triangle times C v
-is the output. Five sums and the K x V matrix carry the past. exp(O^) is summed as a logarithm, since without a clamp O^
-has no bound in the causal form.
+The causal form is computed in chunks. Within a chunk, Q K^T gives everything: the row sums of its lower triangle are I,
+the column sums of its upper triangle O, the products of the two with n/O and n/I are I^ and O^, and the lower triangle
+times C v is the output. Five sums and the K x V matrix carry the past. exp(O^) is summed as a logarithm, since without
+a clamp O^ has no bound in the causal form.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ from typing import Any
 
 from torch import Tensor
 
+from flowformer.core.chunks import CHUNK
 from flowformer.core.masks import fill
 from flowformer.core.precision import LOG_ZERO, no_autocast
 from flowformer.core.run import Dense, Given, check_inputs, run, scanned
-from flowformer.core.scan import CHUNK
 from flowformer.core.sums import sum_over_tokens, times_sum
 from flowformer.mechanisms.flow.causal import causal_block
 from flowformer.mechanisms.flow.decayed import bidirectional_decayed

@@ -7,10 +7,10 @@ from typing import Any
 
 from flowformer.common.names import nearest
 from flowformer.core.checks import check_flag, check_number
+from flowformer.mechanisms.decay import check_decay
 
 RELU_FLOOR = 1e-6  # published with the relu feature map: keeps every capacity positive
 FEATURE_MAPS = ("sigmoid", "relu", "elu", "softmax", "learned")
-DECAYS = ("fixed", "learned", "token")
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class FlowOptions:
         """Raise for invalid values."""
         if self.feature_map not in FEATURE_MAPS:
             raise ValueError(f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {self.feature_map!r}")
-        if self.decay not in (*DECAYS, None):
-            raise ValueError(f"decay must be one of {', '.join(DECAYS)} or None, got {self.decay!r}")
+        check_decay(self.decay)
         if self.competition not in ("sequence", "heads", None):
             raise ValueError(f"competition must be 'sequence', 'heads' or None, got {self.competition!r}")
         for name in ("eps", "flow_eps", *(() if self.clamp is None else ("clamp",))):

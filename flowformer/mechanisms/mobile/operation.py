@@ -39,10 +39,11 @@ import torch
 from torch import Tensor
 
 from flowformer.core.checks import HEADS, check_fresh_state, check_state, check_step
+from flowformer.core.chunks import join_chunks, pad_to_chunks, split_chunks
 from flowformer.core.masks import fill
 from flowformer.core.precision import LOG_ZERO, no_autocast, state_dtype
 from flowformer.core.run import Given, run, scanned
-from flowformer.core.scan import causal_product, join_chunks, pad_to_chunks, split_chunks
+from flowformer.core.scan import causal_product
 from flowformer.core.sums import sum_over_tokens, times_sum
 from flowformer.core.tracing import cut, log_add, log_cumsum
 from flowformer.mechanisms.flow.equations import features
