@@ -17,10 +17,10 @@ RULES = {
 }
 
 
-def evaluate(words):
+def evaluate(text):
     """The value of an expression, its depth, and the numbers of arguments of its operations: with a stack."""
     stack, deepest, counts = [[]], 0, []
-    for word in words:
+    for word in text.split():
         if word.startswith("["):
             stack.append([word[1:]])
             deepest = max(deepest, len(stack) - 1)
@@ -36,25 +36,26 @@ def evaluate(words):
 
 def read(task):
     for seen, targets in [*task.train, *task.test]:
-        *words, end = task.format.tokenizer.decode(seen).split()
-        assert end == "="
+        text, end = task.format.tokenizer.decode(seen).split(" =")
+        assert end == ""
         assert (targets[:-1] == IGNORED).all()
-        yield words, int(task.format.tokenizer.decode(targets[-1:]))
+        yield text, int(task.format.tokenizer.decode(targets[-1:]))
 
 
 def test_the_evaluator_of_these_tests():
-    assert evaluate("[MAX 4 3 [MIN 2 3 ] 1 0 ]".split()) == (4, 2, [2, 5])
-    assert evaluate("[SM 9 8 [MED 1 4 ] ]".split()) == (9, 2, [2, 3])
-    assert evaluate("[MED 1 4 7 8 ]".split())[0] == 5
+    assert evaluate("[MAX 4 3 [MIN 2 3 ] 1 0 ]") == (4, 2, [2, 5])
+    assert evaluate("[SM 9 8 [MED 1 4 ] ]") == (9, 2, [2, 3])
+    assert evaluate("[MED 1 4 7 8 ]")[0] == 5
 
 
 @pytest.mark.parametrize(("depth", "length"), [(4, 128), (1, 8), (2, 8), (6, 40), (20, 200)])
 def test_answers_are_values_and_sizes_are_kept(depth, length):
     task = brackets(depth, length, train_examples=300, test_examples=50)
     deepest, names = set(), set()
-    for words, answer in read(task):
-        value, levels, counts = evaluate(words)
+    for text, answer in read(task):
+        value, levels, counts = evaluate(text)
         assert answer == value
+        words = text.split()
         assert len(words) + 1 <= length
         assert set(counts) <= {2, 3, 4, 5}
         deepest.add(levels)

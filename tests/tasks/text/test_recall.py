@@ -64,7 +64,9 @@ def test_sequences_are_fixed_and_sets_are_disjoint():
     assert first.test.fingerprint() == second.test.fingerprint()
     assert first.train.fingerprint() == recall(2, 8, 16, train_examples=500, test_examples=300).train.fingerprint()
     assert first.train.fingerprint() != second.train.fingerprint()
-    assert first.test.fingerprint() != recall(2, 8, 16, train_examples=500, test_examples=300, seed=1).test.fingerprint()
+    assert (
+        first.test.fingerprint() != recall(2, 8, 16, train_examples=500, test_examples=300, seed=1).test.fingerprint()
+    )
     rows = [tuple(row.tolist()) for row, _ in [*second.train, *second.test]]
     assert len(set(rows)) == len(rows) == 3_300
 
