@@ -120,13 +120,12 @@ def _collect(rng: random.Random, depth: int, length: int, count: int, taken: set
     failures = 0
     while len(rows) < count:
         row, answer = _draw(rng, depth)
-        shallow = depth > 1 and sum(token in _OPERATION_TOKENS for token in row) == 1
-        if shallow or len(row) >= length or not wanted[answer] or (key := tuple(row)) in taken:
+        if len(row) >= length or _is_shallow(row, depth) or not wanted[answer] or (key := tuple(row)) in taken:
             failures += 1
             if failures == _MOST_FAILURES:
                 raise ValueError(
-                    f"of {count} different expressions of depth {depth} and at most {length} tokens, only {len(rows)} "
-                    f"were found in {failures} draws after the last"
+                    f"{count} expressions must differ from each other, but only {len(rows)} were found with depth "
+                    f"{depth}, length {length} and as many for each answer"
                 )
             continue
         failures = 0
@@ -136,7 +135,9 @@ def _collect(rng: random.Random, depth: int, length: int, count: int, taken: set
     return Expressions(rows)
 
 
-_OPERATION_TOKENS = {_TOKENS[word] for word in OPERATIONS}
+def _is_shallow(row: list[int], depth: int) -> bool:
+    """Whether an expression is a single operation where more are allowed."""
+    return depth > 1 and row.count(_TOKENS["]"]) == 1
 
 
 def _draw(rng: random.Random, depth: int) -> tuple[list[int], int]:

@@ -149,7 +149,10 @@ def _collect(rng: np.random.Generator, sizes: Sizes, count: int, taken: set[byte
         rows = rows.astype(dtype)
         new = _take(rows, taken, wanted - len(taken))
         if not new:
-            raise ValueError(f"there are fewer than {wanted} different sequences of {sizes}")
+            raise ValueError(
+                f"{wanted} examples must differ from each other, but only {len(taken)} different sequences were found "
+                f"with pairs {sizes.pairs}, length {sizes.length} and vocab_size {sizes.vocab_size}"
+            )
         tokens.append(rows[new])
         targets.append(answers[new].astype(np.int32))
     return Sequences(np.concatenate(tokens), np.concatenate(targets))

@@ -96,6 +96,22 @@ def test_padding_of_short_expressions_changes_nothing():
         torch.testing.assert_close(together[name], torch.stack([values[name] for values in alone]).mean())
 
 
+class Recorder(torch.nn.Module):
+    """A model that remembers the mask."""
+
+    def forward(self, tokens, mask=None):
+        self.mask = mask
+        return torch.zeros(*tokens.shape, 17)
+
+
+def test_models_are_told_the_padding():
+    """Behind what counts it has no effect, but a model need not compute it."""
+    task = brackets(train_examples=40, test_examples=10)
+    batch, model = task.format.collate(list(task.train)), Recorder()
+    task.step(model, batch)
+    assert torch.equal(model.mask, batch["mask"])
+
+
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
@@ -103,7 +119,7 @@ def test_padding_of_short_expressions_changes_nothing():
         ({"depth": 1, "length": 4}, "length must be at least 5 for depth 1 .*, got 4"),
         ({"depth": 3, "length": 7}, "length must be at least 8 for depth 3 .*, got 7"),
         ({"test_examples": 0}, "number of examples must be at least 1, got 0"),
-        ({"depth": 1, "length": 5, "train_examples": 400}, "of 400 different expressions of depth 1 .* only"),
+        ({"depth": 1, "length": 5, "train_examples": 400}, "400 expressions must differ .* only .* depth 1"),
     ],
 )
 def test_impossible_sizes_are_refused(sizes, said):

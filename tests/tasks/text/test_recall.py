@@ -114,7 +114,7 @@ def test_accuracy_counts_queries_and_nothing_else():
         ({"pairs": 8, "vocab_size": 16}, "vocab_size must be even and at least 18 for 8 pairs .*, got 16"),
         ({"vocab_size": 129}, "vocab_size must be even .*, got 129"),
         ({"train_examples": 0}, "number of examples must be at least 1, got 0"),
-        ({"pairs": 1, "length": 4, "vocab_size": 4, "train_examples": 6}, "fewer than 7 different sequences"),
+        ({"pairs": 1, "length": 4, "vocab_size": 4, "train_examples": 6}, "7 examples must differ .* only 6 different"),
     ],
 )
 def test_impossible_sizes_are_refused(sizes, said):
