@@ -39,7 +39,7 @@ def test_all_recipes_are_there():
         "wikitext103/flow-no-competition", "wikitext103/flow-no-allocation",
         "enwik8/aft-local-12", "enwik8/aft-local-24", "enwik8/aft-simple",
         "enwik8/transformer", "enwik8/transformer-24", "text/bytes", "text/own",
-        "toys/adder", "toys/sort", "toys/chars",
+        "toys/adder", "toys/sort", "toys/chars", "toys/recall", "toys/brackets",
     }  # fmt: skip
 
 
