@@ -17,6 +17,7 @@ from torch import Tensor
 from flowformer.core.chunks import pad_to_chunks
 from flowformer.core.decay import Decay, block_decay
 from flowformer.core.masks import fill
+from flowformer.core.precision import sum_dtype
 from flowformer.core.scan import scan
 
 
@@ -42,7 +43,7 @@ class Block(NamedTuple):
         log_decay = padded[-1] if by_token else self.log_decay
         count = padded[0].shape[1]
         # The log-decays know of padding already: in reverse, that of a real token may stand at a padded one.
-        decay = block_decay(log_decay, None, count, (count // chunk, chunk), tensors[0].dtype, wide)
+        decay = block_decay(log_decay, None, count, (count // chunk, chunk), sum_dtype(tensors[0].dtype), wide)
         return padded[: len(tensors)], mask, decay
 
 
@@ -68,10 +69,17 @@ def both_ways(log_decay: Tensor, mask: Tensor | None, learned: Sequence[Tensor |
         mask, by_token, *tensors = tokens
         return run(Block(mask, constant if by_token is None else by_token, reverse), tensors, state, *learned)
 
+    flipped: dict[int, tuple[Tensor, Tensor]] = {}  # what several calls are given is flipped once, and kept for its id
+
+    def flip(x: Tensor) -> Tensor:
+        if id(x) not in flipped:
+            flipped[id(x)] = x, x.flip(1)
+        return flipped[id(x)][1]
+
     def both(run: Callable[..., Any], tensors: Sequence[Tensor], state: Any) -> tuple[Tensor, Tensor]:
         given = (constant, *learned)
         onwards, _ = scan(partial(step, run, False), (mask, there, *tensors), state, given)
-        turned = [None if mask is None else mask.flip(1), back, *(t.flip(1) for t in tensors)]
+        turned = [None if mask is None else flip(mask), back, *map(flip, tensors)]
         backwards, _ = scan(partial(step, run, True), turned, state, given)
         return onwards, backwards.flip(1)
 

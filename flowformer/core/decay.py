@@ -44,27 +44,37 @@ class Decay(NamedTuple):
     past: Tensor
     total: Tensor
 
+    def halves(self, capacity: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is left of the capacities Q K^T of a chunk from sources to later sinks, and the reverse."""
+        return capacity * self.within, capacity * self.within.transpose(-1, -2)
+
+
+def at_most_zero(log_decay: Tensor) -> Tensor:
+    """Return log-decays with 0 for values above. At 0 there is a gradient, other than that of ``clamp``."""
+    return log_decay.masked_fill(log_decay > 0, 0)
+
 
 def between(log_decay: Tensor) -> Tensor:
     """Return exp(g_{j+1} + ... + g_i) for log-decays (..., n) as (..., i, j); zero for j > i."""
     count = log_decay.shape[-1]
-    later = torch.ones(count, count, dtype=torch.bool, device=log_decay.device).tril(-1)
-    steps = log_decay.unsqueeze(-1).masked_fill(~later, 0)  # g_s in row s, for the columns j < s
-    return steps.cumsum(-2).exp().tril()
+    ones = torch.ones(count, count, dtype=torch.bool, device=log_decay.device)
+    steps = log_decay.unsqueeze(-1).masked_fill(ones.triu(), 0)  # g_s in row s, for the columns j < s
+    return steps.cumsum(-2).masked_fill(ones.triu(1), -torch.inf).exp()
 
 
-def decay_of(log_decay: Tensor, chunks: int, wide: torch.dtype) -> Decay:
+def decay_of(log_decay: Tensor, chunks: int, wide: torch.dtype, *, alike: bool = False) -> Decay:
     """Return the factors of a block.
 
     Args:
         log_decay: (batch or 1, heads, chunks * chunk); zero at padding, which does not decay.
         chunks: Number of chunks.
         wide: The dtype of ``total``.
+        alike: Whether all chunks are alike.
     """
-    log_decay = log_decay.clamp(max=0)
     parts = log_decay.unflatten(-1, (chunks, -1))
-    within = between(parts)
     of_chunks = parts.sum(-1)
+    parts = parts[:, :, :1] if alike else parts
+    within = between(parts)
     return Decay(
         within,
         parts.cumsum(-1).exp(),
@@ -94,12 +104,13 @@ def block_decay(
         wide: The dtype of states.
     """
     chunks, chunk = shape
-    log_decay = log_decay.to(dtype)
+    log_decay = at_most_zero(log_decay.to(dtype))
+    alike = log_decay.ndim == 1 and mask is None
     if log_decay.ndim == 1:
         log_decay = log_decay.view(1, 1, -1).expand(1 if mask is None else len(mask), chunks * chunk, -1)
     elif length != chunks * chunk:
         (log_decay,), _ = pad_to_chunks((log_decay,), mask, chunk)
-    return decay_of(fill(log_decay, mask).transpose(1, 2), chunks, wide)
+    return decay_of(fill(log_decay, mask).transpose(1, 2), chunks, wide, alike=alike)
 
 
 def carry_decayed(sums: Tensor, past: Tensor, decay: Decay) -> tuple[Tensor, Tensor]:
@@ -134,6 +145,15 @@ def log_sum_decayed(x: Tensor, past: Tensor, decay: Decay) -> Tensor:
     """
     so_far = log_add(log_cumsum(x - decay.total), past.unsqueeze(-1))
     return so_far + decay.total
+
+
+DECAYS = ("fixed", "learned", "token")  # kinds that modules have
+
+
+def check_decay(decay: Any) -> None:
+    """Raise ValueError for an unknown kind of decay."""
+    if decay not in (*DECAYS, None):
+        raise ValueError(f"decay must be one of {', '.join(DECAYS)} or None, got {decay!r}")
 
 
 def check_log_decay(op: str, log_decay: Any, q: Tensor, *, step: bool = False) -> None:

@@ -12,8 +12,8 @@ from flowformer.core.checks import HEADS, Layout, Masks, check, check_flag, chec
 from flowformer.core.masks import run_packed
 from flowformer.core.scan import Step, scan
 
-# On q, k, v, mask of keys, mask of queries, state (``None`` if not causal), and what else there is of tokens: the output,
-# and the state after it.
+# On q, k, v, mask of keys, mask of queries, state (``None`` if not causal), and what else there is of tokens: the
+# output, and the state after it.
 Dense = Callable[..., tuple[Tensor, Any]]
 
 

@@ -8,19 +8,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowformer.core.checks import apply
-from flowformer.core.decay import default_log_decay
+from flowformer.core.checks import HEADS, apply
+from flowformer.core.decay import at_most_zero, check_decay, check_log_decay, default_log_decay
 from flowformer.core.precision import sum_dtype
+from flowformer.core.run import Given, check_inputs
+from flowformer.mechanisms.base import Attention
 from flowformer.mechanisms.weights import lower
 
-DECAYS = ("fixed", "learned", "token")
+DECAYING = HEADS._replace(self_only="weights decay with the distance of tokens")
 ROWS = 512  # rows of factors that a reference makes at a time
 
 
-def check_decay(decay: Any) -> None:
-    """Raise ValueError for an unknown kind of decay."""
-    if decay not in (*DECAYS, None):
-        raise ValueError(f"decay must be one of {', '.join(DECAYS)} or None, got {decay!r}")
+def resolve_decay(op: str, log_decay: Tensor | None, decay: str | None, given: Given) -> Tensor:
+    """Check the arguments of an operation with decay, and return the log-decays, or the default of a fixed decay.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit, log-decays that are needed and absent, or cross-attention.
+    """
+    check_inputs(op, given, DECAYING)
+    log_decay = _given_or_fixed(op, log_decay, decay, given.q)
+    check_log_decay(op, log_decay, given.q)
+    return log_decay
+
+
+def resolve_step_decay(op: str, log_decay: Tensor | None, decay: str | None, q: Tensor) -> Tensor:
+    """The same for one token, whose q (batch, heads, K) has been checked."""
+    log_decay = _given_or_fixed(op, log_decay, decay, q)
+    check_log_decay(op, log_decay, q, step=True)
+    return log_decay
+
+
+def _given_or_fixed(op: str, log_decay: Tensor | None, decay: str | None, q: Tensor) -> Any:
+    check_decay(decay)
+    if log_decay is None and decay != "fixed":
+        raise TypeError(f"{op}: log_decay must be a tensor with decay={decay!r}, got None")
+    return default_log_decay(q.shape[-2], q.device, sum_dtype(q.dtype)) if log_decay is None else log_decay
 
 
 def log_gammas(log_decay: Tensor, length: int, places: Tensor) -> Tensor:
@@ -31,7 +53,7 @@ def log_gammas(log_decay: Tensor, length: int, places: Tensor) -> Tensor:
         length: Tokens j.
         places: Tokens i.
     """
-    so_far = log_decay.clamp(max=0).expand(length, -1).cumsum(0).T
+    so_far = at_most_zero(log_decay).expand(length, -1).cumsum(0).T
     return -(so_far[:, places].unsqueeze(-1) - so_far.unsqueeze(1)).abs()
 
 
@@ -119,3 +141,42 @@ class LogDecay(nn.Module):
     def extra_repr(self) -> str:
         """Return the kind, for printing."""
         return f"{self.kind!r}, num_heads={self.num_heads}"
+
+
+class DecayedAttention(Attention):
+    """Base class of modules whose only learned tensor, if any, is the log-decay.
+
+    Args:
+        dim: Channels of input and output.
+        num_heads: Heads.
+        decay: Whether weights decay with distance: ``None``, ``"fixed"``, ``"learned"`` or ``"token"``; see
+            :class:`LogDecay`. Not in cross-attention.
+        **options: As :class:`flowformer.mechanisms.Attention` takes them: ``causal``, ``bias``, ``dropout``,
+            ``head_dim``, ``device``, ``dtype``.
+
+    Raises:
+        ValueError: for sizes that do not fit, or an unknown kind of decay.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, decay: str | None = None, **options: Any) -> None:
+        super().__init__(dim, num_heads, **options)
+        check_decay(decay)
+        self.decay = None
+        if decay is not None:
+            self.decay = LogDecay(decay, dim, num_heads, device=options.get("device"), dtype=options.get("dtype"))
+
+    def reset_parameters(self) -> None:
+        """Re-initialize all parameters."""
+        super().reset_parameters()
+        if self.decay is not None:
+            self.decay.reset_parameters()
+
+    def learned(self, x: Tensor | None = None) -> tuple[Any, ...]:
+        """Log-decays, of the inputs x where they depend on the token."""
+        if self.decay is None or (self.decay.kind == "token" and x is None):
+            return ()
+        return (self.decay(x),)
+
+    def arguments(self) -> dict[str, Any]:
+        """The kind of decay."""
+        return {} if self.decay is None else {"decay": self.decay.kind}

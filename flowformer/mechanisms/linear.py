@@ -17,16 +17,22 @@ import torch
 from torch import Tensor
 
 from flowformer.core.both_ways import Block, both_ways
-from flowformer.core.checks import check_fresh_state, check_number, check_state, check_step
+from flowformer.core.checks import HEADS, check_fresh_state, check_number, check_state, check_step
 from flowformer.core.chunks import CHUNK, join_chunks, pad_to_chunks, split_chunks
-from flowformer.core.decay import Decay, block_decay, check_log_decay, default_log_decay
+from flowformer.core.decay import Decay, at_most_zero, block_decay, default_log_decay
 from flowformer.core.masks import fill
 from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
-from flowformer.core.run import Dense, Given, check_inputs, run, scanned
+from flowformer.core.run import Dense, Given, run, scanned
 from flowformer.core.scan import carry, causal_product
 from flowformer.core.sums import sum_over_tokens, times_sum
-from flowformer.mechanisms.base import Attention
-from flowformer.mechanisms.decay import LogDecay, check_decay, log_gammas, of_sequence
+from flowformer.mechanisms.decay import (
+    DECAYING,
+    DecayedAttention,
+    log_gammas,
+    of_sequence,
+    resolve_decay,
+    resolve_step_decay,
+)
 from flowformer.mechanisms.registry import by_sizes, register
 from flowformer.mechanisms.weights import Rows, lower, rows_of, truth_of
 
@@ -117,30 +123,13 @@ def linear_attention(
     check_number(f"{op}: eps", eps, 0)
     given = Given(q, k, v, causal, mask, context_mask, cu_seqlens, initial_state, return_state, backend)
     if log_decay is not None or decay is not None:
-        check_inputs(op, given)
-        log_decay = resolve_decay(op, log_decay, decay, q)
-        if k.shape[1] != q.shape[1] or context_mask is not None:
-            raise ValueError(f"{op}: decay is of distances within one sequence: cross-attention must have decay=None")
+        log_decay = resolve_decay(op, log_decay, decay, given)
     by_token = log_decay is not None and log_decay.ndim == 3
     return run(
-        op, given, _dense(causal, log_decay, by_token, eps), options=(eps,),
+        op, given, _dense(causal, log_decay, by_token, eps), layout=HEADS if log_decay is None else DECAYING,
         init_state=lambda batch: init_linear_state(batch, k.shape[2], k.shape[3], v.shape[3], device=q.device),
         of_tokens=(log_decay,) if by_token else (),
     )  # fmt: skip
-
-
-def resolve_decay(op: str, log_decay: Tensor | None, decay: str | None, q: Tensor, *, step: bool = False) -> Tensor:
-    """Check log-decays beside q, and return them or the default of a fixed decay.
-
-    Raises:
-        TypeError, ValueError: for tensors that do not fit, or are needed and absent.
-    """
-    if log_decay is None and decay != "fixed":
-        raise TypeError(f"{op}: log_decay must be a tensor with decay={decay!r}, got None")
-    if log_decay is None:
-        log_decay = default_log_decay(q.shape[-2], q.device, sum_dtype(q.dtype))
-    check_log_decay(op, log_decay, q, step=step)
-    return log_decay
 
 
 def _dense(causal: bool, log_decay: Tensor | None, by_token: bool, eps: float) -> Dense:
@@ -180,10 +169,12 @@ def _bidirectional_decayed(
     """The bidirectional form with decay, by two scans."""
     with no_autocast(q.device):
         batch, _, heads, channels = q.shape
+        dtype = q.dtype
+        q, k, v, log_decay = (x.to(sum_dtype(dtype)) for x in (q, k, v, log_decay))  # both gradients are added in it
         state = init_linear_state(batch, heads, channels, v.shape[-1], device=q.device)
         parts = both_ways(log_decay, mask)(_sums, (q, k, v), state)
         total, product = sum(parts).split([1, v.shape[-1]], -1)
-        return fill(product / (total + eps), mask).to(q.dtype)
+        return fill(product / (total + eps), mask).to(dtype)
 
 
 def _sums(block: Block, tensors: Sequence[Tensor], state: LinearState) -> tuple[Tensor, LinearState]:
@@ -192,20 +183,22 @@ def _sums(block: Block, tensors: Sequence[Tensor], state: LinearState) -> tuple[
     (q, k, v), mask, decay = block.prepare(tensors, CHUNK, state.memory.dtype)
     Q, K = (split_chunks(_features(x, mask), CHUNK) for x in (q, k))
     V = split_chunks(fill(v, mask).to(Q.dtype), CHUNK)
-    total, product, state = _products(Q, K, V, state, decay, -1 if block.reverse else 0)
+    total, product, state = _products(Q, K, V, state, decay, block.reverse)
     return join_chunks(torch.cat([total, product], -1), length), state
 
 
 def _products(
-    Q: Tensor, K: Tensor, V: Tensor, state: LinearState, decay: Decay | None, diagonal: int = 0
+    Q: Tensor, K: Tensor, V: Tensor, state: LinearState, decay: Decay | None, reverse: bool = False
 ) -> tuple[Tensor, Tensor, LinearState]:
-    """Denominators, sums over values and the state after a block; without the token itself for ``diagonal`` -1."""
-    scores = (Q @ K.transpose(-1, -2)).tril(diagonal)
+    """Denominators, sums over values and the state after a block; in reverse without the token itself."""
+    scores = Q @ K.transpose(-1, -2)
     if decay is None:
+        scores = scores.tril()
         key_before, key_sum = carry(K.sum(-2), state.key_sum)
         earlier = Q @ key_before.unsqueeze(-1)
     else:
         scores = scores * decay.within
+        scores = scores.tril(-1) if reverse else scores
         key_before, key_sum = carry((K * decay.leaving.unsqueeze(-1)).sum(-2), state.key_sum, decay)
         earlier = (Q @ key_before.unsqueeze(-1)) * decay.arriving.unsqueeze(-1)
     product, memory = causal_product(scores, Q, K, V, state.memory, decay)
@@ -260,12 +253,13 @@ def linear_attention_step(
     check_number(f"{op}: eps", eps, 0)
     batch, heads, channels = q.shape
     check_state(op, state, init_linear_state(batch, heads, channels, v.shape[-1], device=q.device))
+    if log_decay is not None or decay is not None:
+        log_decay = resolve_step_decay(op, log_decay, decay, q)
     with no_autocast(q.device):
         compute = state.memory.dtype
         Q, K, V = elu_plus_one(q.to(compute)), elu_plus_one(k.to(compute)), v.to(compute)
-        if log_decay is not None or decay is not None:
-            log_decay = resolve_decay(op, log_decay, decay, q, step=True)
-            factor = log_decay.to(compute).clamp(max=0).exp().expand(q.shape[:2])[..., None]
+        if log_decay is not None:
+            factor = at_most_zero(log_decay.to(compute)).exp().expand(q.shape[:2])[..., None]
             state = LinearState(state.key_sum * factor, state.memory * factor[..., None])
         key_sum = state.key_sum + K
         memory = state.memory + K.unsqueeze(-1) * V.unsqueeze(-2)
@@ -308,45 +302,24 @@ def linear_weights(
     source="Katharopoulos et al., Transformers are RNNs, ICML 2020",
     cost="L K V",
 )
-class LinearAttention(Attention):
+class LinearAttention(DecayedAttention):
     """Linear attention of the Linear Transformer (Katharopoulos et al., 2020), in linear time.
 
     Args:
         dim: Channels of input and output.
         num_heads: Heads.
         eps: Added to the denominator.
-        decay: Whether weights decay with distance: ``None``, ``"fixed"``, ``"learned"`` or ``"token"``; see
-            :class:`flowformer.mechanisms.decay.LogDecay`. Not in cross-attention.
-        **options: As :class:`flowformer.mechanisms.Attention` takes them: ``causal``, ``bias``, ``dropout``,
-            ``head_dim``, ``device``, ``dtype``.
+        **options: As :class:`flowformer.mechanisms.decay.DecayedAttention` takes them.
 
     Raises:
         ValueError: for sizes that do not fit.
     """
 
-    def __init__(
-        self, dim: int, num_heads: int, *, eps: float = 1e-6, decay: str | None = None, **options: Any
-    ) -> None:
+    def __init__(self, dim: int, num_heads: int, *, eps: float = 1e-6, **options: Any) -> None:
         super().__init__(dim, num_heads, **options)
         check_number("eps", eps, 0, 1)
-        check_decay(decay)
         self.eps = eps
-        self.decay = None
-        if decay is not None:
-            self.decay = LogDecay(decay, dim, num_heads, device=options.get("device"), dtype=options.get("dtype"))
-
-    def reset_parameters(self) -> None:
-        """Re-initialize all parameters."""
-        super().reset_parameters()
-        if self.decay is not None:
-            self.decay.reset_parameters()
-
-    def learned(self, x: Tensor | None = None) -> tuple[Any, ...]:
-        """Log-decays, of the inputs x where they depend on the token."""
-        if self.decay is None or (self.decay.kind == "token" and x is None):
-            return ()
-        return (self.decay(x),)
 
     def arguments(self) -> dict[str, Any]:
         """Options of the operation."""
-        return {"eps": self.eps}
+        return {"eps": self.eps, **super().arguments()}

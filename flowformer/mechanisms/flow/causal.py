@@ -35,9 +35,8 @@ def causal_block(
             decay = block_decay(learned.log_decay, mask, length, Q.shape[2:4], Q.dtype, state.memory.dtype)
         n, count = count_tokens(state.count, mask, Q.shape[:4], decay, Q.dtype)
         capacity = Q @ K.transpose(-1, -2)
-        lower, upper = capacity.tril(), capacity.triu()  # a sink sees earlier sources, a source earlier sinks
-        if decay is not None:
-            lower, upper = lower * decay.within, upper * decay.within.transpose(-1, -2)
+        # A sink sees earlier sources, a source earlier sinks.
+        lower, upper = (capacity.tril(), capacity.triu()) if decay is None else decay.halves(capacity)
 
         sums = state.sums.unbind(2)
         incoming, key_sum = running_flow(Q, K, lower.sum(-1), sums[0], decay, options)
@@ -75,14 +74,15 @@ def count_tokens(
     Returns:
         The counts, at least 1; and the count after the block, (batch, heads), in its dtype.
     """
-    batch, heads, _, chunk = shape
+    batch, heads, chunks, chunk = shape
     if decay is not None:
-        ones = torch.ones_like(decay.leaving) if mask is None else mask.view(batch, 1, -1, chunk).to(dtype)
-        before, after = carry((ones * decay.leaving).sum(-1).expand(batch, heads, -1), count, decay)
+        ones = torch.ones_like(decay.leaving) if mask is None else mask.view(batch, 1, chunks, chunk).to(dtype)
+        before, after = carry((ones * decay.leaving).sum(-1).expand(batch, heads, chunks), count, decay)
         n = (decay.within @ ones.unsqueeze(-1)).squeeze(-1) + decay.arriving * before.unsqueeze(-1)
-        return n.clamp(min=1).to(dtype), after
+        n = n.to(dtype)
+        return n if mask is None else n.masked_fill(~mask.view(batch, 1, chunks, chunk), 1), after
     if mask is None:
-        steps = torch.arange(1, chunk * shape[2] + 1, device=count.device).expand(batch, -1)
+        steps = torch.arange(1, chunks * chunk + 1, device=count.device).expand(batch, -1)
     else:
         steps = mask.cumsum(-1)
     n = count.detach().unsqueeze(-1) + steps.unsqueeze(1)  # a count is no function of any input

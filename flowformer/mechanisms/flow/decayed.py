@@ -12,7 +12,7 @@ from torch import Tensor
 from flowformer.core.both_ways import Block, Both, both_ways
 from flowformer.core.chunks import CHUNK, join_chunks, split_chunks
 from flowformer.core.masks import fill
-from flowformer.core.precision import LOG_ZERO, no_autocast, state_dtype
+from flowformer.core.precision import LOG_ZERO, no_autocast, state_dtype, sum_dtype
 from flowformer.core.scan import causal_product
 from flowformer.mechanisms.flow.causal import count_tokens, log_normalise, running_flow
 from flowformer.mechanisms.flow.equations import Learned, allocate, contend, query_and_key
@@ -45,7 +45,9 @@ def bidirectional_decayed(
     """The bidirectional form with decay, on a padded batch of self-attention, whose masks are one."""
     with no_autocast(q.device):
         assert learned.log_decay is not None
-        both = both_ways(learned.log_decay, mask, (learned.feature_weights,))
+        dtype = q.dtype
+        q, k, v = (x.to(sum_dtype(dtype)) for x in (q, k, v))  # the gradients of all scans are added in it
+        both = both_ways(learned.log_decay.to(q.dtype), mask, (learned.feature_weights,))
         flows, reach, outputs = (partial(part, options) for part in (_flows, _reach, _outputs))
         batch, _, heads, channels = q.shape
         like = torch.zeros(batch, heads, dtype=state_dtype(q.device), device=q.device)
@@ -60,7 +62,7 @@ def bidirectional_decayed(
         memory = _Memory(like.new_zeros(batch, heads, wide, v.shape[-1]))
         out = sum(both(outputs, (q, k, v, weight), memory))
         gate = allocate(conserved_in, learned.temperatures).transpose(1, 2) if options.allocation else 1.0
-        return fill(out * (gate / incoming).unsqueeze(-1), mask).to(q.dtype)
+        return fill(out * (gate / incoming).unsqueeze(-1), mask).to(dtype)
 
 
 def _flows(
@@ -77,7 +79,7 @@ def _flows(
     Q, K = (split_chunks(x, CHUNK) for x in features)
     of_sources, of_sinks = (_chunked(fill(x, mask)) for x in scales) if scales else (None, None)
     capacity = Q @ K.transpose(-1, -2)
-    lower, upper = capacity.tril() * decay.within, capacity.triu() * decay.within.transpose(-1, -2)
+    lower, upper = decay.halves(capacity)
     nearby_in = lower.sum(-1) if of_sources is None else (lower @ of_sources.unsqueeze(-1)).squeeze(-1)
     nearby_out = upper.sum(-2) if of_sinks is None else (of_sinks.unsqueeze(-2) @ upper).squeeze(-2)
     incoming, keys = running_flow(Q, K, nearby_in, state.keys, decay, options, of_sources)
@@ -125,7 +127,8 @@ def _reach(
     wide = state.count.dtype
     (logits,), mask, decay = block.prepare((logits.to(wide),), CHUNK, wide)
     flat = logits.transpose(1, 2)
-    n, count = count_tokens(state.count, mask, (*flat.shape[:2], -1, CHUNK), decay, wide)
+    shape = (*flat.shape[:2], flat.shape[2] // CHUNK, CHUNK)
+    n, count = count_tokens(state.count, mask, shape, decay, wide)
     normaliser = log_normalise(flat, state.log_normaliser, decay)
     n = n.flatten(2) - 1 if block.reverse else n.flatten(2)
     found = torch.stack([n, normaliser], -1).transpose(1, 2)
@@ -142,6 +145,7 @@ def _outputs(
     features = query_and_key(q, k, mask, mask, Learned(feature_weights=weights), options)
     Q, K = (split_chunks(x, CHUNK) for x in features)
     V = split_chunks(fill(v, mask).to(Q.dtype) * fill(weight, mask).unsqueeze(-1), CHUNK)
-    scores = (Q @ K.transpose(-1, -2)).tril(-1 if block.reverse else 0) * decay.within
+    scores = (Q @ K.transpose(-1, -2)) * decay.within
+    scores = scores.tril(-1) if block.reverse else scores
     out, memory = causal_product(scores, Q, K, V, state.memory, decay)
     return join_chunks(out, length), _Memory(memory)

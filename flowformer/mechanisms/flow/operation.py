@@ -49,11 +49,13 @@ from typing import Any
 
 from torch import Tensor
 
+from flowformer.core.checks import HEADS
 from flowformer.core.chunks import CHUNK
 from flowformer.core.masks import fill
 from flowformer.core.precision import LOG_ZERO, no_autocast
 from flowformer.core.run import Dense, Given, check_inputs, run, scanned
 from flowformer.core.sums import sum_over_tokens, times_sum
+from flowformer.mechanisms.decay import DECAYING
 from flowformer.mechanisms.flow.causal import causal_block
 from flowformer.mechanisms.flow.decayed import bidirectional_decayed
 from flowformer.mechanisms.flow.equations import (
@@ -127,16 +129,14 @@ def flow_attention(
     options = flow_options(preset, **overrides)
     given = Given(q, k, v, causal, mask, context_mask, cu_seqlens, initial_state, return_state, backend)
     learned = Learned(log_decay, temperatures, feature_weights)
+    decays = log_decay is not None or options.decay is not None
+    layout = DECAYING if decays else HEADS
     if options.learns or any(part is not None for part in learned):
-        check_inputs(op, given)
+        check_inputs(op, given, layout)
         learned = resolve(op, learned, q, options)
-    if learned.log_decay is not None and (k.shape[1] != q.shape[1] or context_mask is not None):
-        raise ValueError(
-            f"{op}: decay is of distances within one sequence, and cross-attention has none: it must have decay=None"
-        )
     by_token = learned.log_decay is not None and learned.log_decay.ndim == 3
     return run(
-        op, given, _dense(causal, learned, options, by_token), options=(learned, options),
+        op, given, _dense(causal, learned, options, by_token), options=(learned, options), layout=layout,
         init_state=lambda batch: init_flow_state(
             batch, k.shape[2], k.shape[3], v.shape[3], device=q.device, feature_map=options.feature_map
         ),

@@ -7,7 +7,7 @@ from typing import Any
 
 from flowformer.common.names import nearest
 from flowformer.core.checks import check_flag, check_number
-from flowformer.mechanisms.decay import check_decay
+from flowformer.core.decay import check_decay
 
 RELU_FLOOR = 1e-6  # published with the relu feature map: keeps every capacity positive
 FEATURE_MAPS = ("sigmoid", "relu", "elu", "softmax", "learned")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flowformer.core.backends import choose, implementation
 from flowformer.core.checks import check_state, check_step
+from flowformer.core.decay import at_most_zero
 from flowformer.core.precision import no_autocast
 from flowformer.core.tracing import log_add
 from flowformer.mechanisms.flow.equations import Learned, allocate, contend, only_torch, query_and_key, resolve
@@ -57,11 +58,11 @@ def flow_attention_step(
     if not fits:
         check_step(op, q, k, v, state, FlowState)
         batch, heads, channels = q.shape
-        learned = Learned() if published else resolve(op, learned, q, options, step=True)
         fresh = init_flow_state(
             batch, heads, channels, v.shape[-1], device=q.device, preset=preset, feature_map=options.feature_map
         )
         check_state(op, state, fresh)
+        learned = learned if published else resolve(op, learned, q, options, step=True)
     chosen = choose(op, backend, q, only_torch(learned, options))
     if chosen == "torch":
         return _step(q, k, v, state, learned, options)
@@ -133,7 +134,7 @@ def fade(state: FlowState, log_decay: Tensor | None) -> FlowState:
     """Return the state after the decay of one token, (heads,) or (batch, heads)."""
     if log_decay is None:
         return state._replace(count=state.count.detach())  # a count is no function of any input
-    log_decay = log_decay.to(state.memory.dtype).clamp(max=0)
+    log_decay = at_most_zero(log_decay.to(state.memory.dtype))
     factor = log_decay.exp().expand(state.count.shape)
     count, sums, log_normaliser, memory = state
     return FlowState(
