@@ -206,7 +206,7 @@ class LinearAttention(Attention):
         num_heads: Heads.
         eps: Added to the denominator.
         **options: As :class:`flowformer.mechanisms.Attention` takes them: ``causal``, ``bias``, ``dropout``,
-            ``head_dim``, ``device``, ``dtype``.
+            ``head_dim``, ``conv``, ``output_norm``, ``output_gate``, ``device``, ``dtype``.
 
     Raises:
         ValueError: for sizes that do not fit.
