@@ -211,8 +211,10 @@ class Attention(nn.Module, ABC):
             TypeError, ValueError: for invalid arguments.
         """
         x, source, masks = self.resolve(x, context, mask, context_mask)
-        sequences = cu_seqlens.numel() - 1 if isinstance(cu_seqlens, Tensor) else len(x)
-        recent, state = self._open("initial_state", initial_state, sequences, x.device)
+        recent, state = None, initial_state
+        if self.conv and self.causal and state is not None:
+            sequences = cu_seqlens.numel() - 1 if isinstance(cu_seqlens, Tensor) else x.shape[0]
+            recent, state = self._open("initial_state", state, sequences, x.device)
         q, k, v, recent = self.project(x, source, masks, cu_seqlens, recent)
         given: dict[str, Any] = {"causal": self.causal, **masks, **self.arguments()}
         if cu_seqlens is not None:
@@ -284,17 +286,16 @@ class Attention(nn.Module, ABC):
     def _convs(self) -> tuple[ShortConv, ShortConv, ShortConv]:
         return self.q_conv, self.k_conv, self.v_conv
 
-    def _open(self, what: str, state: Any, sequences: int, device: torch.device) -> tuple[Recent | None, Any]:
+    def _open(self, what: str, state: Any, sequences: int, device: torch.device) -> tuple[Recent, Any]:
         """What a state holds for the convolutions, and for the operation, which checks its part."""
-        if not self.conv or not self.causal or state is None:
-            return None, state
         check_recent(f"{type(self).__name__}: {what}", state, self._convs, sequences, device)
         return state[:3], state.inner
 
     def _finish(self, out: Tensor, x: Tensor) -> Tensor:
         """The module's output for the operation's output and the input of the queries."""
         if self.output_norm:
-            out = self.out_norm(out)
+            # Under autocast the weight has another dtype than the output, which PyTorch's fused norm does not take.
+            out = self.out_norm(out.to(self.out_norm.weight.dtype)).to(out.dtype)
         out = self.join(out)
         if self.output_gate:
             out = out * nn.functional.silu(self.gate_proj(x))
@@ -316,9 +317,10 @@ class Attention(nn.Module, ABC):
         self._check_state("step")
         assert self.mechanism.step is not None  # there is a state
         check_tokens_of(f"{type(self).__name__}.step: x", x, "batch", self.dim)
-        recent, state = self._open("state", state, len(x), x.device)
         q, k, v = self._project(x, x)
-        if recent is not None:
+        recent = None
+        if self.conv:
+            recent, state = self._open("state", state, x.shape[0], x.device)
             (q, k, v), recent = convolve_step(self._convs, (q, k, v), recent)
         q, k, v = self.split(q), self.split(k), self.split(v)
         out, state = self.mechanism.step(q, k, v, self._cast(state, q.dtype), *self.learned(), **self.arguments())

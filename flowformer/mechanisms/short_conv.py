@@ -122,8 +122,8 @@ class ShortConv(nn.Module):
                 absent.
 
         Returns:
-            (batch, length, channels), zeros at padding; and where causal the last ``width - 1`` real tokens, for
-            ``recent`` of the tokens that follow, else ``None``.
+            (batch, length, channels), undefined at padding but finite; and where causal the last ``width - 1`` real
+            tokens, for ``recent`` of the tokens that follow, else ``None``.
         """
         recent = recent if recent is None else recent.to(x.dtype)
         if cu_seqlens is not None:
