@@ -310,7 +310,8 @@ class Attention(nn.Module, ABC):
         state = self.mechanism.init_state(*sizes, *self.learned(), **like, **self.arguments())
         if not self.conv:
             return state
-        return ModuleState(*(conv.init_recent(batch_size, **like) for conv in self._convs), state)
+        q, k, v = (conv.init_recent(batch_size, **like) for conv in self._convs)
+        return ModuleState(q, k, v, state)
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Process one token: x (batch, dim) and the state before it, to output (batch, dim) and the state after it."""
