@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from law_cases import Variant, shapes_of, variants_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from flowformer.core import run as core_run
 from flowformer.core.backends import ENVIRONMENT_VARIABLE, TORCH, Backend, backends_of, explain
@@ -824,13 +824,37 @@ def test_5_cross_attention_with_a_side_without_a_token_gives_zeros(case: Case) -
 # Modules: the gradients of projections, too, which are products with the inputs.
 
 
-def module_of(case: Case, monkeypatch: pytest.MonkeyPatch) -> Attention:
+# Options that every module has.
+MODULE_OPTIONS: dict[str, dict[str, Any]] = {
+    "conv": {"conv": 4},
+    "conv-norm-gate": {"conv": 3, "output_norm": True, "output_gate": True},
+}
+
+
+def is_first_variant(case: Case) -> bool:
+    return case.variant == next(iter(variants_of(case.row).values()))
+
+
+def each_module(
+    wanted: Callable[[Case], bool] = lambda case: True, *, every_variant: bool = False
+) -> pytest.MarkDecorator:
+    """The first variant of a mechanism, without and with options of modules; every variant without them, if asked."""
+    chosen = {name: case for name, case in CASES.items() if wanted(case)}
+    pairs = {name: (case, {}) for name, case in chosen.items() if every_variant or is_first_variant(case)}
+    for name, case in chosen.items():
+        if is_first_variant(case):
+            pairs |= {f"{name}-{label}": (case, options) for label, options in MODULE_OPTIONS.items()}
+    return pytest.mark.parametrize(("case", "options"), pairs.values(), ids=pairs.keys())
+
+
+def module_of(case: Case, monkeypatch: pytest.MonkeyPatch, module_options: Mapping[str, Any]) -> Attention:
     """The mechanism's module with the variant's options, by the case's implementation."""
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, case.backend.name)
     torch.manual_seed(0)
     options: dict[str, Any] = dict(case.variant.options)
     if case.row.module.learns_positions:
         options |= {"position_dim": None if case.variant.quadratic else 2, "position_std": 1.0}
+    options |= module_options
     module = create_attention(case.row.name, DIM, HEADS, causal=case.causal, max_length=64, **options)
     return module.to(case.dtype)
 
@@ -865,9 +889,11 @@ def module_is_blind(got: Tensors, want: Tensors, counts: Sequence[int], side: st
         assert (one - other).abs().max() <= TOLERANCE[one.dtype] * largest
 
 
-@each()
-def test_5_padding_is_invisible_to_modules_and_their_weights(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, x = module_of(case, monkeypatch), tokens_of(case, 20)
+@each_module(every_variant=True)
+def test_5_padding_is_invisible_to_modules_and_their_weights(
+    case: Case, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, x = module_of(case, monkeypatch, options), tokens_of(case, 20)
     want = through_module(module, [x])
     for side, filler in (("left", torch.nan), ("right", torch.inf), ("right", -torch.inf), ("right", torch.nan)):
         upstream = pad(weights_like(want[0]), 7, side, 1.0)
@@ -875,9 +901,11 @@ def test_5_padding_is_invisible_to_modules_and_their_weights(case: Case, monkeyp
         module_is_blind(got, want, (7, 7), side)
 
 
-@each(crosses)
-def test_5_padding_is_invisible_to_modules_in_cross_attention(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, x, context = module_of(case, monkeypatch), tokens_of(case, 20), tokens_of(case, 25)
+@each_module(crosses, every_variant=True)
+def test_5_padding_is_invisible_to_modules_in_cross_attention(
+    case: Case, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, x, context = module_of(case, monkeypatch, options), tokens_of(case, 20), tokens_of(case, 25)
     want = through_module(module, [x, context])
     for sinks, sources, filler in ((0, 9, torch.nan), (9, 0, torch.inf), (14, 9, -torch.inf), (14, 9, torch.nan)):
         masks = {"mask": real(2, 20, sinks, "right"), "context_mask": real(2, 25, sources, "right")}
@@ -887,9 +915,11 @@ def test_5_padding_is_invisible_to_modules_in_cross_attention(case: Case, monkey
         module_is_blind(got, want, (sinks, sinks, sources), "right")
 
 
-@each()
-def test_5_packed_modules_equal_sequences_one_by_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, lengths = module_of(case, monkeypatch), [5, 0, 20, 1]
+@each_module(every_variant=True)
+def test_5_packed_modules_equal_sequences_one_by_one(
+    case: Case, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, lengths = module_of(case, monkeypatch, options), [5, 0, 20, 1]
     x = tokens_of(case, sum(lengths), batch=1)
     out = module(x)
     upstream = weights_like(out)
@@ -899,6 +929,122 @@ def test_5_packed_modules_equal_sequences_one_by_one(case: Case, monkeypatch: py
     alone = list(zip(*(through_module(module, [one], above) for one, above in pairs if one.shape[1]), strict=True))
     want = [*(torch.cat(parts, 1) for parts in alone[:2]), *(torch.stack(parts).sum(0) for parts in alone[2:])]
     module_is_blind(got, want, (0, 0), "right")
+
+
+@each_module()
+def test_5_padding_between_tokens_is_invisible_to_modules(
+    case: Case, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, x = module_of(case, monkeypatch, options), tokens_of(case, 20)
+    want = through_module(module, [x])
+    random = torch.Generator().manual_seed(0)
+    mask = torch.stack([torch.randperm(55, generator=random) < 20 for _ in range(2)])
+
+    def scatter(tensor: Tensor, filler: float) -> Tensor:
+        return tensor.new_full((2, 55, DIM), filler).masked_scatter(mask.unsqueeze(-1), tensor)
+
+    for filler in (torch.nan, torch.inf):
+        out, grad, *grads = through_module(module, [scatter(x, filler)], scatter(weights_like(want[0]), 1.0), mask=mask)
+        assert not out[~mask].any()
+        assert not grad[~mask].any()
+        module_is_blind([out[mask].view_as(x), grad[mask].view_as(x), *grads], want, (0, 0), "right")
+
+
+# Modules with states: what the operation is held to above holds with what stands around it.
+
+
+@each_module(is_causal)
+def test_3_modules_do_not_know_the_future(case: Case, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x, future = module_of(case, monkeypatch, options), tokens_of(case, 50), tokens_of(case, 50, seed=1)
+    before = module(x)
+    for t in (0, 1, 3, 20, 48):
+        after = module(torch.cat([x[:, : t + 1], 1e4 * future[:, t + 1 :]], 1))
+        assert torch.equal(before[:, : t + 1], after[:, : t + 1])
+        assert not torch.equal(before[:, t + 1 :], after[:, t + 1 :])
+
+
+def module_in_pieces(module: Attention, x: Tensor, state: Any, lengths: Sequence[int]) -> tuple[Tensor, Any]:
+    outs = []
+    for piece in x.split(list(lengths), 1):
+        out, state = module(piece, initial_state=state, return_state=True)
+        outs.append(out)
+    return torch.cat(outs, 1), state
+
+
+def module_by_steps(module: Attention, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+    state, outs = module.init_state(len(x)) if state is None else state, []
+    for token in x.unbind(1):
+        out, state = module.step(token, state)
+        outs.append(out)
+    return torch.stack(outs, 1), state
+
+
+def with_module_state(
+    module: Attention, x: Tensor, run: Callable[..., tuple[Tensor, Any]], state: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Output and parts of the last state; and gradients of the input and of all parameters through both."""
+    x = x.detach().clone().requires_grad_()
+    out, last = run(module, x, state)
+    parts = [out, *tree_leaves(last)]
+    learning = [part for part in parts if part.requires_grad]
+    loss = torch.stack([(part * weights_like(part)).double().sum() for part in learning]).sum()
+    return [part.detach() for part in parts], list(torch.autograd.grad(loss, [x, *module.parameters()]))
+
+
+@each_module(has_state)
+def test_4_modules_resumed_and_token_by_token(
+    case: Case, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, x = module_of(case, monkeypatch, options), tokens_of(case, 30)
+    _, start = module(tokens_of(case, 2, seed=1), return_state=True)
+    start = tree_map(torch.Tensor.detach, start)
+    kept = tree_map(torch.clone, start)
+    runs = [functools.partial(module_in_pieces, lengths=lengths) for lengths in ([30], [1, 29], [2, 1, 1, 26])]
+    for state in (None, start):
+        (parts, grads), *others = (with_module_state(module, x, run, state) for run in (*runs, module_by_steps))
+        largest = max(float(grad.abs().max()) for grad in grads)
+        for other_parts, other_grads in others:
+            all_close(other_parts, parts, case.tolerance)
+            for one, other in zip(grads, other_grads, strict=True):
+                assert (one - other).abs().max() <= case.tolerance * largest
+    assert all(map(torch.equal, tree_leaves(start), tree_leaves(kept)))
+
+
+@each_module(has_state)
+def test_5_states_of_modules_do_not_know_of_padding(
+    case: Case, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, x, rest = module_of(case, monkeypatch, options), tokens_of(case, 20), tokens_of(case, 5, seed=1)
+    for length in (1, 2, 20):
+        _, state = module(x[:, :length], return_state=True)
+        want = module(rest, initial_state=state)
+        for side in ("left", "right"):
+            padded, mask = pad(x[:, :length], 9, side, torch.nan), real(2, length, 9, side)
+            _, state = module(padded, mask=mask, return_state=True)
+            close(module(rest, initial_state=state), want)
+            later = pad(rest, 9, side, torch.inf)
+            got = module(later, mask=real(2, 5, 9, side), initial_state=state)
+            close(unpad(got, 9, side)[0], want)
+
+
+@each_module(has_fixed_state)
+def test_5_packed_modules_with_states_equal_sequences_one_by_one(
+    case: Case, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, lengths = module_of(case, monkeypatch, options), [5, 0, 20, 1]
+    x = tokens_of(case, sum(lengths), batch=1)
+    bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    _, state = module(tokens_of(case, 7, batch=4), return_state=True)
+    out, after = module(x, cu_seqlens=bounds, initial_state=state, return_state=True)
+    outs = []
+    for row, piece in enumerate(x.split(lengths, 1)):
+        last = own = tree_map(lambda part, row=row: part[row : row + 1], state)
+        if lengths[row]:
+            one, last = module(piece, initial_state=own, return_state=True)
+            outs.append(one)
+        got = tree_map(lambda part, row=row: part[row : row + 1], after)
+        all_close(tree_leaves(got), tree_leaves(last), case.tolerance)
+    close(out, torch.cat(outs, 1))
 
 
 # --------------------------------------------------------------------------------------------------- 6: symmetries
@@ -947,9 +1093,11 @@ def test_6_a_batch_of_no_sequence_has_a_state(case: Case) -> None:
         torch.autograd.grad(objective(out, after), step)
 
 
-@each()
-def test_6_modules_take_a_batch_of_no_sequence(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, x = module_of(case, monkeypatch), tokens_of(case, 20, batch=0)
+@each_module(every_variant=True)
+def test_6_modules_take_a_batch_of_no_sequence(
+    case: Case, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, x = module_of(case, monkeypatch, options), tokens_of(case, 20, batch=0)
     for arguments in ({}, {"mask": torch.ones(0, 20, dtype=torch.bool)}):
         out, *grads = through_module(module, [x], **arguments)
         assert out.shape == x.shape

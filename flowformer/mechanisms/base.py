@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, overload
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from flowformer.core.checks import (
     apply,
+    check,
     check_flag,
     check_fresh_state,
     check_mask,
@@ -21,13 +23,31 @@ from flowformer.core.checks import (
 from flowformer.core.masks import fill
 from flowformer.core.precision import dtype_and_device
 from flowformer.mechanisms.registry import Mechanism
+from flowformer.mechanisms.short_conv import (
+    ModuleState,
+    Recent,
+    ShortConv,
+    check_recent,
+    check_width,
+    convolve,
+    convolve_step,
+)
+
+NORM_EPS = 1e-6  # of the output norm; outputs of a mean of many values are small
 
 
 class Attention(nn.Module, ABC):
     """Base class of multi-head attention modules around an operation of :mod:`flowformer.ops`.
 
     Queries, keys and values are linear projections of the input, split as the operation takes them; its outputs are
-    joined and projected once more, and dropout follows.
+    joined and projected once more, and dropout follows::
+
+        q, k, v = q_proj(x), k_proj(x), v_proj(x)
+        q, k, v = z + silu(conv(z)) for z in q, k, v      with conv
+        out = operation(q, k, v)
+        out = RMSNorm(out)                                with output_norm, head by head
+        out = out * silu(gate_proj(x))                    with output_gate
+        out = dropout(out_proj(out))
 
     A mechanism is a subclass entered in the registry, see :func:`flowformer.mechanisms.registry.register`. One with
     options or learned tensors overrides :meth:`arguments` or :meth:`learned`; one whose operation has no axis of heads
@@ -47,6 +67,12 @@ class Attention(nn.Module, ABC):
         bias: Whether the four projections have biases.
         dropout: Probability of dropping an output channel, after the output projection.
         head_dim: Channels of a head; ``dim // num_heads`` if absent.
+        conv: Width of a short depthwise convolution over projected queries, keys and values, 2 to 16; 0 for none. See
+            :mod:`flowformer.mechanisms.short_conv`.
+        output_norm: Normalise the operation's output by the root mean square of each head's channels, with one weight
+            for each channel of a head (all channels together in AFT, whose operations have no axis of heads). A norm
+            by heads before the gate is that of RetNet (Sun et al., 2023) and Gated DeltaNet (Yang et al., 2025).
+        output_gate: Multiply the joined output by silu(gate_proj(x)), x being the input of the queries, as RetNet does.
         device: Of the parameters.
         dtype: Of the parameters.
 
@@ -68,14 +94,19 @@ class Attention(nn.Module, ABC):
         bias: bool = True,
         dropout: float = 0.0,
         head_dim: int | None = None,
+        conv: int = 0,
+        output_norm: bool = False,
+        output_gate: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_sizes(dim=dim, num_heads=num_heads)
         check_optional_sizes(head_dim=head_dim)
-        for label, value in (("causal", causal), ("bias", bias)):
+        flags = {"causal": causal, "bias": bias, "output_norm": output_norm, "output_gate": output_gate}
+        for label, value in flags.items():
             check_flag(label, value)
+        check_width(conv)
         check_probability("dropout", dropout)
         if head_dim is None and dim % num_heads:
             raise ValueError(
@@ -92,11 +123,21 @@ class Attention(nn.Module, ABC):
         self.v_proj = nn.Linear(dim, inner, bias=bias, **factory)
         self.out_proj = nn.Linear(inner, dim, bias=bias, **factory)
         self.dropout = nn.Dropout(dropout)
+        self.conv, self.output_norm, self.output_gate = conv, output_norm, output_gate
+        if output_norm:
+            self.out_norm = nn.RMSNorm(self.norm_width, eps=NORM_EPS, **factory)
+        if output_gate:
+            self.gate_proj = nn.Linear(dim, inner, bias=bias, **factory)
+        if conv:
+            self.q_conv = ShortConv(inner, conv, causal=causal, **factory)
+            self.k_conv = ShortConv(self.key_width, conv, causal=causal, **factory)
+            self.v_conv = ShortConv(inner, conv, causal=causal, **factory)
 
     def reset_parameters(self) -> None:
         """Re-initialize all parameters."""
-        for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
-            projection.reset_parameters()
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj", "out_norm", "gate_proj", "q_conv", "k_conv", "v_conv"):
+            if hasattr(self, name):
+                getattr(self, name).reset_parameters()
 
     # ------------------------------------------------------------------------ what a mechanism may override
 
@@ -104,6 +145,11 @@ class Attention(nn.Module, ABC):
     def key_width(self) -> int:
         """Channels of the projected keys."""
         return self.num_heads * self.head_dim
+
+    @property
+    def norm_width(self) -> int:
+        """Channels over which the output norm averages: the last axis of the operation's output."""
+        return self.head_dim
 
     def split(self, x: Tensor) -> Tensor:
         """Split queries, keys or values (..., width) into heads: (..., heads, channels)."""
@@ -168,16 +214,20 @@ class Attention(nn.Module, ABC):
             TypeError, ValueError: for invalid arguments.
         """
         x, source, masks = self.resolve(x, context, mask, context_mask)
-        q, k, v = self._project(x, source)
+        recent, state = None, initial_state
+        if self.conv and self.causal and state is not None:
+            sequences = cu_seqlens.numel() - 1 if isinstance(cu_seqlens, Tensor) else x.shape[0]
+            recent, state = self._open("initial_state", state, sequences, x.device)
+        q, k, v, recent = self.project(x, source, masks, cu_seqlens, recent)
         given: dict[str, Any] = {"causal": self.causal, **masks, **self.arguments()}
         if cu_seqlens is not None:
             given["cu_seqlens"] = cu_seqlens
         if initial_state is not None or return_state:
-            given.update(initial_state=self._cast(initial_state, q.dtype), return_state=return_state)
+            given.update(initial_state=self._cast(state, q.dtype), return_state=return_state)
         out = self.mechanism.operation(q, k, v, *self.learned(x), **given)
         out, state = out if return_state else (out, None)
-        out = fill(self.dropout(self.out_proj(self.join(out))), mask)
-        return (out, state) if return_state else out
+        out = fill(self._finish(out, x), mask)
+        return (out, state if recent is None else ModuleState(*recent, state)) if return_state else out
 
     def resolve(
         self, x: Tensor, context: Tensor | None, mask: Tensor | None, context_mask: Tensor | None
@@ -200,19 +250,71 @@ class Attention(nn.Module, ABC):
         x = fill(x, mask)
         return x, x if source is None else source, {"mask": mask, "context_mask": context_mask}
 
+    def project(
+        self,
+        x: Tensor,
+        source: Tensor,
+        masks: Mapping[str, Tensor | None],
+        cu_seqlens: Tensor | None = None,
+        recent: Recent | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Recent | None]:
+        """Return queries, keys and values as the operation takes them, for what :meth:`resolve` returns.
+
+        Args:
+            x: Input of the queries.
+            source: Input of keys and values.
+            masks: The masks of both.
+            cu_seqlens: As in :meth:`forward`.
+            recent: The projected queries, keys and values before the first, where there is a convolution.
+
+        Returns:
+            Queries, keys and values; and in causal modules with a convolution, the last ones before it.
+        """
+        q, k, v = self._project(x, source)
+        if not self.conv:
+            return self.split(q), self.split(k), self.split(v), None
+        if cu_seqlens is not None:  # what the operation refuses must not reach the convolutions
+            name, layout, parts = type(self).__name__, self.mechanism.layout, map(self.split, (q, k, v))
+            check(name, *parts, layout=layout, causal=self.causal, cu_seqlens=cu_seqlens, **masks)
+        (q, k, v), recent = convolve(self._convs, (q, k, v), masks, cu_seqlens, recent)
+        return self.split(q), self.split(k), self.split(v), recent
+
     def _project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, split."""
+        """Queries, keys and values, not yet split."""
         pairs = ((self.q_proj, x), (self.k_proj, source), (self.v_proj, source))
-        q, k, v = (self.split(apply(f"{type(self).__name__}: inputs", layer, given)) for layer, given in pairs)
+        q, k, v = (apply(f"{type(self).__name__}: inputs", layer, given) for layer, given in pairs)
         return q, k, v
+
+    @property
+    def _convs(self) -> tuple[ShortConv, ShortConv, ShortConv]:
+        return self.q_conv, self.k_conv, self.v_conv
+
+    def _open(self, what: str, state: Any, sequences: int, device: torch.device) -> tuple[Recent, Any]:
+        """What a state holds for the convolutions, and for the operation, which checks its part."""
+        check_recent(f"{type(self).__name__}: {what}", state, self._convs, sequences, device)
+        return state[:3], state.inner
+
+    def _finish(self, out: Tensor, x: Tensor) -> Tensor:
+        """The module's output for the operation's output and the input of the queries."""
+        if self.output_norm:
+            # Under autocast the weight has another dtype than the output, which PyTorch's fused norm does not take.
+            out = self.out_norm(out.to(self.out_norm.weight.dtype)).to(out.dtype)
+        out = self.join(out)
+        if self.output_gate:
+            out = out * nn.functional.silu(self.gate_proj(x))
+        return self.dropout(self.out_proj(out))
 
     def init_state(self, batch_size: int) -> Any:
         """Return the state before the first token, for a batch of ``batch_size`` sequences."""
         self._check_state("init_state")
         assert self.mechanism.init_state is not None  # there is a state
         check_fresh_state(f"{type(self).__name__}.init_state", batch_size)
-        sizes = (batch_size, self.num_heads, self.head_dim, self.head_dim)
-        return self.mechanism.init_state(*sizes, *self.learned(), **dtype_and_device(self), **self.arguments())
+        sizes, like = (batch_size, self.num_heads, self.head_dim, self.head_dim), dtype_and_device(self)
+        state = self.mechanism.init_state(*sizes, *self.learned(), **like, **self.arguments())
+        if not self.conv:
+            return state
+        q, k, v = (conv.init_recent(batch_size, **like) for conv in self._convs)
+        return ModuleState(q, k, v, state)
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Process one token: x (batch, dim) and the state before it, to output (batch, dim) and the state after it."""
@@ -220,8 +322,13 @@ class Attention(nn.Module, ABC):
         assert self.mechanism.step is not None  # there is a state
         check_tokens_of(f"{type(self).__name__}.step: x", x, "batch", self.dim)
         q, k, v = self._project(x, x)
+        recent = None
+        if self.conv:
+            recent, state = self._open("state", state, x.shape[0], x.device)
+            (q, k, v), recent = convolve_step(self._convs, (q, k, v), recent)
+        q, k, v = self.split(q), self.split(k), self.split(v)
         out, state = self.mechanism.step(q, k, v, self._cast(state, q.dtype), *self.learned(x), **self.arguments())
-        return self.dropout(self.out_proj(self.join(out))), state
+        return self._finish(out, x), state if recent is None else ModuleState(*recent, state)
 
     def extra_repr(self) -> str:
         """Return the sizes, for printing."""

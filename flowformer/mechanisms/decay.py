@@ -152,7 +152,7 @@ class DecayedAttention(Attention):
         decay: Whether weights decay with distance: ``None``, ``"fixed"``, ``"learned"`` or ``"token"``; see
             :class:`LogDecay`. Not in cross-attention.
         **options: As :class:`flowformer.mechanisms.Attention` takes them: ``causal``, ``bias``, ``dropout``,
-            ``head_dim``, ``device``, ``dtype``.
+            ``head_dim``, ``conv``, ``output_norm``, ``output_gate``, ``device``, ``dtype``.
 
     Raises:
         ValueError: for sizes that do not fit, or an unknown kind of decay.

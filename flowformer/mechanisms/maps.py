@@ -34,7 +34,8 @@ def attention_rows(
     """Return the attention weights of some queries of a module: the factor of each value in the query's output.
 
     The sum of values under these weights, head by head, is what the output projection sees; for AFT, what its gate
-    sees. Cost is rows x S x channels, never L x S.
+    sees. In a module with ``conv``, queries, keys and values are those after the convolution; ``output_norm`` and
+    ``output_gate`` come after the sum, and do not show in the weights. Cost is rows x S x channels, never L x S.
 
     Args:
         module: One of the library's attention modules.
@@ -194,7 +195,8 @@ def _project(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
     """Queries, keys and masks as the module's operation is given them."""
     x, source, masks = module.resolve(x, context, mask, context_mask)
-    return module.split(module.q_proj(x)), module.split(module.k_proj(source)), masks
+    q, k, _, _ = module.project(x, source, masks)
+    return q, k, masks
 
 
 def _unpack(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -130,7 +130,8 @@ class LanguageInit:
     as GPT-2 does, which leaves out the output projections of its attentions; so does this.
 
     ``"fairseq"`` is fairseq's transformer_lm: embeddings and head N(0, 1 / sqrt(dim)); in attentions Xavier-uniform
-    projections, with gain 1 / sqrt(2) for queries, keys and values; PyTorch's own elsewhere.
+    projections, with gain 1 / sqrt(2) for queries, keys, values and the output gate, which fairseq does not have;
+    PyTorch's own elsewhere.
 
     Parameters of mechanisms that are not linear layers keep the initialisation of the mechanism.
 
@@ -179,7 +180,7 @@ class LanguageInit:
         """The initializer of a linear layer by its name in the block."""
         if self.kind == "gpt":
             return partial(normal, std=self.std / math.sqrt(2 * self.num_layers) if name == "linear2" else self.std)
-        if name in ("attention.q_proj", "attention.k_proj", "attention.v_proj"):
+        if name in tuple(f"attention.{one}_proj" for one in ("q", "k", "v", "gate")):
             return partial(xavier_uniform, gain=1 / math.sqrt(2))
         return xavier_output if name == "attention.out_proj" else cast("Initializer", nn.Linear.reset_parameters)
 

@@ -12,6 +12,8 @@ OPTIONS = {
     "aft_local": {"window": 3, "position_dim": 4},
     "aft_conv": {"kernel_size": 3},
 }
+# Options of every module, which give its state more parts.
+MODULE_OPTIONS = {"conv": 3, "output_norm": True, "output_gate": True}
 VOCABULARY = 61
 
 

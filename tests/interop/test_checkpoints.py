@@ -206,6 +206,14 @@ def test_another_attention_keeps_everything_else(attention, tokens):
     assert ours.head is None
 
 
+def test_options_of_the_module_begin_anew(tokens):
+    ours = load_gpt2(gpt2(), attention_options={"conv": 4, "output_norm": True, "output_gate": True})
+    assert ours(tokens).isfinite().all()
+    fresh = set(ours.state_dict()) - set(load_gpt2(gpt2()).state_dict())
+    names = {name.removeprefix("decoder.blocks.0.attention.") for name in fresh if ".blocks.0." in name}
+    assert {name.split(".")[0] for name in names} == {"q_conv", "k_conv", "v_conv", "out_norm", "gate_proj"}
+
+
 def test_flow_is_the_default_and_is_not_softmax(tokens):
     theirs = gpt2()
     ours = load_gpt2(theirs)

@@ -10,6 +10,7 @@ from hf_models import (
     CAUSAL,
     GREEDY,
     MODES,
+    MODULE_OPTIONS,
     OPTIONS,
     VOCABULARY,
     build,
@@ -46,9 +47,11 @@ from flowformer.models.language import LanguageModel
 # ------------------------------------------------------------------------------------------------ the library's numbers
 
 
-@pytest.mark.parametrize("attention", CAUSAL)
-def test_there_and_back(attention):
-    model = build(attention)
+@pytest.mark.parametrize(
+    ("attention", "options"), [*((name, OPTIONS.get(name)) for name in CAUSAL), ("flow", MODULE_OPTIONS)]
+)
+def test_there_and_back(attention, options):
+    model = build(attention, attention_options=options)
     language = from_hf(model)
     tokens, mask = padded("left")
     assert torch.equal(

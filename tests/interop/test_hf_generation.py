@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hf_models import CAUSAL, GREEDY, MODES, VOCABULARY, build, close, draw, generate, padded
+from hf_models import CAUSAL, GREEDY, MODES, MODULE_OPTIONS, VOCABULARY, build, close, draw, generate, padded
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TextStreamer
 
@@ -69,8 +69,9 @@ def test_a_cache_keeps_its_size():
 
 
 @torch.no_grad()
-def test_rows_of_a_cache():
-    model = build()
+@pytest.mark.parametrize("options", [{}, MODULE_OPTIONS], ids=["plain", "options"])
+def test_rows_of_a_cache(options):
+    model = build(attention_options=options)
     cache = model(draw(3, 6)).cache
     nothing = DynamicCache(config=model.config)
     assert (cache.batch_size, nothing.batch_size) == (3, -1)
@@ -123,6 +124,15 @@ def test_generation_with_a_cache_is_that_without(attention, mode):
     tokens, mask = padded("left")
     out = generate(model, tokens, mask, **MODES[mode])
     assert out.shape[1] == 17
+    assert torch.equal(out, generate(model, tokens, mask, use_cache=False, **MODES[mode]))
+
+
+@pytest.mark.parametrize("mode", ["greedy", "beams"])
+@pytest.mark.parametrize("attention", ["flow", "softmax"])
+def test_generation_with_a_cache_of_a_module_with_options(attention, mode):
+    model = build(attention, attention_options=MODULE_OPTIONS)
+    tokens, mask = padded("left")
+    out = generate(model, tokens, mask, **MODES[mode])
     assert torch.equal(out, generate(model, tokens, mask, use_cache=False, **MODES[mode]))
 
 

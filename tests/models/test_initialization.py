@@ -39,6 +39,12 @@ for _attention in CAUSAL:
         BUILDERS[f"language-{_attention}-{_init}"] = lambda a=_attention, i=_init, **more: LanguageModel(
             **LANGUAGE, attention=a, attention_options=OPTIONS.get(a), init=i, **more
         )
+MODULE_OPTIONS = {"conv": 3, "output_norm": True, "output_gate": True}
+for _init in ("gpt", "fairseq"):
+    BUILDERS[f"language-options-{_init}"] = lambda i=_init, **more: LanguageModel(
+        **LANGUAGE, attention_options=MODULE_OPTIONS, init=i, **more
+    )
+BUILDERS["vision-options"] = lambda **more: VisionModel(5, **PYRAMID, attention_options=MODULE_OPTIONS, **more)
 EVERY = pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from flowformer.models.decoder import LanguageState
@@ -119,8 +120,8 @@ class FlowformerCacheLayer(CacheLayerMixin):
         self.past = []
         if self.length is not None:
             self.length = change(self.length)
-            # The states of all mechanisms are named tuples of tensors, each with the batch first.
-            self.state = type(self.state)(*map(change, self.state))
+            # States are named tuples of tensors, each with the batch first, or of such tuples.
+            self.state = tree_map(change, self.state)
 
 
 def read_cache(cache: Cache | None, num_layers: int, batch: int) -> LanguageState | None:

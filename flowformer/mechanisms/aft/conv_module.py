@@ -55,7 +55,8 @@ class AFTConv(AFT):
         hard: Leave out what the filter does not reach altogether, as the paper does for comparison.
         device: Of the parameters.
         dtype: Of the parameters.
-        **options: ``bias``, ``dropout`` and ``head_dim``, as in :class:`flowformer.mechanisms.Attention`.
+        **options: ``bias``, ``dropout``, ``head_dim``, ``conv`` (for sequences), ``output_norm`` and ``output_gate``,
+            as in :class:`flowformer.mechanisms.Attention`.
 
     Attributes:
         kernel: What filters are made of, (num_heads, taps) or (num_heads, rows, columns). Its scale does not matter.
@@ -91,6 +92,11 @@ class AFTConv(AFT):
         self.hard = hard
         if len(self.kernel_size) == 2:
             self.axes = "batch, height, width"
+            if self.conv:
+                raise ValueError(
+                    f"AFTConv: conv={self.conv} is along a sequence, and kernel_size {self.kernel_size} is for images: "
+                    "build it with conv=0"
+                )
         factory = {"device": device, "dtype": dtype}
         self.kernel = nn.Parameter(torch.empty(num_heads, *self.kernel_size, **factory))
         self.gamma = nn.Parameter(torch.empty(num_heads, **factory))

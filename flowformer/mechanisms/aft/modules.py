@@ -35,6 +35,11 @@ class AFT(Attention):
     ``num_heads * head_dim``, and nothing else.
     """
 
+    @property
+    def norm_width(self) -> int:
+        """All channels: there is no axis of heads."""
+        return self.num_heads * self.head_dim
+
     def split(self, x: Tensor) -> Tensor:
         """Return queries, keys or values (..., width) unchanged."""
         return x
@@ -69,8 +74,8 @@ class AFTSimple(AFT):
         dim: Channels of input and output.
         num_heads: Divides ``dim`` unless ``head_dim`` is given; all of them together are the width of the projections.
             What AFT computes does not depend on it: it has as many heads as channels.
-        **options: ``causal``, ``bias``, ``dropout``, ``head_dim``, ``device`` and ``dtype``, as in
-            :class:`flowformer.mechanisms.Attention`.
+        **options: ``causal``, ``bias``, ``dropout``, ``head_dim``, ``conv``, ``output_norm``, ``output_gate``,
+            ``device`` and ``dtype``, as in :class:`flowformer.mechanisms.Attention`.
 
     Raises:
         ValueError: for sizes that do not fit.
@@ -198,8 +203,8 @@ class AFTFull(_PositionedAFT):
         position_std: Standard deviation of fresh factors, or of a fresh table. The paper draws factors from
             "N(0, 10^-2)" without stating whether the second number is the variance; by convention it is, hence
             0.1, a bias of deviation 0.1^2 sqrt(d') = 0.11 at d' = 128. The initialization of a table is not given.
-        **options: ``causal``, ``bias``, ``dropout``, ``head_dim``, ``device`` and ``dtype``, as in
-            :class:`flowformer.mechanisms.Attention`.
+        **options: ``causal``, ``bias``, ``dropout``, ``head_dim``, ``conv``, ``output_norm``, ``output_gate``,
+            ``device`` and ``dtype``, as in :class:`flowformer.mechanisms.Attention`.
 
     Raises:
         ValueError: for sizes that do not fit; when called, for a sequence longer than ``max_length``.
@@ -260,8 +265,8 @@ class AFTLocal(_PositionedAFT):
         hard: Leave out what is outside the window altogether, as the paper does for comparison.
         position_dim: As in :class:`AFTFull`.
         position_std: As in :class:`AFTFull`.
-        **options: ``causal``, ``bias``, ``dropout``, ``head_dim``, ``device`` and ``dtype``, as in
-            :class:`flowformer.mechanisms.Attention`.
+        **options: ``causal``, ``bias``, ``dropout``, ``head_dim``, ``conv``, ``output_norm``, ``output_gate``,
+            ``device`` and ``dtype``, as in :class:`flowformer.mechanisms.Attention`.
 
     Raises:
         ValueError: for sizes that do not fit; when called, for a sequence longer than ``max_length``.

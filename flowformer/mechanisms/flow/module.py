@@ -41,6 +41,9 @@ class FlowAttention(Attention):
         bias: Whether the four projections have biases.
         dropout: Applied after the output projection. The published core module uses 0.05.
         head_dim: Channels of a head; ``dim // num_heads`` if absent.
+        conv: Width of a short convolution, as in :class:`flowformer.mechanisms.Attention`, like the two that follow.
+        output_norm: Normalise the operation's output, head by head.
+        output_gate: Gate it by the input.
         device: Of the parameters.
         dtype: Of the parameters.
         **overrides: Options of :class:`flowformer.ops.FlowOptions` that depart from the preset, for example
@@ -69,13 +72,17 @@ class FlowAttention(Attention):
         bias: bool = True,
         dropout: float = 0.0,
         head_dim: int | None = None,
+        conv: int = 0,
+        output_norm: bool = False,
+        output_gate: bool = False,
         device: Any = None,
         dtype: Any = None,
         **overrides: Any,
     ) -> None:
         super().__init__(
-            dim, num_heads, causal=causal, bias=bias, dropout=dropout, head_dim=head_dim, device=device, dtype=dtype
-        )
+            dim, num_heads, causal=causal, bias=bias, dropout=dropout, head_dim=head_dim, conv=conv,
+            output_norm=output_norm, output_gate=output_gate, device=device, dtype=dtype,
+        )  # fmt: skip
         self.preset, self.overrides = preset, overrides
         self.options = options = flow_options(preset, **overrides)
         factory = {"device": device, "dtype": dtype}

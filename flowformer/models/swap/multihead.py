@@ -55,7 +55,8 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
         dtype: Of the parameters.
         mechanism: One of :func:`flowformer.list_attentions`, with four projections of ``embed_dim`` channels: all but
             ``"aft_conv"``.
-        **options: Options of the mechanism's module, and ``max_length`` where it learns positions.
+        **options: Options of the mechanism's module, and ``max_length`` where it learns positions; ``conv``,
+            ``output_norm`` and ``output_gate`` are refused, for which PyTorch's module has no weights.
 
     Raises:
         TypeError: for an option that the mechanism does not have.
@@ -103,6 +104,12 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
             if given:
                 raise ValueError(
                     f"{name}: {label}=True adds a key without a query, which only softmax attention supports"
+                )
+        for label in ("conv", "output_norm", "output_gate"):
+            if options.get(label):
+                raise ValueError(
+                    f"{name}: {label}={options[label]!r} is not supported: torch.nn.MultiheadAttention has four "
+                    "projections and nothing else; flowformer.create_attention builds a module with it"
                 )
         if "causal" in options:
             raise TypeError(f"{name}: causal is not an option: pass is_causal=True or a causal attn_mask in the call")

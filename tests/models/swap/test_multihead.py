@@ -210,6 +210,15 @@ def test_self_attention_refuses_a_context(mechanism):
         ours(x, x.clone(), x.clone())
 
 
+@pytest.mark.parametrize("options", [{"conv": 4}, {"output_norm": True}, {"output_gate": True}], ids=str)
+def test_options_that_need_weights_of_their_own_are_refused(options):
+    with pytest.raises(
+        ValueError, match=rf"{next(iter(options))}=.* is not supported: torch.nn.MultiheadAttention has"
+    ):
+        build("flow", **options)
+    assert build("flow", conv=0, output_norm=False).attention.conv == 0
+
+
 def test_keys_of_another_width_are_refused():
     with pytest.raises(ValueError, match=r"aft_conv attention does not have the four projections .* \(4, 16\)"):
         build("aft_conv")

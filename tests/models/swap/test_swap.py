@@ -123,6 +123,15 @@ def test_pvt_v2_b0(attention, reduction):
 # ------------------------------------------------------------------------------------------------------- what is copied
 
 
+def test_options_of_the_module_begin_anew():
+    model = vit()
+    report = swap_attention(model, "flow", conv=3, output_norm=True, output_gate=True)
+    new = {name.partition(".attn.attention.")[2].split(".")[0] for name in report.new}
+    assert new == {"q_conv", "k_conv", "v_conv", "out_norm", "gate_proj"}
+    model.eval()(images()).sum().backward()
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if name in report.new)
+
+
 @pytest.mark.parametrize("options", [{}, {"qkv_bias": False}, {"proj_bias": False}], ids=str)
 @pytest.mark.parametrize("attention", ["flow", "aft_conv", "aft_local"])
 def test_projections_of_a_vit_are_copied(attention, options):
