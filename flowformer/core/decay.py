@@ -190,10 +190,12 @@ def default_log_decay(heads: int, device: Any = None, dtype: torch.dtype | None 
 
     The last quarter of the heads, at least one of two or more, does not decay: without such heads recall is lost.
     """
-    without = 0 if heads == 1 else max(1, heads // 4)
-    place = torch.linspace(0, 1, heads - without, dtype=torch.float64)
-    if heads - without == 1:
-        place = torch.ones_like(place) / 2
-    constants = SHORTEST * (LONGEST / SHORTEST) ** place
-    rates = torch.cat([-1 / constants, torch.zeros(without, dtype=torch.float64)])
-    return rates.to(device=device, dtype=torch.get_default_dtype() if dtype is None else dtype)
+    decaying = decaying_heads(heads)
+    places = [place / (decaying - 1) if decaying > 1 else 0.5 for place in range(decaying)]
+    decays = [-1 / (SHORTEST * (LONGEST / SHORTEST) ** place) for place in places]
+    return torch.tensor(decays + [0.0] * (heads - decaying), dtype=dtype or torch.get_default_dtype(), device=device)
+
+
+def decaying_heads(heads: int) -> int:
+    """Return how many of so many heads decay by default, the first ones."""
+    return heads - (0 if heads == 1 else max(1, heads // 4))

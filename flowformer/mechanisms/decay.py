@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowformer.core.checks import HEADS, apply
-from flowformer.core.decay import at_most_zero, check_decay, check_log_decay, default_log_decay
+from flowformer.core.decay import at_most_zero, check_decay, check_log_decay, decaying_heads, default_log_decay
 from flowformer.core.precision import sum_dtype
 from flowformer.core.run import Given, check_inputs
 from flowformer.mechanisms.base import Attention
@@ -101,7 +101,7 @@ class LogDecay(nn.Module):
         super().__init__()
         self.kind, self.num_heads = kind, num_heads
         factory = {"device": device, "dtype": dtype}
-        decaying = int((default_log_decay(num_heads) < 0).sum()) if num_heads > 1 else 1
+        decaying = decaying_heads(num_heads)
         if kind == "fixed":
             self.register_buffer("log_decay", torch.empty(num_heads, **factory))
         else:
@@ -113,11 +113,11 @@ class LogDecay(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Return to the fixed time constants."""
-        fixed = default_log_decay(self.num_heads, dtype=torch.float64)
+        fixed = default_log_decay(self.num_heads, "cpu", torch.float64)
         if self.kind == "fixed":
             self.log_decay.copy_(fixed)
             return
-        rates = -fixed[fixed < 0]
+        rates = -fixed[: decaying_heads(self.num_heads)]
         self.bias.copy_(rates.log() if self.kind == "learned" else rates.expm1().log())
         if self.kind == "token":
             self.weight.zero_()

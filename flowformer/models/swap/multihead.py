@@ -212,11 +212,12 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
         hidden = self._hide(query, key, value, queries, keys)
         q, k, v = (self.attention.split(self._batch(x, rank)) for x in self._project(*hidden))
         given = {"causal": causal, **masks, **self.attention.arguments()}
-        out = self.attention.mechanism.operation(q, k, v, *self.attention.learned(), **given)
+        learned = self.attention.learned(self._batch(hidden[0], rank))
+        out = self.attention.mechanism.operation(q, k, v, *learned, **given)
         out = self.out_proj(self.attention.join(out))
         out = dropout(out, self.dropout, self.training)
         out = fill(out, queries)
-        weights = self._weigh(q, k, given) if need_weights else None
+        weights = self._weigh(q, k, learned, given) if need_weights else None
         return self._unbatch(out, query.ndim), self._finish(weights, query, average_attn_weights)
 
     def extra_repr(self) -> str:
@@ -299,14 +300,14 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
         return x if self.batch_first else x.transpose(0, 1)
 
     @torch.no_grad()
-    def _weigh(self, q: Tensor, k: Tensor, given: dict[str, Any]) -> Tensor:
+    def _weigh(self, q: Tensor, k: Tensor, learned: tuple[Any, ...], given: dict[str, Any]) -> Tensor:
         """Weights (N, heads, L, S) of all queries, for queries and keys as the operation takes them."""
         rows = self.attention.mechanism.rows
         if rows is None:
             raise ValueError(
                 f"{type(self).__name__}: {self.mechanism} attention has no weights to return: pass need_weights=False"
             )
-        return rows(q, k, range(q.shape[1]), *self.attention.learned(), heads=self.num_heads, **given)
+        return rows(q, k, range(q.shape[1]), *learned, heads=self.num_heads, **given)
 
     def _finish(self, weights: Tensor | None, query: Tensor, average: bool) -> Tensor | None:
         """Weights (N, heads, L, S) as PyTorch returns them."""
