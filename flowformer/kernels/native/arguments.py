@@ -112,6 +112,18 @@ def check_packing(op: str, cu_seqlens: Tensor | None, q: Tensor, k: Tensor, *mas
         )
 
 
+def check_log_decay(op: str, log_decay: Tensor | None, q: Tensor) -> None:
+    """Check log-decays, if they are given: float32, (heads,) or q's axes but the channels.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape or device.
+    """
+    if log_decay is not None:
+        shape = q.shape[-2:-1] if log_decay.ndim == 1 else q.shape[:-1]
+        check_part(op, "log_decay", log_decay, shape, torch.float32, q)
+
+
 def check_bounds(op: str, cu_seqlens: Tensor | None, total: int) -> None:
     """Raise ValueError unless the values of ``cu_seqlens``, if it is given, rise from 0 to the total length."""
     if cu_seqlens is None:

@@ -45,7 +45,7 @@ def _kernels(library: build.Library, level: str) -> Kernels:
     for name in Kernels._fields[1:]:
         function = getattr(library.handle, f"flowformer_{name}_{level}")
         function.restype = ctypes.c_int
-        function.argtypes = [ctypes.c_void_p] * (13 if name == "step" else 1)
+        function.argtypes = [ctypes.c_void_p] * (14 if name == "step" else 1)
         functions.append(function)
     return Kernels(level, *functions)
 

@@ -130,8 +130,10 @@ def open_flow(flow: Tensor, mask: Tensor | None, others: Tensor | None = None) -
     return flow if others is None else flow.masked_fill(~others.any(-1).view(-1, 1, 1), 1.0)
 
 
-def only_torch(learned: Learned, options: FlowOptions) -> str:
+def only_torch(learned: Learned, options: FlowOptions, *, causal: bool) -> str:
     """Why no other backend computes these options; empty where they do."""
-    if any(part is not None for part in learned) or options.feature_map not in ("sigmoid", "relu"):
-        return "decay, temperatures and this feature map are computed in plain PyTorch"
+    if learned.temperatures is not None:
+        return "temperatures are computed in plain PyTorch"
+    if learned.log_decay is not None and not causal:
+        return "decay in the bidirectional form is computed in plain PyTorch"
     return ""

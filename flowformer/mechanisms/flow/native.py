@@ -1,423 +1,88 @@
-"""Flow-Attention in C++ kernels, as PyTorch operators with gradients, compilation and tracing."""
+"""Flow-Attention by the C++ kernels: what the operations call."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowformer.core.backends import implements
+from flowformer.core.checks import Masks
+from flowformer.core.precision import no_autocast
 from flowformer.core.run import Checked
-from flowformer.kernels.native.arguments import (
-    check_bounds,
-    check_inputs,
-    check_packing,
-    check_part,
-    check_whole,
-)
-from flowformer.kernels.native.kernels import (
-    View,
-    address,
-    adjacent,
-    contiguous,
-    empty_like,
-    refuse_second_gradients,
-    run,
-    view,
-)
+from flowformer.mechanisms.flow.equations import Learned, query_and_key
+from flowformer.mechanisms.flow.operators import FEATURE_MAPS, run_step
 from flowformer.mechanisms.flow.options import FlowOptions
 from flowformer.mechanisms.flow.state import FlowState
 
-# ---------------------------------------------------------------------------- the C interface, as source/call.h has it
-
-
-class _Side(ctypes.Structure):
-    _fields_ = (("rows", ctypes.c_void_p), ("places", ctypes.c_void_p))
-
-
-class _State(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("length", "sums", "log_normaliser", "memory"))
-
-
-_NUMBERS = (
-    *((name, ctypes.c_int64) for name in ("half", "feature_map", "competition", "allocation")),
-    *((name, ctypes.c_double) for name in ("clamp", "eps", "flow_eps")),
-)
-
-
-class _FlowCall(ctypes.Structure):
-    _fields_ = (
-        *((name, View) for name in ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")),
-        *((name, _Side) for name in ("sinks", "sources")),
-        *((name, _State) for name in ("before", "after", "grad_before", "grad_after")),
-        *((name, ctypes.c_int64) for name in ("sequences", "heads", "key_channels", "value_channels", "threads")),
-        ("rescale", ctypes.c_int64),
-        *_NUMBERS,
-    )
-
-
-class _StepCall(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "key_channels", "value_channels", "threads")),
-        *_NUMBERS,
-    )
-
-
-# ------------------------------------------------------------------------------------------- from tensors to the calls
-
-
-def _state(parts: Sequence[Tensor | None]) -> _State:
-    return _State(*map(address, parts))
-
-
-class _Tokens(NamedTuple):
-    """Which tokens the sequences have, see Side in call.h."""
-
-    rows: Tensor
-    places: Tensor | None
-
-    def side(self) -> _Side:
-        return _Side(address(self.rows), address(self.places))
-
-
-def _tokens(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> _Tokens:
-    if cu_seqlens is not None:
-        bounds = cu_seqlens.long()
-        return _Tokens(torch.stack([torch.zeros_like(bounds[1:]), bounds[:-1], bounds.diff()], 1), None)
-    batch = torch.arange(x.shape[0], device=x.device)  # whatever the default device is
-    if mask is None:
-        return _Tokens(torch.stack([batch, torch.zeros_like(batch), torch.full_like(batch, x.shape[1])], 1), None)
-    counts = mask.sum(1)
-    rows = torch.stack([batch, counts.cumsum(0) - counts, counts], 1)
-    return _Tokens(rows, mask.nonzero()[:, 1].to(torch.int32))
-
-
-_FEATURE_MAPS = {"sigmoid": 0, "relu": 1}
-_COMPETITIONS = {None: 0, "sequence": 1, "heads": 2}
-_OPTIONS = "str feature_map, float? clamp, float eps, float flow_eps, str? competition, bool allocation, bool rescale"
-
-
-def _numbers(
-    shape: Sequence[int], value_channels: int, dtype: torch.dtype, options: Sequence[Any], threads: int
-) -> dict[str, Any]:
-    feature_map, clamp, eps, flow_eps, competition, allocation, _ = options
-    if feature_map not in _FEATURE_MAPS or competition not in _COMPETITIONS:
-        raise ValueError(f"unknown feature map or competition: {feature_map!r}, {competition!r}")
-    if not all(0 <= number < math.inf for number in (clamp or 0, eps, flow_eps)):
-        raise ValueError(f"clamp, eps and flow_eps must be finite and at least 0, got {clamp}, {eps}, {flow_eps}")
-    return {
-        "heads": shape[-2],
-        "key_channels": shape[-1],
-        "value_channels": value_channels,
-        "half": dtype == torch.bfloat16,
-        "feature_map": _FEATURE_MAPS[feature_map],
-        "competition": _COMPETITIONS[competition],
-        "allocation": allocation,
-        "clamp": -1.0 if clamp is None else clamp,
-        "eps": eps,
-        "flow_eps": flow_eps,
-        "threads": threads,
-    }
-
-
-def _call(q: Tensor, k: Tensor, v: Tensor, sinks: _Tokens, sources: _Tokens, options: Sequence[Any]) -> _FlowCall:
-    """The call without its outputs. It holds addresses: what it is made of must live until it has run."""
-    return _FlowCall(
-        q=view(q), k=view(k), v=view(v), sinks=sinks.side(), sources=sources.side(), sequences=len(sinks.rows),
-        rescale=options[-1], **_numbers(q.shape, v.shape[-1], q.dtype, options, torch.get_num_threads()),
-    )  # fmt: skip
-
-
-def _gradients(q: Tensor, k: Tensor, v: Tensor, zero: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for the gradients. Those of q and k grow in several passes: they are float32 until they are done."""
-    return (
-        empty_like(q, zero, torch.float32),
-        empty_like(k, zero, torch.float32),
-        empty_like(v, zero),
-    )
-
-
-# ------------------------------------------------------------------------------------------------------- the operators
-
-
-def _operator(name: str, arguments: str, returns: str) -> Callable[[Any], Any]:
-    """Define an operator of PyTorch; the decorated function computes it on the CPU."""
-    torch.library.define(f"flowformer::{name}", f"({arguments}, {_OPTIONS}) -> {returns}")
-
-    def register(function: Any) -> Any:
-        torch.library.impl(f"flowformer::{name}", "cpu", function)
-        return function
-
-    return register
-
-
-_TENSORS = "Tensor q, Tensor k, Tensor v"
-_CAUSAL = (
-    f"{_TENSORS}, Tensor? mask, Tensor? cu_seqlens, "
-    "Tensor? length, Tensor? sums, Tensor? log_normaliser, Tensor? memory"
-)
-_BIDIRECTIONAL = f"{_TENSORS}, Tensor? key_mask, Tensor? query_mask, Tensor? cu_seqlens"
-
-
-_STATE = ("length", "sums", "log_normaliser", "memory")
-
-
-def _state_shapes(q: Tensor, v: Tensor, batch: int) -> tuple[tuple[int, ...], ...]:
-    heads, channels, value_channels = q.shape[-2], q.shape[-1], v.shape[-1]
-    return (batch,), (batch, heads, 4, channels), (batch, heads), (batch, heads, channels, value_channels)
-
-
-def _new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
-    """Memory for a state."""
-    batch = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    length, *sums = _state_shapes(q, v, batch)
-    return q.new_empty(length, dtype=torch.int64), *(q.new_empty(shape, dtype=torch.float64) for shape in sums)
-
-
-def _check_state(op: str, state: Sequence[Tensor | None], q: Tensor, v: Tensor, batch: int, of: str = "") -> None:
-    """Check the parts of a state, or of the gradient of one, that are given."""
-    for name, part, shape in zip(_STATE, state, _state_shapes(q, v, batch), strict=True):
-        check_part(op, of + name, part, shape, torch.int64 if name == "length" else torch.float64, q)
-
-
-def _check_causal(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Any, cu_seqlens: Any, *state: Tensor | None) -> int:
-    """Check the arguments that the causal operators share; return the number of sequences."""
-    check_inputs(op, q, k, v, 4, same_length=True)
-    check_part(op, "mask", mask, q.shape[:2], torch.bool, q)
-    check_packing(op, cu_seqlens, q, k, mask)
-    batch = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    check_whole(op, **dict(zip(_STATE, state, strict=True)))
-    _check_state(op, state, q, v, batch)
-    return batch
-
-
-def _check_causal_backward(q: Tensor, k: Tensor, v: Tensor, mask: Any, cu_seqlens: Any, *rest: Any) -> None:
-    op = "flow_causal_backward"
-    batch = _check_causal(op, q, k, v, mask, cu_seqlens, *rest[:4])
-    check_part(op, "grad_out", rest[4], v.shape, q.dtype, q)
-    _check_state(op, [None, *rest[5:8]], q, v, batch, "grad_")
-
-
-def _check_bidirectional(op: str, q: Tensor, k: Tensor, v: Tensor, key: Any, query: Any, cu_seqlens: Any) -> None:
-    check_inputs(op, q, k, v, 4, same_length=False)
-    check_part(op, "key_mask", key, k.shape[:2], torch.bool, q)
-    check_part(op, "query_mask", query, q.shape[:2], torch.bool, q)
-    check_packing(op, cu_seqlens, q, k, key, query)
-
-
-def _check_bidirectional_backward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
-    _check_bidirectional("flow_bidirectional_backward", q, k, v, *rest[:3])
-    shape = (*q.shape[:3], v.shape[3])
-    check_part("flow_bidirectional_backward", "grad_out", rest[3], shape, q.dtype, q)
-
-
-def _check_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor) -> None:
-    check_inputs("flow_step", q, k, v, 3, same_length=True)
-    _check_state("flow_step", state, q, v, q.shape[0])
-
-
-@_operator("flow_causal", _CAUSAL, "(Tensor, Tensor, Tensor, Tensor, Tensor)")
-def _causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any) -> Any:
-    _check_causal("flow_causal", q, k, v, mask, cu_seqlens, *rest[:4])
-    check_bounds("flow_causal", cu_seqlens, q.shape[1])
-    before, options = contiguous(*rest[:4]), rest[4:]
-    out, after = empty_like(v, mask is not None), _new_state(q, v, cu_seqlens)
-    q, k, v = adjacent(q), adjacent(k), adjacent(v)
-    tokens = _tokens(q, mask, cu_seqlens)
-    call = _call(q, k, v, tokens, tokens, options)
-    call.out, call.before, call.after = view(out), _state(before), _state(after)
-    run("causal_forward", call)
-    return out, *after
-
-
-@torch.library.register_fake("flowformer::flow_causal")
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any) -> Any:
-    _check_causal("flow_causal", q, k, v, mask, cu_seqlens, *rest[:4])
-    return empty_like(v, False), *_new_state(q, v, cu_seqlens)
-
-
-_CAUSAL_GRADIENTS = "Tensor grad_out, Tensor? grad_sums, Tensor? grad_log_normaliser, Tensor? grad_memory"
-
-
-@_operator("flow_causal_backward", f"{_CAUSAL}, {_CAUSAL_GRADIENTS}", f"({', '.join(['Tensor'] * 6)})")
-def _causal_backward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any
-) -> Any:
-    _check_causal_backward(q, k, v, mask, cu_seqlens, *rest)
-    check_bounds("flow_causal_backward", cu_seqlens, q.shape[1])
-    before, grad_out, grad_after, options = contiguous(*rest[:4]), rest[4], contiguous(*rest[5:8]), rest[8:]
-    dtype, grads = q.dtype, _gradients(q, k, v, mask is not None)
-    q, k, v, grad_out = adjacent(q), adjacent(k), adjacent(v), adjacent(grad_out)
-    tokens = _tokens(q, mask, cu_seqlens)
-    _, *grad_before = _new_state(q, v, cu_seqlens)
-    call = _call(q, k, v, tokens, tokens, options)
-    call.grad_q, call.grad_k, call.grad_v = map(view, grads)
-    call.grad_out, call.before = view(grad_out), _state(before)
-    call.grad_after, call.grad_before = _state([None, *grad_after]), _state([None, *grad_before])
-    run("causal_backward", call)
-    return *(grad.to(dtype) for grad in grads), *grad_before
-
-
-@torch.library.register_fake("flowformer::flow_causal_backward")
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any) -> Any:
-    _check_causal_backward(q, k, v, mask, cu_seqlens, *rest)
-    return *(empty_like(x, False) for x in (q, k, v)), *_new_state(q, v, cu_seqlens)[1:]
-
-
-@_operator("flow_bidirectional", _BIDIRECTIONAL, "Tensor")
-def _bidirectional(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, cu_seqlens: Tensor | None,
-    *options: Any,
-) -> Tensor:  # fmt: skip
-    _check_bidirectional("flow_bidirectional", q, k, v, key_mask, query_mask, cu_seqlens)
-    check_bounds("flow_bidirectional", cu_seqlens, q.shape[1])
-    out = _empty_out(q, v, query_mask is not None)
-    q, k, v = adjacent(q), adjacent(k), adjacent(v)
-    sinks, sources = _tokens(q, query_mask, cu_seqlens), _tokens(k, key_mask, cu_seqlens)
-    call = _call(q, k, v, sinks, sources, options)
-    call.out = view(out)
-    run("bidirectional_forward", call)
-    return out
-
-
-def _empty_out(q: Tensor, v: Tensor, zero: bool) -> Tensor:
-    if q.shape[1] == v.shape[1]:
-        return empty_like(v, zero)
-    return empty_like(q[..., :1].expand(*q.shape[:3], v.shape[3]), zero)
-
-
-@torch.library.register_fake("flowformer::flow_bidirectional")
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-    _check_bidirectional("flow_bidirectional", q, k, v, *rest[:3])
-    return _empty_out(q, v, False)
-
-
-@_operator("flow_bidirectional_backward", f"{_BIDIRECTIONAL}, Tensor grad_out", "(Tensor, Tensor, Tensor)")
-def _bidirectional_backward(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, cu_seqlens: Tensor | None,
-    grad_out: Tensor, *options: Any,
-) -> Any:  # fmt: skip
-    _check_bidirectional_backward(q, k, v, key_mask, query_mask, cu_seqlens, grad_out)
-    check_bounds("flow_bidirectional_backward", cu_seqlens, q.shape[1])
-    dtype = q.dtype
-    grad_q, grad_k, grad_v = grads = _gradients(q, k, v, False)
-    if query_mask is not None:
-        grad_q.zero_()
-    if key_mask is not None:
-        grad_k.zero_()
-        grad_v.zero_()
-    q, k, v, grad_out = adjacent(q), adjacent(k), adjacent(v), adjacent(grad_out)
-    sinks, sources = _tokens(q, query_mask, cu_seqlens), _tokens(k, key_mask, cu_seqlens)
-    call = _call(q, k, v, sinks, sources, options)
-    call.grad_out = view(grad_out)
-    call.grad_q, call.grad_k, call.grad_v = map(view, grads)
-    run("bidirectional_backward", call)
-    return tuple(grad.to(dtype) for grad in grads)
-
-
-@torch.library.register_fake("flowformer::flow_bidirectional_backward")
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-    _check_bidirectional_backward(q, k, v, *rest)
-    return tuple(empty_like(x, False) for x in (q, k, v))
-
-
-_STEP = f"{_TENSORS}, Tensor length, Tensor sums, Tensor log_normaliser, Tensor memory"
-
-
-@_operator("flow_step", _STEP, "(Tensor, Tensor, Tensor, Tensor, Tensor)")
-def _step(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-    _check_step(q, k, v, *rest[:4])
-    before = [part.contiguous() for part in rest[:4]]
-    return run_step(q.contiguous(), k.contiguous(), v.contiguous(), before, rest[4:])
-
-
-def run_step(q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], options: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """Run a step on contiguous, checked tensors: output and state."""
-    call = _step_call(q.shape, v.shape[-1], q.dtype, options, torch.get_num_threads())
-    after = (torch.empty_like(v), *map(torch.empty_like, state))
-    run("step", call, *(part.data_ptr() for part in (q, k, v, after[0], *state, *after[1:])))
-    return after
-
-
-@functools.lru_cache(64)
-def _step_call(
-    shape: tuple[int, ...], value_channels: int, dtype: torch.dtype, options: tuple[Any, ...], threads: int
-) -> _StepCall:
-    return _StepCall(batch=shape[0], **_numbers(shape, value_channels, dtype, options, threads))
-
-
-@torch.library.register_fake("flowformer::flow_step")
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-    _check_step(q, k, v, *rest[:4])
-    return v.new_empty(v.shape), *(part.new_empty(part.shape) for part in rest[:4])
-
-
-# ---------------------------------------------------------------------------------------------------------- gradients
-
-
-def _keep_causal(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:9])
-    ctx.options = inputs[9:]
-
-
-def _differentiate_causal(ctx: Any, grad_out: Tensor | None, _: Any, *grad_state: Tensor | None) -> Any:
-    refuse_second_gradients()
-    saved = ctx.saved_tensors  # once: checkpointing hands them out only once
-    if grad_out is None:
-        grad_out = torch.zeros_like(saved[2])
-    grads = torch.ops.flowformer.flow_causal_backward(*saved, grad_out, *grad_state, *ctx.options)
-    of_state = grads[3:] if saved[5] is not None else (None, None, None)
-    return *grads[:3], None, None, None, *of_state, *(None for _ in ctx.options)
-
-
-def _keep_bidirectional(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.options = inputs[6:]
-
-
-def _differentiate_bidirectional(ctx: Any, grad_out: Tensor) -> Any:
-    refuse_second_gradients()
-    grads = torch.ops.flowformer.flow_bidirectional_backward(*ctx.saved_tensors, grad_out, *ctx.options)
-    return *grads, None, None, None, *(None for _ in ctx.options)
-
-
-torch.library.register_autograd("flowformer::flow_causal", _differentiate_causal, setup_context=_keep_causal)
-torch.library.register_autograd(
-    "flowformer::flow_bidirectional", _differentiate_bidirectional, setup_context=_keep_bidirectional
-)
-
-
-# ----------------------------------------------------------------------------------------- what the operations call
-
 
 @implements("flow_attention", "native")
-def attend(given: Checked, learned: Any, options: FlowOptions) -> tuple[Tensor, FlowState | None]:
+def attend(given: Checked, learned: Learned, options: FlowOptions) -> tuple[Tensor, FlowState | None]:
     """Either form of Flow-Attention: the output, and the state after it."""
     q, k, v, causal, masks, cu_seqlens, state = given
+    dtype = v.dtype
+    q, k, v, values = _features_first(q, k, v, masks, learned, options)
     if not causal:
-        return torch.ops.flowformer.flow_bidirectional(q, k, v, *masks, cu_seqlens, *options.values()), None
-    before = (None, None, None, None) if state is None else (state.count[:, 0].long(), *state[1:])
-    out, length, *after = torch.ops.flowformer.flow_causal(q, k, v, masks.key, cu_seqlens, *before, *options.values())
-    return out, FlowState(length.double().unsqueeze(1).expand(-1, q.shape[2]).contiguous(), *after)
+        return torch.ops.flowformer.flow_bidirectional(q, k, v, *masks, cu_seqlens, *values).to(dtype), None
+    before = (None, None, None, None) if state is None else _state_of(state, learned)
+    out, *after = torch.ops.flowformer.flow_causal(
+        q, k, v, masks.key, cu_seqlens, _single(learned.log_decay), *before, *values
+    )
+    return out.to(dtype), FlowState(*after)
+
+
+def _features_first(
+    q: Tensor, k: Tensor, v: Tensor, masks: Masks, learned: Learned, options: FlowOptions
+) -> tuple[Tensor, Tensor, Tensor, tuple[Any, ...]]:
+    """Compute the feature maps that kernels do not have: q, k, v and options for the kernels."""
+    if options.feature_map in FEATURE_MAPS:
+        return q, k, v, options.values()
+    with no_autocast(q.device):
+        Q, K = query_and_key(q, k, masks.query, masks.key, learned, options)
+    return Q, K, v.to(Q.dtype), ("given", *options.values()[1:])
+
+
+def _single(log_decay: Tensor | None) -> Tensor | None:
+    return None if log_decay is None else log_decay.float()
+
+
+def _state_of(state: FlowState, learned: Learned) -> Sequence[Tensor]:
+    """The state before; without decay, a count is no function of any input."""
+    return state if learned.log_decay is not None else (state.count.detach(), *state[1:])
 
 
 @implements("flow_attention_step", "native")
-def step(q: Tensor, k: Tensor, v: Tensor, state: FlowState, options: FlowOptions, *, plain: bool) -> tuple[Tensor, ...]:
+def step(
+    q: Tensor, k: Tensor, v: Tensor, state: FlowState, learned: Learned, options: FlowOptions, *, plain: bool
+) -> tuple[Tensor, ...]:
     """Compute one token: output, and parts of the state after it; ``plain``: contiguous tensors without gradients."""
-    heads = q.shape[1]
-    state = (state.count[:, 0].long(), *state[1:])
+    log_decay = _single(learned.log_decay)
+    if options.feature_map not in FEATURE_MAPS:
+        return _step_of_features(q, k, v, log_decay, state, learned, options)
     if plain:
-        out, length, *after = run_step(q, k, v, state, options.values())
-        return out, length.double().unsqueeze(1).expand(-1, heads).contiguous(), *after
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *state)):
-        tokens = (t.unsqueeze(1) for t in (q, k, v))  # a sequence of one token: that has a backward pass
-        out, length, *after = torch.ops.flowformer.flow_causal(*tokens, None, None, *state, *options.values())
-        return out.squeeze(1), length.double().unsqueeze(1).expand(-1, heads).contiguous(), *after
-    out, length, *after = torch.ops.flowformer.flow_step(q, k, v, *state, *options.values())
-    return out, length.double().unsqueeze(1).expand(-1, heads).contiguous(), *after
+        return run_step(q, k, v, log_decay, state, options.values())
+    return _step_by_operators(q, k, v, log_decay, _state_of(state, learned), options.values())
+
+
+def _step_of_features(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: FlowState, learned: Learned, options: FlowOptions
+) -> tuple[Tensor, ...]:
+    Q, K, V, values = _features_first(*(t.unsqueeze(1) for t in (q, k, v)), Masks(None, None), learned, options)
+    tokens = (t.squeeze(1) for t in (Q, K, V))
+    out, *after = _step_by_operators(*tokens, log_decay, _state_of(state, learned), values)
+    return out.to(v.dtype), *after
+
+
+def _step_by_operators(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Sequence[Tensor], values: Sequence[Any]
+) -> tuple[Tensor, ...]:
+    given = (q, k, v, *state) if log_decay is None else (q, k, v, log_decay, *state)
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
+        return torch.ops.flowformer.flow_step(q, k, v, log_decay, *state, *values)
+    if log_decay is not None and log_decay.ndim == 2:
+        log_decay = log_decay.unsqueeze(1)
+    tokens = (t.unsqueeze(1) for t in (q, k, v))  # a sequence of one token: that has a backward pass
+    out, *after = torch.ops.flowformer.flow_causal(*tokens, None, None, log_decay, *state, *values)
+    return out.squeeze(1), *after

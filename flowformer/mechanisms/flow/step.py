@@ -53,8 +53,10 @@ def flow_attention_step(
     """
     op = "flow_attention_step"
     options, learned = flow_options(preset, **overrides), Learned(log_decay, temperatures, feature_weights)
-    published = log_decay is None and temperatures is None and feature_weights is None and not options.learns
-    fits = published and not torch.compiler.is_compiling() and _fits(q, k, v, state)
+    decays = log_decay is not None or options.decay is not None
+    others = temperatures is not None or feature_weights is not None or options.temperature
+    published = not decays and not others and not options.learns
+    fits = not others and not torch.compiler.is_compiling() and _fits(q, k, v, state, log_decay, options)
     if not fits:
         check_step(op, q, k, v, state, FlowState)
         batch, heads, channels = q.shape
@@ -63,19 +65,25 @@ def flow_attention_step(
         )
         check_state(op, state, fresh)
         learned = learned if published else resolve(op, learned, q, options, step=True)
-    chosen = choose(op, backend, q, only_torch(learned, options))
+    chosen = choose(op, backend, q, only_torch(learned, options, causal=True))
     if chosen == "torch":
         return _step(q, k, v, state, learned, options)
-    out, *after = implementation(op, chosen)(q, k, v, state, options, plain=fits)
+    out, *after = implementation(op, chosen)(q, k, v, state, learned, options, plain=fits)
     return out, FlowState(*after)
 
 
-def _fits(q: Any, k: Any, v: Any, state: Any) -> bool:
+_DECAYS = (torch.float32, torch.float64)
+
+
+def _fits(q: Any, k: Any, v: Any, state: Any, log_decay: Any, options: FlowOptions) -> bool:
     """Whether a step is right beyond doubt: contiguous tensors of the right shapes and dtypes, without gradients.
 
     The checks with error messages take ten times as long as the step of a kernel.
     """
-    if type(state) is not FlowState or not all(type(t) is Tensor and t.is_contiguous() for t in (q, k, v, *state)):
+    given = (q, k, v, *state) if log_decay is None else (q, k, v, log_decay, *state)
+    if type(state) is not FlowState or not all(type(t) is Tensor and t.is_contiguous() for t in given):
+        return False
+    if (log_decay is None and options.decay is not None) or options.feature_map in ("softmax", "learned"):
         return False
     count, sums, log_normaliser, memory = state
     shape, dtype = q.shape, q.dtype
@@ -83,16 +91,18 @@ def _fits(q: Any, k: Any, v: Any, state: Any) -> bool:
         return False
     if not dtype.is_floating_point or k.dtype != dtype or v.dtype != dtype:
         return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *state)):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         return False
     rows = shape[:2]
+    if log_decay is not None and (log_decay.shape not in (shape[1:2], rows) or log_decay.dtype not in _DECAYS):
+        return False
     return (
         count.shape == rows
         and sums.shape == (*rows, 4, shape[2])
         and log_normaliser.shape == rows
         and memory.shape == (*rows, shape[2], v.shape[2])
         and count.dtype == sums.dtype == log_normaliser.dtype == memory.dtype == torch.float64
-        and all(t.is_cpu if q.is_cpu else t.device == q.device for t in (k, v, *state))
+        and all(t.is_cpu if q.is_cpu else t.device == q.device for t in given)
     )
 
 

@@ -62,7 +62,8 @@ def causal_arguments(kind: str) -> list[Any]:
     if kind == "masked":
         mask, _ = masked(tensors)
     _, state = native(*inputs(4, batch=sequences, keys=3, values=5), causal=True, return_state=True)
-    return [*tensors, mask, bounds, *state]
+    log_decay = {"decay": -random(2).abs(), "decay-token": -random(2, 9, 2).abs()}.get(kind)
+    return [*tensors, mask, bounds, log_decay, *state]
 
 
 def bidirectional_arguments(kind: str) -> list[Any]:
@@ -84,14 +85,14 @@ kinds = pytest.mark.parametrize("kind", ["plain", "masked", "packed"])
 options = pytest.mark.parametrize("options", [CORE, LRA], ids=["core", "lra"])
 
 
-@kinds
+@pytest.mark.parametrize("kind", ["plain", "masked", "packed", "decay", "decay-token"])
 @options
 def test_operators_of_the_causal_form_are_as_pytorch_wants_them(kind: str, options: tuple[Any, ...]) -> None:
     arguments = causal_arguments(kind)
     torch.library.opcheck(OPERATORS.flow_causal.default, (*with_leaves(arguments), *options))
     upstream = [random(*arguments[2].shape), *(random(*part.shape).double() for part in arguments[6:])]
     torch.library.opcheck(OPERATORS.flow_causal_backward.default, (*arguments, *upstream, *options))
-    alone = [upstream[0], None, None, None]
+    alone = [upstream[0], None, None, None, None]
     torch.library.opcheck(OPERATORS.flow_causal_backward.default, (*arguments, *alone, *options))
 
 
@@ -107,8 +108,9 @@ def test_operators_of_the_bidirectional_form_are_as_pytorch_wants_them(kind: str
 
 @options
 def test_the_step_is_as_pytorch_wants_it(options: tuple[Any, ...]) -> None:
-    q, k, v, _, _, *state = causal_arguments("plain")
-    torch.library.opcheck(OPERATORS.flow_step.default, (q[:, 0], k[:, 0], v[:, 0], *state, *options))
+    q, k, v, _, _, _, *state = causal_arguments("plain")
+    for log_decay in (None, -random(2).abs(), -random(2, 2).abs()):
+        torch.library.opcheck(OPERATORS.flow_step.default, (q[:, 0], k[:, 0], v[:, 0], log_decay, *state, *options))
 
 
 @both_forms

@@ -33,7 +33,7 @@ def mask(length: int) -> Tensor:
 
 def state(of: str = "", batch: int = BATCH) -> dict[str, Tensor]:
     parts = ops.init_flow_state(batch, HEADS, KEYS, VALUES)._asdict()
-    return {of + name: part for name, part in parts.items() if not of or name != "length"}
+    return {of + name: part for name, part in parts.items()}
 
 
 def channels(sources: int = LENGTH) -> dict[str, Tensor]:
@@ -47,7 +47,9 @@ def means(of: str = "") -> dict[str, Tensor]:
 
 
 BOUNDS = torch.tensor([0, 3, 3, LENGTH], dtype=torch.int32)
-NONE = {"mask": None, "cu_seqlens": None}
+NONE = {"log_decay": None}
+DECAY = {"log_decay": -random(HEADS).abs()}
+BY_TOKEN = {"log_decay": -random(BATCH, LENGTH, HEADS).abs()}
 GRAD = {"grad_out": random(BATCH, LENGTH, HEADS, VALUES)}
 PACKED_GRAD = {"grad_out": random(1, LENGTH, HEADS, VALUES)}
 MASKS = {"key_mask": mask(SOURCES), "query_mask": mask(LENGTH)}
@@ -56,15 +58,23 @@ MARKS = torch.zeros(BATCH, 3, 3, CHANNELS)
 
 # What each operator takes, in its order: the tensors by name. Flow-Attention's options follow.
 VALID: dict[str, tuple[str, dict[str, Tensor | None]]] = {
-    "causal": ("flow_causal", {**qkv(), "mask": mask(LENGTH), "cu_seqlens": None, **state()}),
-    "causal packed": ("flow_causal", {**qkv(batch=1), "mask": None, "cu_seqlens": BOUNDS, **state(batch=3)}),
+    "causal": ("flow_causal", {**qkv(), "mask": mask(LENGTH), "cu_seqlens": None, **DECAY, **state()}),
+    "causal packed": ("flow_causal", {**qkv(batch=1), "mask": None, "cu_seqlens": BOUNDS, **NONE, **state(batch=3)}),
+    "causal token": ("flow_causal", {**qkv(), "mask": None, "cu_seqlens": None, **BY_TOKEN, **state()}),
     "causal backward": (
         "flow_causal_backward",
-        {**qkv(), "mask": mask(LENGTH), "cu_seqlens": None, **state(), **GRAD, **state("grad_")},
+        {**qkv(), "mask": mask(LENGTH), "cu_seqlens": None, **DECAY, **state(), **GRAD, **state("grad_")},
+    ),
+    "causal token backward": (
+        "flow_causal_backward",
+        {**qkv(), "mask": None, "cu_seqlens": None, **BY_TOKEN, **state(), **GRAD, **state("grad_")},
     ),
     "causal packed backward": (
         "flow_causal_backward",
-        {**qkv(batch=1), "mask": None, "cu_seqlens": BOUNDS, **state(batch=3), **PACKED_GRAD, **state("grad_", 3)},
+        {
+            **{**qkv(batch=1), "mask": None, "cu_seqlens": BOUNDS, **NONE},
+            **{**state(batch=3), **PACKED_GRAD, **state("grad_", 3)},
+        },
     ),
     "bidirectional": ("flow_bidirectional", {**qkv(SOURCES), **MASKS, "cu_seqlens": None}),
     "bidirectional packed": ("flow_bidirectional", {**qkv(batch=1), **NO_MASKS, "cu_seqlens": BOUNDS}),
@@ -73,7 +83,11 @@ VALID: dict[str, tuple[str, dict[str, Tensor | None]]] = {
         "flow_bidirectional_backward",
         {**qkv(batch=1), **NO_MASKS, "cu_seqlens": BOUNDS, **PACKED_GRAD},
     ),
-    "step": ("flow_step", {**{name: x[:, 0] for name, x in qkv().items()}, **state()}),
+    "step": ("flow_step", {**{name: x[:, 0] for name, x in qkv().items()}, **DECAY, **state()}),
+    "step token": (
+        "flow_step",
+        {**{name: x[:, 0] for name, x in qkv().items()}, "log_decay": BY_TOKEN["log_decay"][:, 0], **state()},
+    ),
     "aft causal": ("aft_simple_causal", {**channels(), "mask": mask(LENGTH), **means()}),
     "aft causal backward": (
         "aft_simple_causal_backward",
@@ -167,7 +181,7 @@ def test_inputs_of_a_dtype_without_kernels_are_refused(case: str, dtype: torch.d
 
 @pytest.mark.parametrize("case", [case for case in VALID if "causal" in case])
 def test_parts_of_a_state_are_refused(case: str) -> None:
-    names = [name for name in ("length", "sums", "log_normaliser", "memory") if name in VALID[case][1]]
+    names = [name for name in ("count", "sums", "log_normaliser", "memory") if name in VALID[case][1]]
     for name in names or (["log_weight", "mean"] if "backward" not in case else []):
         with pytest.raises(ValueError, match=f"a state is given whole or not at all, got no {name}"):
             call(case, **{name: None})
@@ -228,8 +242,10 @@ def test_layouts_do_not_matter(case: str) -> None:
 @pytest.mark.parametrize("case", VALID)
 def test_an_empty_batch_is_computed(case: str) -> None:
     if "packed" not in case:
-        results = call(case, **{name: x if x is None else x[:0] for name, x in VALID[case][1].items()})
-        assert all(x.shape[0] == 0 for x in ([results] if isinstance(results, Tensor) else results))
+        of_heads = {name for name, x in VALID[case][1].items() if x is None or x.ndim == 1}
+        results = call(case, **{name: x[:0] for name, x in VALID[case][1].items() if name not in of_heads})
+        found = [results] if isinstance(results, Tensor) else results
+        assert all(x.shape[0] == 0 or (x.shape == (HEADS,) and not x.any()) for x in found)
 
 
 @pytest.mark.parametrize("case", VALID)

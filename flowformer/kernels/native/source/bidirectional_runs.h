@@ -284,13 +284,14 @@ struct BidirectionalRun {
   void compete_over_heads(int64_t sequence, const Together &all) const {
     const Totals *of = all.totals + sequence * call.heads;
     if (empty(sequence)) return;
+    const auto count = [&](int64_t) { return (double)sources(sequence); };
     for (int64_t t = 0; t < sources(sequence); t++) {
       const auto weight = [&](int64_t h) -> float & { return of[h].weight[t]; };
       const auto grad = [&](int64_t h) -> float & { return of[h].grad_flow[t]; };
       if (all.pass == CONSERVED)
-        softmax_over_heads(call.heads, (double)sources(sequence), weight);
+        softmax_over_heads(call.heads, count, weight);
       else
-        softmax_gradient(call.heads, (double)sources(sequence), weight, grad);
+        softmax_gradient(call.heads, count, weight, grad);
     }
   }
 };

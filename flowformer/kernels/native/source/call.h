@@ -23,7 +23,7 @@ struct Side {
 
 // The past of every sequence and head, or gradients of it. sums holds sum K, sum Q, sum K n / O and sum Q n / I.
 struct State {
-  int64_t *length;         // (sequences)
+  double *count;           // tokens, decayed (sequences, heads)
   double *sums;            // (sequences, heads, 4, key channels)
   double *log_normaliser;  // (sequences, heads)
   double *memory;          // (sequences, heads, key channels, value channels)
@@ -31,13 +31,15 @@ struct State {
 
 struct FlowCall {
   View q, k, v, out;
+  View log_decay;                         // float; without data: no decay; strides may be 0
   View grad_out, grad_q, grad_k, grad_v;  // grad_q and grad_k are float whatever the inputs are
+  View grad_log_decay;                    // float, of each token; without data: not wanted
   Side sinks, sources;
   State before, after, grad_before, grad_after;
   int64_t sequences, heads, key_channels, value_channels, threads;
   int64_t rescale;
   int64_t half;         // 1 for bfloat16
-  int64_t feature_map;  // 0 sigmoid, 1 relu + 1e-6
+  int64_t feature_map;  // 0 sigmoid, 1 relu + 1e-6, 2 elu + 1, 3 the inputs are features
   int64_t competition;  // 0 none, 1 over the sequence, 2 over heads
   int64_t allocation;
   double clamp;  // below 0: none
@@ -45,9 +47,10 @@ struct FlowCall {
 };
 
 // Sizes and options of a step. Its tensors are contiguous: q and k (batch, heads, key channels), v and the output
-// (batch, heads, value channels).
+// (batch, heads, value channels). Log-decays are (heads), or (batch, heads) with a row for each sequence.
 struct StepCall {
   int64_t batch, heads, key_channels, value_channels, threads;
+  int64_t decay_of_rows;
   int64_t half, feature_map, competition, allocation;
   double clamp, eps, flow_eps;
 };

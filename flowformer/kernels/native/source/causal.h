@@ -9,7 +9,7 @@ namespace {
 template <class T, int KEYS>
 struct Causal : Flows<T, KEYS> {
   using Base = Flows<T, KEYS>;
-  using Base::call, Base::keys, Base::past, Base::Q, Base::K;
+  using Base::call, Base::keys, Base::past, Base::Q, Base::K, Base::decay, Base::decays;
   const int values;     // value channels, padded
   float *K_by_channel;  // (keys, CHUNK) in strips
   float *V;             // values times their weights (CHUNK, values) in strips
@@ -38,6 +38,7 @@ struct Causal : Flows<T, KEYS> {
   // Where the tensors have the tokens of one head.
   struct Place {
     Rows<const T> q, k, v;
+    Rows<const float> log_decay;
     Rows<T> out;
     int64_t at, last;  // the chunk's first token, and where the sequence, or the piece of it, ends
 
@@ -45,10 +46,22 @@ struct Causal : Flows<T, KEYS> {
         : q(rows_of<const T>(call.q, call.sinks, sequence, head)),
           k(rows_of<const T>(call.k, call.sinks, sequence, head)),
           v(rows_of<const T>(call.v, call.sinks, sequence, head)),
+          log_decay(rows_of<const float>(call.log_decay, call.sinks, sequence, head)),
           out(rows_of<T>(call.out, call.sinks, sequence, head)),
           at(at),
           last(last) {}
   };
+
+  // From each token to the end of the chunk, where the memory takes them in.
+  void decay_values() {
+    each_strip(values, [&](auto width, int column) {
+      for (int t = 0; t < CHUNK; t++)
+        for (int m = 0; m < width; m++) {
+          float *part = V + column * CHUNK + (t * width + m) * LANES;
+          store(part, load(part) * decay.leaving[t]);
+        }
+    });
+  }
 
   // (Q memory + capacity V) gate. Meanwhile the next chunk is fetched: spread over the products, fetching keeps pace
   // with them; all at once it would wait for memory.
@@ -63,6 +76,7 @@ struct Causal : Flows<T, KEYS> {
         }
         Tile<width> tile;
         tile.add(Q + i * keys, keys, 1, memory.now + column * keys, 0, keys);
+        if (decays) tile.scale(decay.arriving + i);
         tile.add(capacity + i * CHUNK, CHUNK, 1, V + column * CHUNK, 0, i + ROWS < tokens ? i + ROWS : tokens);
         for (int r = 0; r < ROWS && i + r < tokens; r++)
           for (int m = 0; m < width; m++)
@@ -84,16 +98,19 @@ struct Causal : Flows<T, KEYS> {
     const int64_t at = place.at;
     const int tokens = (int)(place.last - at < CHUNK ? place.last - at : CHUNK);
     this->load_features(place.q, place.k, at, tokens);
+    if (decays) decay.load(place.log_decay, at, tokens);
     this->open_chunk(tokens);
     if (!this->flows_of_chunk(tokens, stage, flows ? flows + at : nullptr)) return;
     load_values(place.v, at, tokens, this->weight);
     if (stage == OUTPUT) {
       allocate_flow(tokens);
       by_channel(K, keys, K_by_channel);
-      lower_product(Q, K_by_channel, keys, tokens, capacity);
+      if (decays) decay.fill_within();
+      lower_product(Q, K_by_channel, keys, tokens, decays ? decay.within : nullptr, capacity);
       output(memory, place.out, at, tokens, next);
     }
-    memory.add(K, V, tokens);
+    if (decays) decay_values();
+    memory.add(K, V, tokens, decay.whole);
   }
 };
 

@@ -10,40 +10,18 @@
 //   / O_t^2 I_t = (Q_t + e) . (SK_t + e)              Z_t = sum_{i>=t} d I_i (Q_i + e)             d Q_t = d I_t (SK_t
 //   + e) SK_t = sum K_j                            d K_t = Z_t
 //
-// and the same with sinks and sources exchanged: Y for X, W for Z.
+// and the same with sinks and sources exchanged: Y for X, W for Z. With decay, each such sum over later tokens decays
+// as the one over earlier tokens does, and n_t, Z_t have derivatives of their own. That of the log-decay of token t is
+//
+//   <gamma_t S_{t-1}, d S_t>
+//
+// for each of the sums S, n and M; and (1 - p_t) U_t for Z.
 #pragma once
 
 #include "causal.h"
+#include "decay_gradient.h"
 
 namespace {
-
-// What a pass in the order of time leaves for the one against it, for every token of a sequence and head.
-struct Records {
-  float *inverse_in, *inverse_out;
-  float *allocation;
-  float *share;      // exp(O^) / sum exp(O^); for competition over heads the weight
-  float *inside;     // 1 where the clamp does not bind, else 0
-  float *grad_gate;  // d (allocation / I)
-  float *grad_flow;  // d w, then d c
-  float *before;     // the sums before each chunk, with eps (chunks, 4, keys)
-
-  Records(int64_t tokens, int keys, Scratch &scratch) {
-    const int64_t chunks = (tokens + CHUNK - 1) / CHUNK;
-    for (float **row : {&inverse_in, &inverse_out, &allocation, &share, &inside, &grad_gate, &grad_flow})
-      *row = scratch.take<float>(chunks * CHUNK);
-    before = scratch.take<float>(chunks * 4 * keys);
-  }
-};
-
-// What later tokens want of earlier ones, but for the memory.
-struct Future {
-  double *sums[4];    // d sum K (Z), d sum Q (W), d sum K n / O (X), d sum Q n / I (Y)
-  double normaliser;  // of the logarithm of sum exp(O^)
-
-  Future(int keys, Scratch &scratch) {
-    for (double *&sum : sums) sum = scratch.take<double>(keys);
-  }
-};
 
 // How far a pass against time goes.
 enum BackwardStage { GRAD_MEMORY, PRODUCTS, GRAD_WEIGHTED, GRAD_FEATURES, INPUTS };
@@ -52,6 +30,7 @@ template <class T, int KEYS>
 struct CausalBackward : Causal<T, KEYS> {
   using Forward = Causal<T, KEYS>;
   using Forward::call, Forward::keys, Forward::values, Forward::past, Forward::Q, Forward::K, Forward::V;
+  using Forward::decay, Forward::decays;
   using Forward::K_by_channel, Forward::capacity, Forward::gate, Forward::n, Forward::weight;
   float *upstream;  // d R (CHUNK, values)
   float *upstream_strips;
@@ -64,6 +43,10 @@ struct CausalBackward : Causal<T, KEYS> {
   float *grad_Q, *grad_K;                // (CHUNK, keys)
   float *sink_factor, *source_factor;    // d I^ / n, d O^ / n
   float *grad_incoming, *grad_outgoing;  // d I, d O
+  // For the gradient of decay.
+  float *futures[4];  // Z, W, X, Y of each token (CHUNK, keys)
+  float *of_count;    // d n, by the flows
+  DecayOfMemory of_memory;
 
   CausalBackward(const FlowCall &call, Scratch &scratch) : Forward(call, scratch) {
     upstream = scratch.take<float>(CHUNK * values);
@@ -76,8 +59,9 @@ struct CausalBackward : Causal<T, KEYS> {
     transposed = scratch.take<float>(keys * values);
     grad_Q = scratch.take<float>(CHUNK * keys);
     grad_K = scratch.take<float>(CHUNK * keys);
-    for (float **row : {&sink_factor, &source_factor, &grad_incoming, &grad_outgoing})
+    for (float **row : {&sink_factor, &source_factor, &grad_incoming, &grad_outgoing, &of_count})
       *row = scratch.take<float>(CHUNK);
+    for (float *&rows : futures) rows = scratch.take<float>(call.grad_log_decay.data ? CHUNK * keys : 0);
   }
 
   // Where the tensors have the tokens of one head.
@@ -85,6 +69,8 @@ struct CausalBackward : Causal<T, KEYS> {
     Rows<const T> q, k, v, grad_out;
     Rows<float> grad_q, grad_k;
     Rows<T> grad_v;
+    Rows<const float> log_decay;
+    Rows<float> grad_log_decay;
 
     Tensors(const FlowCall &call, int64_t sequence, int64_t head)
         : q(rows_of<const T>(call.q, call.sinks, sequence, head)),
@@ -93,7 +79,9 @@ struct CausalBackward : Causal<T, KEYS> {
           grad_out(rows_of<const T>(call.grad_out, call.sinks, sequence, head)),
           grad_q(rows_of<float>(call.grad_q, call.sinks, sequence, head)),
           grad_k(rows_of<float>(call.grad_k, call.sinks, sequence, head)),
-          grad_v(rows_of<T>(call.grad_v, call.sinks, sequence, head)) {}
+          grad_v(rows_of<T>(call.grad_v, call.sinks, sequence, head)),
+          log_decay(rows_of<const float>(call.log_decay, call.sinks, sequence, head)),
+          grad_log_decay(rows_of<float>(call.grad_log_decay, call.sinks, sequence, head)) {}
   };
 
   // Fetch what the tile at row i and a column of a product leaves time for, of a chunk that starts with token `at`:
@@ -130,7 +118,9 @@ struct CausalBackward : Causal<T, KEYS> {
     for (int64_t at = first; at < last; at += CHUNK) {
       const int tokens = (int)(last - at < CHUNK ? last - at : CHUNK);
       this->load_features(to.q, to.k, at, tokens);
+      if (decays) decay.load(to.log_decay, at, tokens), decay.fill_within();
       this->open_chunk(tokens);
+      if (records.wanted && at % Records::MARK == 0) mark(memory, at, records);
       for (int i = 0; i < 4; i++)
         memcpy(records.before + (at / CHUNK * 4 + i) * keys, this->before[i], sizeof(float) * keys);
       this->flows_of_chunk(tokens, OUTPUT, const_cast<float *>(weights ? weights + at : nullptr));
@@ -138,9 +128,9 @@ struct CausalBackward : Causal<T, KEYS> {
       load_rows(to.v, at, tokens, weight, weighted);
       load_rows(to.grad_out, at, tokens, nullptr, upstream);
       by_channel(weighted, values, V_by_channel);
-      lower_product(upstream, V_by_channel, values, tokens, agreement);
+      lower_product(upstream, V_by_channel, values, tokens, decays ? decay.within : nullptr, agreement);
       to_strips(K, CHUNK, keys, key_strips);
-      project(memory, tokens, to, at + CHUNK, last);
+      project(memory, at, tokens, to, last, records);
       for (int t = 0; t < tokens; t++) {
         Vector dot{};
         for (int x = 0; x < keys; x += LANES) {
@@ -150,8 +140,24 @@ struct CausalBackward : Causal<T, KEYS> {
         }
         records.grad_gate[at + t] = sum(dot);
       }
-      memory.add(weighted, key_strips, tokens);
+      if (decays) scale_rows(weighted, values, decay.leaving);
+      memory.add(weighted, key_strips, tokens, decay.whole);
     }
+    if (records.wanted && last == length_of(sequence)) mark(memory, last, records);
+  }
+
+  int64_t length_of(int64_t sequence) const { return call.sinks.rows[3 * sequence + 2]; }
+
+  static void scale_rows(float *rows, int columns, const float *factors) {
+    for (int t = 0; t < CHUNK; t++)
+      for (int x = 0; x < columns; x += LANES) store(rows + t * columns + x, load(rows + t * columns + x) * factors[t]);
+  }
+
+  // Keep the memory before a token.
+  void mark(Memory &memory, int64_t at, Records &records) {
+    memory.flush();
+    const int64_t size = call.key_channels * call.value_channels;
+    memcpy(records.marks + Records::mark(at) * size, memory.sum, sizeof(double) * size);
   }
 
   void record(Records &records, int64_t at, int tokens) {
@@ -162,21 +168,34 @@ struct CausalBackward : Causal<T, KEYS> {
       store(records.share + at + t, load((call.competition == HEADS ? weight : this->share) + t));
       const Vector flow = load(this->conserved_out + t);
       store(records.inside + at + t, this->clamped(flow) == flow ? all(1.f) : Vector{});
+      if (decays) {
+        store(records.past_count + at + t, load(this->past_count + t));
+        store(records.rest + at + t, load(this->rest + t));
+      }
+      if (records.wanted) {
+        store(records.conserved_in + at + t, load(this->conserved_in + t) - (float)call.flow_eps);
+        store(records.conserved_out + at + t, flow - (float)call.flow_eps);
+      }
     }
   }
 
   // grad_Q = dR memory + agreement K, the memory being (values, keys)
-  void project(const Memory &memory, int tokens, const Tensors &to, int64_t next, int64_t last) {
+  void project(const Memory &memory, int64_t at, int tokens, const Tensors &to, int64_t last, Records &records) {
+    Vector arrived[CHUNK];
+    for (Vector &total : arrived) total = Vector{};
     each_strip(keys, [&](auto width, int column) {
       for (int i = 0; i < tokens; i += ROWS) {
         Tile<width> tile;
-        fetch_some<false>(to, next, 0, last, i, column);
+        fetch_some<false>(to, at + CHUNK, 0, last, i, column);
         tile.add(upstream + i * values, values, 1, memory.now + column * values, 0, values);
+        if (decays) tile.scale(decay.arriving + i);
+        if (records.wanted) tile.meet(Q + i * keys + column, keys, arrived + i);
         tile.add(agreement + i * CHUNK, CHUNK, 1, key_strips + column * CHUNK, 0,
                  i + ROWS < tokens ? i + ROWS : tokens);
         put(tile, grad_Q + i * keys + column, keys);
       }
     });
+    for (int t = 0; records.wanted && t < tokens; t += LANES) store(records.arrived + at + t, sums(arrived + t));
   }
 
   template <int M>
@@ -195,8 +214,9 @@ struct CausalBackward : Causal<T, KEYS> {
     for (int64_t at = first + (last - first - 1) / CHUNK * CHUNK; at >= first; at -= CHUNK) {
       const int tokens = (int)(last - at < CHUNK ? last - at : CHUNK);
       this->load_features(to.q, to.k, at, tokens);
+      if (decays) decay.load(to.log_decay, at, tokens);
       for (int t = 0; t < CHUNK; t++) {
-        n[t] = (float)(count + at + t + 1);
+        n[t] = !decays ? (float)(count + at + t + 1) : t < tokens ? records.past_count[at + t] + 1.f : 1.f;
         gate[t] = t < tokens ? records.allocation[at + t] * records.inverse_in[at + t] : 0.f;
       }
       if (stage <= PRODUCTS || !apart) {
@@ -204,8 +224,12 @@ struct CausalBackward : Causal<T, KEYS> {
         to_strips(upstream, CHUNK, values, upstream_strips);
         for (int t = 0; t < CHUNK; t++)
           for (int x = 0; x < keys; x += LANES) store(gated + t * keys + x, load(Q + t * keys + x) * gate[t]);
-        if (stage != GRAD_MEMORY) products(to, at, first, tokens, growth, records);
-        growth.add(gated, upstream_strips, tokens);
+        if (stage != GRAD_MEMORY) {
+          if (records.wanted) of_memory.restart_at_mark(at + tokens, length_of(sequence), growth, records);
+          products(to, at, first, tokens, growth, records);
+        }
+        if (decays) scale_rows(gated, keys, decay.arriving);
+        growth.add(gated, upstream_strips, tokens, decay.whole);
       }
       if (stage == GRAD_MEMORY) continue;
       if (call.competition == SEQUENCE && !apart)
@@ -237,9 +261,12 @@ struct CausalBackward : Causal<T, KEYS> {
     }
     load_rows(to.v, at, tokens, weight, weighted);
     by_channel(weighted, values, V_by_channel);
-    lower_product(upstream, V_by_channel, values, tokens, agreement);
+    if (decays) decay.fill_within();
+    const float *within = decays ? decay.within : nullptr;
+    lower_product(upstream, V_by_channel, values, tokens, records.wanted ? nullptr : within, agreement);
     by_channel(K, keys, K_by_channel);
-    lower_product(gated, K_by_channel, keys, tokens, capacity);
+    lower_product(gated, K_by_channel, keys, tokens, within, capacity);
+    if (records.wanted) of_memory.meet(capacity, agreement, within, tokens);
     to_strips(gated, CHUNK, keys, key_strips);
     transpose_growth(growth);
     each_strip(keys, [&](auto width, int column) {
@@ -247,16 +274,20 @@ struct CausalBackward : Causal<T, KEYS> {
         Tile<width> tile;
         fetch_some<true>(to, at - CHUNK, first, at, j, column);
         tile.add(weighted + j * values, values, 1, transposed + column * values, 0, values);
+        if (decays) tile.scale(decay.leaving + j);
         tile.add(agreement + j, 1, CHUNK, key_strips + column * CHUNK, j, tokens);
         put(tile, grad_K + j * keys + column, keys);
       }
     });
-    Vector of_weight[CHUNK];
+    Vector of_weight[CHUNK], left[CHUNK];
     for (Vector &total : of_weight) total = Vector{};
+    for (Vector &total : left) total = Vector{};
     each_strip(values, [&](auto width, int column) {
       for (int j = 0; j < tokens; j += ROWS) {
         Tile<width> tile;
         tile.add(K + j * keys, keys, 1, growth.now + column * keys, 0, keys);
+        if (decays) tile.scale(decay.leaving + j);
+        if (records.wanted) tile.meet(weighted + j * values + column, values, left + j);
         tile.add(capacity + j, 1, CHUNK, upstream_strips + column * CHUNK, j, tokens);
         for (int r = 0; r < ROWS && j + r < tokens; r++)
           for (int m = 0; m < width; m++) {
@@ -267,6 +298,7 @@ struct CausalBackward : Causal<T, KEYS> {
       }
     });
     for (int t = 0; t < tokens; t += LANES) store(records.grad_flow + at + t, sums(of_weight + t));
+    if (records.wanted) of_memory.finish(at, tokens, gate, left, records);
   }
 
   // growth.now (keys, values) to transposed (values, keys), both in strips
@@ -290,10 +322,13 @@ struct CausalBackward : Causal<T, KEYS> {
   // all.
   static double normalise(int64_t first, int64_t last, double count, double of_normaliser, const Records &records) {
     for (int64_t t = last - 1; t >= first; t--) {
-      const double share = records.share[t], wanted = records.grad_flow[t] * (count + t + 1) * share;
+      const double n = records.decays ? records.past_count[t] + 1. : count + t + 1;
+      const double share = records.share[t], wanted = records.grad_flow[t] * n * share;
       of_normaliser -= wanted;
+      if (records.wanted) records.grad_count[t] += records.grad_flow[t] * (float)share;
       records.grad_flow[t] = (float)(wanted + of_normaliser * share);
-      of_normaliser *= 1. - share;
+      of_normaliser *= records.decays && share > 0.5 ? records.rest[t] : 1. - share;
+      if (records.wanted) records.grad_decay[t] += (float)of_normaliser;
     }
     return of_normaliser;
   }
@@ -313,10 +348,17 @@ struct CausalBackward : Causal<T, KEYS> {
       this->in_weight[t] = n[t] * inverse;
       this->out_weight[t] = n[t] * records.inverse_out[at + t];
     }
-    weighted_against_time(at, tokens, future, records);
+    if (decays)
+      weighted_against_time<true>(at, tokens, future, records);
+    else
+      weighted_against_time<false>(at, tokens, future, records);
     if (stage == GRAD_WEIGHTED) return;
-    features_against_time(tokens, future);
+    if (decays)
+      features_against_time<true>(tokens, future, records);
+    else
+      features_against_time<false>(tokens, future, records);
     if (stage == GRAD_FEATURES) return;
+    if (decays) return decayed_sums_to_inputs(at, tokens, records);
     const float *before = records.before + at / CHUNK * 4 * keys;
     for (int x = 0; x < keys; x += LANES) {
       Vector now[4];
@@ -335,6 +377,7 @@ struct CausalBackward : Causal<T, KEYS> {
   }
 
   // X and Y: from I^ and O^ to the weighted sums, and on to I and O.
+  template <bool DECAYS>
   void weighted_against_time(int64_t at, int tokens, Future &future, const Records &records) {
     Vector of_out[CHUNK], of_in[CHUNK];
     for (int t = 0; t < CHUNK; t++) of_out[t] = of_in[t] = Vector{};
@@ -347,24 +390,40 @@ struct CausalBackward : Causal<T, KEYS> {
         const int here = t * keys + x;
         const Vector Q_t = load(Q + here), K_t = load(K + here);
         X += (Q_t + small) * sink_factor[t], Y += (K_t + small) * source_factor[t];
-        const Vector X_t = X + X_after, Y_t = Y + Y_after;
+        const Vector X_t = X + (DECAYS ? X_after * decay.leaving[t] : X_after);
+        const Vector Y_t = Y + (DECAYS ? Y_after * decay.leaving[t] : Y_after);
         of_out[t] += K_t * X_t, of_in[t] += Q_t * Y_t;
         store(grad_K + here, load(grad_K + here) + X_t * this->out_weight[t]);
         store(grad_Q + here, load(grad_Q + here) + Y_t * this->in_weight[t]);
+        if (DECAYS && records.wanted) store(futures[2] + here, X_t), store(futures[3] + here, Y_t);
+        if (DECAYS) X *= decay.gamma[t], Y *= decay.gamma[t];
       }
-      for (int i = 0; i < LANES; i++) future.sums[2][x + i] += X[i], future.sums[3][x + i] += Y[i];
+      grow(future.sums[2] + x, X), grow(future.sums[3] + x, Y);
     }
     for (int t = 0; t < tokens; t += LANES) {
       const Vector into = sums(of_in + t), out = sums(of_out + t);
       for (int i = 0; i < LANES && t + i < tokens; i++) {
         grad_incoming[t + i] -= this->in_weight[t + i] * records.inverse_in[at + t + i] * into[i];
         grad_outgoing[t + i] = -this->out_weight[t + i] * records.inverse_out[at + t + i] * out[i];
+        if (DECAYS && records.wanted) count_gradient(t + i, at + t + i, into[i], out[i], records);
       }
     }
   }
 
+  // d n of token t of the chunk, by n / I, n / O and the division of I^ and O^ by n.
+  void count_gradient(int t, int64_t token, float into, float out, const Records &records) {
+    of_count[t] = into * records.inverse_in[token] + out * records.inverse_out[token] -
+                  sink_factor[t] * records.conserved_in[token] - source_factor[t] * records.conserved_out[token];
+  }
+
+  // What the tokens before the chunk see of the future.
+  void grow(double *sums, Vector added) const {
+    for (int i = 0; i < LANES; i++) sums[i] = sums[i] * decay.whole + added[i];
+  }
+
   // Z and W: from I and O to the sums of features.
-  void features_against_time(int tokens, Future &future) {
+  template <bool DECAYS>
+  void features_against_time(int tokens, Future &future, const Records &records) {
     for (int x = 0; x < keys; x += LANES) {
       const Vector small = load(this->eps + x);
       Vector Z = Vector{}, W = Vector{}, Z_after, W_after;
@@ -373,10 +432,40 @@ struct CausalBackward : Causal<T, KEYS> {
       for (int t = tokens - 1; t >= 0; t--) {
         const int here = t * keys + x;
         Z += (load(Q + here) + small) * grad_incoming[t], W += (load(K + here) + small) * grad_outgoing[t];
-        store(grad_K + here, load(grad_K + here) + (Z + Z_after));
-        store(grad_Q + here, load(grad_Q + here) + (W + W_after));
+        const Vector Z_t = Z + (DECAYS ? Z_after * decay.leaving[t] : Z_after);
+        const Vector W_t = W + (DECAYS ? W_after * decay.leaving[t] : W_after);
+        store(grad_K + here, load(grad_K + here) + Z_t);
+        store(grad_Q + here, load(grad_Q + here) + W_t);
+        if (DECAYS && records.wanted) store(futures[0] + here, Z_t), store(futures[1] + here, W_t);
+        if (DECAYS) Z *= decay.gamma[t], W *= decay.gamma[t];
       }
-      for (int i = 0; i < LANES; i++) future.sums[0][x + i] += Z[i], future.sums[1][x + i] += W[i];
+      grow(future.sums[0] + x, Z), grow(future.sums[1] + x, W);
+    }
+  }
+
+  // What the sums over the past give to d Q and d K of their own token; and to d log-decay.
+  void decayed_sums_to_inputs(int64_t at, int tokens, const Records &records) {
+    const float *before = records.before + at / CHUNK * 4 * keys;
+    Vector of_decay[CHUNK];
+    for (Vector &total : of_decay) total = Vector{};
+    for (int x = 0; x < keys; x += LANES) {
+      const Vector small = load(this->eps + x);
+      Vector sum[4];
+      for (int i = 0; i < 4; i++) sum[i] = load(before + i * keys + x);
+      for (int t = 0; t < tokens; t++) {
+        const int here = t * keys + x;
+        const Vector Q_t = load(Q + here), K_t = load(K + here);
+        for (Vector &past : sum) past *= decay.gamma[t];
+        for (int i = 0; records.wanted && i < 4; i++) of_decay[t] += sum[i] * load(futures[i] + here);
+        sum[0] += K_t, sum[1] += Q_t, sum[2] += K_t * this->out_weight[t], sum[3] += Q_t * this->in_weight[t];
+        const Vector of_Q = (sum[0] + small) * grad_incoming[t] + (sum[2] + small) * sink_factor[t];
+        const Vector of_K = (sum[1] + small) * grad_outgoing[t] + (sum[3] + small) * source_factor[t];
+        store(grad_Q + here, load(grad_Q + here) + of_Q), store(grad_K + here, load(grad_K + here) + of_K);
+      }
+    }
+    for (int t = 0; records.wanted && t < tokens; t += LANES) {
+      float *grad = records.grad_decay + at + t, *count = records.grad_count + at + t;
+      store(grad, load(grad) + sums(of_decay + t)), store(count, load(count) + load(of_count + t));
     }
   }
 

@@ -29,7 +29,7 @@ struct CausalRun {
 
   int64_t tokens(int64_t sequence) const { return call.sinks.rows[3 * sequence + 2]; }
   int64_t heads() const { return call.sequences * call.heads; }
-  int64_t before(int64_t sequence) const { return call.before.length ? call.before.length[sequence] : 0; }
+  double before(int64_t index) const { return call.before.count ? call.before.count[index] : 0.; }
 
   struct Head {
     Past past;
@@ -39,9 +39,7 @@ struct CausalRun {
           memory(run.call.key_channels, run.call.value_channels, run.keys, run.values, scratch) {}
   };
 
-  void read_past(Past &past, int64_t index) const {
-    past.read(call.before, index, call.heads, call.key_channels, keys);
-  }
+  void read_past(Past &past, int64_t index) const { past.read(call.before, index, call.key_channels, keys); }
 
   void start_memory(Memory &memory, double *sum, int64_t index) const {
     if (!call.before.memory) return memory.start_from_zero(sum);
@@ -53,8 +51,7 @@ struct CausalRun {
     past.write(call.after.sums + index * 4 * call.key_channels, call.key_channels);
     call.after.log_normaliser[index] =
         call.competition == SEQUENCE || !call.before.sums ? past.log_normaliser() : call.before.log_normaliser[index];
-    const int64_t sequence = index / call.heads;
-    if (index % call.heads == 0) call.after.length[sequence] = before(sequence) + tokens(sequence);
+    call.after.count[index] = past.count;
   }
 
   // ---------------------------------------------------------------------------------------------- forward, in one pass
@@ -71,6 +68,7 @@ struct CausalRun {
   }
 
   void forward_bundle(int64_t task, Scratch &scratch, bool real) {
+    const WithoutDenormals guard(call.log_decay.data);
     const auto [sequence, first, count] = bundle_of(call, task);
     Causal<T, KEYS> worker(call, scratch);
     Head *head = scratch.take<Head>(count);
@@ -117,6 +115,7 @@ struct CausalRun {
   }
 
   void backward_head(int64_t index, Scratch &scratch, bool real) {
+    const WithoutDenormals guard(call.log_decay.data);
     const int64_t sequence = index / call.heads, head = index % call.heads, length = tokens(sequence);
     CausalBackward<T, KEYS> worker(call, scratch);
     Past past(keys, scratch);
@@ -124,7 +123,7 @@ struct CausalRun {
     Memory memory(call.value_channels, call.key_channels, values, keys, scratch);
     Memory growth(call.key_channels, call.value_channels, keys, values, scratch);
     double *sum = scratch.take<double>(matrix);
-    Records records(length, keys, scratch);
+    Records records(call, length, keys, scratch);
     if (!real) return;
     worker.prepare();
     worker.past = &past;
@@ -138,9 +137,19 @@ struct CausalRun {
       growth.start(last);
     else
       growth.start_from_zero(last);
-    worker.against_time(sequence, head, 0, length, INPUTS, false, growth, future, records, (double)before(sequence));
+    worker.against_time(sequence, head, 0, length, INPUTS, false, growth, future, records, before(index));
     growth.flush();
+    finish_decay(future, index, records);
     write_future(future, index);
+  }
+
+  // The gradients of log-decays, and of the count before the first token.
+  void finish_decay(Future &future, int64_t index, const Records &records) const {
+    const int64_t sequence = index / call.heads, head = index % call.heads;
+    if (!records.wanted) return;
+    const auto log_decay = rows_of<const float>(call.log_decay, call.sinks, sequence, head);
+    const auto out = rows_of<float>(call.grad_log_decay, call.sinks, sequence, head);
+    future.count = write_decay_gradient(log_decay, out, tokens(sequence), future.count, records);
   }
 
   // What is wanted of the last state.
@@ -149,6 +158,7 @@ struct CausalRun {
     for (int i = 0; i < 4; i++)
       for (int x = 0; x < keys; x++)
         future.sums[i][x] = sums && x < call.key_channels ? sums[i * call.key_channels + x] : 0.;
+    future.count = call.grad_after.count && call.log_decay.data ? call.grad_after.count[index] : 0.;
     future.normaliser = call.grad_after.log_normaliser ? call.grad_after.log_normaliser[index] : 0.;
     copy_or_zero(growth, call.grad_after.memory ? call.grad_after.memory + index * matrix : nullptr, matrix);
   }
@@ -158,6 +168,7 @@ struct CausalRun {
       memcpy(call.grad_before.sums + (index * 4 + i) * call.key_channels, future.sums[i],
              sizeof(double) * call.key_channels);
     call.grad_before.log_normaliser[index] = future.normaliser;
+    call.grad_before.count[index] = future.count;
   }
 };
 

@@ -40,17 +40,20 @@ EXPORT(flowformer_bidirectional_backward)(const FlowCall *call) {
   return dispatch<BidirectionalRun>(*call, [](auto &run) { run.run(true); });
 }
 
-EXPORT(flowformer_step)(const StepCall *call, const void *q, const void *k, const void *v, void *out, int64_t *length,
-                        double *sums, double *log_normaliser, double *memory, int64_t *length_after, double *sums_after,
-                        double *log_normaliser_after, double *memory_after) {
-  const State before{length, sums, log_normaliser, memory};
-  const State after{length_after, sums_after, log_normaliser_after, memory_after};
+EXPORT(flowformer_step)(const StepCall *call, const void *q, const void *k, const void *v, void *out,
+                        const float *log_decay, double *count, double *sums, double *log_normaliser, double *memory,
+                        double *count_after, double *sums_after, double *log_normaliser_after, double *memory_after) {
+  const State before{count, sums, log_normaliser, memory};
+  const State after{count_after, sums_after, log_normaliser_after, memory_after};
   const auto run = [&](auto &&step) {
     step.run();
     return step.failed ? 1 : 0;
   };
-  if (call->half) return run(Step<bfloat16>(*call, q, k, v, out, before, after));
-  return run(Step<float>(*call, q, k, v, out, before, after));
+  const auto with_decay = [&](auto decays) {
+    if (call->half) return run(Step<bfloat16, decays>(*call, q, k, v, out, log_decay, before, after));
+    return run(Step<float, decays>(*call, q, k, v, out, log_decay, before, after));
+  };
+  return log_decay ? with_decay(std::true_type()) : with_decay(std::false_type());
 }
 
 EXPORT(flowformer_aft_causal_forward)(const AftCall *call) { return run_aft<CausalMeans>(*call); }

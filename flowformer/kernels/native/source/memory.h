@@ -17,6 +17,7 @@ struct Memory {
   float *recent;            // what came since the last flush, in strips
   bool across = false;
   int chunks = 0;
+  double kept = 1.;  // of the sum, by the decay since the last flush
 
   Memory(int64_t rows, int64_t columns, int padded_rows, int padded_columns, Scratch &scratch)
       : real_rows(rows), real_columns(columns), rows(padded_rows), columns(padded_columns) {
@@ -37,7 +38,7 @@ struct Memory {
   }
 
   void clear(double *from) {
-    sum = from, chunks = 0;
+    sum = from, chunks = 0, kept = 1.;
     memset(recent, 0, sizeof(float) * rows * columns);
     memset(now, 0, sizeof(float) * rows * columns);
   }
@@ -47,6 +48,7 @@ struct Memory {
       for (int d = 0; d < real_rows; d++)
         for (int m = 0; m < width; m++) flush_vector(d, column + m * LANES, column * rows + (d * width + m) * LANES);
     });
+    kept = 1.;
   }
 
   // Row d from column x on, which lie at a place in the strips.
@@ -54,14 +56,14 @@ struct Memory {
     if (across || x + LANES > real_columns) {
       for (int i = 0; i < LANES && x + i < real_columns; i++) {
         double &total = sum[across ? (x + i) * real_rows + d : d * real_columns + x + i];
-        now[at + i] = (float)(total += recent[at + i]);
+        now[at + i] = (float)(total = total * kept + recent[at + i]);
         recent[at + i] = 0.f;
       }
       return;
     }
     double *total = sum + d * real_columns + x;
     for (int half = 0; half < LANES; half += HALF_LANES) {
-      const Doubles grown = load_doubles(total + half) + to_doubles(recent + at + half);
+      const Doubles grown = load_doubles(total + half) * kept + to_doubles(recent + at + half);
       store_doubles(total + half, grown);
       store_singles(now + at + half, grown);
     }
@@ -73,8 +75,11 @@ struct Memory {
     for (int i = 0; i < rows * columns; i++) recent[i] *= (float)factor, now[i] *= (float)factor;
   }
 
-  // Add A^T B for A (CHUNK, rows) and B (CHUNK, columns) in strips.
-  void add(const float *A, const float *B, int tokens) {
+  // Add A^T B for A (CHUNK, rows) and B (CHUNK, columns) in strips, and decay what was there by a factor: of 1, without
+  // any rounding.
+  void add(const float *A, const float *B, int tokens, double factor = 1.) {
+    const float decay = (float)factor;
+    kept *= factor;
     each_strip(columns, [&](auto width, int column) {
       for (int d = 0; d < rows; d += ROWS) {
         Tile<width> tile;
@@ -82,8 +87,8 @@ struct Memory {
         for (int r = 0; r < ROWS && d + r < rows; r++)
           for (int m = 0; m < width; m++) {
             const int at = column * rows + ((d + r) * width + m) * LANES;
-            store(recent + at, load(recent + at) + tile.sum[r][m]);
-            store(now + at, load(now + at) + tile.sum[r][m]);
+            store(recent + at, load(recent + at) * decay + tile.sum[r][m]);
+            store(now + at, load(now + at) * decay + tile.sum[r][m]);
           }
       }
     });

@@ -38,6 +38,18 @@ struct Tile {
       for (int m = 0; m < M; m++) sum[r][m] = Vector{};
   }
 
+  // Row r times factors[r].
+  inline __attribute__((always_inline)) void scale(const float *factors) {
+    for (int r = 0; r < ROWS; r++)
+      for (int m = 0; m < M; m++) sum[r][m] *= factors[r];
+  }
+
+  // totals[r] gathers row r times row r of a matrix at this tile's place, by lanes.
+  inline __attribute__((always_inline)) void meet(const float *rows, int stride, Vector *totals) const {
+    for (int r = 0; r < ROWS; r++)
+      for (int m = 0; m < M; m++) totals[r] += sum[r][m] * load(rows + r * stride + m * LANES);
+  }
+
   // sum[r] += sum over i in [begin, end) of a[r * a_row + i * a_step] * b[i], b being a strip.
   inline __attribute__((always_inline)) void add(const float *a, int a_row, int a_step, const float *b, int begin,
                                                  int end) {
@@ -79,9 +91,10 @@ inline void by_channel(const float *rows, int columns, float *out) {
     }
 }
 
-// The lower triangle of A B^T (CHUNK, CHUNK) for A (CHUNK, channels) and B by channel. Rows from `tokens` on, and what
-// is above the diagonal strips, are not written.
-inline void lower_product(const float *A, const float *B, int channels, int tokens, float *out) {
+// The lower triangle of A B^T (CHUNK, CHUNK) for A (CHUNK, channels) and B by channel; times `factors` (CHUNK, CHUNK)
+// element by element, unless they are null. Rows from `tokens` on, and what is above the diagonal strips, are not
+// written.
+inline void lower_product(const float *A, const float *B, int channels, int tokens, const float *factors, float *out) {
   each_strip(CHUNK, [&](auto width, int column) {
     for (int i = column; i < tokens; i += ROWS) {
       Tile<width> tile;
@@ -90,7 +103,8 @@ inline void lower_product(const float *A, const float *B, int channels, int toke
         for (int m = 0; m < width; m++) {
           const int at = column + m * LANES;
           const auto past = lane_numbers() + (float)at <= (float)(i + r);
-          store(out + (i + r) * CHUNK + at, past ? tile.sum[r][m] : Vector{});
+          const Vector product = factors ? tile.sum[r][m] * load(factors + (i + r) * CHUNK + at) : tile.sum[r][m];
+          store(out + (i + r) * CHUNK + at, past ? product : Vector{});
         }
     }
   });

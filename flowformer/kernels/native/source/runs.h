@@ -59,21 +59,22 @@ inline int64_t piece_start(int64_t tokens, int64_t piece, int64_t pieces) {
   return even < tokens && piece < pieces ? even : tokens;
 }
 
-// flow(h) becomes count times its share among the heads.
-template <class Flow>
-void softmax_over_heads(int64_t heads, double count, Flow flow) {
+// flow(h) becomes count(h) times its share among the heads.
+template <class Count, class Flow>
+void softmax_over_heads(int64_t heads, Count count, Flow flow) {
   double largest = flow(0), total = 0;
   for (int64_t h = 1; h < heads; h++) largest = flow(h) > largest ? flow(h) : largest;
   for (int64_t h = 0; h < heads; h++) total += std::exp(flow(h) - largest);
-  for (int64_t h = 0; h < heads; h++) flow(h) = (float)(count * std::exp(flow(h) - largest) / total);
+  for (int64_t h = 0; h < heads; h++) flow(h) = (float)(count(h) * std::exp(flow(h) - largest) / total);
 }
 
 // grad(h), of such a weight, becomes that of the flow.
-template <class Weight, class Grad>
-void softmax_gradient(int64_t heads, double count, Weight weight, Grad grad) {
+template <class Count, class Weight, class Grad>
+void softmax_gradient(int64_t heads, Count count, Weight weight, Grad grad) {
+  const double of_first = count(0);
   double mean = 0;
-  for (int64_t h = 0; h < heads; h++) mean += (double)weight(h) * grad(h) / count;
-  for (int64_t h = 0; h < heads; h++) grad(h) = (float)(weight(h) * (grad(h) - mean));
+  for (int64_t h = 0; h < heads; h++) mean += (double)weight(h) * grad(h) / of_first;
+  for (int64_t h = 0; h < heads; h++) grad(h) = (float)(weight(h) * (grad(h) - mean * (of_first / count(h))));
 }
 
 }  // namespace

@@ -8,22 +8,24 @@
 
 namespace {
 
-template <class T>
+template <class T, bool DECAYS>
 struct Step {
   const StepCall &call;
   const T *q, *k, *v;
   T *out;
+  const float *log_decay;  // or null
   State before, after;
   const int keys;  // padded
   std::atomic<bool> failed{false};
 
-  Step(const StepCall &call, const void *q, const void *k, const void *v, void *out, const State &before,
-       const State &after)
+  Step(const StepCall &call, const void *q, const void *k, const void *v, void *out, const float *log_decay,
+       const State &before, const State &after)
       : call(call),
         q(static_cast<const T *>(q)),
         k(static_cast<const T *>(k)),
         v(static_cast<const T *>(v)),
         out(static_cast<T *>(out)),
+        log_decay(log_decay),
         before(before),
         after(after),
         keys(padded(call.key_channels)) {}
@@ -31,6 +33,8 @@ struct Step {
   // One head's features and flows.
   struct Head {
     double *Q, *K;  // zero at padding
+    double n;
+    double log_kept, kept;  // of the past
     double gate, conserved;
   };
 
@@ -51,28 +55,34 @@ struct Step {
     double *weighted = scratch.take<double>(call.value_channels + LANES);
     double *features = scratch.take<double>(call.heads * 2 * keys);
     if (!real) return;
-    const double n = (double)(before.length[b] + 1);
-    after.length[b] = before.length[b] + 1;
     for (int64_t h = 0; h < call.heads; h++) {
+      decay(b * call.heads + h, log_decay ? log_decay[call.decay_of_rows ? b * call.heads + h : h] : 0.f, heads[h]);
       heads[h].Q = features + h * 2 * keys, heads[h].K = heads[h].Q + keys;
-      flows(b * call.heads + h, n, heads[h]);
+      flows(b * call.heads + h, heads[h]);
       conserved[h] = (float)heads[h].conserved;
     }
     if (call.competition == HEADS)
-      softmax_over_heads(call.heads, n, [&](int64_t h) -> float & { return conserved[h]; });
+      softmax_over_heads(
+          call.heads, [&](int64_t h) { return heads[h].n; }, [&](int64_t h) -> float & { return conserved[h]; });
     for (int64_t h = 0; h < call.heads; h++) {
       const int64_t index = b * call.heads + h;
       const double past = before.log_normaliser[index];
       double weight = call.competition == HEADS ? conserved[h] : 1.;
       after.log_normaliser[index] = past;
       if (call.competition == SEQUENCE) {
-        const double flow = heads[h].conserved, larger = flow > past ? flow : past;
-        const double present = larger + std::log(std::exp(flow - larger) + std::exp(past - larger));
+        const double flow = heads[h].conserved, kept = past + heads[h].log_kept, larger = flow > kept ? flow : kept;
+        const double present = larger + std::log(std::exp(flow - larger) + std::exp(kept - larger));
         after.log_normaliser[index] = present;
-        weight = n * std::exp(flow - present);
+        weight = heads[h].n * std::exp(flow - present);
       }
       remember(index, heads[h], weight, weighted);
     }
+  }
+
+  // Without decay the past is not multiplied by 1, since that would round the product that is added to it.
+  void decay(int64_t index, float given, Head &head) const {
+    head.kept = decay_of(given), head.log_kept = given < 0 ? given : 0.;
+    head.n = after.count[index] = before.count[index] * head.kept + 1.;
   }
 
   void features(const T *input, double *out) const {
@@ -94,19 +104,21 @@ struct Step {
     return sum + call.flow_eps;
   }
 
-  // after = before + factor * added; one of the four sums
-  void grow(int64_t index, int which, const double *added, double factor) const {
+  // after = kept * before + factor * added; one of the four sums
+  void grow(int64_t index, int which, double kept, const double *added, double factor) const {
     const int64_t at = (index * 4 + which) * call.key_channels;
-    for (int x = 0; x < call.key_channels; x++) after.sums[at + x] = before.sums[at + x] + factor * added[x];
+    for (int x = 0; x < call.key_channels; x++)
+      after.sums[at + x] = (DECAYS ? before.sums[at + x] * kept : before.sums[at + x]) + factor * added[x];
   }
 
-  void flows(int64_t index, double n, Head &head) const {
+  void flows(int64_t index, Head &head) const {
+    const double n = head.n, kept = head.kept;
     features(q + index * call.key_channels, head.Q);
     features(k + index * call.key_channels, head.K);
     const double *sums = after.sums + index * 4 * call.key_channels;
-    grow(index, 0, head.K, 1.), grow(index, 1, head.Q, 1.);
+    grow(index, 0, kept, head.K, 1.), grow(index, 1, kept, head.Q, 1.);
     const double incoming = flow(head.Q, sums), outgoing = flow(head.K, sums + call.key_channels);
-    grow(index, 2, head.K, n / outgoing), grow(index, 3, head.Q, n / incoming);
+    grow(index, 2, kept, head.K, n / outgoing), grow(index, 3, kept, head.Q, n / incoming);
     const double conserved = (flow(head.Q, sums + 2 * call.key_channels) - call.flow_eps) / n + call.flow_eps;
     head.gate = (call.allocation ? 1. / (1. + std::exp(-conserved)) : 1.) / incoming;
     head.conserved = (flow(head.K, sums + 3 * call.key_channels) - call.flow_eps) / n + call.flow_eps;
@@ -132,7 +144,8 @@ struct Step {
     for (; x < channels; x++) {
       double total = 0;
       for (int d = 0; d < call.key_channels; d++) {
-        const double now = past[d * channels + x] + head.K[d] * weighted[x];
+        const double kept = DECAYS ? past[d * channels + x] * head.kept : past[d * channels + x];
+        const double now = kept + head.K[d] * weighted[x];
         present[d * channels + x] = now;
         total += head.Q[d] * now;
       }
@@ -149,7 +162,8 @@ struct Step {
     for (int d = 0; d < call.key_channels; d++)
       for (int m = 0; m < M; m++) {
         const int at = d * channels + x + m * HALF_LANES;
-        const Doubles now = load_doubles(past + at) + value[m] * head.K[d];
+        const Doubles kept = DECAYS ? load_doubles(past + at) * head.kept : load_doubles(past + at);
+        const Doubles now = kept + value[m] * head.K[d];
         store_doubles(present + at, now);
         total[m] += now * head.Q[d];
       }

@@ -28,6 +28,7 @@ struct Rows {
 template <class T>
 Rows<T> rows_of(const View &view, const Side &side, int64_t sequence, int64_t head) {
   const int64_t *row = side.rows + 3 * sequence;
+  if (!view.data) return {nullptr, 0, nullptr};
   T *data = static_cast<T *>(view.data) + row[0] * view.batch + head * view.head;
   if (side.places) return {data, view.length, side.places + row[1]};
   return {data + row[1] * view.length, view.length, nullptr};
@@ -59,12 +60,16 @@ INLINE void store_part(T *row, int64_t channels, int at, Vector x) {
 
 // phi(x)
 INLINE Vector feature(Vector x, int64_t feature_map) {
-  return feature_map == 0 ? sigmoid(x) : max(x, Vector{}) + RELU_FLOOR;
+  if (feature_map == 0) return sigmoid(x);
+  if (feature_map == 1) return max(x, Vector{}) + RELU_FLOOR;
+  return feature_map == 2 ? exp(min(x, Vector{})) + max(x, Vector{}) : x;
 }
 
 // phi'(x), given phi(x) too
 INLINE Vector feature_slope(Vector x, Vector phi, int64_t feature_map) {
-  return feature_map == 0 ? phi * (1.f - phi) : (x > 0.f ? all(1.f) : Vector{});
+  if (feature_map == 0) return phi * (1.f - phi);
+  if (feature_map == 1) return x > 0.f ? all(1.f) : Vector{};
+  return feature_map == 2 ? min(phi, all(1.f)) : all(1.f);
 }
 
 // Memory of one worker, taken in pieces. Without a base it only counts.
