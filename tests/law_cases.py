@@ -37,6 +37,7 @@ class Variant:
             has no cross-attention.
         by_token: Whether those are of tokens, (batch, length, heads): then they are an input like q, k and v, and
             ``learned`` gives the others.
+        ordered: Whether the variant knows the order of tokens otherwise.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -44,6 +45,7 @@ class Variant:
     quadratic: bool = False
     decays: bool = False
     by_token: bool = False
+    ordered: bool = False
 
 
 def _table(length: int, heads: int) -> tuple[Any, ...]:
@@ -68,18 +70,23 @@ def _temperatures(length: int, heads: int) -> tuple[Any, ...]:
 
 VARIANTS: dict[str, dict[str, Variant]] = {
     "flow": {
-        **{preset: Variant({"preset": preset}) for preset in ops.PRESETS},
+        **{preset: Variant({"preset": preset}) for preset in ops.PRESETS if preset != "distance"},
         "no-competition": Variant({"competition": None}),
         "no-allocation": Variant({"allocation": False}),
         "rescale": Variant({"rescale": True}),
         "relu": Variant({"feature_map": "relu"}),
         "decay": Variant({"decay": "learned", "feature_map": "elu"}, _heads, decays=True),
-        "decay-token": Variant({"decay": "token"}, decays=True, by_token=True),
+        "distance": Variant({"preset": "distance"}, decays=True, by_token=True),
         "temperature": Variant({"temperature": True, "feature_map": "softmax", "clamp": 8.0}, _temperatures),
     },
     "linear": {
         "default": Variant(),
         "decay": Variant({"decay": "learned"}, _heads, decays=True),
+        "decay-token": Variant({"decay": "token"}, decays=True, by_token=True),
+    },
+    "softmax": {
+        "default": Variant(),
+        "rotary": Variant({"rotary": True}, ordered=True),
         "decay-token": Variant({"decay": "token"}, decays=True, by_token=True),
     },
     "mobile": {

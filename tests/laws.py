@@ -71,7 +71,7 @@ class Case(NamedTuple):
     @property
     def permutes(self) -> bool:
         """Whether tokens have no order."""
-        return self.row.can("permutation") and not self.variant.decays
+        return self.row.can("permutation") and not self.variant.decays and not self.variant.ordered
 
     @property
     def count(self) -> int:

@@ -4,7 +4,9 @@ Source: Vaswani et al., "Attention is all you need", 2017: out_i = sum_j softmax
 
 With a decay, exp(q_i . k_j / sqrt(K)) is multiplied by gamma(i, j), which shrinks with distance: its logarithm is added
 to the scores. With one gamma for each head that is ALiBi (Press et al., 2022), with decays that depend on the token the
-Forgetting Transformer (Lin et al., 2025). See :mod:`flowformer.core.decay`.
+Forgetting Transformer (Lin et al., 2025). See :mod:`flowformer.core.decay`. With rotary positions (Su et al., 2021,
+"RoFormer"), queries and keys are rotated by angles in proportion to their positions, so that their products depend on
+distances.
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from flowformer.core.checks import HEADS, check_fresh_state, check_state, check_step
+from flowformer.core.checks import HEADS, check_flag, check_fresh_state, check_state, check_step
 from flowformer.core.decay import at_most_zero, default_log_decay
 from flowformer.core.masks import fill
 from flowformer.core.precision import no_autocast, state_dtype
-from flowformer.core.run import Given, run
+from flowformer.core.run import Given, check_inputs, run
 from flowformer.mechanisms.decay import (
     DECAYING,
     DecayedAttention,
@@ -33,12 +35,14 @@ from flowformer.mechanisms.weights import Rows, lower, rows_of, truth_of
 
 __all__ = ["SoftmaxAttention", "SoftmaxState", "init_softmax_state", "softmax_attention", "softmax_attention_step"]
 
+ROTARY_BASE = 10_000.0  # Su et al., 2021
+
 
 class SoftmaxState(NamedTuple):
     """State of causal softmax attention: all keys and values so far, one token more after each step.
 
     Attributes:
-        key: (batch, tokens, heads, K).
+        key: (batch, tokens, heads, K), rotated where positions are rotary.
         value: (batch, tokens, heads, V).
         mask: Which of them are real tokens, (batch, tokens), boolean.
         log_decay: Of each of them, (batch, tokens, heads); (batch, tokens, 0) without decay.
@@ -93,6 +97,7 @@ def softmax_attention(
     return_state: bool = False,
     backend: str = "auto",
     decay: str | None = None,
+    rotary: bool = False,
 ) -> Tensor | tuple[Tensor, SoftmaxState]:
     """Softmax attention, quadratic in length, scaled by 1 / sqrt(K).
 
@@ -112,6 +117,7 @@ def softmax_attention(
         return_state: Return the state after the last token as well (causal only).
         backend: ``"auto"`` or ``"torch"``.
         decay: Where ``log_decay`` is absent: ``"fixed"`` for :func:`flowformer.core.decay.default_log_decay`.
+        rotary: Rotary positions, counted over real tokens; for even K.
 
     Returns:
         Output (batch, L, heads, V), zeros at padded queries; with ``return_state`` also the state.
@@ -128,10 +134,13 @@ def softmax_attention(
         log_decay = resolve_decay(op, log_decay, decay, given)
         log_decay = log_decay.expand(*q.shape[:3]) if initial_state is not None or return_state else log_decay
     by_token = log_decay is not None and log_decay.ndim == 3
+    if rotary:
+        check_inputs(op, given)
+    check_rotary(op, rotary, q.shape[-1] if rotary else 0)
 
     def dense(q: Tensor, k: Tensor, v: Tensor, key: Any, query: Any, state: Any, *of_tokens: Tensor) -> Any:
         decays = of_tokens[0] if by_token else log_decay
-        return _dense(q, k, v, key, query, decays, causal, state, return_state)
+        return _dense(q, k, v, key, query, decays, causal, state, return_state, rotary)
 
     return run(
         op, given, dense, layout=HEADS if log_decay is None else DECAYING,
@@ -154,11 +163,15 @@ def _dense(
     causal: bool,
     state: SoftmaxState | None,
     return_state: bool,
+    rotary: bool,
 ) -> tuple[Tensor, SoftmaxState | None]:
     """Outputs of a padded batch, and where asked for the state after them."""
     q, k, v = fill(q, query_mask), fill(k, key_mask), fill(v, key_mask)
     if log_decay is not None and log_decay.ndim == 3:
         log_decay = at_most_zero(fill(log_decay, key_mask))
+    if rotary:
+        before = None if state is None else state.mask.sum(1)
+        q, k = _rotate(q, query_mask, before), _rotate(k, key_mask, before)
     past, after = 0, None
     if state is not None and (return_state or state.key.shape[1]):
         past = state.key.shape[1]
@@ -180,6 +193,32 @@ def _dense(
         some = key_mask.any(-1, keepdim=True).expand(q.shape[:2])
         alive = some if query_mask is None else query_mask & some
     return fill(out, alive).contiguous(), after
+
+
+def check_rotary(op: str, rotary: Any, channels: int) -> None:
+    """Raise for an option that is no flag, or channels that do not make pairs."""
+    check_flag(f"{op}: rotary", rotary)
+    if channels % 2:
+        raise ValueError(
+            f"{op}: rotary positions require an even number of channels of queries and keys, got {channels}"
+        )
+
+
+def _rotate(x: Tensor, mask: Tensor | None, before: Tensor | None) -> Tensor:
+    """Rotate queries or keys (batch, length, heads, K) by their positions, ``before`` (batch,) real tokens on."""
+    length, wide = x.shape[1], state_dtype(x.device)
+    positions = torch.arange(length, device=x.device).unsqueeze(0) if mask is None else mask.cumsum(1) - 1
+    return rotate(x, (positions if before is None else positions + before.unsqueeze(1)).to(wide))
+
+
+def rotate(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotate x (..., length, heads, K) by positions (..., length), in pairs of channels i and i + K / 2."""
+    half = x.shape[-1] // 2
+    powers = torch.arange(half, dtype=positions.dtype, device=x.device) / half
+    angles = (positions.unsqueeze(-1) * ROTARY_BASE**-powers).unsqueeze(-2)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
 
 
 def _attention_mask(length: int, sources: int, key_mask: Tensor | None, causal: bool, past: int) -> Tensor | None:
@@ -228,6 +267,7 @@ def softmax_attention_step(
     log_decay: Tensor | None = None,
     *,
     decay: str | None = None,
+    rotary: bool = False,
 ) -> tuple[Tensor, SoftmaxState]:
     """Compute one token of causal softmax attention, in time and memory linear in the number of tokens before it.
 
@@ -238,6 +278,7 @@ def softmax_attention_step(
         state: State before the token; not changed.
         log_decay: (heads,), or (batch, heads) where it depends on the token; absent for no decay.
         decay: As in :func:`softmax_attention`.
+        rotary: As in :func:`softmax_attention`.
 
     Returns:
         Output (batch, heads, V) and the state after the token.
@@ -251,17 +292,27 @@ def softmax_attention_step(
     check_state(op, state, _fresh(q, v, q.shape[0], decays))
     if decays:
         log_decay = resolve_step_decay(op, log_decay, decay, q).expand(q.shape[:2]).unsqueeze(1)
-    out, after = _dense(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), None, None, log_decay, True, state, True)
+    check_rotary(op, rotary, q.shape[-1] if rotary else 0)
+    tensors = (x.unsqueeze(1) for x in (q, k, v))
+    out, after = _dense(*tensors, None, None, log_decay, True, state, True, rotary)
     assert after is not None  # asked for
     return out.squeeze(1), after
 
 
 def softmax_weights(
-    q: Tensor, k: Tensor, log_decay: Tensor | None = None, *, causal: bool = False, decay: str | None = None
+    q: Tensor,
+    k: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    causal: bool = False,
+    decay: str | None = None,
+    rotary: bool = False,
 ) -> Rows:
     """Return rows softmax_j(q_i . k_j / sqrt(K) + log gamma(i, j)) of one sequence, in float64."""
     if log_decay is None and decay is not None:
         log_decay = default_log_decay(q.shape[1], q.device, q.dtype)
+    if rotary:
+        q, k = (rotate(x, torch.arange(len(x), dtype=x.dtype, device=x.device)) for x in (q, k))
 
     def rows(places: Tensor) -> Tensor:
         scores = torch.einsum("ihk,jhk->hij", q[places], k) / q.shape[-1] ** 0.5
@@ -290,6 +341,23 @@ def softmax_weights(
 class SoftmaxAttention(DecayedAttention):
     """Softmax attention (Vaswani et al., 2017) by PyTorch's fused implementation.
 
-    The attention weights themselves are not dropped; ``dropout`` follows the output projection. Arguments are those of
-    :class:`flowformer.mechanisms.decay.DecayedAttention`.
+    The attention weights themselves are not dropped; ``dropout`` follows the output projection.
+
+    Args:
+        dim: Channels of input and output.
+        num_heads: Heads.
+        rotary: Rotary positions of queries and keys (Su et al., 2021), for an even ``head_dim``.
+        **options: As :class:`flowformer.mechanisms.decay.DecayedAttention` takes them.
+
+    Raises:
+        ValueError: for sizes that do not fit.
     """
+
+    def __init__(self, dim: int, num_heads: int, *, rotary: bool = False, **options: Any) -> None:
+        super().__init__(dim, num_heads, **options)
+        check_rotary("softmax attention", rotary, self.head_dim if rotary else 0)
+        self.rotary = rotary
+
+    def arguments(self) -> dict[str, Any]:
+        """Options of the operation."""
+        return {**super().arguments(), **({"rotary": True} if self.rotary else {})}

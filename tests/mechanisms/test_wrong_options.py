@@ -47,7 +47,7 @@ def test_of_a_module(options: dict[str, Any], kind: type[Exception], says: str) 
             {"clmp": 3.0},
             r"attention 'flow' has no option 'clmp'; available: preset, .*\(did you mean 'clamp'\?\)",
         ),
-        ("linear", {"clamp": 3.0}, "attention 'linear' has no option 'clamp'; available: eps, bias"),
+        ("linear", {"clamp": 3.0}, "attention 'linear' has no option 'clamp'; available: eps, decay, bias"),
     ],
 )
 def test_unknown_ones_are_told_from_all_that_there_are(name: str, options: dict[str, Any], says: str) -> None:

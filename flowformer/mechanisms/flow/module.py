@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flowformer.mechanisms.base import Attention
 from flowformer.mechanisms.decay import LogDecay, of_sequence
 from flowformer.mechanisms.flow.operation import flow_attention
-from flowformer.mechanisms.flow.options import OPTIONS, flow_options
+from flowformer.mechanisms.flow.options import MODULE_OPTIONS, OPTIONS, flow_options
 from flowformer.mechanisms.flow.state import fresh_state
 from flowformer.mechanisms.flow.step import flow_attention_step
 from flowformer.mechanisms.flow.weights import flows, weights
@@ -37,13 +37,16 @@ class FlowAttention(Attention):
         dim: Channels of input and output.
         num_heads: Heads.
         causal: Output t depends on positions up to t only.
-        preset: The variant of the published code to follow; ``"core"`` unless you reproduce an experiment.
+        preset: The variant of the published code to follow; ``"core"`` unless you reproduce an experiment. Or
+            ``"distance"``, which is ours: capacity decays with distance, by a factor of each token, and the module has
+            a convolution, an output norm and a gate. For self-attention.
         bias: Whether the four projections have biases.
         dropout: Applied after the output projection. The published core module uses 0.05.
         head_dim: Channels of a head; ``dim // num_heads`` if absent.
-        conv: Width of a short convolution, as in :class:`flowformer.mechanisms.Attention`, like the two that follow.
-        output_norm: Normalise the operation's output, head by head.
-        output_gate: Gate it by the input.
+        conv: Width of a short convolution, as in :class:`flowformer.mechanisms.Attention`, like the two that follow;
+            the preset's if ``None``, which is none but for ``"distance"``.
+        output_norm: Normalise the operation's output, head by head; the preset's if ``None``.
+        output_gate: Gate it by the input; the preset's if ``None``.
         device: Of the parameters.
         dtype: Of the parameters.
         **overrides: Options of :class:`flowformer.ops.FlowOptions` that depart from the preset, for example
@@ -72,19 +75,21 @@ class FlowAttention(Attention):
         bias: bool = True,
         dropout: float = 0.0,
         head_dim: int | None = None,
-        conv: int = 0,
-        output_norm: bool = False,
-        output_gate: bool = False,
+        conv: int | None = None,
+        output_norm: bool | None = None,
+        output_gate: bool | None = None,
         device: Any = None,
         dtype: Any = None,
         **overrides: Any,
     ) -> None:
+        options = flow_options(preset, **overrides)
+        given = {"conv": conv, "output_norm": output_norm, "output_gate": output_gate}
+        of_preset = MODULE_OPTIONS.get(preset, {})
         super().__init__(
-            dim, num_heads, causal=causal, bias=bias, dropout=dropout, head_dim=head_dim, conv=conv,
-            output_norm=output_norm, output_gate=output_gate, device=device, dtype=dtype,
+            dim, num_heads, causal=causal, bias=bias, dropout=dropout, head_dim=head_dim, device=device, dtype=dtype,
+            **of_preset | {name: value for name, value in given.items() if value is not None},
         )  # fmt: skip
-        self.preset, self.overrides = preset, overrides
-        self.options = options = flow_options(preset, **overrides)
+        self.preset, self.overrides, self.options = preset, overrides, options
         factory = {"device": device, "dtype": dtype}
         if options.decay is not None:
             self.decay = LogDecay(options.decay, dim, num_heads, **factory)

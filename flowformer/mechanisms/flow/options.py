@@ -82,7 +82,7 @@ class FlowOptions:
 
 OPTIONS = tuple(field.name for field in fields(FlowOptions))
 
-# Each preset reproduces one file of thuml/Flowformer.
+# Each of the first six reproduces one file of thuml/Flowformer; the last is ours.
 PRESETS: dict[str, FlowOptions] = {
     "core": FlowOptions(),  # Flow_Attention.py; also the GPT-style module
     "vision": FlowOptions(flow_eps=1e-6),  # Flowformer_CV/flowformer.py
@@ -90,7 +90,11 @@ PRESETS: dict[str, FlowOptions] = {
     "lra": FlowOptions(feature_map="relu", clamp=None, competition="heads"),  # Flowformer_LRA, flow_attention.py
     "wikitext": FlowOptions(clamp=5.0),  # Flowformer_NLP/flow_attention.py, causal
     "decision": FlowOptions(clamp=10.0),  # Flowformer_RL, flowformer_attention.py, causal
+    "distance": FlowOptions(decay="token"),  # docs/distance.md has what each part of it is worth
 }
+
+# What modules have besides, where they are not told otherwise.
+MODULE_OPTIONS: dict[str, dict[str, Any]] = {"distance": {"conv": 4, "output_norm": True, "output_gate": True}}
 
 
 def flow_options(preset: str = "core", **overrides: Any) -> FlowOptions:

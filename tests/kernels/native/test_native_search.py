@@ -67,7 +67,10 @@ def draw(seed: int) -> Sample:
     sources = length if causal or choose.random() < 0.5 else choose.choice(LENGTHS)
     batch, heads = (1, choose.choice((1, 2))) if long else (choose.randint(1, 3), choose.randint(1, 5))
     keys, values = choose.choice(CHANNELS), choose.choice((1, *CHANNELS))
-    arguments: dict[str, Any] = {"causal": causal, "preset": choose.choice(list(ops.PRESETS))}
+    arguments: dict[str, Any] = {
+        "causal": causal,
+        "preset": choose.choice([name for name in ops.PRESETS if name != "distance"]),
+    }
     for name, found in (
         ("competition", ("sequence", "heads", None)),
         ("feature_map", ("sigmoid", "relu")),
