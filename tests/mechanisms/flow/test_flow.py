@@ -211,7 +211,12 @@ def test_overrides_depart_from_the_preset() -> None:
     ("preset", "overrides", "kind", "says"),
     [
         ("visoin", {}, ValueError, r"unknown preset 'visoin'; available: core, .*did you mean 'vision'\?"),
-        ("zzz", {}, ValueError, r"unknown preset 'zzz'; available: core, vision, timeseries, lra, wikitext, decision, distance$"),
+        (
+            "zzz",
+            {},
+            ValueError,
+            r"unknown preset 'zzz'; available: core, vision, timeseries, lra, wikitext, decision, distance$",
+        ),
         ("core", {"clmap": 1.0}, TypeError, r"no option 'clmap'; available: .*did you mean 'clamp'\?"),
         ("core", {"feature_map": "tanh"}, ValueError, "feature_map must be one of sigmoid, .*, got 'tanh'"),
         ("core", {"competition": "tokens"}, ValueError, "competition must be .* got 'tokens'"),
