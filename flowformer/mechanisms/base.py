@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, overload
@@ -34,6 +35,16 @@ from flowformer.mechanisms.short_conv import (
 )
 
 NORM_EPS = 1e-6  # of the output norm; outputs of a mean of many values are small
+
+
+@torch.no_grad()
+def set_values(parameter: Tensor, values: Tensor) -> None:
+    """Set a fresh parameter to given values, by functions of ``torch.nn.init``.
+
+    transformers replaces those while it loads weights, so that parameters that are loaded keep their values.
+    """
+    nn.init.constant_(parameter, math.nan)
+    parameter.copy_(torch.where(parameter.isnan(), values.to(parameter), parameter))
 
 
 class Attention(nn.Module, ABC):

@@ -12,7 +12,7 @@ from flowformer.core.checks import HEADS, apply
 from flowformer.core.decay import at_most_zero, check_decay, check_log_decay, decaying_heads, default_log_decay
 from flowformer.core.precision import sum_dtype
 from flowformer.core.run import Given, check_inputs
-from flowformer.mechanisms.base import Attention
+from flowformer.mechanisms.base import Attention, set_values
 from flowformer.mechanisms.weights import lower
 
 DECAYING = HEADS._replace(self_only="weights decay with the distance of tokens")
@@ -110,17 +110,16 @@ class LogDecay(nn.Module):
             self.weight = nn.Parameter(torch.empty(decaying, dim, **factory))
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Return to the fixed time constants."""
         fixed = default_log_decay(self.num_heads, "cpu", torch.float64)
         if self.kind == "fixed":
-            self.log_decay.copy_(fixed)
+            set_values(self.log_decay, fixed)
             return
         rates = -fixed[: decaying_heads(self.num_heads)]
-        self.bias.copy_(rates.log() if self.kind == "learned" else rates.expm1().log())
+        set_values(self.bias, rates.log() if self.kind == "learned" else rates.expm1().log())
         if self.kind == "token":
-            self.weight.zero_()
+            nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor | None) -> Tensor:
         """Return (heads,), or for ``"token"`` (..., heads) of inputs x (..., dim)."""
@@ -161,22 +160,22 @@ class DecayedAttention(Attention):
     def __init__(self, dim: int, num_heads: int, *, decay: str | None = None, **options: Any) -> None:
         super().__init__(dim, num_heads, **options)
         check_decay(decay)
-        self.decay = None
+        self.decay = decay
         if decay is not None:
-            self.decay = LogDecay(decay, dim, num_heads, device=options.get("device"), dtype=options.get("dtype"))
+            self.log_decay = LogDecay(decay, dim, num_heads, device=options.get("device"), dtype=options.get("dtype"))
 
     def reset_parameters(self) -> None:
         """Re-initialize all parameters."""
         super().reset_parameters()
         if self.decay is not None:
-            self.decay.reset_parameters()
+            self.log_decay.reset_parameters()
 
     def learned(self, x: Tensor | None = None) -> tuple[Any, ...]:
         """Log-decays, of the inputs x where they depend on the token."""
-        if self.decay is None or (self.decay.kind == "token" and x is None):
+        if self.decay is None or (self.decay == "token" and x is None):
             return ()
-        return (self.decay(x),)
+        return (self.log_decay(x),)
 
     def arguments(self) -> dict[str, Any]:
         """The kind of decay."""
-        return {} if self.decay is None else {"decay": self.decay.kind}
+        return {} if self.decay is None else {"decay": self.decay}

@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from flowformer.core.checks import HEADS, check_flag, check_fresh_state, check_state, check_step
 from flowformer.core.decay import at_most_zero, default_log_decay
 from flowformer.core.masks import fill
-from flowformer.core.precision import no_autocast, state_dtype
+from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Given, check_inputs, run
 from flowformer.mechanisms.decay import (
     DECAYING,
@@ -42,7 +42,7 @@ class SoftmaxState(NamedTuple):
     """State of causal softmax attention: all keys and values so far, one token more after each step.
 
     Attributes:
-        key: (batch, tokens, heads, K), rotated where positions are rotary.
+        key: (batch, tokens, heads, K).
         value: (batch, tokens, heads, V).
         mask: Which of them are real tokens, (batch, tokens), boolean.
         log_decay: Of each of them, (batch, tokens, heads); (batch, tokens, 0) without decay.
@@ -169,9 +169,6 @@ def _dense(
     q, k, v = fill(q, query_mask), fill(k, key_mask), fill(v, key_mask)
     if log_decay is not None and log_decay.ndim == 3:
         log_decay = at_most_zero(fill(log_decay, key_mask))
-    if rotary:
-        before = None if state is None else state.mask.sum(1)
-        q, k = _rotate(q, query_mask, before), _rotate(k, key_mask, before)
     past, after = 0, None
     if state is not None and (return_state or state.key.shape[1]):
         past = state.key.shape[1]
@@ -181,6 +178,9 @@ def _dense(
         k, v, real, decays = after
         key_mask = real if past else key_mask
         log_decay = None if log_decay is None else decays
+    dtype = q.dtype
+    if rotary:
+        (q, k), v = _rotate(q, k, query_mask, key_mask, causal), v.to(sum_dtype(dtype))
     mask = _attention_mask(q.shape[1], k.shape[1], key_mask, causal, past)
     if log_decay is not None:
         mask = _decay_mask(q.shape[1], k, log_decay, key_mask, mask, causal)
@@ -192,7 +192,7 @@ def _dense(
     if key_mask is not None and not causal:
         some = key_mask.any(-1, keepdim=True).expand(q.shape[:2])
         alive = some if query_mask is None else query_mask & some
-    return fill(out, alive).contiguous(), after
+    return fill(out, alive).to(dtype).contiguous(), after
 
 
 def check_rotary(op: str, rotary: Any, channels: int) -> None:
@@ -204,11 +204,24 @@ def check_rotary(op: str, rotary: Any, channels: int) -> None:
         )
 
 
-def _rotate(x: Tensor, mask: Tensor | None, before: Tensor | None) -> Tensor:
-    """Rotate queries or keys (batch, length, heads, K) by their positions, ``before`` (batch,) real tokens on."""
-    length, wide = x.shape[1], state_dtype(x.device)
-    positions = torch.arange(length, device=x.device).unsqueeze(0) if mask is None else mask.cumsum(1) - 1
-    return rotate(x, (positions if before is None else positions + before.unsqueeze(1)).to(wide))
+def _rotate(
+    q: Tensor, k: Tensor, query_mask: Tensor | None, key_mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys by their positions among real tokens; where causal, the queries are the last tokens.
+
+    In the dtype of sums: rotated numbers are up to 1.4 times as large, and would be rounded once more.
+    """
+    of_keys = _positions(k, key_mask)
+    of_queries = of_keys[:, k.shape[1] - q.shape[1] :] if causal else _positions(q, query_mask)
+    compute = sum_dtype(q.dtype)
+    return rotate(q.to(compute), of_queries), rotate(k.to(compute), of_keys)
+
+
+def _positions(x: Tensor, mask: Tensor | None) -> Tensor:
+    wide = state_dtype(x.device)
+    if mask is None:
+        return torch.arange(x.shape[1], dtype=wide, device=x.device).unsqueeze(0)
+    return mask.cumsum(1).to(wide) - 1
 
 
 def rotate(x: Tensor, positions: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +68,12 @@ class SinusoidalPositions(nn.Module):
         angles = (positions + self.first).unsqueeze(-1) * frequencies
         waves = torch.cat((angles.sin(), angles.cos()), -1).float()
         return nn.functional.pad(waves, (0, self.dim % 2))
+
+
+def knows_distance(attention_options: Mapping[str, Any]) -> bool:
+    """Return whether attention with these options knows how far apart tokens are, and so does without positions."""
+    options = attention_options
+    return options.get("preset") == "distance" or options.get("decay") is not None or bool(options.get("rotary"))
 
 
 def create_positions(

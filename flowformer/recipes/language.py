@@ -76,9 +76,10 @@ class LanguageRecipe(StepRecipe):
     query_key_gain: float = option(
         1.0, "factor of the initial query and key weights", group="attention", above=0, largest=1_000_000
     )
-    positions: Literal["learned", "sinusoidal"] | None = option(
-        "learned",
-        "position embedding: learned (limited to the training length), sinusoidal, or null for none",
+    positions: Literal["model", "learned", "sinusoidal"] | None = option(
+        "model",
+        "position embedding: the model's own choice, learned (limited to the training length), sinusoidal, or null for"
+        " none",
         group="model",
     )
     dropout: float = option(
@@ -106,11 +107,12 @@ class LanguageRecipe(StepRecipe):
 
     def build_model(self, form: Any) -> nn.Module:
         """The model of the recipe, for the format's vocabulary."""
+        positions = {} if self.positions == "model" else {"positions": self.positions}
         model = build_model(
             self.model,
             vocab_size=form.vocab_size,
             max_length=form.length,
-            positions=self.positions,
+            **positions,
             dropout=self.dropout,
             attention=self.attention,
             attention_options=self.attention_options,
@@ -291,7 +293,7 @@ def enwik8_aft(row: str, model: Mapping[str, Any], /, **fields: Any) -> Enwik8Re
 
 # Ours, for a few minutes on a laptop.
 _OWN_TEXT: Mapping[str, Any] = {
-    "model": "flowformer_text", "positions": "sinusoidal", "length": 128, "dropout": 0.0, "optimizer": "adamw",
+    "model": "flowformer_text", "length": 128, "dropout": 0.0, "optimizer": "adamw",
     "beta2": 0.99, "weight_decay": 0.1, "decayed": "linear", "learning_rate": 4e-3, "schedule": "cosine",
     "warmup_steps": 100, "clip_grad_norm": 1.0, "batch_size": 8, "steps": 2_000, "eval_every": 500,
 }  # fmt: skip
@@ -301,8 +303,8 @@ _OWN_TEXT: Mapping[str, Any] = {
 def text_bytes(**fields: Any) -> DemoTextRecipe:
     """A byte-level language model, in minutes on a laptop, of any text in any language.
 
-    Without a file: a slice of the English Wikipedia that the gensim package ships. Sinusoidal positions, so that the
-    length of generated text is not limited.
+    Without a file: a slice of the English Wikipedia that the gensim package ships. Flow-Attention that knows distance,
+    without positions, so that the length of generated text is not limited.
     """
     return DemoTextRecipe(**merge_fields({"name": "text/bytes", **_OWN_TEXT}, fields))
 

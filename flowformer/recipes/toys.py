@@ -139,7 +139,7 @@ def chars(**fields: Any) -> DemoTextRecipe:
 # Ours, for a few minutes of one core. With GPT's initial weights of 0.02, softmax attention chose among the values of
 # the sequence for 500 steps and more; with those of flowformer_text, of Xavier's size, it recalls after 400.
 _OURS: dict[str, Any] = {
-    **_SHARED, "model": "flowformer_text", "num_layers": 2, "dim": 64, "num_heads": 2, "positions": "sinusoidal",
+    **_SHARED, "model": "flowformer_text", "num_layers": 2, "dim": 64, "num_heads": 2, "positions": "model",
     "dropout": 0.0, "learning_rate": 3e-3, "schedule": "cosine", "warmup_steps": 200, "batch_size": 32,
 }  # fmt: skip
 

@@ -119,7 +119,6 @@ def test_conversion_refuses_what_it_cannot_say():
         ({"input_ids": torch.zeros(2, 5)}, TypeError, "input_ids must be integers"),
         ({"input_ids": draw(5)}, ValueError, r"input_ids must be \(batch, length\)"),
         ({"input_ids": draw(2, 5) + VOCABULARY}, ValueError, "input_ids must be from 0 to 60"),
-        ({"input_ids": draw(2, 65)}, ValueError, "end at max_length = 64"),
         ({"attention_mask": torch.ones(2, 4)}, ValueError, r"attention_mask must be \(2, 5\), got"),
         ({"attention_mask": torch.ones(2, 1, 5, 5)}, ValueError, r"attention_mask must be \(2, 5\), got"),
         ({"output_attentions": True}, ValueError, "no attention weights"),
@@ -134,6 +133,21 @@ def test_conversion_refuses_what_it_cannot_say():
 def test_forward_refuses(arguments, error, message):
     with pytest.raises(error, match=message):
         build()(**{"input_ids": draw(2, 5), **arguments})
+
+
+def test_learned_positions_end():
+    with pytest.raises(ValueError, match="end at max_length = 64"):
+        build(positions="learned")(draw(2, 65))
+
+
+def test_flow_attention_knows_distance_by_default():
+    config = FlowformerConfig()
+    assert (config.positions, config.attention_options) == (None, {"preset": "distance"})
+    assert FlowformerConfig(attention="softmax").positions == "learned"
+    assert FlowformerConfig(attention_options={"preset": "core"}).positions == "learned"
+    assert FlowformerConfig(attention="softmax", attention_options={"decay": "fixed"}).positions is None
+    assert FlowformerConfig(positions="sinusoidal").positions == "sinusoidal"
+    assert FlowformerConfig.from_dict(config.to_diff_dict()).to_dict() == config.to_dict()
 
 
 def test_a_cache_refuses_what_contradicts_it():
@@ -161,7 +175,7 @@ def test_configurations_refuse():
     with pytest.raises(ValueError, match="unknown attention 'flwo'"):
         FlowformerModel(configure("flwo"))
     with pytest.raises(ValueError, match="requires max_length"):
-        FlowformerModel(configure(max_position_embeddings=None))
+        FlowformerModel(configure(max_position_embeddings=None, positions="learned"))
     with pytest.raises(StrictDataclassFieldValidationError, match="hidden_size"):
         configure(hidden_size="wide")
     config = configure()
@@ -314,8 +328,9 @@ def test_parameters_begin_as_in_the_library(attention, init):
     config = configure(attention, init=init, hidden_size=64, num_attention_heads=16)
     sizes = {"dim": 64, "num_layers": 2, "num_heads": 16, "max_length": 64}
     language = LanguageModel(
-        VOCABULARY, attention=attention, attention_options=OPTIONS.get(attention), init=init, **sizes
-    )
+        VOCABULARY, attention=attention, attention_options=config.attention_options, positions=config.positions,
+        init=init, **sizes,
+    )  # fmt: skip
     wanted = dict(language.named_parameters())
     for model in (
         FlowformerForCausalLM(config),

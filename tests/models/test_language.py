@@ -8,7 +8,8 @@ from torch import nn
 
 import flowformer
 from flowformer.mechanisms import find_attention, list_attentions
-from flowformer.models.language import LanguageModel, LanguageState, flowformer_gpt_nano
+from flowformer.models.language import LanguageModel, LanguageState
+from flowformer.models.language_models import flowformer_gpt_nano
 from flowformer.models.positions import SinusoidalPositions
 
 CAUSAL = [name for name in list_attentions() if find_attention(name).can("causal")]

@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from flowformer.models.initialization import check_language_init
+from flowformer.models.positions import knows_distance
 
 
 @strict
@@ -24,7 +25,8 @@ class FlowformerConfig(PreTrainedConfig):
         intermediate_size: Channels inside the feed-forward networks; ``4 * hidden_size`` if absent.
         max_position_embeddings: Longest sequence: a language model's ``max_length``, a name that transformers keeps for
             generation. Needed by learned positions and by mechanisms with parameters for each position.
-        positions: ``"learned"``, ``"sinusoidal"``, or None.
+        positions: ``"learned"``, ``"sinusoidal"``, or None; ``"auto"`` for none where the attention knows distance, and
+            else learned ones.
         scale_embedding: Multiply embeddings by sqrt(hidden_size), as fairseq does.
         norm_first: Pre-norm blocks and a final norm; ``False`` for post-norm blocks.
         activation: ``"gelu"`` (exact), ``"gelu_tanh"`` (GPT-2's) or ``"relu"``.
@@ -32,7 +34,7 @@ class FlowformerConfig(PreTrainedConfig):
         activation_dropout: Probability inside the feed-forward networks.
         tie_word_embeddings: Whether the embedding is the output head too.
         attention: Name of a causal mechanism: :func:`flowformer.list_attentions`.
-        attention_options: Options of the mechanism.
+        attention_options: Options of the mechanism; of Flow-Attention by default its preset ``"distance"``.
         init: Fresh parameters as ``"gpt"`` or ``"fairseq"`` has them: see
             :class:`flowformer.models.language.LanguageModel`.
         initializer_range: Deviation of fresh weights with ``init="gpt"``, and of a fresh classification head.
@@ -60,7 +62,7 @@ class FlowformerConfig(PreTrainedConfig):
     num_attention_heads: int = 12
     intermediate_size: int | None = None
     max_position_embeddings: int | None = 1_024
-    positions: str | None = "learned"
+    positions: str | None = "auto"
     scale_embedding: bool = False
     norm_first: bool = True
     activation: str = "gelu_tanh"
@@ -80,6 +82,10 @@ class FlowformerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        if self.attention_options is None and self.attention == "flow":
+            self.attention_options = {"preset": "distance"}
+        if self.positions == "auto":
+            self.positions = None if knows_distance(self.attention_options or {}) else "learned"
         check_language_init(self.init)
 
     @property

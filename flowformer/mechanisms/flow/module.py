@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowformer.mechanisms.base import Attention
+from flowformer.mechanisms.base import Attention, set_values
 from flowformer.mechanisms.decay import LogDecay, of_sequence
 from flowformer.mechanisms.flow.operation import flow_attention
 from flowformer.mechanisms.flow.options import MODULE_OPTIONS, OPTIONS, flow_options
@@ -92,7 +92,7 @@ class FlowAttention(Attention):
         self.preset, self.overrides, self.options = preset, overrides, options
         factory = {"device": device, "dtype": dtype}
         if options.decay is not None:
-            self.decay = LogDecay(options.decay, dim, num_heads, **factory)
+            self.log_decay = LogDecay(options.decay, dim, num_heads, **factory)
         if options.temperature:
             self.temperatures = nn.Parameter(torch.ones(3, num_heads, **factory))
         if options.feature_map == "learned":
@@ -105,14 +105,13 @@ class FlowAttention(Attention):
         super().reset_parameters()
         self._reset_own()
         if self.options.decay is not None:
-            self.decay.reset_parameters()
+            self.log_decay.reset_parameters()
 
-    @torch.no_grad()
     def _reset_own(self) -> None:
         if self.options.temperature:
-            self.temperatures.fill_(1)
+            nn.init.ones_(self.temperatures)
         if self.options.feature_map == "learned":
-            self.feature_weights.copy_(torch.eye(self.head_dim))
+            set_values(self.feature_weights, torch.eye(self.head_dim, device="cpu"))
 
     def learned(self, x: Tensor | None = None) -> tuple[Any, ...]:
         """Log-decays, of the inputs x where they depend on the token; temperatures, and weights of the feature map."""
@@ -121,7 +120,7 @@ class FlowAttention(Attention):
             return ()
         decays = options.decay is not None and not (options.decay == "token" and x is None)
         return (
-            self.decay(x) if decays else None,
+            self.log_decay(x) if decays else None,
             self.temperatures if options.temperature else None,
             self.feature_weights if options.feature_map == "learned" else None,
         )

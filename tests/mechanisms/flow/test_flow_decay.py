@@ -149,6 +149,6 @@ def test_the_preset_is_more_than_options_of_the_operation() -> None:
     assert (module.conv, module.output_norm, module.output_gate, module.options.decay) == (4, True, True, "token")
     plain = FlowAttention(16, HEADS, causal=True, preset="distance", conv=0, output_norm=False, output_gate=False)
     assert {name.partition(".")[0] for name, _ in plain.named_parameters()} == {
-        "q_proj", "k_proj", "v_proj", "out_proj", "decay"
+        "q_proj", "k_proj", "v_proj", "out_proj", "log_decay"
     }  # fmt: skip
     assert not FlowAttention(16, HEADS).conv
