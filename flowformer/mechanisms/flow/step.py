@@ -64,7 +64,7 @@ def flow_attention_step(
             batch, heads, channels, v.shape[-1], device=q.device, preset=preset, feature_map=options.feature_map
         )
         check_state(op, state, fresh)
-    chosen = choose(op, backend, q, only_torch(learned, options, causal=True))
+    chosen = choose(op, backend, q, only_torch(learned))
     if chosen == "torch":
         return _step(q, k, v, state, learned, options)
     out, *after = implementation(op, chosen)(q, k, v, state, learned, options, plain=fits)
