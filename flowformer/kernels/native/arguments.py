@@ -124,6 +124,24 @@ def check_log_decay(op: str, log_decay: Tensor | None, q: Tensor) -> None:
         check_part(op, "log_decay", log_decay, shape, torch.float32, q)
 
 
+def check_one_side(
+    op: str, log_decay: Tensor | None, q: Tensor, k: Tensor, key_mask: Tensor | None, query_mask: Tensor | None
+) -> None:
+    """Raise ValueError if there is decay, and q and k are not of the same tokens, as far as shapes and masks tell."""
+    if log_decay is not None and (q.shape[1] != k.shape[1] or (key_mask is None) != (query_mask is None)):
+        raise ValueError(
+            f"flowformer::{op}: with log_decay, q and k must be of the same tokens with one mask, got q {describe(q)},"
+            f" k {describe(k)}, {sum(mask is not None for mask in (key_mask, query_mask))} masks"
+        )
+
+
+def check_one_mask(op: str, log_decay: Tensor | None, key_mask: Tensor | None, query_mask: Tensor | None) -> None:
+    """Raise ValueError if there is decay, and the values of two masks differ."""
+    if log_decay is None or key_mask is query_mask or (key_mask is not None and torch.equal(key_mask, query_mask)):
+        return
+    raise ValueError(f"flowformer::{op}: with log_decay, key_mask and query_mask must be equal, got different ones")
+
+
 def check_bounds(op: str, cu_seqlens: Tensor | None, total: int) -> None:
     """Raise ValueError unless the values of ``cu_seqlens``, if it is given, rise from 0 to the total length."""
     if cu_seqlens is None:

@@ -130,10 +130,6 @@ def open_flow(flow: Tensor, mask: Tensor | None, others: Tensor | None = None) -
     return flow if others is None else flow.masked_fill(~others.any(-1).view(-1, 1, 1), 1.0)
 
 
-def only_torch(learned: Learned, options: FlowOptions, *, causal: bool) -> str:
-    """Why no other backend computes these options; empty where they do."""
-    if learned.temperatures is not None:
-        return "temperatures are computed in plain PyTorch"
-    if learned.log_decay is not None and not causal:
-        return "decay in the bidirectional form is computed in plain PyTorch"
-    return ""
+def only_torch(learned: Learned) -> str:
+    """Why no other backend computes with these tensors; empty where they do."""
+    return "" if learned.temperatures is None else "temperatures are computed in plain PyTorch"

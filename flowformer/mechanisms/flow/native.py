@@ -24,12 +24,11 @@ def attend(given: Checked, learned: Learned, options: FlowOptions) -> tuple[Tens
     q, k, v, causal, masks, cu_seqlens, state = given
     dtype = v.dtype
     q, k, v, values = _features_first(q, k, v, masks, learned, options)
+    log_decay = _single(learned.log_decay)
     if not causal:
-        return torch.ops.flowformer.flow_bidirectional(q, k, v, *masks, cu_seqlens, *values).to(dtype), None
+        return torch.ops.flowformer.flow_bidirectional(q, k, v, *masks, cu_seqlens, log_decay, *values).to(dtype), None
     before = (None, None, None, None) if state is None else _state_of(state, learned)
-    out, *after = torch.ops.flowformer.flow_causal(
-        q, k, v, masks.key, cu_seqlens, _single(learned.log_decay), *before, *values
-    )
+    out, *after = torch.ops.flowformer.flow_causal(q, k, v, masks.key, cu_seqlens, log_decay, *before, *values)
     return out.to(dtype), FlowState(*after)
 
 

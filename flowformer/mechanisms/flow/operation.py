@@ -141,7 +141,7 @@ def flow_attention(
             batch, k.shape[2], k.shape[3], v.shape[3], device=q.device, feature_map=options.feature_map
         ),
         of_tokens=(learned.log_decay,) if by_token else (),
-        only_torch=only_torch(learned, options, causal=causal),
+        only_torch=only_torch(learned),
     )  # fmt: skip
 
 

@@ -15,6 +15,8 @@ from flowformer.kernels.native.arguments import (
     check_bounds,
     check_inputs,
     check_log_decay,
+    check_one_mask,
+    check_one_side,
     check_packing,
     check_part,
     check_whole,
@@ -168,7 +170,7 @@ _CAUSAL = (
     f"{_TENSORS}, Tensor? mask, Tensor? cu_seqlens, Tensor? log_decay, "
     "Tensor? count, Tensor? sums, Tensor? log_normaliser, Tensor? memory"
 )
-_BIDIRECTIONAL = f"{_TENSORS}, Tensor? key_mask, Tensor? query_mask, Tensor? cu_seqlens"
+_BIDIRECTIONAL = f"{_TENSORS}, Tensor? key_mask, Tensor? query_mask, Tensor? cu_seqlens, Tensor? log_decay"
 
 
 _STATE = ("count", "sums", "log_normaliser", "memory")
@@ -213,17 +215,21 @@ def _check_causal_backward(q: Tensor, k: Tensor, v: Tensor, mask: Any, cu_seqlen
     _check_state(op, rest[6:10], q, v, batch, "grad_")
 
 
-def _check_bidirectional(op: str, q: Tensor, k: Tensor, v: Tensor, key: Any, query: Any, cu_seqlens: Any) -> None:
+def _check_bidirectional(
+    op: str, q: Tensor, k: Tensor, v: Tensor, key: Any, query: Any, cu_seqlens: Any, log_decay: Any
+) -> None:
     check_inputs(op, q, k, v, 4, same_length=False)
     check_part(op, "key_mask", key, k.shape[:2], torch.bool, q)
     check_part(op, "query_mask", query, q.shape[:2], torch.bool, q)
     check_packing(op, cu_seqlens, q, k, key, query)
+    check_log_decay(op, log_decay, q)
+    check_one_side(op, log_decay, q, k, key, query)
 
 
 def _check_bidirectional_backward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
-    _check_bidirectional("flow_bidirectional_backward", q, k, v, *rest[:3])
+    _check_bidirectional("flow_bidirectional_backward", q, k, v, *rest[:4])
     shape = (*q.shape[:3], v.shape[3])
-    check_part("flow_bidirectional_backward", "grad_out", rest[3], shape, q.dtype, q)
+    check_part("flow_bidirectional_backward", "grad_out", rest[4], shape, q.dtype, q)
 
 
 def _check_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, *state: Tensor) -> None:
@@ -254,11 +260,12 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor |
 
 
 _CAUSAL_GRADIENTS = (
-    "Tensor grad_out, Tensor? grad_count, Tensor? grad_sums, Tensor? grad_log_normaliser, Tensor? grad_memory"
+    "Tensor grad_out, Tensor? grad_count, Tensor? grad_sums, Tensor? grad_log_normaliser, Tensor? grad_memory, "
+    "bool of_decay"
 )
 
 
-# Gradients of q, k, v, of the parts of the state, and of log-decays: empty without any.
+# Gradients of q, k, v, of the parts of the state, and of log-decays: zeros where of_decay is false, as for the count.
 @_operator("flow_causal_backward", f"{_CAUSAL}, {_CAUSAL_GRADIENTS}", f"({', '.join(['Tensor'] * 8)})")
 def _causal_backward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any
@@ -266,7 +273,7 @@ def _causal_backward(
     _check_causal_backward(q, k, v, mask, cu_seqlens, *rest)
     check_bounds("flow_causal_backward", cu_seqlens, q.shape[1])
     log_decay, before, grad_out = rest[0], contiguous(*rest[1:5]), rest[5]
-    grad_after, options = contiguous(*rest[6:10]), rest[10:]
+    grad_after, of_decay, options = contiguous(*rest[6:10]), rest[10], rest[11:]
     dtype, grads = q.dtype, _gradients(q, k, v, mask is not None)
     q, k, v, grad_out = adjacent(q), adjacent(k), adjacent(v), adjacent(grad_out)
     tokens = _tokens(q, mask, cu_seqlens)
@@ -275,34 +282,47 @@ def _causal_backward(
     call.grad_q, call.grad_k, call.grad_v = map(view, grads)
     call.grad_out, call.before = view(grad_out), _state(before)
     call.grad_after, call.grad_before = _state(grad_after), _state(grad_before)
-    grad_log_decay = q.new_zeros(0 if log_decay is None else q.shape[:3], dtype=torch.float32)
-    if log_decay is not None:
-        call.log_decay, call.grad_log_decay = _decay_view(log_decay), _decay_view(grad_log_decay)
+    call.log_decay = _decay_view(log_decay)
+    grad_log_decay = _grad_log_decay(log_decay, q) if of_decay else None
+    call.grad_log_decay = _decay_view(grad_log_decay)
     run("causal_backward", call)
-    if log_decay is not None and log_decay.ndim == 1:
-        grad_log_decay = grad_log_decay.sum((0, 1), dtype=torch.float64).float()
-    return *(grad.to(dtype) for grad in grads), *grad_before, grad_log_decay
+    grads = (*(grad.to(dtype) for grad in grads), *grad_before)
+    return *grads, _like_log_decay(grad_log_decay, log_decay, q)
+
+
+def _grad_log_decay(log_decay: Tensor | None, q: Tensor) -> Tensor | None:
+    """Memory for the gradient of log-decays, by token in any case."""
+    return None if log_decay is None else q.new_zeros(q.shape[:3], dtype=torch.float32)
+
+
+def _like_log_decay(grad: Tensor | None, log_decay: Tensor | None, q: Tensor) -> Tensor:
+    """The gradient in the shape of log-decays; zeros where it is not wanted, nothing where there are none."""
+    if log_decay is None or grad is None:
+        return q.new_zeros(0 if log_decay is None else log_decay.shape, dtype=torch.float32)
+    return grad if log_decay.ndim == 3 else grad.sum((0, 1), dtype=torch.float64).float()
 
 
 @torch.library.register_fake("flowformer::flow_causal_backward")
 def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any) -> Any:
     _check_causal_backward(q, k, v, mask, cu_seqlens, *rest)
-    log_decay = q.new_empty(0, dtype=torch.float32) if rest[0] is None else rest[0].new_empty(rest[0].shape)
-    return *(empty_like(x, False) for x in (q, k, v)), *_new_state(q, v, cu_seqlens), log_decay
+    grads = tuple(empty_like(x, False) for x in (q, k, v))
+    return *grads, *_new_state(q, v, cu_seqlens), _like_log_decay(None, rest[0], q)
 
 
 @_operator("flow_bidirectional", _BIDIRECTIONAL, "Tensor")
 def _bidirectional(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, cu_seqlens: Tensor | None,
-    *options: Any,
+    log_decay: Tensor | None, *options: Any,
 ) -> Tensor:  # fmt: skip
-    _check_bidirectional("flow_bidirectional", q, k, v, key_mask, query_mask, cu_seqlens)
-    check_bounds("flow_bidirectional", cu_seqlens, q.shape[1])
+    op = "flow_bidirectional"
+    _check_bidirectional(op, q, k, v, key_mask, query_mask, cu_seqlens, log_decay)
+    check_bounds(op, cu_seqlens, q.shape[1])
+    check_one_mask(op, log_decay, key_mask, query_mask)
     out = _empty_out(q, v, query_mask is not None)
     q, k, v = adjacent(q), adjacent(k), adjacent(v)
     sinks, sources = _tokens(q, query_mask, cu_seqlens), _tokens(k, key_mask, cu_seqlens)
     call = _call(q, k, v, sinks, sources, options)
-    call.out = view(out)
+    call.out, call.log_decay = view(out), _decay_view(log_decay)
     run("bidirectional_forward", call)
     return out
 
@@ -315,17 +335,23 @@ def _empty_out(q: Tensor, v: Tensor, zero: bool) -> Tensor:
 
 @torch.library.register_fake("flowformer::flow_bidirectional")
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-    _check_bidirectional("flow_bidirectional", q, k, v, *rest[:3])
+    _check_bidirectional("flow_bidirectional", q, k, v, *rest[:4])
     return _empty_out(q, v, False)
 
 
-@_operator("flow_bidirectional_backward", f"{_BIDIRECTIONAL}, Tensor grad_out", "(Tensor, Tensor, Tensor)")
+@_operator(
+    "flow_bidirectional_backward",
+    f"{_BIDIRECTIONAL}, Tensor grad_out, bool of_decay",
+    "(Tensor, Tensor, Tensor, Tensor)",
+)
 def _bidirectional_backward(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, cu_seqlens: Tensor | None,
-    grad_out: Tensor, *options: Any,
+    log_decay: Tensor | None, grad_out: Tensor, of_decay: bool, *options: Any,
 ) -> Any:  # fmt: skip
-    _check_bidirectional_backward(q, k, v, key_mask, query_mask, cu_seqlens, grad_out)
-    check_bounds("flow_bidirectional_backward", cu_seqlens, q.shape[1])
+    op = "flow_bidirectional_backward"
+    _check_bidirectional_backward(q, k, v, key_mask, query_mask, cu_seqlens, log_decay, grad_out)
+    check_bounds(op, cu_seqlens, q.shape[1])
+    check_one_mask(op, log_decay, key_mask, query_mask)
     dtype = q.dtype
     grad_q, grad_k, grad_v = grads = _gradients(q, k, v, False)
     if query_mask is not None:
@@ -338,14 +364,16 @@ def _bidirectional_backward(
     call = _call(q, k, v, sinks, sources, options)
     call.grad_out = view(grad_out)
     call.grad_q, call.grad_k, call.grad_v = map(view, grads)
+    grad_log_decay = _grad_log_decay(log_decay, q) if of_decay else None
+    call.log_decay, call.grad_log_decay = _decay_view(log_decay), _decay_view(grad_log_decay)
     run("bidirectional_backward", call)
-    return tuple(grad.to(dtype) for grad in grads)
+    return *(grad.to(dtype) for grad in grads), _like_log_decay(grad_log_decay, log_decay, q)
 
 
 @torch.library.register_fake("flowformer::flow_bidirectional_backward")
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
     _check_bidirectional_backward(q, k, v, *rest)
-    return tuple(empty_like(x, False) for x in (q, k, v))
+    return *(empty_like(x, False) for x in (q, k, v)), _like_log_decay(None, rest[3], q)
 
 
 _STEP = f"{_TENSORS}, Tensor? log_decay, Tensor count, Tensor sums, Tensor log_normaliser, Tensor memory"
@@ -401,21 +429,25 @@ def _differentiate_causal(ctx: Any, grad_out: Tensor | None, *grad_state: Tensor
     saved = ctx.saved_tensors  # once: checkpointing hands them out only once
     if grad_out is None:
         grad_out = torch.zeros_like(saved[2])
-    grads = torch.ops.flowformer.flow_causal_backward(*saved, grad_out, *grad_state, *ctx.options)
+    wanted = any(ctx.needs_input_grad[5:7])  # of the log-decays, and of the count before
+    grads = torch.ops.flowformer.flow_causal_backward(*saved, grad_out, *grad_state, wanted, *ctx.options)
     of_state = grads[3:7] if saved[6] is not None else (None, None, None, None)
     of_decay = grads[7] if saved[5] is not None else None
     return *grads[:3], None, None, of_decay, *of_state, *(None for _ in ctx.options)
 
 
 def _keep_bidirectional(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.options = inputs[6:]
+    ctx.save_for_backward(*inputs[:7])
+    ctx.options = inputs[7:]
 
 
 def _differentiate_bidirectional(ctx: Any, grad_out: Tensor) -> Any:
     refuse_second_gradients()
-    grads = torch.ops.flowformer.flow_bidirectional_backward(*ctx.saved_tensors, grad_out, *ctx.options)
-    return *grads, None, None, None, *(None for _ in ctx.options)
+    saved = ctx.saved_tensors
+    *grads, of_decay = torch.ops.flowformer.flow_bidirectional_backward(
+        *saved, grad_out, ctx.needs_input_grad[6], *ctx.options
+    )
+    return *grads, None, None, None, None if saved[6] is None else of_decay, *(None for _ in ctx.options)
 
 
 torch.library.register_autograd("flowformer::flow_causal", _differentiate_causal, setup_context=_keep_causal)

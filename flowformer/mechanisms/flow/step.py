@@ -65,7 +65,7 @@ def flow_attention_step(
         )
         check_state(op, state, fresh)
         learned = learned if published else resolve(op, learned, q, options, step=True)
-    chosen = choose(op, backend, q, only_torch(learned, options, causal=True))
+    chosen = choose(op, backend, q, only_torch(learned))
     if chosen == "torch":
         return _step(q, k, v, state, learned, options)
     out, *after = implementation(op, chosen)(q, k, v, state, learned, options, plain=fits)

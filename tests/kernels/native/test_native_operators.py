@@ -62,17 +62,21 @@ def causal_arguments(kind: str) -> list[Any]:
     if kind == "masked":
         mask, _ = masked(tensors)
     _, state = native(*inputs(4, batch=sequences, keys=3, values=5), causal=True, return_state=True)
-    log_decay = {"decay": -random(2).abs(), "decay-token": -random(2, 9, 2).abs()}.get(kind)
-    return [*tensors, mask, bounds, log_decay, *state]
+    return [*tensors, mask, bounds, log_decay_of(kind), *state]
+
+
+def log_decay_of(kind: str) -> Tensor | None:
+    return {"decay": -random(2).abs(), "decay-token": -random(2, 9, 2).abs()}.get(kind)
 
 
 def bidirectional_arguments(kind: str) -> list[Any]:
-    tensors, masks, bounds = inputs(9, 9 if kind == "packed" else 7, keys=3, values=5), (None, None), None
+    sources = 7 if kind in ("plain", "masked") else 9
+    tensors, masks, bounds = inputs(9, sources, keys=3, values=5), (None, None), None
     if kind == "packed":
         tensors, bounds = packed(tensors)
     if kind == "masked":
         masks = masked(tensors)
-    return [*tensors, *masks, bounds]
+    return [*tensors, *masks, bounds, log_decay_of(kind)]
 
 
 def with_leaves(arguments: list[Any]) -> list[Any]:
@@ -81,19 +85,19 @@ def with_leaves(arguments: list[Any]) -> list[Any]:
     ]
 
 
-kinds = pytest.mark.parametrize("kind", ["plain", "masked", "packed"])
+kinds = pytest.mark.parametrize("kind", ["plain", "masked", "packed", "decay", "decay-token"])
 options = pytest.mark.parametrize("options", [CORE, LRA], ids=["core", "lra"])
 
 
-@pytest.mark.parametrize("kind", ["plain", "masked", "packed", "decay", "decay-token"])
+@kinds
 @options
 def test_operators_of_the_causal_form_are_as_pytorch_wants_them(kind: str, options: tuple[Any, ...]) -> None:
     arguments = causal_arguments(kind)
     torch.library.opcheck(OPERATORS.flow_causal.default, (*with_leaves(arguments), *options))
     upstream = [random(*arguments[2].shape), *(random(*part.shape).double() for part in arguments[6:])]
-    torch.library.opcheck(OPERATORS.flow_causal_backward.default, (*arguments, *upstream, *options))
+    torch.library.opcheck(OPERATORS.flow_causal_backward.default, (*arguments, *upstream, True, *options))
     alone = [upstream[0], None, None, None, None]
-    torch.library.opcheck(OPERATORS.flow_causal_backward.default, (*arguments, *alone, *options))
+    torch.library.opcheck(OPERATORS.flow_causal_backward.default, (*arguments, *alone, False, *options))
 
 
 @kinds
@@ -103,7 +107,7 @@ def test_operators_of_the_bidirectional_form_are_as_pytorch_wants_them(kind: str
     torch.library.opcheck(OPERATORS.flow_bidirectional.default, (*with_leaves(arguments), *options))
     q, _, v = arguments[:3]
     upstream = random(*q.shape[:3], v.shape[-1])
-    torch.library.opcheck(OPERATORS.flow_bidirectional_backward.default, (*arguments, upstream, *options))
+    torch.library.opcheck(OPERATORS.flow_bidirectional_backward.default, (*arguments, upstream, True, *options))
 
 
 @options

@@ -54,7 +54,10 @@ GRAD = {"grad_out": random(BATCH, LENGTH, HEADS, VALUES)}
 PACKED_GRAD = {"grad_out": random(1, LENGTH, HEADS, VALUES)}
 MASKS = {"key_mask": mask(SOURCES), "query_mask": mask(LENGTH)}
 NO_MASKS = {"key_mask": None, "query_mask": None}
+ONE_MASK = {"key_mask": mask(LENGTH), "query_mask": mask(LENGTH)}
 MARKS = torch.zeros(BATCH, 3, 3, CHANNELS)
+
+WANTED = dict.fromkeys(("flow_causal_backward", "flow_bidirectional_backward"), (True,))  # gradients of log-decays
 
 # What each operator takes, in its order: the tensors by name. Flow-Attention's options follow.
 VALID: dict[str, tuple[str, dict[str, Tensor | None]]] = {
@@ -76,12 +79,20 @@ VALID: dict[str, tuple[str, dict[str, Tensor | None]]] = {
             **{**state(batch=3), **PACKED_GRAD, **state("grad_", 3)},
         },
     ),
-    "bidirectional": ("flow_bidirectional", {**qkv(SOURCES), **MASKS, "cu_seqlens": None}),
-    "bidirectional packed": ("flow_bidirectional", {**qkv(batch=1), **NO_MASKS, "cu_seqlens": BOUNDS}),
-    "bidirectional backward": ("flow_bidirectional_backward", {**qkv(SOURCES), **MASKS, "cu_seqlens": None, **GRAD}),
+    "bidirectional": ("flow_bidirectional", {**qkv(SOURCES), **MASKS, "cu_seqlens": None, **NONE}),
+    "bidirectional packed": ("flow_bidirectional", {**qkv(batch=1), **NO_MASKS, "cu_seqlens": BOUNDS, **DECAY}),
+    "bidirectional token": ("flow_bidirectional", {**qkv(), **ONE_MASK, "cu_seqlens": None, **BY_TOKEN}),
+    "bidirectional backward": (
+        "flow_bidirectional_backward",
+        {**qkv(SOURCES), **MASKS, "cu_seqlens": None, **NONE, **GRAD},
+    ),
     "bidirectional packed backward": (
         "flow_bidirectional_backward",
-        {**qkv(batch=1), **NO_MASKS, "cu_seqlens": BOUNDS, **PACKED_GRAD},
+        {**qkv(batch=1), **NO_MASKS, "cu_seqlens": BOUNDS, **DECAY, **PACKED_GRAD},
+    ),
+    "bidirectional token backward": (
+        "flow_bidirectional_backward",
+        {**qkv(), **ONE_MASK, "cu_seqlens": None, **BY_TOKEN, **GRAD},
     ),
     "step": ("flow_step", {**{name: x[:, 0] for name, x in qkv().items()}, **DECAY, **state()}),
     "step token": (
@@ -104,7 +115,7 @@ VALID: dict[str, tuple[str, dict[str, Tensor | None]]] = {
 def call(case: str, **changed: Tensor | None) -> Any:
     name, arguments = VALID[case]
     assert changed.keys() <= arguments.keys()
-    options = CORE if name.startswith("flow") else ()
+    options = (*WANTED.get(name, ()), *CORE) if name.startswith("flow") else ()
     return getattr(OPERATORS, name)(*{**arguments, **changed}.values(), *options)
 
 
@@ -202,6 +213,18 @@ def test_boundaries_that_are_none_are_refused(case: str, bounds: list[int]) -> N
             call(case, cu_seqlens=torch.tensor(bounds, dtype=dtype))
 
 
+@pytest.mark.parametrize("case", ["bidirectional token", "bidirectional token backward"])
+def test_decay_between_different_tokens_is_refused(case: str) -> None:
+    arguments = VALID[case][1]
+    shorter = {name: arguments[name][:, :SOURCES] for name in ("k", "v", "key_mask")}
+    with pytest.raises(ValueError, match="with log_decay, q and k must be of the same tokens with one mask, got q"):
+        call(case, **shorter)
+    with pytest.raises(ValueError, match="with log_decay, q and k must be of the same tokens with one mask, got q"):
+        call(case, key_mask=None)
+    with pytest.raises(ValueError, match="with log_decay, key_mask and query_mask must be equal"):
+        call(case, key_mask=torch.zeros_like(arguments["key_mask"]))
+
+
 @pytest.mark.parametrize("case", [case for case in VALID if "packed" in case])
 def test_masks_beside_boundaries_are_refused(case: str) -> None:
     for name in {"mask", "key_mask", "query_mask"} & VALID[case][1].keys():
@@ -221,7 +244,7 @@ def test_unknown_options_are_refused(options: tuple[Any, ...]) -> None:
     for name, arguments in VALID.values():
         if name.startswith("flow"):
             with pytest.raises(ValueError, match=r"unknown feature map or competition|must be finite and at least 0"):
-                getattr(OPERATORS, name)(*arguments.values(), *options)
+                getattr(OPERATORS, name)(*arguments.values(), *WANTED.get(name, ()), *options)
 
 
 @pytest.mark.parametrize("case", VALID)

@@ -1,4 +1,4 @@
-"""Flow-Attention with decay by the C++ kernels: the causal form forward, backward and step by step.
+"""Flow-Attention with decay by the C++ kernels: both forms, forward and backward, and the step.
 
 They run in float32, and are compared with float64 of plain PyTorch or of the truth.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_inputs import all_close, close, competitions, exact, inputs, native, needs_kernels, random
+from kernel_inputs import all_close, both_forms, close, competitions, exact, inputs, native, needs_kernels, random
 from law_cases import reference
 from torch import Tensor
 
@@ -52,6 +52,22 @@ def everything(
     return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, [*leaves, *parts], upstream)]
 
 
+def output_and_gradients(
+    function: Callable[..., Any], tensors: list[Tensor], log_decay: Tensor, **arguments: Any
+) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in (*tensors, log_decay)]
+    out = function(*leaves, **arguments)
+    return [out.detach(), *torch.autograd.grad(out, leaves, random(*out.shape).to(out))]
+
+
+def agree_bidirectional(tensors: list[Tensor], log_decay: Tensor, **arguments: Any) -> list[Tensor]:
+    """The same of the bidirectional form, which has no state."""
+    got = output_and_gradients(native, tensors, log_decay, **arguments)
+    doubles = [t.double() for t in tensors]
+    all_close(got, output_and_gradients(exact, doubles, log_decay.double(), **arguments))
+    return got
+
+
 def agree(tensors: list[Tensor], log_decay: Tensor, state: Any = None, **arguments: Any) -> list[Tensor]:
     """Compare kernels with plain PyTorch in float64; return what the kernels gave."""
     got = everything(native, tensors, log_decay, state, **arguments)
@@ -68,14 +84,16 @@ def test_equals_plain_pytorch(keys: int, values: int, competition: str | None, b
     for length, before in ((100, None), (37, state)):
         tensors = inputs(length, keys=keys, values=values)
         agree(tensors, decays(length, by_token=by_token), before, competition=competition)
+        agree_bidirectional(tensors, decays(length, by_token=by_token), competition=competition)
 
 
 @kinds
+@both_forms
 @pytest.mark.parametrize("preset", ops.PRESETS)
-def test_equals_the_truth(preset: str, by_token: bool) -> None:
+def test_equals_the_truth(preset: str, causal: bool, by_token: bool) -> None:
     tensors, log_decay = inputs(70, keys=5), decays(70, by_token=by_token)
     leaves = [[t.to(dtype).requires_grad_() for t in (*tensors, log_decay)] for dtype in (torch.float32, torch.float64)]
-    options: dict[str, Any] = {"causal": True, "preset": preset, "eps": 0.01, "flow_eps": 0.02}
+    options: dict[str, Any] = {"causal": causal, "preset": preset, "eps": 0.01, "flow_eps": 0.02}
     outs = native(*leaves[0], **options), reference.flow_attention(*leaves[1], **options)
     grads = [
         torch.autograd.grad(out, given, random(*out.shape).to(out)) for out, given in zip(outs, leaves, strict=True)
@@ -94,13 +112,14 @@ def test_padding_does_not_decay(where: str, by_token: bool) -> None:
     if by_token:
         log_decay = log_decay.masked_fill(~mask.unsqueeze(-1), torch.nan)
     got = agree(padded, log_decay, start(2, by_token=by_token), mask=mask)
+    got += agree_bidirectional(padded, log_decay, mask=mask)
     assert all(t.isfinite().all() for t in got)
     if where != "all of one row":
         alone = [t[:1, mask[0]] for t in tensors]
         decay = log_decay[:1, mask[0]] if by_token else log_decay
-        assert torch.equal(
-            native(*padded, log_decay, causal=True, mask=mask)[:1, mask[0]], native(*alone, decay, causal=True)
-        )
+        for causal in (False, True):
+            among = native(*padded, log_decay, causal=causal, mask=mask)[:1, mask[0]]
+            assert torch.equal(among, native(*alone, decay, causal=causal))
 
 
 @kinds
@@ -108,11 +127,13 @@ def test_a_packed_batch_equals_its_sequences(by_token: bool) -> None:
     bounds = torch.tensor([0, 40, 40, 41, 150])
     tensors, log_decay = inputs(150, batch=1), decays(150, by_token=by_token, batch=1)
     agree(tensors, log_decay, start(4, by_token=by_token), cu_seqlens=bounds)
-    packed = native(*tensors, log_decay, causal=True, cu_seqlens=bounds)
-    for first, last in ((0, 40), (40, 41), (41, 150)):
-        decay = log_decay[:, first:last] if by_token else log_decay
-        alone = native(*(t[:, first:last] for t in tensors), decay, causal=True)
-        assert torch.equal(packed[:, first:last], alone)
+    agree_bidirectional(tensors, log_decay, cu_seqlens=bounds)
+    for causal in (False, True):
+        packed = native(*tensors, log_decay, causal=causal, cu_seqlens=bounds)
+        for first, last in ((0, 40), (40, 41), (41, 150)):
+            decay = log_decay[:, first:last] if by_token else log_decay
+            alone = native(*(t[:, first:last] for t in tensors), decay, causal=causal)
+            assert torch.equal(packed[:, first:last], alone)
 
 
 @kinds
@@ -166,12 +187,14 @@ def test_a_plain_step_with_decay_takes_the_short_way(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("strong", [-5.0, -50.0, -1e4, float("-inf")])
 @competitions
-def test_strong_decays(competition: str | None, strong: float) -> None:
+@both_forms
+def test_strong_decays(competition: str | None, strong: float, causal: bool) -> None:
     """Gradients of log-decays too are right to their own size, where those of plain PyTorch are rounding."""
     tensors, log_decay = inputs(100), torch.full((2, 100, 2), strong)
     tensors[2] = tensors[2] + 1
+    options: dict[str, Any] = {"causal": causal, "competition": competition, "preset": "timeseries"}
     leaves = [t.clone().requires_grad_() for t in (*tensors, log_decay)]
-    out = native(*leaves, causal=True, competition=competition, preset="timeseries")
+    out = native(*leaves, **options)
     grads = torch.autograd.grad(out.sum(), leaves)
     assert all(t.isfinite().all() for t in (out, *grads))
     # Tokens that are as good as alone: the gradient is exp(g) times what it would be per unit of gamma at 0.
@@ -179,39 +202,41 @@ def test_strong_decays(competition: str | None, strong: float) -> None:
     assert largest <= 100 * torch.tensor(strong, dtype=torch.float64).exp()
     if strong == -5:
         doubles = [t.detach().double().requires_grad_() for t in leaves]
-        other = exact(*doubles, causal=True, competition=competition, preset="timeseries")
+        other = exact(*doubles, **options)
         all_close([out, grads[3]], [other, torch.autograd.grad(other.sum(), doubles)[3]])
         assert largest > 0
     if strong == -50:
         assert largest > 0
         softer = leaves[3].detach() * 0 - 45
-        other = native(*tensors, softer.requires_grad_(), causal=True, competition=competition, preset="timeseries")
+        other = native(*tensors, softer.requires_grad_(), **options)
         (of_softer,) = torch.autograd.grad(other.sum(), softer)
         close(grads[3] * torch.tensor(5.0).exp(), of_softer)
 
 
-def test_strong_decays_among_weak_ones_hide_nothing() -> None:
+@both_forms
+def test_strong_decays_among_weak_ones_hide_nothing(causal: bool) -> None:
     """A large flow before a strong decay is not in the scale of the competition after it."""
     tensors = inputs(100)
     tensors[1] = tensors[1] * 50
     log_decay = torch.full((2, 100, 2), -1e-3)
     log_decay[:, 40] = -2000.0
     for preset in ("timeseries", "lra"):
-        options: dict[str, Any] = {"preset": preset, "feature_map": "relu", "competition": "sequence"}
-        got = native(*tensors, log_decay, causal=True, **options)
-        close(got, exact(*tensors, log_decay.double(), causal=True, **options))
-        alone = native(*(t[:, 40:] for t in tensors), log_decay[:, 40:], causal=True, **options)
+        options: dict[str, Any] = {"preset": preset, "feature_map": "relu", "competition": "sequence", "causal": causal}
+        got = native(*tensors, log_decay, **options)
+        close(got, exact(*tensors, log_decay.double(), **options))
+        alone = native(*(t[:, 40:] for t in tensors), log_decay[:, 40:], **options)
         close(got[:, 40:], alone)
 
 
-def test_no_decay_equals_none_and_values_above_zero_count_as_zero() -> None:
+@both_forms
+def test_no_decay_equals_none_and_values_above_zero_count_as_zero(causal: bool) -> None:
     tensors = inputs(100)
     zero = torch.zeros(2, requires_grad=True)
-    without, with_zero = native(*tensors, causal=True), native(*tensors, zero, causal=True)
+    without, with_zero = native(*tensors, causal=causal), native(*tensors, zero, causal=causal)
     close(with_zero, without)
     assert not torch.autograd.grad(with_zero.sum(), zero)[0].any()
     above = torch.tensor([0.5, 3.0], requires_grad=True)
-    out = native(*tensors, above, causal=True)
+    out = native(*tensors, above, causal=causal)
     assert torch.equal(out, with_zero)
     assert not torch.autograd.grad(out.sum(), above)[0].any()
 
@@ -265,6 +290,16 @@ def threads() -> Iterator[Any]:
     torch.set_num_threads(before)
 
 
+@competitions
+def test_threads_do_not_matter_to_the_bidirectional_form(competition: str | None, threads: Any) -> None:
+    tensors, log_decay = inputs(600, heads=3), decays(600, by_token=True, heads=3)
+    results = {}
+    for count in (1, 8):
+        threads(count)
+        results[count] = agree_bidirectional(tensors, log_decay, competition=competition)
+    assert all(torch.equal(a, b) for a, b in zip(results[8], results[1], strict=True))
+
+
 @kinds
 @competitions
 def test_threads_do_not_matter(competition: str | None, by_token: bool, threads: Any) -> None:
@@ -298,15 +333,17 @@ def test_a_long_sequence(by_token: bool) -> None:
     if by_token:
         log_decay = log_decay * torch.rand(1, length, heads, generator=torch.Generator().manual_seed(0))
     agree(tensors, log_decay)
+    agree_bidirectional(tensors, log_decay)
 
 
 @kinds
-def test_bfloat16_is_worth_its_inputs(by_token: bool) -> None:
+@both_forms
+def test_bfloat16_is_worth_its_inputs(causal: bool, by_token: bool) -> None:
     whole = [random(1, 1000, 2, 64, seed=i) for i in range(3)]
     rounded = [t.bfloat16() for t in whole]
     log_decay = decays(1000, by_token=by_token, batch=1)
-    got = native(*rounded, log_decay, causal=True)
-    function = functools.partial(exact, causal=True)
+    got = native(*rounded, log_decay, causal=causal)
+    function = functools.partial(exact, causal=causal)
     want, unavoidable = function(*whole, log_decay.double()), function(*rounded, log_decay.double())
     assert got.dtype == torch.bfloat16
     worst = 2 * (unavoidable - want).abs().max() + 2**-8 / 2 * want.abs().max()
@@ -314,6 +351,6 @@ def test_bfloat16_is_worth_its_inputs(by_token: bool) -> None:
     leaves = [t.clone().requires_grad_() for t in (*rounded, log_decay)]
     doubles = [t.detach().double().requires_grad_() for t in leaves]
     upstream = random(*got.shape).bfloat16()
-    grads = torch.autograd.grad(native(*leaves, causal=True), leaves, upstream)
+    grads = torch.autograd.grad(native(*leaves, causal=causal), leaves, upstream)
     others = torch.autograd.grad(function(*doubles), doubles, upstream.double())
     all_close(grads, others, 2**-7)

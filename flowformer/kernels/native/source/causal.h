@@ -52,13 +52,13 @@ struct Causal : Flows<T, KEYS> {
           last(last) {}
   };
 
-  // From each token to the end of the chunk, where the memory takes them in.
-  void decay_values() {
+  // Values times factors of their tokens, such as the decay up to where the memory takes them in.
+  void scale_values(const float *factors) {
     each_strip(values, [&](auto width, int column) {
       for (int t = 0; t < CHUNK; t++)
         for (int m = 0; m < width; m++) {
           float *part = V + column * CHUNK + (t * width + m) * LANES;
-          store(part, load(part) * decay.leaving[t]);
+          store(part, load(part) * factors[t]);
         }
     });
   }
@@ -109,7 +109,7 @@ struct Causal : Flows<T, KEYS> {
       lower_product(Q, K_by_channel, keys, tokens, decays ? decay.within : nullptr, capacity);
       output(memory, place.out, at, tokens, next);
     }
-    if (decays) decay_values();
+    if (decays) scale_values(decay.leaving);
     memory.add(K, V, tokens, decay.whole);
   }
 };

@@ -158,7 +158,7 @@ struct CausalRun {
     for (int i = 0; i < 4; i++)
       for (int x = 0; x < keys; x++)
         future.sums[i][x] = sums && x < call.key_channels ? sums[i * call.key_channels + x] : 0.;
-    future.count = call.grad_after.count && call.log_decay.data ? call.grad_after.count[index] : 0.;
+    future.count = call.grad_after.count && call.grad_log_decay.data ? call.grad_after.count[index] : 0.;
     future.normaliser = call.grad_after.log_normaliser ? call.grad_after.log_normaliser[index] : 0.;
     copy_or_zero(growth, call.grad_after.memory ? call.grad_after.memory + index * matrix : nullptr, matrix);
   }

@@ -1,5 +1,6 @@
 // The functions that Python calls, for one level of instructions. Each returns 0, or 1 if there was no memory.
 #include "aft_runs.h"
+#include "bidirectional_decay_runs.h"
 #include "bidirectional_runs.h"
 #include "causal_pieces.h"
 #include "step.h"
@@ -22,6 +23,16 @@ int dispatch(const FlowCall &call, Body body) {
   return run(Run<float, 0>(call));
 }
 
+int bidirectional(const FlowCall &call, bool backward) {
+  const auto decayed = [&](auto &&run) {
+    run.run();
+    return run.failed ? 1 : 0;
+  };
+  if (call.log_decay.data && call.half) return decayed(BidirectionalDecayRun<bfloat16>(call, backward));
+  if (call.log_decay.data) return decayed(BidirectionalDecayRun<float>(call, backward));
+  return dispatch<BidirectionalRun>(call, [=](auto &run) { run.run(backward); });
+}
+
 }  // namespace
 
 EXPORT(flowformer_causal_forward)(const FlowCall *call) {
@@ -32,13 +43,9 @@ EXPORT(flowformer_causal_backward)(const FlowCall *call) {
   return dispatch<CausalPieces>(*call, [](auto &run) { run.wanted() ? run.run_together(true) : run.backward(); });
 }
 
-EXPORT(flowformer_bidirectional_forward)(const FlowCall *call) {
-  return dispatch<BidirectionalRun>(*call, [](auto &run) { run.run(false); });
-}
+EXPORT(flowformer_bidirectional_forward)(const FlowCall *call) { return bidirectional(*call, false); }
 
-EXPORT(flowformer_bidirectional_backward)(const FlowCall *call) {
-  return dispatch<BidirectionalRun>(*call, [](auto &run) { run.run(true); });
-}
+EXPORT(flowformer_bidirectional_backward)(const FlowCall *call) { return bidirectional(*call, true); }
 
 EXPORT(flowformer_step)(const StepCall *call, const void *q, const void *k, const void *v, void *out,
                         const float *log_decay, double *count, double *sums, double *log_normaliser, double *memory,

@@ -110,4 +110,19 @@ inline void lower_product(const float *A, const float *B, int channels, int toke
   });
 }
 
+// All of A B^T, likewise.
+inline void square_product(const float *A, const float *B, int channels, int tokens, const float *factors, float *out) {
+  each_strip(CHUNK, [&](auto width, int column) {
+    for (int i = 0; i < tokens; i += ROWS) {
+      Tile<width> tile;
+      tile.add(A + i * channels, channels, 1, B + column * channels, 0, channels);
+      for (int r = 0; r < ROWS; r++)
+        for (int m = 0; m < width; m++) {
+          const int at = (i + r) * CHUNK + column + m * LANES;
+          store(out + at, factors ? tile.sum[r][m] * load(factors + at) : tile.sum[r][m]);
+        }
+    }
+  });
+}
+
 }  // namespace
