@@ -2,7 +2,7 @@
 
 A mechanism that is not named here is timed in one variant, without options or learned tensors, and not counted.
 
-Counts are those of the matrix products, a multiplication and an addition counting two. For one token and head, with K
+Counts are those of the matrix products, whether or not they decay, a multiplication and an addition counting two. For one token and head, with K
 key and V value channels:
 
     causal           2 (2 K V + C / 2 (K + V))    the K x V matrix is read and added to, and the token meets half of its
@@ -144,15 +144,21 @@ def _filters(draw: Draw, length: int, heads: int) -> tuple[Any, ...]:
     return (draw(heads, TAPS),)
 
 
+def _decays(draw: Draw, length: int, heads: int) -> tuple[Any, ...]:
+    return (-draw(heads).abs(),)
+
+
+_DECAY = {"about": ", decay of each head", "options": {"decay": "learned"}, "learned": _decays}
 _LINEAR = (Variant(flops=linear_flops),)
+_DECAYING = (*_LINEAR, Variant("decay", flops=linear_flops, **_DECAY))
 _WINDOW = {"options": {"window": WINDOW}, "flops": local_flops}
 _TAPS = {"about": f", filters of {TAPS} taps", "learned": _filters}
 _FREE, _TWO = ", a free position bias", f", a position bias of two factors with {FACTOR_CHANNELS} channels"
 VARIANTS: dict[str, tuple[Variant, ...]] = {
-    "flow": _LINEAR,
+    "flow": _DECAYING,
     "mobile": _LINEAR,
-    "linear": _LINEAR,
-    "softmax": (Variant(flops=softmax_flops),),
+    "linear": _DECAYING,
+    "softmax": (Variant(flops=softmax_flops), Variant("decay", flops=softmax_flops, **_DECAY)),
     "aft_full": (
         Variant("", _FREE, learned=_table, decodes=False, flops=full_flops),
         Variant("factors", _TWO, learned=_factors, flops=factor_flops),

@@ -85,10 +85,23 @@ def test_names_in_the_documentation():
     names = {operation: [] for operation in OPERATIONS}
     for operation, name in registry.contenders():
         names.setdefault(operation, []).append(name)
-    flow = ["flow-native", "flow-native-bf16", "flow-torch"]
-    others = ["linear", "mobile", "softmax", "sdpa", "sdpa-bf16", "published", "performer"]
-    assert names["causal-training"] == names["bidirectional"] == names["bidirectional-training"] == [*flow, *others]
-    assert names["causal"] == [*flow[:2], "flow-native-heads-first", flow[2], *others]
+    flow, first = ["flow-native", "flow-native-bf16", "flow-torch"], "-native-heads-first"
+    decay = [name.replace("flow", "flow-decay") for name in flow]
+    others = [
+        "linear",
+        "linear-decay",
+        "mobile",
+        "softmax",
+        "softmax-decay",
+        "sdpa",
+        "sdpa-bf16",
+        "published",
+        "performer",
+    ]
+    every = [*flow, *decay, *others]
+    assert names["causal-training"] == names["bidirectional"] == names["bidirectional-training"] == every
+    of_flow = [*flow[:2], f"flow{first}", flow[2], *decay[:2], f"flow-decay{first}", decay[2]]
+    assert names["causal"] == [*of_flow, *others]
     ours = [
         "aft-full", "aft-full-factors", "aft-conv", "aft-conv-channels", "aft-local-64", "aft-local-64-free",
         "aft-simple-native", "aft-simple-torch",
@@ -100,8 +113,9 @@ def test_names_in_the_documentation():
         "direct",
     ]
     assert names["step"] == [
-        "flow-native", "flow-torch", "aft-conv", "aft-conv-channels", "aft-full-factors", "aft-local-64", "aft-simple",
-        "linear", "mobile", "softmax", "sdpa",
+        "flow-native", "flow-torch", "flow-decay-native", "flow-decay-torch", "aft-conv", "aft-conv-channels",
+        "aft-full-factors", "aft-local-64", "aft-simple", "linear", "linear-decay", "mobile", "softmax",
+        "softmax-decay", "sdpa",
     ]  # fmt: skip
 
 
@@ -169,7 +183,8 @@ def test_backend_that_is_added_is_timed(monkeypatch):
         monkeypatch.setitem(backends._IMPLEMENTATIONS, op, {**backends._IMPLEMENTATIONS.get(op, {}), "quick": None})
     found = registry.contenders()
     linear = [name for operation, name in found if operation == "causal-training" and name.startswith("linear")]
-    assert linear == ["linear-quick", "linear-quick-bf16", "linear-torch"]
+    quick = ["quick", "quick-bf16", "torch"]
+    assert linear == [*(f"linear-{name}" for name in quick), *(f"linear-decay-{name}" for name in quick)]
     assert ("step", "flow-quick") in found
     assert "not today" in found["causal", "linear-quick"].unavailable(inputs_of(found["causal", "linear-quick"]))
 
