@@ -29,12 +29,15 @@ struct BidirectionalDecayBackward : BidirectionalDecay {
     }
     memory.start_from_zero(memory_sum), growth.start_from_zero(growth_sum);
     double later = 0;
+    int64_t end = head.tokens;
     for (int64_t at = head.last_chunk(); at >= 0; at -= CHUNK) {
-      const int tokens = head.in_chunk(at);
-      if (wanted && (at + tokens) % Records::MARK == 0 && at + tokens < head.tokens)
-        later = crossing_at_mark(head, at + tokens, memory, growth);
       products_of_chunk(log_decay, head, at, false, memory, growth);
-      for (int t = tokens - 1; wanted && t >= 0; t--) head.crossing[at + t] = (float)(later += head.crossing[at + t]);
+      if (!wanted) continue;
+      for (int t = head.in_chunk(at) - 1; t >= 0; t--) head.crossing[at + t] = (float)(later += head.crossing[at + t]);
+      if (at % Records::MARK) continue;
+      const double exact = crossing_at_mark(head, at, memory, growth);
+      spread_drift(later - exact, at, end, head.crossing);
+      later = exact, end = at;
     }
   }
 
