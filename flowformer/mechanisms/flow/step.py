@@ -79,8 +79,10 @@ def _fits(q: Any, k: Any, v: Any, state: Any, log_decay: Any, options: FlowOptio
 
     The checks with error messages take ten times as long as the step of a kernel.
     """
+    if type(state) is not FlowState:
+        return False
     given = (q, k, v, *state) if log_decay is None else (q, k, v, log_decay, *state)
-    if type(state) is not FlowState or not all(type(t) is Tensor and t.is_contiguous() for t in given):
+    if not all(type(t) is Tensor and t.is_contiguous() for t in given):
         return False
     if (log_decay is None and options.decay is not None) or options.feature_map in ("softmax", "learned"):
         return False
