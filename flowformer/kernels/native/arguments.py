@@ -137,9 +137,10 @@ def check_one_side(
 
 def check_one_mask(op: str, log_decay: Tensor | None, key_mask: Tensor | None, query_mask: Tensor | None) -> None:
     """Raise ValueError if there is decay, and the values of two masks differ."""
-    if log_decay is None or key_mask is query_mask or (key_mask is not None and torch.equal(key_mask, query_mask)):
-        return
-    raise ValueError(f"flowformer::{op}: with log_decay, key_mask and query_mask must be equal, got different ones")
+    if log_decay is None or key_mask is None or query_mask is None:
+        return  # one that is absent beside another is found by check_one_side
+    if key_mask is not query_mask and not torch.equal(key_mask, query_mask):
+        raise ValueError(f"flowformer::{op}: with log_decay, key_mask and query_mask must be equal, got different ones")
 
 
 def check_bounds(op: str, cu_seqlens: Tensor | None, total: int) -> None:

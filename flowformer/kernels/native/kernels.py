@@ -50,7 +50,7 @@ def _kernels(library: build.Library, level: str) -> Kernels:
     return Kernels(level, *functions)
 
 
-def run(name: str, call: ctypes.Structure, *pointers: int) -> None:
+def run(name: str, call: ctypes.Structure, *pointers: int | None) -> None:
     """Run a kernel.
 
     Raises:

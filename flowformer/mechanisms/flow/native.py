@@ -68,9 +68,10 @@ def step(
 def _step_of_features(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: FlowState, learned: Learned, options: FlowOptions
 ) -> tuple[Tensor, ...]:
-    Q, K, V, values = _features_first(*(t.unsqueeze(1) for t in (q, k, v)), Masks(None, None), learned, options)
-    tokens = (t.squeeze(1) for t in (Q, K, V))
-    out, *after = _step_by_operators(*tokens, log_decay, _state_of(state, learned), values)
+    tokens = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
+    Q, K, V, values = _features_first(*tokens, Masks(None, None), learned, options)
+    Q, K, V = Q.squeeze(1), K.squeeze(1), V.squeeze(1)
+    out, *after = _step_by_operators(Q, K, V, log_decay, _state_of(state, learned), values)
     return out.to(v.dtype), *after
 
 

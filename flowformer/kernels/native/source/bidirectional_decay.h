@@ -16,6 +16,7 @@ struct PairOfSums {
 struct DecayedHead {
   int64_t tokens;
   float *Q, *K;              // features (tokens, keys)
+  float *V;                  // (tokens, values)
   PairOfSums plain, scaled;  // sum K and sum Q; sum K / O and sum Q / I
   float *ones, *inverse_in, *inverse_out;
   float *allocation, *logit;       // sigmoid(I^); O^, clamped
@@ -25,6 +26,7 @@ struct DecayedHead {
   double *log_normaliser;          // over all
   float *partial;                  // (tokens, values): outputs, or d (w v), of the past and the chunk alone
   // Backward.
+  float *upstream;               // d R (tokens, values)
   float *grad_Q, *grad_K;        // (tokens, keys)
   float *grad_gate, *grad_flow;  // d (allocation / I); d w, then d O^
   float *sink_factor, *grad_in, *grad_out;
@@ -46,8 +48,9 @@ struct DecayedHead {
     for (double **row : {&log_past, &log_ahead, &log_normaliser}) *row = scratch.take<double>(rows);
     plain.key_weight = plain.query_weight = ones;
     scaled.key_weight = inverse_out, scaled.query_weight = inverse_in;
-    partial = scratch.take<float>(rows * values);
+    for (float **of_values : {&V, &partial}) *of_values = scratch.take<float>(rows * values);
     if (!backward) return;
+    upstream = scratch.take<float>(rows * values);
     for (float **features : {&grad_Q, &grad_K}) *features = scratch.take<float>(rows * keys);
     for (float **row : {&grad_gate, &grad_flow, &sink_factor, &grad_in, &grad_out, &crossing, &grad_count})
       *row = scratch.take<float>(rows);
@@ -60,11 +63,9 @@ struct DecayedHead {
   int in_chunk(int64_t at) const { return (int)(tokens - at < CHUNK ? tokens - at : CHUNK); }
 };
 
-template <class T>
-struct BidirectionalDecay : CausalBackward<T, 0> {
-  using Base = CausalBackward<T, 0>;
-  using Base::call, Base::keys, Base::values, Base::V, Base::K_by_channel, Base::capacity, Base::gate, Base::decay;
-  using typename Base::Tensors;
+// All of it in floats: only what is read first and written last has the type of the inputs.
+struct BidirectionalDecay : CausalBackward<float, 0> {
+  using Base = CausalBackward<float, 0>;
   double *running[4];  // sums of doubles, carried from chunk to chunk
   float *symmetric;    // gamma(i, j) of a chunk (CHUNK, CHUNK)
 
@@ -87,25 +88,56 @@ struct BidirectionalDecay : CausalBackward<T, 0> {
     return x;
   }
 
-  void load_head(const Tensors &to, DecayedHead &head) {
-    for (int64_t at = 0; at < head.tokens; at += CHUNK) {
-      this->load_features(to.q, to.k, at, head.in_chunk(at));
-      memcpy(head.Q + at * keys, this->Q, sizeof(float) * CHUNK * keys);
-      memcpy(head.K + at * keys, this->K, sizeof(float) * CHUNK * keys);
-      for (int t = 0; t < CHUNK; t++) head.ones[at + t] = 1.f;
+  template <class T>
+  void load_head(int64_t sequence, int64_t h, DecayedHead &head) {
+    const auto q = rows_of<const T>(call.q, call.sinks, sequence, h),
+               k = rows_of<const T>(call.k, call.sinks, sequence, h);
+    const auto v = rows_of<const T>(call.v, call.sinks, sequence, h);
+    const auto grad_out = rows_of<const T>(call.grad_out, call.sinks, sequence, h);
+    const int64_t rows = head.last_chunk() + CHUNK;
+    for (int64_t t = 0; t < rows; t++) {
+      const bool there = t < head.tokens;
+      for (int x = 0; x < keys; x += LANES) {
+        const Vector exists = there ? load(real + x) : Vector{};
+        store(head.Q + t * keys + x, there ? phi(q.at(t), x) * exists : exists);
+        store(head.K + t * keys + x, there ? phi(k.at(t), x) * exists : exists);
+      }
+      for (int x = 0; x < values; x += LANES) {
+        store(head.V + t * values + x, there ? load_part(v.at(t), call.value_channels, x) : Vector{});
+        if (grad_out.first)
+          store(head.upstream + t * values + x, there ? load_part(grad_out.at(t), call.value_channels, x) : Vector{});
+      }
+      head.ones[t] = 1.f, head.weight[t] = 0.f;  // the latter stays where no token is
     }
   }
 
+  template <class T>
+  Vector phi(const T *row, int at) const {
+    return feature(load_part(row, call.key_channels, at), call.feature_map);
+  }
+
+  // Values of a chunk times their weights and a factor, in strips.
+  void load_values(const DecayedHead &head, int64_t at, const float *factor) {
+    each_strip(values, [&](auto width, int column) {
+      for (int t = 0; t < CHUNK; t++)
+        for (int m = 0; m < width; m++) {
+          const Vector value = load(head.V + (at + t) * values + column + m * LANES);
+          store(V + column * CHUNK + (t * width + m) * LANES,
+                value * (head.weight[at + t] * (factor ? factor[t] : 1.f)));
+        }
+    });
+  }
+
   // Against time: what lies after each chunk, of w (K + e) and u (Q + e), or without e.
-  void gather_after(const Tensors &to, const DecayedHead &head, const float *key_weight, const float *query_weight,
-                    bool with_eps, float *after) {
+  void gather_after(const Rows<const float> &log_decay, const DecayedHead &head, const float *key_weight,
+                    const float *query_weight, bool with_eps, float *after) {
     clear_running();
     for (int64_t at = head.last_chunk(); at >= 0; at -= CHUNK) {
       const int tokens = head.in_chunk(at);
-      decay.load(to.log_decay, at, tokens);
+      decay.load(log_decay, at, tokens);
       float *here = after + at / CHUNK * 2 * keys;
       for (int x = 0; x < keys; x += LANES) {
-        const Vector small = with_eps ? load(this->eps + x) : Vector{};
+        const Vector small = with_eps ? load(eps + x) : Vector{};
         Vector of_keys{}, of_queries{};
         for (int t = tokens - 1; t >= 0; t--) {
           const int64_t place = (at + t) * keys + x;
@@ -119,18 +151,19 @@ struct BidirectionalDecay : CausalBackward<T, 0> {
   }
 
   // In the order of time: (Q + e) . (sum of w K + e) and (K + e) . (sum of u Q + e), and what lies before each chunk.
-  void flows(const Tensors &to, const DecayedHead &head, const PairOfSums &pair, float *incoming, float *outgoing) {
-    gather_after(to, head, pair.key_weight, pair.query_weight, false, pair.after);
+  void flows(const Rows<const float> &log_decay, const DecayedHead &head, const PairOfSums &pair, float *incoming,
+             float *outgoing) {
+    gather_after(log_decay, head, pair.key_weight, pair.query_weight, false, pair.after);
     clear_running();
     for (int64_t at = 0; at < head.tokens; at += CHUNK) {
       const int tokens = head.in_chunk(at);
-      decay.load(to.log_decay, at, tokens);
+      decay.load(log_decay, at, tokens);
       float *before = pair.before + at / CHUNK * 2 * keys;
       const float *after = pair.after + at / CHUNK * 2 * keys;
       Vector of_sinks[CHUNK], of_sources[CHUNK];
       for (int t = 0; t < CHUNK; t++) of_sinks[t] = of_sources[t] = Vector{};
       for (int x = 0; x < keys; x += LANES) {
-        const Vector small = load(this->eps + x);
+        const Vector small = load(eps + x);
         TwoSided K, Q;
         for (int t = 0; t < tokens; t++) {
           K.own[t] = load(head.K + (at + t) * keys + x) * pair.key_weight[at + t];
@@ -158,23 +191,23 @@ struct BidirectionalDecay : CausalBackward<T, 0> {
   }
 
   // All flows of a head, and the weights of its sources; for competition over heads the logits stand for them.
-  void find_flows(const Tensors &to, DecayedHead &head) {
-    flows(to, head, head.plain, head.inverse_in, head.inverse_out);
+  void find_flows(const Rows<const float> &log_decay, DecayedHead &head) {
+    flows(log_decay, head, head.plain, head.inverse_in, head.inverse_out);
     const float small = (float)call.flow_eps;
     for (int64_t t = 0; t < head.tokens; t += LANES) {
       const auto there = lane_numbers() < (float)(head.tokens - t);
       store(head.inverse_in + t, there ? 1.f / (load(head.inverse_in + t) + small) : Vector{});
       store(head.inverse_out + t, there ? 1.f / (load(head.inverse_out + t) + small) : Vector{});
     }
-    flows(to, head, head.scaled, head.allocation, head.logit);
+    flows(log_decay, head, head.scaled, head.allocation, head.logit);
     for (int64_t t = 0; t < head.tokens; t += LANES) {
       store(head.allocation + t, call.allocation ? sigmoid(load(head.allocation + t) + small) : all(1.f));
-      const Vector flow = load(head.logit + t) + small, clamped = this->clamped(flow);
-      store(head.inside + t, clamped == flow ? all(1.f) : Vector{});
-      store(head.logit + t, clamped);
+      const Vector flow = load(head.logit + t) + small, bounded = clamped(flow);
+      store(head.inside + t, bounded == flow ? all(1.f) : Vector{});
+      store(head.logit + t, bounded);
     }
-    count(to.log_decay, head);
-    if (call.competition == SEQUENCE) compete(to.log_decay, head);
+    count(log_decay, head);
+    if (call.competition == SEQUENCE) compete(log_decay, head);
     for (int64_t t = 0; call.competition != SEQUENCE && t < head.tokens; t++)
       head.weight[t] = call.competition == HEADS ? head.logit[t] : 1.f;
   }
@@ -216,13 +249,13 @@ struct BidirectionalDecay : CausalBackward<T, 0> {
   }
 
   // Outputs: of the past and the chunk, in the order of time; then, against it, of what lies ahead.
-  void outputs(const Tensors &to, const Rows<T> &out, DecayedHead &head, Memory &memory, double *sum) {
+  void outputs(const Rows<const float> &log_decay, DecayedHead &head, Memory &memory, double *sum) {
     memory.start_from_zero(sum);
     for (int64_t at = 0; at < head.tokens; at += CHUNK) {
       const int tokens = head.in_chunk(at);
       const float *Q = head.Q + at * keys, *K = head.K + at * keys;
-      decay.load(to.log_decay, at, tokens), fill_symmetric();
-      this->load_values(to.v, at, tokens, head.weight + at);
+      decay.load(log_decay, at, tokens), fill_symmetric();
+      load_values(head, at, nullptr);
       by_channel(K, keys, K_by_channel);
       square_product(Q, K_by_channel, keys, tokens, symmetric, capacity);
       each_strip(values, [&](auto width, int column) {
@@ -231,36 +264,48 @@ struct BidirectionalDecay : CausalBackward<T, 0> {
           tile.add(Q + i * keys, keys, 1, memory.now + column * keys, 0, keys);
           tile.scale(decay.arriving + i);
           tile.add(capacity + i * CHUNK, CHUNK, 1, V + column * CHUNK, 0, tokens);
-          this->put(tile, head.partial + (at + i) * values + column, values);
+          put(tile, head.partial + (at + i) * values + column, values);
         }
       });
-      this->scale_values(decay.leaving);
+      load_values(head, at, decay.leaving);
       memory.add(K, V, tokens, decay.whole);
     }
     memory.start_from_zero(sum);
-    for (int64_t at = head.last_chunk(); at >= 0; at -= CHUNK) outputs_ahead(to, out, head, memory, at);
+    for (int64_t at = head.last_chunk(); at >= 0; at -= CHUNK) outputs_ahead(log_decay, head, memory, at);
   }
 
-  void outputs_ahead(const Tensors &to, const Rows<T> &out, DecayedHead &head, Memory &memory, int64_t at) {
+  void outputs_ahead(const Rows<const float> &log_decay, DecayedHead &head, Memory &memory, int64_t at) {
     const int tokens = head.in_chunk(at);
     const float *Q = head.Q + at * keys, *K = head.K + at * keys;
-    decay.load(to.log_decay, at, tokens);
+    decay.load(log_decay, at, tokens);
     each_strip(values, [&](auto width, int column) {
       for (int i = 0; i < tokens; i += ROWS) {
         Tile<width> tile;
         tile.add(Q + i * keys, keys, 1, memory.now + column * keys, 0, keys);
-        for (int r = 0; r < ROWS && i + r < tokens; r++)
-          for (int m = 0; m < width; m++) {
-            const int64_t t = at + i + r;
-            const int x = column + m * LANES;
-            const Vector whole = load(head.partial + t * values + x) + tile.sum[r][m] * decay.leaving[i + r];
-            store_part(out.at(t), call.value_channels, x, whole * (head.allocation[t] * head.inverse_in[t]));
-          }
+        tile.scale(decay.leaving + i);
+        join(tile, false, head.partial + (at + i) * values + column, values);
       }
     });
-    this->load_values(to.v, at, tokens, head.weight + at);
-    this->scale_values(decay.arriving);
+    load_values(head, at, decay.arriving);
     memory.add(K, V, tokens, decay.whole);
+  }
+
+  // Write a tile, or add it to what is there.
+  template <int M>
+  static void join(const Tile<M> &tile, bool first, float *out, int stride) {
+    for (int r = 0; r < ROWS; r++)
+      for (int m = 0; m < M; m++) {
+        float *place = out + r * stride + m * LANES;
+        store(place, first ? tile.sum[r][m] : load(place) + tile.sum[r][m]);
+      }
+  }
+
+  template <class T>
+  void write_outputs(const Rows<T> &out, const DecayedHead &head) const {
+    for (int64_t t = 0; t < head.tokens; t++)
+      for (int x = 0; x < values; x += LANES)
+        store_part(out.at(t), call.value_channels, x,
+                   load(head.partial + t * values + x) * (head.allocation[t] * head.inverse_in[t]));
   }
 };
 

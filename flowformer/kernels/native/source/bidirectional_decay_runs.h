@@ -9,7 +9,6 @@ namespace {
 
 template <class T>
 struct BidirectionalDecayRun {
-  using Worker = BidirectionalDecayBackward<T>;
   // Competition over heads comes between the first two, and its derivative between the last.
   enum HeadStage { FIND_FLOWS, PRODUCTS_OF_HEAD, SUMS_OF_HEAD };
   const FlowCall &call;
@@ -48,7 +47,7 @@ struct BidirectionalDecayRun {
 
   void one_stage(HeadStage next, int64_t index, DecayedHead &head, Scratch &scratch, bool real) {
     const WithoutDenormals guard(true);
-    Worker worker(call, scratch);
+    BidirectionalDecayBackward worker(call, scratch);
     const bool products = next == PRODUCTS_OF_HEAD;
     const int64_t matrix = products ? call.key_channels * call.value_channels : 0;
     Memory memory = backward ? Memory(call.value_channels, call.key_channels, values, keys, scratch)
@@ -58,17 +57,21 @@ struct BidirectionalDecayRun {
     double *past = scratch.take<double>(backward ? tokens(index) : 0);
     if (!real || head.tokens == 0) return;
     worker.prepare();
-    const typename Worker::Tensors to(call, index / call.heads, index % call.heads);
+    const int64_t s = index / call.heads, h = index % call.heads;
+    const auto log_decay = rows_of<const float>(call.log_decay, call.sinks, s, h);
     if (next == FIND_FLOWS) {
-      worker.load_head(to, head), worker.find_flows(to, head);
+      worker.load_head<T>(s, h, head);
+      worker.find_flows(log_decay, head);
     } else if (products && !backward) {
-      worker.outputs(to, rows_of<T>(call.out, call.sinks, index / call.heads, index % call.heads), head, memory,
-                     memory_sum);
+      worker.outputs(log_decay, head, memory, memory_sum);
+      worker.write_outputs(rows_of<T>(call.out, call.sinks, s, h), head);
     } else if (products) {
-      worker.products(to, head, memory, memory_sum, growth, growth_sum), worker.finish_products(to, head);
+      worker.products(log_decay, head, memory, memory_sum, growth, growth_sum), worker.finish_products(head);
     } else if (backward) {
-      if (call.competition == SEQUENCE) worker.compete_backward(to.log_decay, head, past);
-      worker.sums_backward(to, head), worker.write(to, head);
+      if (call.competition == SEQUENCE) worker.compete_backward(log_decay, head, past);
+      worker.sums_backward(log_decay, head);
+      worker.write_inputs<T>(s, h, head);
+      if (worker.wanted) worker.write_decay(log_decay, rows_of<float>(call.grad_log_decay, call.sinks, s, h), head);
     }
   }
 

@@ -230,6 +230,7 @@ struct CausalBackward : Causal<T, KEYS> {
         }
         if (decays) scale_rows(gated, keys, decay.arriving);
         growth.add(gated, upstream_strips, tokens, decay.whole);
+        if (records.wanted && stage != GRAD_MEMORY) of_memory.correct_at_mark(at, growth, records);
       }
       if (stage == GRAD_MEMORY) continue;
       if (call.competition == SEQUENCE && !apart)

@@ -37,13 +37,16 @@ struct Decay {
     for (int t = CHUNK - 1; t >= 0; t--) leaving[t] = (float)behind, behind *= each[t];
   }
 
-  // A product of neighbours, never a quotient of products: those would vanish.
+  // Products of neighbours, never quotients of products: those would vanish. Of doubles, since all tokens may have the
+  // same gamma and then its error, too.
   void fill_within() {
-    for (int column = 0; column < CHUNK; column += LANES) {
-      Vector row{};
-      for (int i = 0; i < CHUNK; i++) {
-        row = lane_numbers() + (float)column == (float)i ? all(1.f) : row * gamma[i];
-        store(within + i * CHUNK + column, row);
+    for (int column = 0; column < CHUNK; column += HALF_LANES) {
+      Doubles row{};
+      for (int i = 0; i < column; i++) store_singles(within + i * CHUNK + column, row);
+      for (int i = column; i < CHUNK; i++) {
+        row *= each[i];
+        if (i < column + HALF_LANES) row[i - column] = 1.;
+        store_singles(within + i * CHUNK + column, row);
       }
     }
   }

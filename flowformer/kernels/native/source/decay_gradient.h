@@ -13,18 +13,36 @@
 
 namespace {
 
+// Of tokens [first, end), gathered from the last to the first, which are off by `drift` there.
+inline void spread_drift(double drift, int64_t first, int64_t end, float *gradient) {
+  const double each = drift / (double)(end - first);
+  for (int64_t t = first; t < end; t++) gradient[t] -= (float)(each * (double)(end - t));
+}
+
 struct DecayOfMemory {
   double later;         // the gradient of the token after the chunk
+  int64_t end;          // the token at which it was exact
   float nearby[CHUNK];  // pairs within the chunk: those of sink t less those of source t
 
   // Start anew from the exact product where the memory was kept: over many tokens, rounded differences would add up.
   void restart_at_mark(int64_t token, int64_t length, Memory &growth, const Records &records) {
     if (token % Records::MARK && token < length) return;
+    later = exact(token, growth, records), end = token;
+  }
+
+  // What rounding has added up since then shows at the next mark: take it back, each token's share.
+  void correct_at_mark(int64_t token, Memory &growth, const Records &records) const {
+    if (token % Records::MARK) return;
+    spread_drift(later - exact(token, growth, records), token, end, records.grad_decay);
+  }
+
+  static double exact(int64_t token, Memory &growth, const Records &records) {
     growth.flush();
     const int64_t size = growth.real_rows * growth.real_columns;
     const double *memory = records.marks + Records::mark(token) * size;
-    later = 0;
-    for (int64_t i = 0; i < size; i++) later += growth.sum[i] * memory[i];
+    double total = 0;
+    for (int64_t i = 0; i < size; i++) total += growth.sum[i] * memory[i];
+    return total;
   }
 
   // Pairs of the chunk, of the lower triangles g Q K^T, with decay, and dR (w v)^T, which gets it here.

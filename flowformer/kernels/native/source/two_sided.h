@@ -19,7 +19,7 @@ struct TwoSided {
 
   // `before` and `after` are the sums at the last token before the chunk, and at its last token, of what lies beyond.
   // They become the chunk's own share of the sums at its last token, and before its first.
-  inline __attribute__((always_inline)) void sum(const Decay &decay, int tokens, Vector &before, Vector &after) {
+  void sum(const Decay &decay, int tokens, Vector &before, Vector &after) {
     Vector forward{}, backward{};
     for (int t = 0; t < tokens; t++) {
       past[t] = forward * decay.gamma[t] + before * decay.arriving[t];
