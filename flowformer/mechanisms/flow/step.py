@@ -133,7 +133,7 @@ def _step(
         conserved_in = flow(Q, scaled_key_sum) / n + flow_eps
         conserved_out = flow(K, scaled_query_sum) / n + flow_eps
         logits = contend(conserved_out, learned.temperatures, options)
-        weight, log_normaliser = _compete(logits, n, before.log_normaliser, options)
+        weight, log_normaliser = _compete(logits, n, state.log_normaliser, before.log_normaliser, options)
         V = v.to(wide) * weight.unsqueeze(-1)
         memory = before.memory + K.unsqueeze(-1) * V.unsqueeze(-2)
         gate = allocate(conserved_in, learned.temperatures) / incoming if options.allocation else 1 / incoming
@@ -154,11 +154,13 @@ def fade(state: FlowState, log_decay: Tensor | None) -> FlowState:
     )
 
 
-def _compete(logits: Tensor, n: Tensor, past: Tensor, options: FlowOptions) -> tuple[Tensor, Tensor]:
-    """Weight of the token's source, and the log-normaliser after it; ``past`` has decayed."""
+def _compete(
+    logits: Tensor, n: Tensor, past: Tensor, decayed: Tensor, options: FlowOptions
+) -> tuple[Tensor, Tensor]:
+    """Weight of the token's source, and the log-normaliser after it, for that before it and what has decayed of it."""
     if options.competition is None:
         return torch.ones_like(n), past.clone()
     if options.competition == "heads":
         return n * logits.softmax(1), past.clone()
-    normaliser = log_add(logits, past)
+    normaliser = log_add(logits, decayed)
     return n * (logits - normaliser).exp(), normaliser

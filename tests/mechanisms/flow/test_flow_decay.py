@@ -45,6 +45,20 @@ def test_a_factor_of_one_is_no_decay(causal: bool, competition: str | None) -> N
 
 
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", [(HEADS,), (2, 60, HEADS)])
+def test_a_factor_of_one_can_be_learned_away(causal: bool, shape: tuple[int, ...]) -> None:
+    given = [t.float() for t in tensors()]
+    grads = []
+    for backend in ("torch", "auto"):
+        log_decay = torch.zeros(shape, requires_grad=True)
+        ops.flow_attention(*given, log_decay, causal=causal, backend=backend).square().sum().backward()
+        grads.append(log_decay.grad)
+    assert grads[0] is not None
+    assert grads[0].any()
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [False, True])
 def test_decays_of_heads_are_those_of_all_their_tokens(causal: bool) -> None:
     log_decay = default_log_decay(HEADS).double()
     want = ops.flow_attention(*tensors(), log_decay, causal=causal, backend="torch")

@@ -289,7 +289,7 @@ struct BidirectionalDecayBackward : BidirectionalDecay {
     for (int64_t t = head.tokens - 1; t >= 0; t--) {
       const float given = *log_decay.at(t);
       ahead += head.grad_count[t];
-      *out.at(t) = given >= 0 ? 0.f : head.crossing[t] + (float)(ahead * head.past_count[t]);
+      *out.at(t) = given > 0 ? 0.f : head.crossing[t] + (float)(ahead * head.past_count[t]);
       ahead *= decay_of(given);
     }
   }

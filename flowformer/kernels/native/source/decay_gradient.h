@@ -75,8 +75,7 @@ struct DecayOfMemory {
 };
 
 // Of all tokens of a sequence and head, what the counts add; and out. `of_count` is wanted of the last count. Returns
-// what is wanted of the count before the first token. A log-decay of 0 has no derivative; as in PyTorch's clamp it gets
-// 0.
+// what is wanted of the count before the first token. Values above 0 count as 0, and get 0.
 inline double write_decay_gradient(const Rows<const float> &log_decay, const Rows<float> &out, int64_t tokens,
                                    double of_count, const Records &records) {
   const bool constant = log_decay.stride == 0;
@@ -84,7 +83,7 @@ inline double write_decay_gradient(const Rows<const float> &log_decay, const Row
   for (int64_t t = tokens - 1; t >= 0; t--) {
     const float given = *log_decay.at(t);
     of_count += records.grad_count[t];
-    *out.at(t) = given >= 0 ? 0.f : (float)(records.grad_decay[t] + of_count * records.past_count[t]);
+    *out.at(t) = given > 0 ? 0.f : (float)(records.grad_decay[t] + of_count * records.past_count[t]);
     of_count *= constant ? of_all : decay_of(given);
   }
   return of_count;
