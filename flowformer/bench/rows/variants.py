@@ -2,8 +2,8 @@
 
 A mechanism that is not named here is timed in one variant, without options or learned tensors, and not counted.
 
-Counts are those of the matrix products, whether or not they decay, a multiplication and an addition counting two. For one token and head, with K
-key and V value channels:
+Counts are those of the matrix products, whether or not they decay, a multiplication and an addition counting two. For
+one token and head, with K key and V value channels:
 
     causal           2 (2 K V + C / 2 (K + V))    the K x V matrix is read and added to, and the token meets half of its
                                                   chunk of C = 32 tokens twice, in Q K^T and in the product with V

@@ -154,9 +154,7 @@ def fade(state: FlowState, log_decay: Tensor | None) -> FlowState:
     )
 
 
-def _compete(
-    logits: Tensor, n: Tensor, past: Tensor, decayed: Tensor, options: FlowOptions
-) -> tuple[Tensor, Tensor]:
+def _compete(logits: Tensor, n: Tensor, past: Tensor, decayed: Tensor, options: FlowOptions) -> tuple[Tensor, Tensor]:
     """Weight of the token's source, and the log-normaliser after it, for that before it and what has decayed of it."""
     if options.competition is None:
         return torch.ones_like(n), past.clone()
