@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from flowformer.core.checks import HEADS, apply
 from flowformer.core.decay import at_most_zero, check_decay, check_log_decay, decaying_heads, default_log_decay
-from flowformer.core.precision import sum_dtype
+from flowformer.core.precision import LOG_ZERO, sum_dtype
 from flowformer.core.run import Given, check_inputs
 from flowformer.mechanisms.base import Attention, set_values
 from flowformer.mechanisms.weights import lower
 
 DECAYING = HEADS._replace(self_only="weights decay with the distance of tokens")
-ROWS = 512  # rows of factors that a reference makes at a time
+ROWS = 128  # tokens whose factors a reference makes at a time
 
 
 def resolve_decay(op: str, log_decay: Tensor | None, decay: str | None, given: Given) -> Tensor:
@@ -57,23 +57,53 @@ def log_gammas(log_decay: Tensor, length: int, places: Tensor) -> Tensor:
     return -(so_far[:, places].unsqueeze(-1) - so_far.unsqueeze(1)).abs()
 
 
-def _rows(x: Tensor, log_decay: Tensor, causal: bool) -> Iterator[Tensor]:
-    for places in torch.arange(len(x), device=x.device).split(ROWS):
-        found = log_gammas(log_decay, len(x), places)
-        yield lower(found, places, -torch.inf) if causal else found
-
-
 def decayed(x: Tensor, log_decay: Tensor, causal: bool) -> Tensor:
-    """Return sum_j gamma(i, j) x_j of one sequence x (length, heads, ...), over j <= i where causal; quadratic time."""
-    flat = x.flatten(2) if x.ndim > 2 else x.unsqueeze(-1)
-    return torch.cat([torch.einsum("hij,jhx->ihx", rows.exp(), flat) for rows in _rows(x, log_decay, causal)]).view_as(
-        x
-    )
+    """Return sum_j gamma(i, j) x_j of one sequence x (length, heads, ...), over j <= i where causal; in linear time."""
+    there = _accumulate(x, log_decay)
+    return there if causal else there + _accumulate(x.flip(0), _reversed(log_decay)).flip(0) - x
 
 
 def log_decayed(x: Tensor, log_decay: Tensor, causal: bool) -> Tensor:
     """Return log sum_j gamma(i, j) exp(x_j) of one sequence x (length, heads), likewise."""
-    return torch.cat([(rows + x.T.unsqueeze(1)).logsumexp(-1).T for rows in _rows(x, log_decay, causal)])
+    there = _log_accumulate(x, log_decay)
+    if causal:
+        return there
+    back = _log_accumulate(x.flip(0), _reversed(log_decay)).flip(0)
+    largest = torch.maximum(there, back).detach()
+    return largest + ((there - largest).exp() + (back - largest).exp() - (x - largest).exp()).log()
+
+
+def _reversed(log_decay: Tensor) -> Tensor:
+    """Log-decays for the tokens in reverse, where token i is reached from i + 1 by the decay of the latter."""
+    return log_decay if log_decay.ndim == 1 else log_decay.roll(-1, 0).flip(0)  # nothing precedes the first
+
+
+def _blocks(x: Tensor, log_decay: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Blocks of x, log gamma(i, j) within them, (heads, block, block), and from before them, (block, heads)."""
+    log_decay = at_most_zero(log_decay).expand(len(x), -1)
+    for part, decays in zip(x.split(ROWS), log_decay.split(ROWS), strict=True):
+        so_far = decays.cumsum(0)
+        places = torch.arange(len(part), device=x.device)
+        within = lower(log_gammas(decays, len(part), places), places, -torch.inf)
+        yield part, within, so_far
+
+
+def _accumulate(x: Tensor, log_decay: Tensor) -> Tensor:
+    state, outs = torch.zeros_like(x[:1]), []
+    for part, within, arriving in _blocks(x, log_decay):
+        nearby = torch.einsum("hij,jhx->ihx", within.exp(), part.reshape(*part.shape[:2], -1)).view_as(part)
+        outs.append(nearby + arriving.exp().view(*arriving.shape, *(1,) * (x.ndim - 2)) * state)
+        state = outs[-1][-1:]
+    return torch.cat(outs)
+
+
+def _log_accumulate(x: Tensor, log_decay: Tensor) -> Tensor:
+    state, outs = torch.full_like(x[:1], LOG_ZERO), []
+    for part, within, arriving in _blocks(x, log_decay):
+        nearby = (within + part.T.unsqueeze(1)).logsumexp(-1).T
+        outs.append(torch.logaddexp(nearby, arriving + state))
+        state = outs[-1][-1:]
+    return torch.cat(outs)
 
 
 def of_sequence(learned: Sequence[Any], row: int, places: Tensor) -> tuple[Any, ...]:

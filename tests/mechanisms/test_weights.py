@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from flowformer import ops
 from flowformer.mechanisms import Mechanism, find_attention, list_attentions
+from flowformer.mechanisms.flow.equations import phi
 from flowformer.ops import FlowMaps
 
 HEADS, KEY, VALUE = 2, 4, 3
@@ -31,7 +32,7 @@ class Case:
 
     @property
     def crosses(self) -> bool:
-        return self.row.can("cross") and not self.causal
+        return self.row.can("cross") and not self.causal and not self.variant.decays
 
     def inputs(self, length: int, sources: int | None = None, *, batch: int = 2, seed: int = 0) -> list[Tensor]:
         random = torch.Generator().manual_seed(seed + length)
@@ -40,20 +41,30 @@ class Case:
 
     def parameters(self, length: int) -> tuple[Any, ...]:
         random = torch.Generator().manual_seed(length)
-        shapes = self.variant.learned(length, HEADS)
-        return tree_map(
-            lambda shape: torch.randn(shape, generator=random, dtype=torch.float64),
-            shapes,
-            is_leaf=lambda shape: isinstance(shape, torch.Size),
+        made = tree_map(
+            lambda shape: None if shape is None else torch.randn(shape, generator=random, dtype=torch.float64),
+            self.variant.learned(length, HEADS),
+            is_leaf=lambda shape: shape is None or isinstance(shape, torch.Size),
         )
+        if self.variant.decays and not self.variant.by_token:
+            return -made[0].abs(), *made[1:]
+        return made
+
+    def learned(self, q: Tensor, length: int = 64) -> tuple[Any, ...]:
+        """What the operation takes after q, k and v: the same log-decays for the same places of the same sequence."""
+        if not self.variant.by_token:
+            return self.parameters(length)
+        random = torch.Generator().manual_seed(length)
+        log_decay = -torch.rand(2, length, HEADS, generator=random, dtype=torch.float64)
+        return log_decay[: len(q), : q.shape[1]], *self.parameters(length)
 
     def rows(self, q: Tensor, k: Tensor, rows: Any, length: int = 64, **arguments: Any) -> Tensor:
         given = {"causal": self.causal, **self.variant.options, **arguments}
-        return ROWS[self.row.name](q, k, rows, *self.parameters(length), **given)
+        return ROWS[self.row.name](q, k, rows, *self.learned(q, length), **given)
 
     def op(self, q: Tensor, k: Tensor, v: Tensor, length: int = 64, **arguments: Any) -> Tensor:
         given = {"causal": self.causal, **self.variant.options, **arguments}
-        return self.row.operation(q, k, v, *self.parameters(length), **given)
+        return self.row.operation(q, k, v, *self.learned(q, length), **given)
 
 
 CASES = {
@@ -174,11 +185,11 @@ def test_nothing_quadratic_is_ever_made(case: Case) -> None:
     length, rows = 65_536, [0, 30_000, 65_535]
     q, k, _ = case.inputs(length, batch=1)
     q, k = q.float(), k.float()
-    parameters = case.parameters(length)
+    learned = case.learned(q, length)
     with _Largest() as largest:
-        weights = ROWS[case.row.name](q, k, rows, *parameters, causal=case.causal, **case.variant.options)
+        weights = ROWS[case.row.name](q, k, rows, *learned, causal=case.causal, **case.variant.options)
         if case.row.flows is not None:
-            case.row.flows(q, k, causal=case.causal, **case.variant.options)
+            case.row.flows(q, k, *learned, causal=case.causal, **case.variant.options)
     assert weights.shape[2:] == (3, length)
     assert largest.numbers <= 3 * length * HEADS * max(KEY, VALUE)
 
@@ -190,14 +201,17 @@ def test_nothing_quadratic_is_ever_made(case: Case) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("length", "sources"), [(30, 30), (9, 25), (25, 9)])
 def test_flow_maps_make_the_output(label: str, causal: bool, length: int, sources: int) -> None:
-    if causal and length != sources:
-        return
     case = CASES[f"flow-{label}-{'causal' if causal else 'bidirectional'}"]
+    if length != sources and not case.crosses:
+        return
     q, k, v = case.inputs(length, sources, batch=1)
-    got = flow_maps(q, k, causal=causal, **case.variant.options)
-    relu = ops.flow_options(**case.variant.options).feature_map == "relu"
-    Q, K = (x.relu() + 1e-6 if relu else x.sigmoid() for x in (q, k))
+    learned = case.learned(q)
+    got = flow_maps(q, k, *learned, causal=causal, **case.variant.options)
+    Q, K = (phi(x, ops.flow_options(**case.variant.options).feature_map) for x in (q, k))
     scores = torch.einsum("bihk,bjhk->bhij", Q, K)
+    if case.variant.decays:
+        so_far = learned[0].expand(1, length, -1).cumsum(1).transpose(1, 2)
+        scores = scores * (-(so_far.unsqueeze(-1) - so_far.unsqueeze(-2)).abs()).exp()
     scores = scores.tril() if causal else scores
     weights = (got.allocation / got.incoming).unsqueeze(-1) * scores * got.competition.unsqueeze(-2)
     out = torch.einsum("bhij,bjhv->bihv", weights, v)

@@ -197,7 +197,7 @@ def test_with_a_validation_set_the_test_is_made_once(tmp_path, monkeypatch):
         ({"min_learning_rate": 1.0}, "min_learning_rate must be at most learning_rate 0.004, got 1.0"),
         ({"warmup_learning_rate": -1.0}, "warmup_learning_rate must be at least 0, got -1.0"),
         ({"beta2": 1.0}, "beta2 must be at least 0 and below 1, got 1.0"),
-        ({"positions": "rotary"}, "positions must be one of learned, sinusoidal, or None, got 'rotary'"),
+        ({"positions": "rotary"}, "positions must be one of model, learned, sinusoidal, or None, got 'rotary'"),
         ({"attention_options": "{window: 3}"}, "attention_options must be a mapping .*, got '{window: 3}'"),
         ({"dim": -1}, "dim must be at least 1, or None, got -1"),
         ({"attention": "flw"}, "did you mean 'flow'"),
