@@ -178,24 +178,45 @@ class Case(NamedTuple):
         """Arguments of the operation and of its reference."""
         return {"causal": self.causal, **self.variant.options}
 
-    def parameters(self, length: int) -> tuple[list[Tensor], Any]:
-        """The learned tensors, of float32 numbers, and the structure in which the operation takes them."""
+    @property
+    def count(self) -> int:
+        """How many inputs are of tokens: q, k and v, and log-decays where they are."""
+        return 4 if self.variant.by_token else 3
+
+    def parameters(self, length: int) -> list[Tensor]:
+        """The learned tensors, of float32 numbers."""
+        shapes, _ = self._learned(length)
+        made = [normal(shape, seed) for seed, shape in enumerate(shape for shape in shapes if shape is not None)]
+        if self.variant.decays and not self.variant.by_token:
+            made[0] = -made[0].abs() / 4
+        return made
+
+    def _learned(self, length: int) -> tuple[list[Any], Any]:
+        """Shapes of the learned tensors, ``None`` for one that is absent, and the structure that holds them."""
         shapes = self.variant.learned(length, self.setup.heads)
-        leaves, structure = tree_flatten(shapes, is_leaf=lambda shape: isinstance(shape, torch.Size))
-        return [normal(shape, seed) for seed, shape in enumerate(leaves)], structure
+        return tree_flatten(shapes, is_leaf=lambda shape: isinstance(shape, torch.Size))
 
     def inputs(self, length: int, sources: int | None = None, batch: int = 2) -> list[Tensor]:
-        """q, k, v and the learned tensors: float64, on the CPU, of float32 numbers."""
+        """q, k, v, log-decays of tokens and the learned tensors: float64, on the CPU, of float32 numbers."""
         sizes = shapes_of(self.row, self.setup.heads, self.setup.key, self.setup.value)
         lengths = (length, sources or length, sources or length)
         tensors = [
             normal((batch, n, *size), seed + 7) for seed, (n, size) in enumerate(zip(lengths, sizes, strict=True))
         ]
-        return tensors + self.parameters(length)[0]
+        if self.variant.by_token:
+            tensors.append(-normal((batch, length, self.setup.heads), 12).abs() / 4)
+        return tensors + self.parameters(length)
+
+    def learned(self, tensors: Tensors, length: int) -> tuple[Any, ...]:
+        """What an operation takes after q, k and v, of :meth:`inputs` or of one token of them."""
+        shapes, structure = self._learned(max(length, 1))
+        given = iter(tensors[self.count :])
+        leaves = [None if shape is None else next(given) for shape in shapes]
+        return *tensors[3 : self.count], *tree_unflatten(leaves, structure)
 
     def _call(self, function: Callable[..., Any], tensors: Tensors, **arguments: Any) -> Any:
-        _, structure = self.parameters(max(tensors[0].shape[1], 1))
-        return function(*tensors[:3], *tree_unflatten(list(tensors[3:]), structure), **self.options, **arguments)
+        learned = self.learned(tensors, tensors[0].shape[1])
+        return function(*tensors[:3], *learned, **self.options, **arguments)
 
     def op(self, *tensors: Tensor, **arguments: Any) -> Any:
         """The operation on q, k, v and the learned tensors."""
@@ -205,11 +226,9 @@ class Case(NamedTuple):
         """The reference on the same."""
         return self._call(self.row.truth, tensors, **arguments)
 
-    def step(self, tensors: Tensors, parameters: Tensors, state: Any) -> tuple[Tensor, Any]:
-        """One token."""
-        _, structure = self.parameters(self.setup.length)
-        learned = tree_unflatten(list(parameters), structure)
-        return self.row.step(*tensors, state, *learned, **self.variant.options)
+    def step(self, tensors: Tensors, state: Any) -> tuple[Tensor, Any]:
+        """One token, of tensors without the axis of length."""
+        return self.row.step(*tensors[:3], state, *self.learned(tensors, self.setup.length), **self.variant.options)
 
 
 def normal(shape: Sequence[int], seed: int) -> Tensor:
@@ -295,9 +314,11 @@ def check_padding(case: Case) -> dict[str, Any]:
     """NaN at padding, which lies anywhere."""
     tensors, length = case.inputs(case.setup.length), case.setup.length
     mask = torch.rand(2, length, generator=torch.Generator().manual_seed(3)) < torch.tensor([[0.8], [0.3]])
-    poisoned = [t.masked_fill(~mask.view(2, length, *(1,) * (t.ndim - 2)), math.nan) for t in tensors[:3]]
+    poisoned = [t.masked_fill(~mask.view(2, length, *(1,) * (t.ndim - 2)), math.nan) for t in tensors[: case.count]]
     on_device = {"mask": mask.to(case.setup.device)}
-    got = evaluate(lambda *t: case.op(*t, **on_device), poisoned + tensors[3:], case.setup.device, torch.float32)
+    got = evaluate(
+        lambda *t: case.op(*t, **on_device), poisoned + tensors[case.count :], case.setup.device, torch.float32
+    )
     want = evaluate(lambda *t: case.truth(*t, **{"mask": mask}), tensors, "cpu", torch.float64)
     return compare(got, want, TOLERANCE[torch.float32])
 
@@ -317,13 +338,11 @@ def check_steps(case: Case) -> dict[str, Any]:
     tensors = case.inputs(case.setup.length)
     on_device = [t.to(case.setup.device, torch.float32) for t in tensors]
     split, stop = case.setup.length // 2, case.setup.length // 2 + 20
-    first = [t[:, :split] for t in on_device[:3]]
-    _, structure = case.parameters(case.setup.length)
-    learned = tree_unflatten(on_device[3:], structure)
-    out, state = case.row.operation(*first, *learned, return_state=True, **case.options)
+    of_tokens, learned = on_device[: case.count], on_device[case.count :]
+    out, state = case.op(*(t[:, :split] for t in of_tokens), *learned, return_state=True)
     outs = [out]
     for token in range(split, min(stop, case.setup.length)):
-        out, state = case.step([t[:, token] for t in on_device[:3]], on_device[3:], state)
+        out, state = case.step([*(t[:, token] for t in of_tokens), *learned], state)
         outs.append(out.unsqueeze(1))
     got = torch.cat(outs, 1).double().cpu()
     return compare([got], [case.truth(*tensors)[:, : got.shape[1]]], TOLERANCE[torch.float32])
@@ -368,8 +387,8 @@ def check_drift(case: Case) -> dict[str, Any]:
     device, long = case.setup.device, case.setup.long
     found = []
     for alike in (True, False):
-        tensors = [t[:, :1].expand(-1, long, *t.shape[2:]) for t in case.inputs(1, batch=1)[:3]]
-        tensors = (tensors if alike else case.inputs(long, batch=1)[:3]) + case.parameters(long)[0]
+        tensors = [t[:, :1].expand(-1, long, *t.shape[2:]) for t in case.inputs(1, batch=1)[: case.count]]
+        tensors = (tensors if alike else case.inputs(long, batch=1)[: case.count]) + case.parameters(long)
         got, want = (evaluate(case.op, tensors, device, dtype) for dtype in (torch.float32, torch.float64))
         # Like tokens compete in vain, so that gradients of q and k are nothing but rounding.
         kept = [0, 3] if alike else range(len(got))
@@ -410,7 +429,11 @@ def correctness(setup: Setup, names: Sequence[str]) -> list[Job]:
         ("steps", check_steps, [case for case in every if case.causal and case.row.can("state")]),
         ("module", check_module, first),
         ("no waiting", check_no_waiting, every),
-        ("cross", check_cross, [case for case in every if case.row.can("cross") and not case.causal]),
+        (
+            "cross",
+            check_cross,
+            [case for case in every if case.row.can("cross") and not case.causal and not case.variant.decays],
+        ),
         ("autocast", check_autocast, first),
         ("reference", check_reference, first),
         ("float64", functools.partial(check_dtypes, dtype=torch.float64), every),

@@ -13,8 +13,11 @@
 
 namespace {
 
-// Of tokens [first, end), gathered from the last to the first, which are off by `drift` there.
+// Of tokens [first, end), gathered from the last to the first, which are off by `drift` there. Those at the end of which
+// nothing is wanted stay zero.
 inline void spread_drift(double drift, int64_t first, int64_t end, float *gradient) {
+  while (end > first && gradient[end - 1] == 0.f) end--;
+  if (end == first) return;
   const double each = drift / (double)(end - first);
   for (int64_t t = first; t < end; t++) gradient[t] -= (float)(each * (double)(end - t));
 }
