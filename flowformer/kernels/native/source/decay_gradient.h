@@ -13,8 +13,8 @@
 
 namespace {
 
-// Of tokens [first, end), gathered from the last to the first, which are off by `drift` there. Those at the end of which
-// nothing is wanted stay zero.
+// Of tokens [first, end), gathered from the last to the first, which are off by `drift` there. Those at the end of
+// which nothing is wanted stay zero.
 inline void spread_drift(double drift, int64_t first, int64_t end, float *gradient) {
   while (end > first && gradient[end - 1] == 0.f) end--;
   if (end == first) return;
