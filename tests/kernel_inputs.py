@@ -60,7 +60,7 @@ def with_states(function: Callable[..., Any], *tensors: Tensor, state: ops.FlowS
     parts = [part.detach().requires_grad_() for part in state[1:]]
     leaves = [*(t.detach().requires_grad_() for t in tensors), *parts]
     out, after = function(
-        *leaves[:3], causal=True, initial_state=ops.FlowState(state.count, *leaves[3:]), return_state=True
+        *leaves[:3], causal=True, initial_state=ops.FlowState(state.tokens, *leaves[3:]), return_state=True
     )
     outputs = [out, *after[1:]]
     # Next to the size of each, lest the largest drown the others.

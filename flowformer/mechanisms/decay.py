@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowformer.core.checks import HEADS, apply
+from flowformer.core.checks import HEADS
 from flowformer.core.decay import at_most_zero, check_decay, check_log_decay, decaying_heads, default_log_decay
 from flowformer.core.precision import LOG_ZERO, sum_dtype
 from flowformer.core.run import Given, check_inputs
@@ -26,19 +26,19 @@ def resolve_decay(op: str, log_decay: Tensor | None, decay: str | None, given: G
         TypeError, ValueError: for arguments that do not fit, log-decays that are needed and absent, or cross-attention.
     """
     check_inputs(op, given, DECAYING)
-    log_decay = _given_or_fixed(op, log_decay, decay, given.q)
-    check_log_decay(op, log_decay, given.q)
-    return log_decay
+    found = _given_or_fixed(op, log_decay, decay, given.q)
+    check_log_decay(op, found, given.q)
+    return found
 
 
 def resolve_step_decay(op: str, log_decay: Tensor | None, decay: str | None, q: Tensor) -> Tensor:
     """The same for one token, whose q (batch, heads, K) has been checked."""
-    log_decay = _given_or_fixed(op, log_decay, decay, q)
-    check_log_decay(op, log_decay, q, step=True)
-    return log_decay
+    found = _given_or_fixed(op, log_decay, decay, q)
+    check_log_decay(op, found, q, step=True)
+    return found
 
 
-def _given_or_fixed(op: str, log_decay: Tensor | None, decay: str | None, q: Tensor) -> Any:
+def _given_or_fixed(op: str, log_decay: Tensor | None, decay: str | None, q: Tensor) -> Tensor:
     check_decay(decay)
     if log_decay is None and decay != "fixed":
         raise TypeError(f"{op}: log_decay must be a tensor with decay={decay!r}, got None")
@@ -127,6 +127,8 @@ class LogDecay(nn.Module):
         dtype: Of the parameters.
     """
 
+    log_decay: Tensor
+
     def __init__(self, kind: str, dim: int, num_heads: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.kind, self.num_heads = kind, num_heads
@@ -159,7 +161,7 @@ class LogDecay(nn.Module):
             rates = self.bias.to(sum_dtype(self.bias.dtype)).exp()
         else:
             assert x is not None  # there is no state of tokens to come
-            rates = apply("x", self._gate, x)
+            rates = self._gate(x)
         without = rates.new_zeros(*rates.shape[:-1], self.num_heads - rates.shape[-1])
         return torch.cat([-rates, without], -1)
 

@@ -124,11 +124,11 @@ def linear_attention(
     given = Given(q, k, v, causal, mask, context_mask, cu_seqlens, initial_state, return_state, backend)
     if log_decay is not None or decay is not None:
         log_decay = resolve_decay(op, log_decay, decay, given)
-    by_token = log_decay is not None and log_decay.ndim == 3
+    of_tokens = (log_decay,) if log_decay is not None and log_decay.ndim == 3 else ()
     return run(
-        op, given, _dense(causal, log_decay, by_token, eps), layout=HEADS if log_decay is None else DECAYING,
+        op, given, _dense(causal, log_decay, bool(of_tokens), eps), layout=HEADS if log_decay is None else DECAYING,
         init_state=lambda batch: init_linear_state(batch, k.shape[2], k.shape[3], v.shape[3], device=q.device),
-        of_tokens=(log_decay,) if by_token else (),
+        of_tokens=of_tokens,
     )  # fmt: skip
 
 
@@ -172,8 +172,8 @@ def _bidirectional_decayed(
         dtype = q.dtype
         q, k, v, log_decay = (x.to(sum_dtype(dtype)) for x in (q, k, v, log_decay))  # both gradients are added in it
         state = init_linear_state(batch, heads, channels, v.shape[-1], device=q.device)
-        parts = both_ways(log_decay, mask)(_sums, (q, k, v), state)
-        total, product = sum(parts).split([1, v.shape[-1]], -1)
+        both = torch.add(*both_ways(log_decay, mask)(_sums, (q, k, v), state))
+        total, product = both.split([1, v.shape[-1]], -1)
         return fill(product / (total + eps), mask).to(dtype)
 
 

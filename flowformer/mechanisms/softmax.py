@@ -133,19 +133,19 @@ def softmax_attention(
     if log_decay is not None or decay is not None:
         log_decay = resolve_decay(op, log_decay, decay, given)
         log_decay = log_decay.expand(*q.shape[:3]) if initial_state is not None or return_state else log_decay
-    by_token = log_decay is not None and log_decay.ndim == 3
+    of_tokens = (log_decay,) if log_decay is not None and log_decay.ndim == 3 else ()
     if rotary:
         check_inputs(op, given)
     check_rotary(op, rotary, q.shape[-1] if rotary else 0)
 
-    def dense(q: Tensor, k: Tensor, v: Tensor, key: Any, query: Any, state: Any, *of_tokens: Tensor) -> Any:
-        decays = of_tokens[0] if by_token else log_decay
+    def dense(q: Tensor, k: Tensor, v: Tensor, key: Any, query: Any, state: Any, *by_token: Tensor) -> Any:
+        decays = by_token[0] if by_token else log_decay
         return _dense(q, k, v, key, query, decays, causal, state, return_state, rotary)
 
     return run(
         op, given, dense, layout=HEADS if log_decay is None else DECAYING,
         init_state=lambda batch: _fresh(q, v, batch, log_decay is not None),
-        of_tokens=(log_decay,) if by_token else (),
+        of_tokens=of_tokens,
     )  # fmt: skip
 
 
@@ -306,8 +306,8 @@ def softmax_attention_step(
     if decays:
         log_decay = resolve_step_decay(op, log_decay, decay, q).expand(q.shape[:2]).unsqueeze(1)
     check_rotary(op, rotary, q.shape[-1] if rotary else 0)
-    tensors = (x.unsqueeze(1) for x in (q, k, v))
-    out, after = _dense(*tensors, None, None, log_decay, True, state, True, rotary)
+    q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
+    out, after = _dense(q, k, v, None, None, log_decay, True, state, True, rotary)
     assert after is not None  # asked for
     return out.squeeze(1), after
 

@@ -86,9 +86,9 @@ def test_boundaries_on_another_device_or_without_values(name: str) -> None:
 def test_states_that_are_not_dense() -> None:
     x = torch.ones(2, 5, 2, 4)
     state = ops.FlowState(*(part.to_sparse() for part in ops.init_flow_state(2, 2, 4, 4)))
-    with pytest.raises(TypeError, match=r"state.count must be a dense tensor"):
+    with pytest.raises(TypeError, match=r"state.tokens must be a dense tensor"):
         ops.flow_attention(x, x, x, causal=True, initial_state=state)
-    with pytest.raises(TypeError, match=r"state.count must be a dense tensor"):
+    with pytest.raises(TypeError, match=r"state.tokens must be a dense tensor"):
         ops.flow_attention_step(x[:, 0], x[:, 0], x[:, 0], state)
     with pytest.raises(TypeError, match=r"q must be a dense tensor"):
         ops.flow_attention_step(x[:, 0].to_sparse(), x[:, 0], x[:, 0], ops.init_flow_state(2, 2, 4, 4))

@@ -33,7 +33,7 @@ def causal_block(
         decay = None
         if learned.log_decay is not None:
             decay = block_decay(learned.log_decay, mask, length, Q.shape[2:4], Q.dtype, state.memory.dtype)
-        n, count = count_tokens(state.count, mask, Q.shape[:4], decay, Q.dtype)
+        n, count = count_tokens(state.tokens, mask, Q.shape[:4], decay, Q.dtype)
         capacity = Q @ K.transpose(-1, -2)
         # A sink sees earlier sources, a source earlier sinks.
         lower, upper = (capacity.tril(), capacity.triu()) if decay is None else decay.halves(capacity)

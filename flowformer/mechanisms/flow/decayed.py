@@ -29,7 +29,7 @@ class _Sums(NamedTuple):
 class _Reach(NamedTuple):
     """The past of competition: the count and log sum exp(O^), (batch, heads)."""
 
-    count: Tensor
+    tokens: Tensor
     log_normaliser: Tensor
 
 
@@ -49,18 +49,18 @@ def bidirectional_decayed(
         q, k, v = (x.to(sum_dtype(dtype)) for x in (q, k, v))  # the gradients of all scans are added in it
         both = both_ways(learned.log_decay.to(q.dtype), mask, (learned.feature_weights,))
         flows, reach, outputs = (partial(part, options) for part in (_flows, _reach, _outputs))
-        batch, _, heads, channels = q.shape
+        batch, heads, channels = q.shape[0], *q.shape[2:]
         like = torch.zeros(batch, heads, dtype=state_dtype(q.device), device=q.device)
         wide = options.feature_channels(channels)
         sums = _Sums(*like.new_zeros(2, batch, heads, wide).unbind())
-        incoming, outgoing = fill(sum(both(flows, (q, k), sums)), mask, 1.0).unbind(-1)
-        conserved = sum(both(flows, (q, k, 1 / outgoing, 1 / incoming), sums))
+        incoming, outgoing = fill(torch.add(*both(flows, (q, k), sums)), mask, 1.0).unbind(-1)
+        conserved = torch.add(*both(flows, (q, k, 1 / outgoing, 1 / incoming), sums))
         conserved_in, conserved_out = conserved.transpose(1, 2).unbind(-1)
         logits = contend(conserved_out, learned.temperatures, options)
         start = _Reach(like, torch.full_like(like, LOG_ZERO))
         weight = _compete(fill(logits.transpose(1, 2), mask, LOG_ZERO), partial(both, reach), start, options)
         memory = _Memory(like.new_zeros(batch, heads, wide, v.shape[-1]))
-        out = sum(both(outputs, (q, k, v, weight), memory))
+        out = torch.add(*both(outputs, (q, k, v, weight), memory))
         gate = allocate(conserved_in, learned.temperatures).transpose(1, 2) if options.allocation else 1.0
         return fill(out * (gate / incoming).unsqueeze(-1), mask).to(dtype)
 
@@ -124,11 +124,11 @@ def _reach(
     """
     (logits,) = tensors
     length = logits.shape[1]
-    wide = state.count.dtype
+    wide = state.tokens.dtype
     (logits,), mask, decay = block.prepare((logits.to(wide),), CHUNK, wide)
     flat = logits.transpose(1, 2)
     shape = (*flat.shape[:2], flat.shape[2] // CHUNK, CHUNK)
-    n, count = count_tokens(state.count, mask, shape, decay, wide)
+    n, count = count_tokens(state.tokens, mask, shape, decay, wide)
     normaliser = log_normalise(flat, state.log_normaliser, decay)
     n = n.flatten(2) - 1 if block.reverse else n.flatten(2)
     found = torch.stack([n, normaliser], -1).transpose(1, 2)

@@ -49,7 +49,7 @@ def _single(log_decay: Tensor | None) -> Tensor | None:
 
 def _state_of(state: FlowState, learned: Learned) -> Sequence[Tensor]:
     """The state before; without decay, a count is no function of any input."""
-    return state if learned.log_decay is not None else (state.count.detach(), *state[1:])
+    return state if learned.log_decay is not None else (state.tokens.detach(), *state[1:])
 
 
 @implements("flow_attention_step", "native")

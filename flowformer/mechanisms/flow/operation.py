@@ -134,13 +134,14 @@ def flow_attention(
     if options.learns or any(part is not None for part in learned):
         check_inputs(op, given, layout)
         learned = resolve(op, learned, q, options)
-    by_token = learned.log_decay is not None and learned.log_decay.ndim == 3
+    log_decay = learned.log_decay
+    of_tokens = (log_decay,) if log_decay is not None and log_decay.ndim == 3 else ()
     return run(
-        op, given, _dense(causal, learned, options, by_token), options=(learned, options), layout=layout,
+        op, given, _dense(causal, learned, options, bool(of_tokens)), options=(learned, options), layout=layout,
         init_state=lambda batch: init_flow_state(
             batch, k.shape[2], k.shape[3], v.shape[3], device=q.device, feature_map=options.feature_map
         ),
-        of_tokens=(learned.log_decay,) if by_token else (),
+        of_tokens=of_tokens,
         only_torch=only_torch(learned),
     )  # fmt: skip
 

@@ -173,7 +173,7 @@ _CAUSAL = (
 _BIDIRECTIONAL = f"{_TENSORS}, Tensor? key_mask, Tensor? query_mask, Tensor? cu_seqlens, Tensor? log_decay"
 
 
-_STATE = ("count", "sums", "log_normaliser", "memory")
+_STATE = ("tokens", "sums", "log_normaliser", "memory")
 
 
 def _state_shapes(q: Tensor, v: Tensor, batch: int) -> tuple[tuple[int, ...], ...]:

@@ -16,13 +16,13 @@ class FlowState(NamedTuple):
     """State of causal Flow-Attention. Sums are in float64: see ``core.precision.state_dtype``.
 
     Attributes:
-        count: Number of tokens so far, (batch, heads); with a decay, the decayed sum of ones.
+        tokens: Number of tokens so far, (batch, heads); with a decay, the decayed sum of ones.
         sums: sum K, sum Q, sum K n / O and sum Q n / I, (batch, heads, 4, K).
         log_normaliser: log sum exp(O^), (batch, heads).
         memory: sum K^T C v, (batch, heads, K, V).
     """
 
-    count: Tensor
+    tokens: Tensor
     sums: Tensor
     log_normaliser: Tensor
     memory: Tensor

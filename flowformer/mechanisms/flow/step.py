@@ -123,7 +123,7 @@ def _step(
             return ((a + eps) * (total + eps)).sum(-1)
 
         before = fade(state, learned.log_decay)
-        n = before.count + 1
+        n = before.tokens + 1
         key_sum, query_sum, scaled_key_sum, scaled_query_sum = before.sums.unbind(2)
         key_sum, query_sum = key_sum + K, query_sum + Q
         incoming = flow(Q, key_sum) + flow_eps
@@ -145,9 +145,9 @@ def _step(
 def fade(state: FlowState, log_decay: Tensor | None) -> FlowState:
     """Return the state after the decay of one token, (heads,) or (batch, heads)."""
     if log_decay is None:
-        return state._replace(count=state.count.detach())  # a count is no function of any input
+        return state._replace(tokens=state.tokens.detach())  # a count is no function of any input
     log_decay = at_most_zero(log_decay.to(state.memory.dtype))
-    factor = log_decay.exp().expand(state.count.shape)
+    factor = log_decay.exp().expand(state.tokens.shape)
     count, sums, log_normaliser, memory = state
     return FlowState(
         count * factor, sums * factor[..., None, None], log_normaliser + log_decay, memory * factor[..., None, None]

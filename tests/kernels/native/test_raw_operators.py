@@ -192,7 +192,7 @@ def test_inputs_of_a_dtype_without_kernels_are_refused(case: str, dtype: torch.d
 
 @pytest.mark.parametrize("case", [case for case in VALID if "causal" in case])
 def test_parts_of_a_state_are_refused(case: str) -> None:
-    names = [name for name in ("count", "sums", "log_normaliser", "memory") if name in VALID[case][1]]
+    names = [name for name in ("tokens", "sums", "log_normaliser", "memory") if name in VALID[case][1]]
     for name in names or (["log_weight", "mean"] if "backward" not in case else []):
         with pytest.raises(ValueError, match=f"a state is given whole or not at all, got no {name}"):
             call(case, **{name: None})

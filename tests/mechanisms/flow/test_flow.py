@@ -289,13 +289,13 @@ def test_step_equals_parallel() -> None:
         state = after
     for part, other in zip(state, last, strict=True):
         close(part, other)
-    assert state.count.tolist() == [[130] * state.count.shape[1]] * 2
+    assert state.tokens.tolist() == [[130] * state.tokens.shape[1]] * 2
 
 
 def test_state_counts_real_tokens() -> None:
     mask = torch.arange(100).expand(2, -1) < torch.tensor([[30], [0]])
     _, state = ops.flow_attention(*inputs(100), causal=True, mask=mask, return_state=True)
-    assert state.count[:, 0].tolist() == [30, 0]
+    assert state.tokens[:, 0].tolist() == [30, 0]
     for part, fresh in zip(state, ops.init_flow_state(2, 3, 8, 8), strict=True):
         assert torch.equal(part[1], fresh[1])
 

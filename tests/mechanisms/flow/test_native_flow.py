@@ -208,7 +208,7 @@ def test_gradients_of_the_final_state_alone_and_of_the_initial_alone() -> None:
         _, state = function(q, k, v, causal=True, return_state=True)
         found = list(torch.autograd.grad(state.memory.sum() + state.sums.tanh().sum(), (q, k, v)))
         parts = [part.clone().requires_grad_() for part in start[1:]]
-        before = ops.FlowState(start.count, *parts)
+        before = ops.FlowState(start.tokens, *parts)
         out = function(q.detach(), k.detach(), v.detach(), causal=True, initial_state=before)
         results.append([*found, *torch.autograd.grad(out.sum(), parts)])
     all_close(*results)
@@ -508,7 +508,7 @@ def test_steps_after_a_million_tokens() -> None:
     block, state = inputs(65_536, batch=1), None
     for _ in range(16):
         _, state = native(*block, causal=True, initial_state=state, return_state=True)
-    assert state.count.unique().tolist() == [2**20]
+    assert state.tokens.unique().tolist() == [2**20]
     # The first two sums are those of the features, which are known.
     for which, tensor in ((0, block[1]), (1, block[0])):
         close(state.sums[:, :, which], 16 * tensor.double().sigmoid().sum(1), 1e-6)
