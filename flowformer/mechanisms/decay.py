@@ -26,23 +26,25 @@ def resolve_decay(op: str, log_decay: Tensor | None, decay: str | None, given: G
         TypeError, ValueError: for arguments that do not fit, log-decays that are needed and absent, or cross-attention.
     """
     check_inputs(op, given, DECAYING)
-    found = _given_or_fixed(op, log_decay, decay, given.q)
-    check_log_decay(op, found, given.q)
-    return found
+    return check_given(op, log_decay, decay, given.q)
 
 
-def resolve_step_decay(op: str, log_decay: Tensor | None, decay: str | None, q: Tensor) -> Tensor:
-    """The same for one token, whose q (batch, heads, K) has been checked."""
-    found = _given_or_fixed(op, log_decay, decay, q)
-    check_log_decay(op, found, q, step=True)
-    return found
-
-
-def _given_or_fixed(op: str, log_decay: Tensor | None, decay: str | None, q: Tensor) -> Tensor:
+def check_given(op: str, log_decay: Tensor | None, decay: str | None, q: Tensor, *, step: bool = False) -> Tensor:
+    """The same for queries (batch, length, heads, K), or of one token (batch, heads, K), that have been checked."""
     check_decay(decay)
     if log_decay is None and decay != "fixed":
         raise TypeError(f"{op}: log_decay must be a tensor with decay={decay!r}, got None")
-    return default_log_decay(q.shape[-2], q.device, sum_dtype(q.dtype)) if log_decay is None else log_decay
+    found = default_decay(log_decay, "fixed", q)
+    check_log_decay(op, found, q, step=step)
+    assert found is not None  # checked
+    return found
+
+
+def default_decay(log_decay: Tensor | None, decay: str | None, q: Tensor) -> Tensor | None:
+    """Return log-decays for queries (..., heads, K): the given ones, or the default where there is a decay."""
+    if log_decay is not None or decay is None:
+        return log_decay
+    return default_log_decay(q.shape[-2], q.device, sum_dtype(q.dtype))
 
 
 def log_gammas(log_decay: Tensor, length: int, places: Tensor) -> Tensor:

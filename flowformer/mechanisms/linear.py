@@ -19,7 +19,7 @@ from torch import Tensor
 from flowformer.core.both_ways import Block, both_ways
 from flowformer.core.checks import HEADS, check_fresh_state, check_number, check_state, check_step
 from flowformer.core.chunks import CHUNK, join_chunks, pad_to_chunks, split_chunks
-from flowformer.core.decay import Decay, at_most_zero, block_decay, default_log_decay
+from flowformer.core.decay import Decay, at_most_zero, block_decay
 from flowformer.core.masks import fill
 from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Dense, Given, run, scanned
@@ -28,10 +28,11 @@ from flowformer.core.sums import sum_over_tokens, times_sum
 from flowformer.mechanisms.decay import (
     DECAYING,
     DecayedAttention,
+    check_given,
+    default_decay,
     log_gammas,
     of_sequence,
     resolve_decay,
-    resolve_step_decay,
 )
 from flowformer.mechanisms.registry import by_sizes, register
 from flowformer.mechanisms.weights import Rows, lower, rows_of, truth_of
@@ -254,7 +255,7 @@ def linear_attention_step(
     batch, heads, channels = q.shape
     check_state(op, state, init_linear_state(batch, heads, channels, v.shape[-1], device=q.device))
     if log_decay is not None or decay is not None:
-        log_decay = resolve_step_decay(op, log_decay, decay, q)
+        log_decay = check_given(op, log_decay, decay, q, step=True)
     with no_autocast(q.device):
         compute = state.memory.dtype
         Q, K, V = elu_plus_one(q.to(compute)), elu_plus_one(k.to(compute)), v.to(compute)
@@ -279,8 +280,7 @@ def linear_weights(
 ) -> Rows:
     """Return rows phi(q_i) . phi(k_j) gamma(i, j) / (phi(q_i) . sum_j phi(k_j) gamma(i, j) + eps) of one sequence."""
     Q, K = (torch.where(x > 0, x + 1, x.clamp(max=0).exp()) for x in (q, k))
-    if log_decay is None and decay is not None:
-        log_decay = default_log_decay(q.shape[1], q.device, q.dtype)
+    log_decay = default_decay(log_decay, decay, q)
 
     def rows(places: Tensor) -> Tensor:
         scores = torch.einsum("ihk,jhk->hij", Q[places], K)

@@ -18,17 +18,18 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from flowformer.core.checks import HEADS, check_flag, check_fresh_state, check_state, check_step
-from flowformer.core.decay import at_most_zero, default_log_decay
+from flowformer.core.decay import at_most_zero
 from flowformer.core.masks import fill
 from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Given, check_inputs, run
 from flowformer.mechanisms.decay import (
     DECAYING,
     DecayedAttention,
+    check_given,
+    default_decay,
     log_gammas,
     of_sequence,
     resolve_decay,
-    resolve_step_decay,
 )
 from flowformer.mechanisms.registry import register
 from flowformer.mechanisms.weights import Rows, lower, rows_of, truth_of
@@ -304,7 +305,7 @@ def softmax_attention_step(
     decays = log_decay is not None or decay is not None
     check_state(op, state, _fresh(q, v, q.shape[0], decays))
     if decays:
-        log_decay = resolve_step_decay(op, log_decay, decay, q).expand(q.shape[:2]).unsqueeze(1)
+        log_decay = check_given(op, log_decay, decay, q, step=True).expand(q.shape[:2]).unsqueeze(1)
     check_rotary(op, rotary, q.shape[-1] if rotary else 0)
     q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
     out, after = _dense(q, k, v, None, None, log_decay, True, state, True, rotary)
@@ -322,8 +323,7 @@ def softmax_weights(
     rotary: bool = False,
 ) -> Rows:
     """Return rows softmax_j(q_i . k_j / sqrt(K) + log gamma(i, j)) of one sequence, in float64."""
-    if log_decay is None and decay is not None:
-        log_decay = default_log_decay(q.shape[1], q.device, q.dtype)
+    log_decay = default_decay(log_decay, decay, q)
     if rotary:
         q, k = (rotate(x, torch.arange(len(x), dtype=x.dtype, device=x.device)) for x in (q, k))
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from flowformer.core.checks import check_dense, describe
-from flowformer.core.decay import check_log_decay, default_log_decay
 from flowformer.core.masks import fill
 from flowformer.core.precision import FLOAT_DTYPES, sum_dtype
+from flowformer.mechanisms.decay import check_given
 from flowformer.mechanisms.flow.options import RELU_FLOOR, FlowOptions
+from flowformer.mechanisms.linear import elu_plus_one
 
 
 class Learned(NamedTuple):
@@ -39,22 +40,12 @@ def resolve(op: str, learned: Learned, q: Tensor, options: FlowOptions, *, step:
     """
     log_decay, temperatures, weights = learned
     heads, channels = q.shape[-2:]
-    if log_decay is None and options.decay not in (None, "fixed"):
-        raise TypeError(f"{op}: log_decay must be a tensor with decay={options.decay!r}, got None")
-    log_decay = default_decay(log_decay, q, options)
-    if log_decay is not None:
-        check_log_decay(op, log_decay, q, step=step)
+    if log_decay is not None or options.decay is not None:
+        log_decay = check_given(op, log_decay, options.decay, q, step=step)
     _check(op, "temperatures", temperatures, options.temperature, (3, heads), q)
     needed = options.feature_map == "learned"
     _check(op, "feature_weights", weights, needed, (2, heads, channels, channels), q)
     return Learned(log_decay, temperatures, weights)
-
-
-def default_decay(log_decay: Tensor | None, q: Tensor, options: FlowOptions) -> Tensor | None:
-    """Return log-decays for queries (..., heads, K): the given ones, or the default of a fixed decay."""
-    if log_decay is None and options.decay is not None:
-        return default_log_decay(q.shape[-2], q.device, sum_dtype(q.dtype))
-    return log_decay
 
 
 def _check(op: str, name: str, tensor: Any, wanted: bool, shape: tuple[int, ...], q: Tensor) -> None:
@@ -93,7 +84,7 @@ def phi(x: Tensor, feature_map: str) -> Tensor:
     if feature_map == "relu":
         return x.relu() + RELU_FLOOR
     if feature_map == "elu":
-        return x.clamp(max=0).exp() + x.relu()  # elu(x) + 1 would lose the digits of small values
+        return elu_plus_one(x)
     return x.shape[-1] * torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
 
 

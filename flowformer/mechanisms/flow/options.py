@@ -19,8 +19,8 @@ class FlowOptions:
 
     Attributes:
         feature_map: The published ``"sigmoid"``, or ``"relu"`` for relu(x) + 1e-6. Others: ``"elu"`` for elu(x) + 1;
-            ``"softmax"`` for K softmax([x, -x]) over channels (2 K of them), with which a query can point at a key that
-            resembles it; ``"learned"`` for the same of [x W, -x W] with learned W, a matrix for each head.
+            ``"softmax"`` for K [softmax(x), softmax(-x)] over channels (2 K of them), with which a query can point at a
+            key that resembles it; ``"learned"`` for the same of x W with learned W, a matrix for each head.
         clamp: Bound c of the conserved outgoing flow before competition; ``None`` for no bound.
         eps: Added to every element of both factors of each flow.
         flow_eps: Added to each of the four flows besides.

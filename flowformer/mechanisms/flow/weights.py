@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowformer.mechanisms.decay import decayed, log_decayed, log_gammas
-from flowformer.mechanisms.flow.equations import allocate, contend, default_decay, phi
+from flowformer.mechanisms.decay import decayed, default_decay, log_decayed, log_gammas
+from flowformer.mechanisms.flow.equations import allocate, contend, phi
 from flowformer.mechanisms.flow.options import FlowOptions, flow_options
 from flowformer.mechanisms.weights import FlowMaps, Rows, lower
 
@@ -27,7 +27,7 @@ def flows(
     """Return the flows of one sequence, (length, heads) each: q (L, heads, K), k (S, heads, K)."""
     o, L, S = flow_options(preset, **overrides), len(q), len(k)
     Q, K = _features(q, k, feature_weights, o)
-    log_decay = default_decay(log_decay, q, o)
+    log_decay = default_decay(log_decay, o.decay, q)
 
     def total(x: Tensor) -> Tensor:
         if log_decay is not None:
@@ -71,7 +71,7 @@ def weights(
     o = flow_options(preset, **overrides)
     found = flows(q, k, log_decay, temperatures, feature_weights, causal=causal, preset=preset, **overrides)
     Q, K = _features(q, k, feature_weights, o)
-    log_decay = default_decay(log_decay, q, o)
+    log_decay = default_decay(log_decay, o.decay, q)
     gate = found.allocation / found.incoming
 
     def rows(places: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowformer import FlowAttention, create_attention, ops
 from flowformer.core.decay import default_log_decay
+from flowformer.mechanisms import find_attention
 from flowformer.mechanisms.decay import LogDecay
 from flowformer.mechanisms.flow.weights import flows, weights
 
@@ -32,6 +33,48 @@ def test_flows_are_conserved_with_any_decay(feature_map: str) -> None:
         found = flows(q, k, log_decay, feature_map=feature_map, eps=0.0)
         for flow in (found.conserved_incoming, found.conserved_outgoing):
             torch.testing.assert_close(flow.mean(0), torch.ones(HEADS, dtype=torch.float64))
+
+
+MAPS = {
+    "sigmoid": lambda x: 1 / (1 + (-x).exp()),
+    "relu": lambda x: x.clamp(min=0) + 1e-6,
+    "elu": lambda x: torch.nn.functional.elu(x) + 1,
+    "softmax": lambda x: x.shape[-1] * torch.cat([s.exp() / s.exp().sum(-1, keepdim=True) for s in (x, -x)], -1),
+}
+
+
+def by_the_equations(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, ones: Tensor, feature_map: str) -> Tensor:
+    """One sequence (heads, length, channels) with every gamma(i, j), (heads, L, L), and temperatures (3, heads)."""
+    Q, K, e = MAPS[feature_map](q), MAPS[feature_map](k), 1e-6
+    n = gamma.sum(-1)
+    given = n if (gamma.triu(1) == 0).all() else torch.ones_like(n)
+    incoming = ((Q + e) * (gamma @ K + e)).sum(-1)
+    outgoing = ((K + e) * (gamma @ Q + e)).sum(-1)
+    conserved_in = ((Q + e) * (gamma @ (K * (given / outgoing)[..., None]) + e)).sum(-1) / given
+    conserved_out = ((K + e) * (gamma @ (Q * (given / incoming)[..., None]) + e)).sum(-1) / given
+    competing, allocating, offset = ones[..., None]
+    exponents = (competing * (conserved_out - 1)).clamp(-1, 1).exp()
+    competition = n * exponents / (gamma @ exponents[..., None])[..., 0]
+    allocation = 1 / (1 + (-allocating * (conserved_in - 1) - offset).exp())
+    weights = gamma * (Q @ K.transpose(1, 2)) * competition[:, None] * (allocation / incoming)[..., None]
+    return weights @ v
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_operation_and_reference_are_the_equations(causal: bool, feature_map: str) -> None:
+    temperatures = torch.tensor([[0.5, 1, 2, 3], [2, 1, 0.3, 1], [0, 1, -1, 2]], dtype=torch.float64)
+    so_far = by_token().cumsum(1).transpose(1, 2)
+    gamma = (-(so_far[..., None] - so_far[..., None, :]).abs()).exp()
+    gamma = gamma.tril() if causal else gamma
+    options: dict[str, Any] = {"temperature": True, "feature_map": feature_map, "causal": causal}
+    want = [
+        by_the_equations(*(t[row].transpose(0, 1) for t in tensors()), gamma[row], temperatures, feature_map)
+        for row in range(2)
+    ]
+    for function in (ops.flow_attention, find_attention("flow").truth):
+        got = function(*tensors(), by_token(), temperatures, **options)
+        torch.testing.assert_close(got, torch.stack(want).transpose(1, 2), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("causal", [False, True])
