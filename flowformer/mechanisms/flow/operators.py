@@ -168,7 +168,7 @@ def _operator(name: str, arguments: str, returns: str) -> Callable[[Any], Any]:
 _TENSORS = "Tensor q, Tensor k, Tensor v"
 _CAUSAL = (
     f"{_TENSORS}, Tensor? mask, Tensor? cu_seqlens, Tensor? log_decay, "
-    "Tensor? count, Tensor? sums, Tensor? log_normaliser, Tensor? memory"
+    "Tensor? tokens, Tensor? sums, Tensor? log_normaliser, Tensor? memory"
 )
 _BIDIRECTIONAL = f"{_TENSORS}, Tensor? key_mask, Tensor? query_mask, Tensor? cu_seqlens, Tensor? log_decay"
 
@@ -260,7 +260,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor |
 
 
 _CAUSAL_GRADIENTS = (
-    "Tensor grad_out, Tensor? grad_count, Tensor? grad_sums, Tensor? grad_log_normaliser, Tensor? grad_memory, "
+    "Tensor grad_out, Tensor? grad_tokens, Tensor? grad_sums, Tensor? grad_log_normaliser, Tensor? grad_memory, "
     "bool of_decay"
 )
 
@@ -376,7 +376,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
     return *(empty_like(x, False) for x in (q, k, v)), _like_log_decay(None, rest[3], q)
 
 
-_STEP = f"{_TENSORS}, Tensor? log_decay, Tensor count, Tensor sums, Tensor log_normaliser, Tensor memory"
+_STEP = f"{_TENSORS}, Tensor? log_decay, Tensor tokens, Tensor sums, Tensor log_normaliser, Tensor memory"
 
 
 @_operator("flow_step", _STEP, "(Tensor, Tensor, Tensor, Tensor, Tensor)")
