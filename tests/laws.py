@@ -1265,7 +1265,11 @@ def bad_inputs(q: Tensor, k: Tensor, v: Tensor) -> Bad:
         "mask's shape": ({"mask": bools(2, 5)}, ValueError, r"must have shape \(2, 6\), got \(2, 5\)"),
         "mask's rank": ({"mask": bools(6)}, ValueError, r"must have shape \(2, 6\), got \(6,\)"),
         "mask's device": ({"mask": bools(2, 6).to("meta")}, ValueError, "mask must be on cpu"),
-        "backend": ({"backend": "abacus"}, ValueError, "unknown backend 'abacus' .*available: auto, native, torch"),
+        "backend": (
+            {"backend": "abacus"},
+            ValueError,
+            "unknown backend 'abacus' .*available: auto, triton, native, torch",
+        ),
         "option": ({"no_such_option": 1}, TypeError, "no_such_option"),
         "packing of floats": ({"cu_seqlens": zeros(2)}, TypeError, "cu_seqlens must be an int32 tensor, got .*float32"),
         "packing as a list": ({"cu_seqlens": [0, 6]}, TypeError, "cu_seqlens must be an int32 tensor, got list"),

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -37,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from law_cases import reference, shapes_of, variants_of
 
 from flowformer import create_attention, create_model, list_attentions, ops
+from flowformer.core.backends import ENVIRONMENT_VARIABLE, backends_of, explain, find_backend
 from flowformer.mechanisms import find_attention
 
 PACKAGE = Path(ops.__file__).parent
@@ -172,6 +174,7 @@ class Case(NamedTuple):
     variant: Any
     causal: bool
     setup: Setup
+    backend: str = "auto"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -220,7 +223,8 @@ class Case(NamedTuple):
 
     def op(self, *tensors: Tensor, **arguments: Any) -> Any:
         """The operation on q, k, v and the learned tensors."""
-        return self._call(self.row.operation, tensors, **arguments)
+        chosen = {} if self.backend == "auto" else {"backend": self.backend}
+        return self._call(self.row.operation, tensors, **chosen, **arguments)
 
     def truth(self, *tensors: Tensor, **arguments: Any) -> Any:
         """The reference on the same."""
@@ -237,12 +241,28 @@ def normal(shape: Sequence[int], seed: int) -> Tensor:
 
 
 def cases(setup: Setup, names: Sequence[str]) -> Iterator[Case]:
-    """Every form of every variant of the mechanisms."""
+    """Every form of every variant of the mechanisms: first by the backends that run only on request."""
+    every = []
     for name in names:
         row = find_attention(name)
         for label, variant in variants_of(row).items():
             for form, causal in (("bidirectional", False), ("causal", True))[: 2 if row.can("causal") else 1]:
-                yield Case(f"{name} {label} {form}", row, variant, causal, setup)
+                every.append(Case(f"{name} {label} {form}", row, variant, causal, setup))
+    for case in every:
+        for backend in backends_of(case.row.operation.__name__):
+            asked = case._replace(name=f"{case.name} {backend.name}", backend=backend.name)
+            if backend.by_request and computes(asked):
+                yield asked
+    yield from every
+
+
+def computes(case: Case) -> bool:
+    """Whether the case's backend computes it here."""
+    tensors = [t.to(case.setup.device, torch.float32) for t in case.inputs(1)]
+    try:
+        return explain(case.op, *tensors).backend == case.backend
+    except ValueError:
+        return False
 
 
 def evaluate(function: Callable[..., Tensor], tensors: Tensors, device: str, dtype: torch.dtype) -> list[Tensor]:
@@ -415,6 +435,11 @@ def check_module(case: Case) -> dict[str, Any]:
     return compare(got, want, 2 * TOLERANCE[torch.float32])  # of projections too
 
 
+def of_dtype(of: Sequence[Case], dtype: torch.dtype) -> list[Case]:
+    """Those that are computed in a dtype."""
+    return [case for case in of if case.backend == "auto" or dtype in find_backend(case.backend).dtypes]
+
+
 def correctness(setup: Setup, names: Sequence[str]) -> list[Job]:
     """The most telling checks first."""
     every = list(cases(setup, names))
@@ -422,12 +447,12 @@ def correctness(setup: Setup, names: Sequence[str]) -> list[Job]:
     first = [case for case in every if case.variant is next(iter(variants_of(case.row).values()))]
     checks: list[tuple[str, Callable[[Case], dict[str, Any]], Sequence[Case]]] = [
         ("float32", functools.partial(check_dtypes, dtype=torch.float32), every),
-        ("bfloat16", functools.partial(check_dtypes, dtype=torch.bfloat16), every),
+        ("bfloat16", functools.partial(check_dtypes, dtype=torch.bfloat16), of_dtype(every, torch.bfloat16)),
         ("float16", functools.partial(check_dtypes, dtype=torch.float16), every),
         ("padding", check_padding, every),
         ("packing", check_packing, every),
         ("steps", check_steps, [case for case in every if case.causal and case.row.can("state")]),
-        ("module", check_module, first),
+        ("module", check_module, [case for case in first if case.backend == "auto"]),
         ("no waiting", check_no_waiting, every),
         (
             "cross",
@@ -435,8 +460,8 @@ def correctness(setup: Setup, names: Sequence[str]) -> list[Job]:
             [case for case in every if case.row.can("cross") and not case.causal and not case.variant.decays],
         ),
         ("autocast", check_autocast, first),
-        ("reference", check_reference, first),
-        ("float64", functools.partial(check_dtypes, dtype=torch.float64), every),
+        ("reference", check_reference, [case for case in first if case.backend == "auto"]),
+        ("float64", functools.partial(check_dtypes, dtype=torch.float64), of_dtype(every, torch.float64)),
         ("drift", check_drift, [case for case in linear if case in first]),
         ("drift", check_drift, [case for case in linear if case not in first]),
     ]
@@ -459,6 +484,16 @@ class Contender(NamedTuple):
 def flow(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """Flow-Attention as the library runs it."""
     return ops.flow_attention(q, k, v, causal=causal)
+
+
+def flow_triton(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Flow-Attention by the Triton kernels."""
+    return ops.flow_attention(q, k, v, causal=causal, backend="triton")
+
+
+def decayed_triton(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """The same with a decay."""
+    return ops.flow_attention(q, k, v, causal=causal, decay="fixed", backend="triton")
 
 
 def linear(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -490,6 +525,9 @@ def contenders(setup: Setup) -> dict[str, Contender]:
         "linear": Contender(linear, reference.linear_attention),
     }
     if setup.device == "cuda":
+        decayed = functools.partial(reference.flow_attention, decay="fixed")
+        rows["flow (Triton)"] = Contender(flow_triton, reference.flow_attention)
+        rows["flow, decay (Triton)"] = Contender(decayed_triton, decayed)
         try:
             import fla.ops.linear_attn  # noqa: F401
 
@@ -552,8 +590,9 @@ class Bench:
                     calls[name] = self.call(row, causal, backward, inputs[row.heads_first])
         for name in list(calls):
             figures[name] |= self.memory(calls, name)
-        if "flow" in calls and not backward and length <= 16_384:
-            calls |= self.graphed(calls["flow"], figures)
+        for name in ("flow", "flow (Triton)"):
+            if name in calls and not backward and length <= 16_384:
+                calls |= self.graphed(name, calls[name], figures)
         return self.timed(calls, figures)
 
     def timed(self, calls: dict[str, Callable[[], Any]], figures: dict[str, Any]) -> dict[str, Any]:
@@ -582,21 +621,22 @@ class Bench:
         finally:
             torch.cuda.empty_cache()
 
-    def graphed(self, call: Callable[[], Tensor], figures: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    def graphed(self, name: str, call: Callable[[], Tensor], figures: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         """The same call as one CUDA graph, without the host's work between kernels; its result must be the same."""
         if self.setup.device != "cuda":
             return {}
+        name = f"{name}, CUDA graph"
         try:
             want, graph = call(), torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 out = call()
             graph.replay()
             apart = _largest((out - want).float()) / _largest(want.float())
-            figures["flow (CUDA graph)"] = {"check": {"ok": apart <= 2 * torch.finfo(self.dtype).eps, "error": apart}}
+            figures[name] = {"check": {"ok": apart <= 2 * torch.finfo(self.dtype).eps, "error": apart}}
         except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
-            figures["flow (CUDA graph)"] = {"skipped": str(error)[:200]}
+            figures[name] = {"skipped": str(error)[:200]}
             return {}
-        return {"flow (CUDA graph)": graph.replay} if figures["flow (CUDA graph)"]["check"]["ok"] else {}
+        return {name: graph.replay} if figures[name]["check"]["ok"] else {}
 
     def in_turns(self, calls: dict[str, Callable[[], Any]], seconds: float = 2.0) -> dict[str, list[float]]:
         """Milliseconds of each, one after the other in rounds: 3 rounds at least, 20 at most."""
@@ -648,7 +688,7 @@ class Bench:
             if figures[name]["check"]["ok"]:
                 calls[name] = functools.partial(row.step, *token, state)
         if "flow" in calls:
-            calls |= self.graphed(lambda: calls["flow"]()[0], figures)
+            calls |= self.graphed("flow", lambda: calls["flow"]()[0], figures)
         query = token[0].unsqueeze(2)
         for length in self.setup.lengths[:3]:
             shape, name = (batch, heads, length, channels), f"softmax, {length} stored"
@@ -738,6 +778,7 @@ class Trainer:
     def __init__(self, setup: Setup, attention: str, text: Text, length: int) -> None:
         torch.manual_seed(0)
         self.setup, self.text, self.length = setup, text, length
+        attention, self.backend = of_backend(attention)
         self.rows = max(1, setup.tokens // length)
         self.model = build(setup.model, attention, length).to(setup.device)
         groups = self.model.parameters()
@@ -746,7 +787,7 @@ class Trainer:
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy, in nats."""
-        with torch.autocast(self.setup.device, torch.bfloat16):
+        with torch.autocast(self.setup.device, torch.bfloat16), chosen(self.backend):
             return self.model.loss(tokens, targets)
 
     def step(self) -> None:
@@ -794,6 +835,25 @@ class Trainer:
         return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
+def of_backend(attention: str) -> tuple[str, str]:
+    """The mechanism, and the backend after it in parentheses."""
+    name, _, backend = attention.partition(" (")
+    return name, backend.rstrip(")").lower() or "auto"
+
+
+@contextlib.contextmanager
+def chosen(backend: str) -> Iterator[None]:
+    """Have every operation use a backend."""
+    before = os.environ.get(ENVIRONMENT_VARIABLE)
+    os.environ[ENVIRONMENT_VARIABLE] = backend
+    try:
+        yield
+    finally:
+        os.environ.pop(ENVIRONMENT_VARIABLE)
+        if before is not None:
+            os.environ[ENVIRONMENT_VARIABLE] = before
+
+
 def build(name: str, attention: str, length: int) -> Any:
     """A model of bytes."""
     return create_model(name, vocab_size=256, max_length=length, attention=attention)
@@ -802,12 +862,14 @@ def build(name: str, attention: str, length: int) -> Any:
 def check_model(setup: Setup, attention: str, text: Text) -> dict[str, Any]:
     """Loss and gradients of a small model in float32, against float64 on the CPU; the loss in autocast, coarsely."""
     torch.manual_seed(1)
+    attention, backend = of_backend(attention)
     model = build("flowformer_gpt_nano", attention, 64).double().eval()
     batch = [t.cpu() for t in text.batch(2, 64)]
     want = with_gradients(model, batch)
     model, batch = model.to(setup.device, torch.float32), [t.to(setup.device) for t in batch]
-    figures = compare(with_gradients(model, batch), want, 1e-4)
-    with torch.autocast(setup.device, torch.bfloat16):
+    with chosen(backend):
+        figures = compare(with_gradients(model, batch), want, 1e-4)
+    with torch.autocast(setup.device, torch.bfloat16), chosen(backend):
         apart = abs(model.loss(*batch).item() / want[0].item() - 1)
     return {**figures, "ok": figures["ok"] and apart < 1e-2, "autocast_error": apart}
 
@@ -878,7 +940,8 @@ def peak(setup: Setup) -> int:
 
 def training(setup: Setup, data: Path | None) -> list[Job]:
     """Training first, then training steps at longer lengths."""
-    text, names = Text(data, setup.device), ("flow", "softmax", "linear")
+    of_flow = "flow (Triton)" if setup.device == "cuda" else "flow"
+    text, names = Text(data, setup.device), (of_flow, "softmax", "linear")
     jobs = [
         Job(
             f"{name}, {setup.train_seconds:g} s at length {setup.train_length}",

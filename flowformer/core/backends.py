@@ -39,6 +39,7 @@ class Backend:
         describe: What runs here, in words; called where ``refuses`` is empty.
         device: The type of device that its laws are checked on.
         rank: Backends are tried in ascending order.
+        by_request: Why it is chosen only where it is asked for by name; empty where it is chosen by itself.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Backend:
     describe: Callable[[], str]
     device: str = "cpu"
     rank: int = 0
+    by_request: str = ""
 
 
 TORCH = Backend(
@@ -178,6 +180,9 @@ def _choose(
         if row is TORCH or backend not in ("auto", row.name):
             continue
         reason = _refusal(op, row, device, dtype, exporting, transformed) or only_torch
+        if backend == "auto" and row.by_request:
+            reasons += [] if reason else [row.by_request]
+            continue
         if not reason:
             return row.name, ""  # the description is added on request
         reasons.append(reason)

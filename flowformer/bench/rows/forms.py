@@ -40,8 +40,11 @@ def name_of(mechanism: Mechanism, variant: Variant = PLAIN) -> str:
 
 
 def backends_to_time(function: Function) -> list[str]:
-    """Names of the backends that an operation or step has, the preferred one first; none where it has no choice."""
-    names = [row.name for row in backends_of(function.__name__)]
+    """Names of the backends that an operation or step has, the preferred one first; none where it has no choice.
+
+    Without those that run on request only: tools/gpu_check.py times them.
+    """
+    names = [row.name for row in backends_of(function.__name__) if not row.by_request]
     return names if len(names) > 1 else []
 
 

@@ -5,16 +5,18 @@ Shapes are (batch, heads, ...) but for inputs, which are (batch, length, heads, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flowformer.core.checks import check_dense, describe
+from flowformer.core.checks import Masks, check_dense, describe
 from flowformer.core.masks import fill
-from flowformer.core.precision import FLOAT_DTYPES, sum_dtype
+from flowformer.core.precision import FLOAT_DTYPES, no_autocast, sum_dtype
 from flowformer.mechanisms.decay import check_given
 from flowformer.mechanisms.flow.options import RELU_FLOOR, FlowOptions
+from flowformer.mechanisms.flow.state import FlowState
 from flowformer.mechanisms.linear import elu_plus_one
 
 
@@ -124,3 +126,27 @@ def open_flow(flow: Tensor, mask: Tensor | None, others: Tensor | None = None) -
 def only_torch(learned: Learned) -> str:
     """Why no other backend computes with these tensors; empty where they do."""
     return "" if learned.temperatures is None else "temperatures are computed in plain PyTorch"
+
+
+FEATURE_MAPS = {"sigmoid": 0, "relu": 1, "elu": 2, "given": 3}  # of kernels; given: q and k are features already
+
+
+def features_first(
+    q: Tensor, k: Tensor, v: Tensor, masks: Masks, learned: Learned, options: FlowOptions
+) -> tuple[Tensor, Tensor, Tensor, tuple[Any, ...]]:
+    """Compute the feature maps that kernels do not have: q, k, v and options for the kernels."""
+    if options.feature_map in FEATURE_MAPS:
+        return q, k, v, options.values()
+    with no_autocast(q.device):
+        Q, K = query_and_key(q, k, masks.query, masks.key, learned, options)
+    return Q, K, v.to(Q.dtype), ("given", *options.values()[1:])
+
+
+def single(log_decay: Tensor | None) -> Tensor | None:
+    """Return log-decays in float32, as kernels take them."""
+    return None if log_decay is None else log_decay.float()
+
+
+def state_of(state: FlowState, learned: Learned) -> Sequence[Tensor]:
+    """Return the state before a sequence, for kernels; without decay, a count is no function of any input."""
+    return state if learned.log_decay is not None else (state.tokens.detach(), *state[1:])

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from flowformer.core.backends import implements
 from flowformer.core.checks import Masks
-from flowformer.core.precision import no_autocast
 from flowformer.core.run import Checked
-from flowformer.mechanisms.flow.equations import Learned, query_and_key
-from flowformer.mechanisms.flow.operators import FEATURE_MAPS, run_step
+from flowformer.mechanisms.flow.equations import FEATURE_MAPS, Learned, features_first, single, state_of
+from flowformer.mechanisms.flow.operators import run_step
 from flowformer.mechanisms.flow.options import FlowOptions
 from flowformer.mechanisms.flow.state import FlowState
 
@@ -23,33 +22,13 @@ def attend(given: Checked, learned: Learned, options: FlowOptions) -> tuple[Tens
     """Either form of Flow-Attention: the output, and the state after it."""
     q, k, v, causal, masks, cu_seqlens, state = given
     dtype = v.dtype
-    q, k, v, values = _features_first(q, k, v, masks, learned, options)
-    log_decay = _single(learned.log_decay)
+    q, k, v, values = features_first(q, k, v, masks, learned, options)
+    log_decay = single(learned.log_decay)
     if not causal:
         return torch.ops.flowformer.flow_bidirectional(q, k, v, *masks, cu_seqlens, log_decay, *values).to(dtype), None
-    before = (None, None, None, None) if state is None else _state_of(state, learned)
+    before = (None, None, None, None) if state is None else state_of(state, learned)
     out, *after = torch.ops.flowformer.flow_causal(q, k, v, masks.key, cu_seqlens, log_decay, *before, *values)
     return out.to(dtype), FlowState(*after)
-
-
-def _features_first(
-    q: Tensor, k: Tensor, v: Tensor, masks: Masks, learned: Learned, options: FlowOptions
-) -> tuple[Tensor, Tensor, Tensor, tuple[Any, ...]]:
-    """Compute the feature maps that kernels do not have: q, k, v and options for the kernels."""
-    if options.feature_map in FEATURE_MAPS:
-        return q, k, v, options.values()
-    with no_autocast(q.device):
-        Q, K = query_and_key(q, k, masks.query, masks.key, learned, options)
-    return Q, K, v.to(Q.dtype), ("given", *options.values()[1:])
-
-
-def _single(log_decay: Tensor | None) -> Tensor | None:
-    return None if log_decay is None else log_decay.float()
-
-
-def _state_of(state: FlowState, learned: Learned) -> Sequence[Tensor]:
-    """The state before; without decay, a count is no function of any input."""
-    return state if learned.log_decay is not None else (state.tokens.detach(), *state[1:])
 
 
 @implements("flow_attention_step", "native")
@@ -57,21 +36,21 @@ def step(
     q: Tensor, k: Tensor, v: Tensor, state: FlowState, learned: Learned, options: FlowOptions, *, plain: bool
 ) -> tuple[Tensor, ...]:
     """Compute one token: output, and parts of the state after it; ``plain``: contiguous tensors without gradients."""
-    log_decay = _single(learned.log_decay)
+    log_decay = single(learned.log_decay)
     if options.feature_map not in FEATURE_MAPS:
         return _step_of_features(q, k, v, log_decay, state, learned, options)
     if plain:
         return run_step(q, k, v, log_decay, state, options.values())
-    return _step_by_operators(q, k, v, log_decay, _state_of(state, learned), options.values())
+    return _step_by_operators(q, k, v, log_decay, state_of(state, learned), options.values())
 
 
 def _step_of_features(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: FlowState, learned: Learned, options: FlowOptions
 ) -> tuple[Tensor, ...]:
     tokens = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
-    Q, K, V, values = _features_first(*tokens, Masks(None, None), learned, options)
+    Q, K, V, values = features_first(*tokens, Masks(None, None), learned, options)
     Q, K, V = Q.squeeze(1), K.squeeze(1), V.squeeze(1)
-    out, *after = _step_by_operators(Q, K, V, log_decay, _state_of(state, learned), values)
+    out, *after = _step_by_operators(Q, K, V, log_decay, state_of(state, learned), values)
     return out.to(v.dtype), *after
 
 

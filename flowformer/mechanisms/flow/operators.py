@@ -31,6 +31,7 @@ from flowformer.kernels.native.kernels import (
     run,
     view,
 )
+from flowformer.mechanisms.flow.equations import FEATURE_MAPS
 
 # ---------------------------------------------------------------------------- the C interface, as source/call.h has it
 
@@ -98,7 +99,6 @@ def _tokens(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> _Token
     return _Tokens(rows, mask.nonzero()[:, 1].to(torch.int32))
 
 
-FEATURE_MAPS = {"sigmoid": 0, "relu": 1, "elu": 2, "given": 3}  # given: queries and keys are features already
 _COMPETITIONS = {None: 0, "sequence": 1, "heads": 2}
 _OPTIONS = "str feature_map, float? clamp, float eps, float flow_eps, str? competition, bool allocation, bool rescale"
 

@@ -16,7 +16,7 @@ from flowformer.core.backends import ENVIRONMENT_VARIABLE, list_backends
 from flowformer.mechanisms import find_attention, list_attentions
 
 registry.load()
-BACKENDS = tuple(row.name for row in list_backends())
+BACKENDS = tuple(row.name for row in list_backends() if not row.by_request)
 SHAPE = Shape(24, heads=2, channels=8, value_channels=8)
 OPERATIONS = ("language-training", "language-step")
 ROWS = [row for (operation, _), row in registry.contenders().items() if operation in OPERATIONS]

@@ -1,0 +1,497 @@
+"""Causal Flow-Attention by Triton kernels, forward and backward; ``operation.py`` above has the equations.
+
+No program walks a sequence: each kernel sums over chunks, a carry of the sums gives the state before each chunk, and
+the next kernel has each chunk for itself. The order is that of the equations: sums of keys and queries, flows, sums of
+both divided by flows, conserved flows, the matrix, outputs. What is a number of each token, logits, weights and gates,
+is computed in PyTorch.
+
+The backward pass has the same order reversed, with sums over later tokens. With A = Q K^T, s = n / I and o = n / O, the
+gradient of A_ij gamma(i, j) is
+
+    gate_i (g_i . C_j v_j) + dI_i + o_j dI^_i / n_i    from the sink i that reads the source j
+    dO_j + s_i dO^_j / n_j                              from the source j that reads the sink i
+
+each for i >= j where the reader is the later one. The numbers dI ... dO^ come first, and one kernel for each side then
+adds up the gradients of queries and of keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowformer.core.decay import at_most_zero
+from flowformer.core.masks import fill
+from flowformer.core.precision import LOG_ZERO
+from flowformer.core.tracing import log_add, log_cumsum
+from flowformer.kernels.triton import launch
+from flowformer.kernels.triton.launch import Dots, Pairs, Sequences, chunk_of, dots_of
+from flowformer.mechanisms.flow.equations import FEATURE_MAPS
+from flowformer.mechanisms.flow.options import FlowOptions
+from flowformer.mechanisms.flow.state import FlowState
+
+LOWEST = -64.0  # log-decay of a token: exp(-64) = 2e-28 is nothing beside the token's own part
+
+
+class Flows(NamedTuple):
+    """Flows of each token, (batch * heads, length): 1 at padding where they are divided by."""
+
+    incoming: Tensor
+    outgoing: Tensor
+    conserved_in: Tensor
+    conserved_out: Tensor
+
+
+class Found(NamedTuple):
+    """What the forward pass has found, (batch * heads, length) but for the matrices before segments."""
+
+    flows: Flows
+    n: Tensor
+    logits: Tensor
+    log_normaliser: Tensor | None
+    weight: Tensor | None
+    gate: Tensor
+    matrices: Tensor
+
+
+class Setting(NamedTuple):
+    """What both passes have: the sequences, the mask by heads, and how to compute."""
+
+    of: Sequences
+    mask: Tensor | None
+    options: FlowOptions
+    dots: Dots
+
+    def open(self, flow: Tensor) -> Tensor:
+        """Set the flow of padding to 1."""
+        return flow if self.mask is None else flow.masked_fill(~self.mask, 1.0)
+
+    def by_heads(self, x: Tensor) -> Tensor:
+        """(batch * heads, length) as (batch, heads, length)."""
+        return x.view(-1, self.of.per_sequence, self.of.length)
+
+
+def set_up(
+    q: Tensor, v: Tensor, mask: Tensor | None, log_decay: Tensor | None, options: FlowOptions, *, backward: bool = False
+) -> Setting:
+    """Return the setting of either pass for q and v (batch, length, heads, channels)."""
+    batch, length, heads = q.shape[:3]
+    total = None
+    if log_decay is not None:
+        log_decay = at_most_zero(log_decay.double()).clamp(min=LOWEST)
+        if log_decay.ndim == 1:
+            log_decay = log_decay.expand(1 if mask is None else batch, length, heads)
+        total = fill(log_decay, mask).transpose(1, 2).cumsum(-1)
+    by_heads = None if mask is None else mask.repeat_interleave(heads, 0)
+    chunk = chunk_of(q.dtype, q.shape[-1], v.shape[-1], backward=backward)
+    of = Sequences(q, mask, total, chunk, FEATURE_MAPS[options.feature_map])
+    return Setting(of, by_heads, options, dots_of(q.dtype, options.feature_map))
+
+
+def _tokens_so_far(setting: Setting, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The count n of each token, at least 1, and that after the last, both decayed."""
+    of, mask = setting.of, setting.mask
+    if of.total is None:
+        steps = torch.ones(1, of.length, device=count.device) if mask is None else mask
+        n = count.view(-1, 1) + steps.cumsum(-1, dtype=torch.float64)
+        after = n[:, -1].clone()
+        return n.clamp(min=1).float(), after
+    ones = torch.ones(of.heads, of.length, device=count.device) if mask is None else mask.float()
+    n, after = launch.scan_scalars(of, ones, count.view(-1, 1))
+    return setting.open(n), after
+
+
+def _find_flows(
+    setting: Setting, q: Tensor, k: Tensor, sums: Tensor, weights: Tensor | None, last: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Incoming and outgoing flows, (2, batch * heads, length), less flow_eps; and their sums after the last token."""
+    of, eps = setting.of, setting.options.eps
+    of_keys, of_queries = (None, None) if weights is None else weights.split(1)
+    states = launch.sums(of, k, q, of_keys, of_queries)
+    after = launch.carry(of, states, sums, last=last)
+    found = launch.flows(of, q, k, states, weights, eps_sink=eps, constant=eps, dot=setting.dots.flows)
+    return found, after
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_decay: Tensor | None, state: FlowState,
+    options: FlowOptions,
+) -> tuple[Tensor, FlowState, Flows]:  # fmt: skip
+    """Return the output, the state after it, and the flows."""
+    setting = set_up(q, v, mask, log_decay, options)
+    of, heads = setting.of, setting.of.heads
+    sums = state.sums.reshape(heads, 4, -1)
+    n, count = _tokens_so_far(setting, state.tokens)
+    found, first = _find_flows(setting, q, k, sums[:, :2].contiguous(), None, True)
+    incoming, outgoing = setting.open(found + options.flow_eps)
+    weights = torch.stack([n / outgoing, n / incoming])
+    found, second = _find_flows(setting, q, k, sums[:, 2:].contiguous(), weights, True)
+    flows = Flows(incoming, outgoing, *(found / n + options.flow_eps))
+    past = state.log_normaliser.reshape(heads).clone()
+    known = _weigh(setting, flows, n, past)
+    matrices = launch.memory(of, k, v, known.weight, dot=setting.dots.values)
+    after = launch.carry(of, matrices, state.memory.reshape(heads, *matrices.shape[2:]), step=of.per, last=True)
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    launch.attend(of, q, k, v, matrices, out, known.gate, known.weight, dot=setting.dots.values)
+    if known.log_normaliser is not None:
+        past = known.log_normaliser[:, -1].clone()
+    assert first is not None
+    assert second is not None
+    assert after is not None
+    sums = torch.cat([first, second], 1)
+    parts = (count.expand(heads).contiguous(), sums, past, after)
+    return out, FlowState(*(new.reshape(old.shape) for new, old in zip(parts, state, strict=True))), flows
+
+
+def _weigh(setting: Setting, flows: Flows, n: Tensor, past: Tensor) -> Found:
+    """Weights of sources and gates of sinks from the flows."""
+    options = setting.options
+    logits = flows.conserved_out
+    if options.clamp is not None:
+        logits = logits.clamp(-options.clamp, options.clamp)
+    weight, normaliser = None, None
+    if options.competition == "heads":
+        weight = n * setting.by_heads(logits).softmax(1).view_as(logits)
+    elif options.competition == "sequence":
+        flat = logits.double() if setting.mask is None else logits.double().masked_fill(~setting.mask, LOG_ZERO)
+        normaliser = _log_normalise(setting, flat, past)
+        weight = n * (flat - normaliser).exp().float()
+    gate = 1 / flows.incoming
+    if options.allocation:
+        gate = gate * flows.conserved_in.sigmoid()
+    return Found(flows, n, logits, normaliser, weight, gate, setting.of.dummy)
+
+
+def _log_normalise(setting: Setting, logits: Tensor, past: Tensor) -> Tensor:
+    """Log sum_{j<=t} gamma(t, j) exp(logit_j), (batch * heads, length), in float64."""
+    total = setting.of.total
+    if total is None:
+        return log_add(log_cumsum(logits), past.unsqueeze(-1))
+    total = total.expand(-1 if total.shape[0] > 1 else setting.of.batch, -1, -1).flatten(0, 1)
+    return log_add(log_cumsum(logits - total), past.unsqueeze(-1)) + total
+
+
+class Gradients(NamedTuple):
+    """Gradients of the inputs: of log-decays (batch, length, heads)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    state: FlowState
+    log_decay: Tensor | None
+
+
+class _OfFlows(NamedTuple):
+    """Gradients of numbers of each token, (batch * heads, length): those conserved before the division by n."""
+
+    incoming: Tensor
+    outgoing: Tensor
+    conserved_in: Tensor
+    conserved_out: Tensor
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_decay: Tensor | None, state: FlowState,
+    options: FlowOptions, out: Tensor, flows: Flows, grad_out: Tensor, grad_state: Sequence[Tensor | None],
+    of_decay: bool,
+) -> Gradients:  # fmt: skip
+    """Return the gradients of all inputs.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        mask: (batch, length).
+        log_decay: (heads,) or (batch, length, heads).
+        state: The state before.
+        options: Of the mechanism.
+        out: The output.
+        flows: Of the forward pass.
+        grad_out: Gradient of the output.
+        grad_state: Gradients of the parts of the state after, or ``None``.
+        of_decay: Whether the gradient of log-decays, and of the count before, is wanted.
+    """
+    setting = set_up(q, v, mask, log_decay, options, backward=True)
+    return _Backward(setting, q, k, v, state, flows, grad_state).run(out, grad_out, of_decay)
+
+
+class _OfSums(NamedTuple):
+    """Gradients of sums E of exp(O^), times what they are of, (batch * heads, length).
+
+    Attributes:
+        reads: Of each sum, E_t dE_t by its token alone.
+        writes: Of each exp(O^).
+        found: E_t dE_t by its token and the later ones.
+        total: Logarithms of the factors from sum to sum, added up.
+    """
+
+    reads: Tensor
+    writes: Tensor
+    found: Tensor
+    total: Tensor
+
+
+class _Sides(NamedTuple):
+    """Gradients of queries, of keys, of the sums before; and what those of decays need.
+
+    Attributes:
+        q: (batch, length, heads, channels).
+        k: Likewise.
+        sums: (batch * heads, 4, channels).
+        parts: What tokens read less what they write, (batch * heads, length).
+        states: States before chunks, with those behind them, and how many of them a segment has.
+        last: Product of the sums after the last token and their gradients, (batch * heads,).
+    """
+
+    q: Tensor
+    k: Tensor
+    sums: Tensor
+    parts: Tensor | None
+    states: tuple[tuple[Tensor, Tensor, int], ...]
+    last: Tensor | None
+
+
+def between_sums(like: Tensor, of: Sequences, total: Tensor, sums: Tensor) -> tuple[Sequences, Tensor]:
+    """Return sequences whose log-decays lie between sums of exp(O^), and these, added up, (batch * heads, length).
+
+    Args:
+        like: Queries.
+        of: The sequences.
+        total: The log-decays, added up.
+        sums: Logarithms of the sums, far below zero where there are only paddings to add up; there is no decay there.
+    """
+    known = sums > LOG_ZERO / 2
+    none = ~known.any(-1, keepdim=True)
+    least = total.masked_fill(~known, torch.inf).amin(-1, keepdim=True).masked_fill(none, 0)
+    most = total.masked_fill(~known, -torch.inf).amax(-1, keepdim=True).masked_fill(none, 0)
+    total = torch.minimum(torch.maximum(total, least), most)
+    by_heads = total.view(of.batch, of.per_sequence, -1)
+    return Sequences(like, of.mask, by_heads, of.chunk, of.feature_map, relative=True), total
+
+
+def by_tokens(of: Sequences, starts: Tensor, parts: Tensor) -> Tensor:
+    """Return gradients of log-decays, (batch, length, heads).
+
+    Args:
+        of: The sequences.
+        starts: The gradient at the first token of each segment, and 'behind' the last: (batch * heads, segments + 1).
+        parts: How much it falls behind each token, (batch * heads, length).
+    """
+    size = of.per * of.chunk
+    parts = torch.nn.functional.pad(parts, (0, of.segments * size - of.length)).view(of.heads, of.segments, size)
+    found = starts[:, :-1, None] - (parts.cumsum(-1) - parts)
+    # What rounding has left over at the end of a segment, where the gradient is known, it has gathered on the way.
+    place = torch.arange(of.segments * size, device=parts.device).view(of.segments, size)
+    width = (place[:, -1:].clamp(max=of.length - 1) + 1 - place[:, :1]).double()
+    left = starts[:, 1:] - (found[..., -1] - parts[..., -1])
+    found = found + left.unsqueeze(-1) * (place - place[:, :1]) / width
+    return found.flatten(1)[:, : of.length].view(of.batch, of.per_sequence, of.length).transpose(1, 2)
+
+
+class _Backward:
+    """The backward pass, part by part."""
+
+    def __init__(
+        self, setting: Setting, q: Tensor, k: Tensor, v: Tensor, state: FlowState, flows: Flows,
+        grad_state: Sequence[Tensor | None],
+    ) -> None:  # fmt: skip
+        self.setting, self.of, self.options = setting, setting.of, setting.options
+        self.q, self.k, self.v, self.state = q, k, v, state
+        heads = self.of.heads
+        self.sums = state.sums.reshape(heads, 4, -1)
+        self.grads = FlowState(
+            *(part if part is None else part.double().reshape(heads, *part.shape[2:]) for part in grad_state)  # type: ignore[arg-type]
+        )
+        n, self.count = _tokens_so_far(setting, state.tokens)
+        self.known = _weigh(setting, flows, n, state.log_normaliser.reshape(heads))
+
+    def run(self, out: Tensor, grad_out: Tensor, of_decay: bool) -> Gradients:
+        """Return all gradients."""
+        grad_v, of_weights, later, grad_memory = self._values(grad_out)
+        reads = launch.dots(self.of, grad_out, out)
+        grads, dn, of_sums, grad_past = self._flows(reads, of_weights)
+        sides = self._sides(grad_out, later, grads, of_decay)
+        before = FlowState(torch.zeros_like(grad_past), sides.sums, grad_past, grad_memory)
+        decays = None
+        if of_decay:
+            counts, first = self._scan_counts(dn)
+            before = before._replace(tokens=first)
+            decays = self._decays(sides, later, before, counts, dn, of_sums)
+        shaped = (new.reshape(old.shape) for new, old in zip(before, self.state, strict=True))
+        return Gradients(sides.q, sides.k, grad_v, FlowState(*shaped), decays)
+
+    def _values(self, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of values and of weights, the matrices behind segments, and the gradient of the first."""
+        of, known, dot = self.of, self.known, self.setting.dots.gradients
+        later = launch.memory(of, self.q, grad_out, known.gate, dot=dot, reverse=True)
+        first = launch.carry(of, later, self.grads.memory, step=of.per, last=True, reverse=True)
+        grad_v = torch.empty_like(self.v, memory_format=torch.contiguous_format)
+        of_weights = launch.attend(
+            of, self.k, self.q, grad_out, later, grad_v, known.weight, known.gate, self.v, dot=dot, reverse=True,
+        )  # fmt: skip
+        assert of_weights is not None
+        assert first is not None
+        return grad_v, of_weights, later, first
+
+    def _flows(self, reads: Tensor, of_weights: Tensor) -> tuple[_OfFlows, Tensor, _OfSums | None, Tensor]:
+        """Gradients of flows, of counts, of sums of exp(O^), and of the first such sum."""
+        known, options, flows = self.known, self.options, self.known.flows
+        of_in = reads * (1 - flows.conserved_in.sigmoid()) / known.n if options.allocation else torch.zeros_like(reads)
+        of_logits, dn, of_sums, grad_past = self._competition(of_weights)
+        if options.clamp is not None:
+            of_logits = of_logits * (flows.conserved_out.abs() <= options.clamp)
+        of_out = of_logits / known.n
+        dn = dn - of_in * (flows.conserved_in - options.flow_eps) - of_out * (flows.conserved_out - options.flow_eps)
+        of_sinks, of_sources = self._scales(of_in, of_out)
+        incoming = -(reads + of_sinks * known.n / flows.incoming) / flows.incoming
+        outgoing = -of_sources * known.n / flows.outgoing**2
+        dn = dn + of_sinks / flows.incoming + of_sources / flows.outgoing
+        return _OfFlows(incoming, outgoing, of_in, of_out), dn, of_sums, grad_past
+
+    def _competition(self, of_weights: Tensor) -> tuple[Tensor, Tensor, _OfSums | None, Tensor]:
+        """Gradients of logits, of counts, of sums of exp(O^), and of the first such sum."""
+        known, setting, given = self.known, self.setting, self.grads.log_normaliser
+        zero = torch.zeros_like(of_weights)
+        past = self.count.new_zeros(self.of.heads) if given is None else given
+        if known.weight is None:
+            return zero, zero, None, past
+        parts = known.weight * of_weights
+        if self.options.competition == "heads":
+            each = setting.by_heads(parts)
+            share = setting.by_heads(known.weight / known.n) * each.sum(1, keepdim=True)
+            return (each - share).view_as(parts), parts / known.n, None, past
+        assert known.log_normaliser is not None
+        # A later sum of exp(O^) has exp(total_t - total_j) of the sum at j: a decay.
+        decays = self._log_decays()
+        sums = known.log_normaliser
+        of, total = between_sums(self.q, setting.of, decays - sums, sums)
+        found, _ = launch.scan_scalars(of, -parts, None if given is None else given.view(-1, 1), reverse=True)
+        logits = known.logits.double()
+        logits = logits if setting.mask is None else logits.masked_fill(~setting.mask, LOG_ZERO)
+        shares = (logits - sums).exp().float() * found
+        shares = shares if setting.mask is None else shares.masked_fill(~setting.mask, 0)
+        start = self.state.log_normaliser.reshape(-1)
+        past = found[:, 0] * (start + decays[:, 0] - sums[:, 0]).exp()
+        past = past.masked_fill(start < LOG_ZERO / 2, 0)
+        return parts + shares, parts / known.n, _OfSums(-parts, shares, found, total), past
+
+    def _log_decays(self) -> Tensor:
+        """Log-decays up to and with each token, (batch * heads, length); zeros without."""
+        if self.of.total is None:
+            return self.count.new_zeros(1, self.of.length)
+        return self.of.total.expand(self.of.batch, -1, -1).flatten(0, 1)
+
+    def _scales(self, conserved_in: Tensor, conserved_out: Tensor) -> Tensor:
+        """Gradients of s and o, the weights of sinks and sources in conserved flows, (2, batch * heads, length)."""
+        eps = self.options.eps
+        states = launch.sums(
+            self.of, self.k, self.q, conserved_out[None], conserved_in[None], shift=(eps, eps), reverse=True
+        )
+        given = self.grads.sums
+        launch.carry(self.of, states, None if given is None else given[:, [3, 2]].contiguous(), reverse=True)
+        return launch.flows(
+            self.of, self.q, self.k, states, torch.stack([conserved_out, conserved_in]), eps_source=eps,
+            dot=self.setting.dots.flows, reverse=True,
+        )  # fmt: skip
+
+    def _sides(self, grad_out: Tensor, later: Tensor, grads: _OfFlows, of_decay: bool) -> _Sides:
+        """Gradients of queries, keys and the sums before, and what there is of decays."""
+        of, known, eps, given = self.of, self.known, self.options.eps, self.grads.sums
+        dot = self.setting.dots.gradients
+        one = torch.ones_like(grads.incoming)
+        of_sinks = torch.stack([grads.incoming, grads.conserved_in])
+        of_sources = torch.stack([grads.outgoing, grads.conserved_out])
+        sources = torch.stack([one, known.n / known.flows.outgoing])
+        sinks = torch.stack([one, known.n / known.flows.incoming])
+        matrices = launch.memory(of, self.k, self.v, known.weight, dot=dot)
+        memory = launch.carry(
+            of, matrices, self.state.memory.reshape(of.heads, *matrices.shape[2:]), step=of.per, last=True
+        )
+        keys, after_k = self._states(self.k, sources, self.sums[:, [0, 2]], 0.0, False)
+        queries, after_q = self._states(self.q, sinks, self.sums[:, [1, 3]], 0.0, False)
+        later_queries, first_q = self._states(self.q, of_sinks, None if given is None else given[:, [0, 2]], eps, True)
+        later_keys, first_k = self._states(self.k, of_sources, None if given is None else given[:, [1, 3]], eps, True)
+        grad_q = torch.empty_like(self.q, memory_format=torch.contiguous_format)
+        grad_k = torch.empty_like(self.k, memory_format=torch.contiguous_format)
+        mine = launch.gradient(
+            of, self.q, self.k, grad_out, self.v, matrices, known.gate, grad_q, known.weight,
+            Pairs(of_sinks, sources, keys, constant=eps), Pairs(sinks, of_sources, later_keys, shift=eps),
+            products=of_decay, dot=dot,
+        )  # fmt: skip
+        theirs = launch.gradient(
+            of, self.k, self.q, self.v, grad_out, later, one if known.weight is None else known.weight, grad_k,
+            known.gate, Pairs(sources, of_sinks, later_queries, shift=eps),
+            Pairs(of_sources, sinks, queries, constant=eps), products=of_decay, dot=dot, reverse=True,
+        )  # fmt: skip
+        sums = torch.stack([first_q[:, 0], first_k[:, 0], first_q[:, 1], first_k[:, 1]], 1)
+        if mine is None or theirs is None:
+            return _Sides(grad_q, grad_k, sums, None, (), None)
+        states = ((matrices, later, 1), (keys, later_queries, of.per), (queries, later_keys, of.per))
+        last = self.count.new_zeros(of.heads)
+        if self.grads.memory is not None and memory is not None:
+            last = last + (memory * self.grads.memory).flatten(1).sum(1)
+        if given is not None:
+            last = last + (after_k * given[:, [0, 2]] + after_q * given[:, [1, 3]]).flatten(1).sum(1)
+        return _Sides(grad_q, grad_k, sums, mine - theirs, states, last)
+
+    def _states(
+        self, x: Tensor, weights: Tensor, first: Tensor | None, shift: float, reverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """States of a side before chunks, or with ``reverse`` behind them, and that at the other end."""
+        states = launch.sums(self.of, x, None, weights, shift=(shift, 0.0), reverse=reverse)
+        first = None if first is None else first.contiguous()
+        after = launch.carry(self.of, states, first, last=True, reverse=reverse)
+        assert after is not None
+        return states, after
+
+    def _scan_counts(self, dn: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the ones that counts are sums of, and of the count before."""
+        given = self.grads.tokens
+        return launch.scan_scalars(self.of, dn, None if given is None else given.view(-1, 1), reverse=True)
+
+    def _decays(
+        self, sides: _Sides, later: Tensor, before: FlowState, counts: Tensor, dn: Tensor, of_sums: _OfSums | None
+    ) -> Tensor:
+        """The gradient of log-decays, (batch, length, heads).
+
+        That of g_u is the sum of x_ij dx_ij over i >= u > j for all that is carried from j to i. It is known at the
+        start of each segment, as the product of the sums before and the gradients of sums behind it. From there, a
+        token's part is what it reads less what is read of it later.
+        """
+        of, known = self.of, self.known
+        real = 1.0 if self.setting.mask is None else self.setting.mask
+        assert sides.parts is not None
+        parts = sides.parts.double() + dn * known.n - counts * real
+        first = known.n.new_zeros(of.heads, dtype=torch.float64)
+        for state, grad in zip(self.state, before, strict=True):
+            if state is not self.state.log_normaliser:
+                first = first + (state.reshape(of.heads, -1) * grad.reshape(of.heads, -1)).sum(1)
+        if of_sums is not None:
+            parts = parts + of_sums.reads - of_sums.writes
+            first = first + before.log_normaliser
+        assert sides.last is not None
+        last = sides.last
+        if self.grads.tokens is not None:
+            last = last + self.count * self.grads.tokens
+        if of_sums is not None and self.grads.log_normaliser is not None:
+            last = last + self.grads.log_normaliser
+        starts = [first.unsqueeze(1), self._at_segments(sides, counts, of_sums), last.unsqueeze(1)]
+        return fill(by_tokens(of, torch.cat(starts, 1), parts), of.mask)
+
+    def _at_segments(self, sides: _Sides, counts: Tensor, of_sums: _OfSums | None) -> Tensor:
+        """The gradients of the log-decays of the first tokens of all segments but the first, (batch * heads, ...)."""
+        of = self.of
+        found = self.count.new_zeros(of.heads, of.segments - 1)
+        for before, behind, step in sides.states:
+            products = before[:, step::step] * behind[:, step - 1 : -1 : step][:, : of.segments - 1]
+            found += products.flatten(2).sum(-1, dtype=torch.float64)
+        first = of.per * of.chunk * torch.arange(1, of.segments, device=found.device)
+        decays = self._log_decays()
+        factor = (decays[:, first] - decays[:, first - 1]).exp()
+        found += counts[:, first] * factor * self.known.n.expand(of.heads, -1)[:, first - 1]
+        if of_sums is not None:
+            found += of_sums.found[:, first] * (of_sums.total[:, first] - of_sums.total[:, first - 1]).exp()
+        return found

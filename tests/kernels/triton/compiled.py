@@ -1,0 +1,120 @@
+"""Compile the Triton kernels of Flow-Attention for a GPU, without one: registers, spills, shared memory, matrix units.
+
+    python tests/kernels/triton/compiled.py --target 90 --dtype bfloat16 --channels 64        one JSON line per kernel
+
+The launches are those of both passes of every form, recorded in place of being run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource, compile
+
+from flowformer import ops
+from flowformer.kernels.triton import launch
+from flowformer.mechanisms.flow.options import FlowOptions
+from flowformer.mechanisms.flow.triton import bidirectional, causal, decayed
+
+TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.bool: "i1",
+}  # fmt: skip
+SHOWN = ("C", "BM", "BO", "DOT", "DECAY", "REVERSE", "LOCAL", "OTHER", "WEIGHTED", "num_warps", "num_stages")
+COMPILER = ("num_warps", "num_stages")
+
+
+class Launches:
+    """Launches by what they are compiled for."""
+
+    def __init__(self) -> None:
+        self.found: dict[Any, tuple[Any, ASTSource, dict[str, Any]]] = {}
+
+    def record(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        """Take the place of ``launch._run``."""
+        compiler = {name: options.pop(name) for name in COMPILER if name in options}
+        signature, constants, attributes = {}, dict(options), {}
+        for index, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=False)):
+            name = parameter.name
+            if isinstance(value, torch.Tensor):
+                signature[name] = "*" + TYPES[value.dtype]
+                attributes[(index,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            elif value == 1 and not parameter.do_not_specialize:
+                signature[name], constants[name] = "constexpr", 1
+            else:
+                signature[name] = "i32"
+                if value % 16 == 0 and not parameter.do_not_specialize:
+                    attributes[(index,)] = [["tt.divisibility", 16]]
+        signature.update(dict.fromkeys(options, "constexpr"))
+        ordered = {parameter.name: signature[parameter.name] for parameter in kernel.params}
+        key = (kernel.fn.__name__, str(ordered), str(constants), str(compiler))
+        self.found.setdefault(key, (kernel, ASTSource(kernel, ordered, constants, attributes), compiler))
+
+
+def record(dtype: torch.dtype, channels: int, length: int = 1_024) -> Launches:
+    """Record both passes of every form for inputs of a dtype, with as many channels of keys as of values."""
+    launches = Launches()
+    before, launch._run = launch._run, launches.record
+    try:
+        q, k, v = (torch.randn(1, length, 2, channels).to(dtype) for _ in range(3))
+        options, numbers = FlowOptions(), torch.ones(2, length)
+        for log_decay in (None, -torch.rand(1, length, 2)):
+            state = ops.init_flow_state(1, 2, channels, channels)
+            causal.forward(q, k, v, None, log_decay, state, options)
+            flows = causal.Flows(numbers, numbers, numbers, numbers)
+            given = (v, flows, v, [None] * 4, log_decay is not None)
+            causal.backward(q, k, v, None, log_decay, state, options, *given)
+            form = bidirectional if log_decay is None else decayed
+            form.forward(q, k, v, None, None, log_decay, options)  # pyright: ignore[reportArgumentType]
+            flat = torch.ones(8 * length)
+            form.backward(q, k, v, None, None, log_decay, options, v, flat, v, log_decay is not None)  # pyright: ignore[reportArgumentType]
+    finally:
+        launch._run = before
+    return launches
+
+
+def figures(kernel: Any, source: ASTSource, compiler: dict[str, Any], target: int) -> dict[str, Any]:
+    """Compile one kernel, and return what the assembler says of it."""
+    compiled = compile(source, target=GPUTarget("cuda", target, 32), options=compiler)
+    assembly = compiled.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
+        file.write(assembly)
+        file.flush()
+        name = f"sm_{target}{'a' if target >= 90 else ''}"
+        command = [get_ptxas(target).path, "-v", f"--gpu-name={name}", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    constants = {**{key[0] if isinstance(key, tuple) else key: value for key, value in source.constants.items()}}
+    named = {parameter.name: constants.get(parameter.num, constants.get(parameter.name)) for parameter in kernel.params}
+    return {
+        "kernel": kernel.fn.__name__,
+        "registers": int(re.findall(r"Used (\d+) registers", said)[-1]),
+        "spilled_bytes": int(re.findall(r"(\d+) bytes spill stores", said)[-1]),
+        "shared_bytes": compiled.metadata.shared,
+        "matrix_units": [unit for unit in ("wgmma", "mma.sync", "tcgen05") if unit in assembly],
+        **{name: value for name in SHOWN if (value := {**named, **compiler}.get(name)) is not None},
+    }
+
+
+def main() -> None:
+    """Print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", type=int, default=90)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--channels", type=int, default=64)
+    values = parser.parse_args()
+    for kernel, source, compiler in record(getattr(torch, values.dtype), values.channels).found.values():
+        row = {"target": values.target, "dtype": values.dtype, "channels": values.channels}
+        print(json.dumps({**row, **figures(kernel, source, compiler, values.target)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

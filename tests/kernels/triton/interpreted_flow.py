@@ -1,0 +1,217 @@
+"""Flow-Attention by the Triton kernels against its float64 reference; run by test_triton.py beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from law_cases import reference, variants_of
+from torch import Tensor
+
+from flowformer import ops
+from flowformer.kernels.triton import launch
+from flowformer.mechanisms import find_attention
+
+HEADS = 2
+VARIANTS = {name: v for name, v in variants_of(find_attention("flow")).items() if name != "temperature"}
+FORMS = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+DECAYS = pytest.mark.parametrize("decay", [None, "head", "token"])
+
+
+def inputs(length: int, sources: int | None = None, *, decay: str | None = None, **sizes: int) -> list[Tensor]:
+    """q, k, v, and log-decays where there are any, in float64 with the digits of float32."""
+    batch, key, value = (sizes.get(name, default) for name, default in (("batch", 2), ("key", 4), ("value", 5)))
+    random = torch.Generator().manual_seed(100 * length + key)
+    shapes = (length, key), (sources or length, key), (sources or length, value)
+    found = [torch.randn(batch, n, HEADS, c, generator=random) for n, c in shapes]
+    if decay == "head":
+        found.append(torch.tensor([-0.3, -0.02]))
+    if decay == "token":
+        found.append(-0.3 * torch.rand(batch, length, HEADS, generator=random))
+        found[3][:, length // 3] = -30.0  # forgets
+    return [t.double() for t in found]
+
+
+def run(function: Any, tensors: list[Tensor], dtype: torch.dtype, **options: Any) -> list[Tensor]:
+    """The output, and the gradients of a combination of its elements. Log-decays are float32 at least."""
+    leaves = [t.to(torch.float32 if t.ndim < 4 and dtype != torch.float64 else dtype) for t in tensors]
+    leaves = [t.clone().requires_grad_() for t in leaves]
+    out = function(*leaves, **options)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return [out.detach(), *torch.autograd.grad(out, leaves, weights.to(dtype))]
+
+
+def both(tensors: list[Tensor], dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    """Compare with plain PyTorch in float64, which is held to the reference elsewhere."""
+    rounded = [t.to(dtype).double() if t.ndim == 4 else t for t in tensors]
+    want = run(ops.flow_attention, rounded, torch.float64, backend="torch", **options)
+    got = run(ops.flow_attention, rounded, dtype, backend="triton", **options)
+    close(got, want, {torch.float32: 1e-5, torch.float16: 2e-3}[dtype])
+
+
+def close(got: list[Tensor], want: list[Tensor], tolerance: float) -> None:
+    for one, other in zip(got, want, strict=True):
+        assert one.shape == other.shape
+        error, size = (one.double() - other).abs().max(), other.abs().max()
+        assert error <= tolerance * size, f"off by {error / size:.2g} of the largest"
+
+
+@FORMS
+@pytest.mark.parametrize("name", VARIANTS)
+def test_equals_the_reference(name: str, causal: bool) -> None:
+    variant = VARIANTS[name]
+    tensors = inputs(70, decay="token" if variant.by_token else "head" if variant.decays else None)
+    want = run(reference.flow_attention, tensors, torch.float64, causal=causal, **variant.options)
+    options = {"causal": causal, "backend": "triton", **variant.options}
+    close(run(ops.flow_attention, tensors, torch.float32, **options), want, 1e-5)
+
+
+@pytest.mark.parametrize(("length", "sources"), [(37, 90), (90, 37), (1, 50), (50, 1)])
+@pytest.mark.parametrize("options", [{}, {"rescale": True, "clamp": None, "flow_eps": 1e-6}], ids=["core", "others"])
+def test_cross_attention(length: int, sources: int, options: dict[str, Any]) -> None:
+    both(inputs(length, sources), **options)
+    masks = torch.rand(2, length) < 0.7, torch.rand(2, sources) < 0.7
+    both(inputs(length, sources), mask=masks[0], context_mask=masks[1], **options)
+
+
+@FORMS
+@DECAYS
+def test_half_precision(decay: str | None, causal: bool) -> None:
+    both(inputs(70, decay=decay), torch.float16, causal=causal)
+
+
+@FORMS
+@DECAYS
+def test_padding_anywhere_and_what_is_in_it(decay: str | None, causal: bool) -> None:
+    mask = torch.rand(2, 80, generator=torch.Generator().manual_seed(0)) < 0.7
+    mask[0, :3], mask[1, 70:] = False, False
+    tensors = inputs(80, decay=decay)
+    both(tensors, mask=mask, causal=causal)
+    filled = [
+        t.float() if t.ndim < 3 else t.float().masked_fill(~mask.view(2, 80, *(1,) * (t.ndim - 2)), torch.nan)
+        for t in tensors
+    ]
+    given = {"mask": mask, "causal": causal, "backend": "triton"}
+    assert torch.equal(ops.flow_attention(*filled, **given), ops.flow_attention(*(t.float() for t in tensors), **given))
+    none = torch.zeros(2, 80, dtype=torch.bool)
+    assert not ops.flow_attention(*(t.float() for t in tensors), causal=causal, mask=none, backend="triton").any()
+
+
+@FORMS
+@pytest.mark.parametrize("decay", [None, "token"])
+def test_packed_sequences(decay: str | None, causal: bool) -> None:
+    bounds = torch.tensor([0, 3, 3, 40, 41, 75], dtype=torch.int32)
+    both(inputs(75, decay=decay, batch=1), cu_seqlens=bounds, causal=causal)
+
+
+@FORMS
+@DECAYS
+def test_several_segments(decay: str | None, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "SEGMENT", 64)
+    both(inputs(230, decay=decay, batch=1), causal=causal)
+
+
+@DECAYS
+@pytest.mark.parametrize("options", [{}, {"clamp": None}, {"competition": "heads"}, {"competition": None}], ids=str)
+def test_resumes_from_a_state(decay: str | None, options: dict[str, Any]) -> None:
+    tensors = inputs(90, decay=decay)
+    results = []
+    for backend, dtype in (("torch", torch.float64), ("triton", torch.float32)):
+        leaves = [t.to(dtype).clone().requires_grad_() for t in tensors]
+        given = {"causal": True, "return_state": True, "backend": backend, **options}
+        cut = [(t[:, :33], t[:, 33:]) if t.ndim > 2 else (t, t) for t in leaves]
+        first, state = ops.flow_attention(*(one for one, _ in cut), **given)
+        second, after = ops.flow_attention(*(other for _, other in cut), initial_state=state, **given)
+        out = torch.cat([first, second], 1)
+        random = torch.Generator().manual_seed(0)
+        loss = sum(
+            (x * torch.randn(x.shape, generator=random, dtype=torch.float64).to(x.dtype)).sum() for x in (out, *after)
+        )
+        results.append([out.detach(), *(x.detach() for x in after), *torch.autograd.grad(loss, leaves)])
+    close(results[1], results[0], 1e-5)
+
+
+@pytest.mark.parametrize(("key", "value"), [(1, 1), (80, 3), (3, 130), (130, 70)])
+def test_channels(key: int, value: int) -> None:
+    for decay, causal in (("head", True), (None, False)):
+        both(inputs(40, decay=decay, batch=1, key=key, value=value), causal=causal)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of NumPy, where a GPU has infinity, and is right
+@pytest.mark.parametrize("decay", [None, "token"])
+def test_outputs_do_not_know_the_future(decay: str | None) -> None:
+    tensors = [t.float() for t in inputs(100, decay=decay)]
+    given = {"causal": True, "backend": "triton"}
+    before = ops.flow_attention(*tensors, **given)
+    for t in (0, 30, 31, 32, 64, 98):
+        changed = [x.clone() for x in tensors]
+        for x in changed:
+            x[:, t + 1 :] *= 100
+        assert torch.equal(before[:, : t + 1], ops.flow_attention(*changed, **given)[:, : t + 1])
+
+
+@FORMS
+def test_any_layout_and_an_empty_batch(causal: bool) -> None:
+    tensors = [t.float() for t in inputs(40)]
+    given = {"causal": causal, "backend": "triton"}
+    want = ops.flow_attention(*tensors, **given)
+    moved = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
+    assert torch.equal(ops.flow_attention(*moved, **given), want)
+    spread = [torch.stack([t, t], -1)[..., 0] for t in tensors]
+    assert torch.equal(ops.flow_attention(*spread, **given), want)
+    assert ops.flow_attention(*(t[:0] for t in tensors), **given).shape == (0, 40, HEADS, 5)
+
+
+@FORMS
+@pytest.mark.parametrize("decay", [None, "token"])
+def test_compiles_into_one_graph(decay: str | None, causal: bool) -> None:
+    tensors = inputs(40, decay=decay)
+
+    def attend(*tensors: Tensor) -> Tensor:
+        return ops.flow_attention(*tensors, causal=causal, backend="triton")
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    want = run(attend, tensors, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(run(compiled, tensors, torch.float32), want, strict=True))
+
+
+# Of opcheck, where it runs an operator compiled, and where PyTorch loads what that takes.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@FORMS
+def test_operators(causal: bool) -> None:
+    tensors = [t.float().requires_grad_() for t in inputs(20, decay="token")]
+    options = ("sigmoid", 1.0, 1e-6, 0.0, "sequence", True, False)
+    if causal:
+        _, state = ops.flow_attention(*tensors, causal=True, return_state=True, backend="torch")
+        state = [part.detach() for part in state]
+        given = (*tensors[:3], None, tensors[3], *state, *options)
+        torch.library.opcheck(torch.ops.flowformer.flow_causal_triton, given)
+    else:
+        torch.library.opcheck(
+            torch.ops.flowformer.flow_bidirectional_triton, (*tensors[:3], None, None, tensors[3], *options)
+        )
+
+
+def test_too_many_channels_are_refused() -> None:
+    q = torch.randn(1, 5, 2, 257)
+    with pytest.raises(ValueError, match="256 channels at most, got 257"):
+        ops.flow_attention(q, q, q, backend="triton")
+
+
+def test_second_gradients_are_refused() -> None:
+    leaves = [t.float().requires_grad_() for t in inputs(20)]
+    out = ops.flow_attention(*leaves, causal=True, backend="triton")
+    with pytest.raises(RuntimeError, match="second-order gradients"):
+        torch.autograd.grad(out.sum(), leaves, create_graph=True)
+
+
+def test_it_says_that_it_interprets() -> None:
+    q = torch.randn(1, 5, 2, 4)
+    found = ops.explain(ops.flow_attention, q, q, q, backend="triton")
+    assert found.backend == "triton"
+    assert "interpreted on the CPU" in found.why
+    assert ops.explain(ops.flow_attention, q, q, q).backend != "triton"
+    with pytest.raises(ValueError, match="support float32 and float16, not bfloat16"):
+        ops.flow_attention(*(q.bfloat16(),) * 3, backend="triton")

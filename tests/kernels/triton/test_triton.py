@@ -1,0 +1,77 @@
+"""The Triton kernels in their interpreter, which must be on when Triton is imported: in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowformer import ops
+from flowformer.core.backends import find_backend
+
+HERE = Path(__file__).parent
+FILES = sorted(path.name for path in HERE.glob("interpreted_*.py"))
+
+
+def run(*words: str, timeout: float = 850) -> str:
+    """Run pytest where Triton interprets; return what it prints."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *words]
+    done = subprocess.run(
+        command, cwd=HERE.parents[2], env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("which", ["causal or state or future", "not (causal or state or future)"])
+@pytest.mark.parametrize("file", FILES)
+def test_interpreted(file: str, which: str) -> None:
+    assert " passed" in run(str(HERE / file), "-k", which)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(("target", "channels"), [(80, 64), (89, 64), (90, 64), (90, 128), (100, 64), (120, 64)])
+def test_compiles_without_a_gpu(target: int, channels: int, dtype: str) -> None:
+    """For A100, L40S, H100, B200 and RTX 50; registers that do not suffice are spilled to memory."""
+    command = [
+        sys.executable,
+        str(HERE / "compiled.py"),
+        f"--target={target}",
+        f"--channels={channels}",
+        f"--dtype={dtype}",
+    ]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3_600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["kernel"] for row in rows} >= {"sums", "carry", "flows", "memory", "attend", "gradient", "project"}
+    for row in rows:
+        allowed = 512 if row["kernel"] == "gradient" else 256 if row["kernel"] == "flows" else 128
+        assert row["spilled_bytes"] <= allowed, row
+        assert row["matrix_units"] or row["kernel"] not in ("flows", "memory", "attend", "gradient"), row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("law", range(1, 9))
+def test_laws(law: int) -> None:
+    cases = "triton and (core or distance) and not 65536 and not drift and not knows and not future and not channels"
+    assert " passed" in run("tests/laws.py", "-k", f"test_{law}_ and {cases}", timeout=3_600)
+
+
+def test_on_the_cpu_it_is_refused_unless_interpreted() -> None:
+    q = torch.randn(1, 5, 2, 4)
+    with pytest.raises(ValueError, match=r"'triton'.*cannot run here: the Triton kernels run on GPUs, not on cpu"):
+        ops.flow_attention(q, q, q, backend="triton")
+
+
+def test_it_runs_only_where_it_is_asked_for() -> None:
+    row = find_backend("triton")
+    assert "not been checked on a GPU" in row.by_request
+    assert row.rank < find_backend("native").rank
