@@ -90,7 +90,7 @@ PRESETS: dict[str, FlowOptions] = {
     "lra": FlowOptions(feature_map="relu", clamp=None, competition="heads"),  # Flowformer_LRA, flow_attention.py
     "wikitext": FlowOptions(clamp=5.0),  # Flowformer_NLP/flow_attention.py, causal
     "decision": FlowOptions(clamp=10.0),  # Flowformer_RL, flowformer_attention.py, causal
-    "distance": FlowOptions(decay="token"),  # docs/distance.md has what each part of it is worth
+    "distance": FlowOptions(feature_map="elu", decay="token"),  # docs/distance.md has what each part of it is worth
 }
 
 # What modules have besides, where they are not told otherwise.
