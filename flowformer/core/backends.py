@@ -101,6 +101,20 @@ def backends_of(op: str) -> list[Backend]:
     return [row for row in list_backends() if row is TORCH or row.name in _IMPLEMENTATIONS.get(op, ())]
 
 
+def adjacent(x: Tensor) -> Tensor:
+    """Return the tensor with adjacent channels, as kernels read them: itself, or a contiguous copy."""
+    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def refuse_second_gradients(kernels: str) -> None:
+    """Raise RuntimeError if second-order gradients are requested of kernels."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"the {kernels} kernels do not support second-order gradients: omit create_graph=True, or, if attention is "
+            "not causal, pass backend='torch'"
+        )
+
+
 @dataclass(frozen=True)
 class Explanation:
     """The implementation that would run, and the reason.

@@ -83,11 +83,6 @@ def view(x: Tensor) -> View:
     return View(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2) if x.ndim == 4 else 0)
 
 
-def adjacent(x: Tensor) -> Tensor:
-    """Return the tensor with adjacent channels: itself, or a contiguous copy."""
-    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
-
-
 _LARGE_BYTES = 1 << 24  # memory of this size comes fresh from the system, which fills it in page by page
 
 
@@ -109,12 +104,3 @@ def contiguous(*parts: Tensor | None) -> list[Tensor | None]:
 def address(part: Tensor | None) -> int | None:
     """Return the address of a tensor, which must live until the kernel has run; null for ``None``."""
     return None if part is None else part.data_ptr()
-
-
-def refuse_second_gradients() -> None:
-    """Raise RuntimeError if second-order gradients are requested."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "the native kernels do not support second-order gradients: omit create_graph=True, or, if attention is "
-            "not causal, pass backend='torch'"
-        )

@@ -25,6 +25,7 @@ TF32 = tl.constexpr(1)  # one product in tf32, which has the digits of float16 a
 BF16 = tl.constexpr(2)
 HALVES = tl.constexpr(3)  # features, which are of order 1, as two float16: 22 bits by three products
 
+# Feature maps, by the numbers of flow/equations.py
 SIGMOID, RELU, ELU, GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 RELU_FLOOR = tl.constexpr(1e-6)
 
@@ -32,16 +33,16 @@ RELU_FLOOR = tl.constexpr(1e-6)
 @triton.jit
 def multiply(a, b, DOT: tl.constexpr):
     """Return a @ b, with sums in float32."""
-    if DOT == 2:
+    if DOT == BF16:
         if INTERPRETED:  # its product of bfloat16 is wrong: round, and multiply in float32
             return tl.dot(a.to(tl.bfloat16).to(tl.float32), b.to(tl.bfloat16).to(tl.float32), input_precision="ieee")
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
-    if DOT == 3:
+    if DOT == HALVES:
         x, y = a.to(tl.float16), b.to(tl.float16)
         small = tl.dot((a - x.to(tl.float32)).to(tl.float16), y)
         small = tl.dot(x, (b - y.to(tl.float32)).to(tl.float16), small)
         return tl.dot(x, y, small)
-    if DOT == 1:
+    if DOT == TF32:
         return tl.dot(a, b, input_precision="tf32")
     return tl.dot(a, b, input_precision="tf32x3")
 
@@ -61,11 +62,11 @@ def load_tokens(x, at, there, stride, d, inside, MAP: tl.constexpr):
     """
     ok = there[:, None] & inside[None, :]
     y = tl.load(x + at[:, None] * stride + d[None, :], ok, 0.0).to(tl.float32)
-    if MAP == 0:
+    if MAP == SIGMOID:
         y = 1.0 / (1.0 + tl.exp(-y))
-    if MAP == 1:
+    if MAP == RELU:
         y = tl.maximum(y, 0.0) + RELU_FLOOR
-    if MAP == 2:
+    if MAP == ELU:
         y = tl.exp(tl.minimum(y, 0.0)) + tl.maximum(y, 0.0)
     return tl.where(ok, y, 0.0)
 
@@ -74,26 +75,29 @@ def load_tokens(x, at, there, stride, d, inside, MAP: tl.constexpr):
 def slope(x, at, there, stride, d, inside, MAP: tl.constexpr):
     """Return the derivative of the feature map at tokens (C, channels); arguments as of :func:`load_tokens`."""
     y = tl.load(x + at[:, None] * stride + d[None, :], there[:, None] & inside[None, :], 0.0).to(tl.float32)
-    if MAP == 0:
+    if MAP == SIGMOID:
         y = 1.0 / (1.0 + tl.exp(-y))
         return y * (1.0 - y)
-    if MAP == 1:
+    if MAP == RELU:
         return tl.where(y > 0, 1.0, 0.0)
-    if MAP == 2:
+    if MAP == ELU:
         return tl.where(y > 0, 1.0, tl.exp(tl.minimum(y, 0.0)))
     return y * 0.0 + 1.0
 
 
 @triton.jit
-def load_mask(mask, at, there, MASKED: tl.constexpr):
-    """Return which places have real tokens."""
+def tokens_of(mask, chunk, L, C: tl.constexpr, MASKED: tl.constexpr):
+    """Return the places of a chunk, int64, which of them are in the sequence, and which are real tokens; (C,) each."""
+    at = chunk * C + tl.arange(0, C).to(tl.int64)
+    there = at < L
+    real = there
     if MASKED:
-        return tl.load(mask + at, there, 0) != 0
-    return there
+        real = tl.load(mask + at, there, 0) != 0
+    return at, there, real
 
 
 @triton.jit
-def load_decay(total, ends, chunk, at, there):
+def _load_decay(total, ends, chunk, at, there):
     """Return the log-decays of a chunk: (C,) from its start, what float32 leaves of them, and that of the whole chunk.
 
     Differences of the first, between neighbours, would have lost digits: gamma of two tokens takes the second too.
@@ -127,12 +131,24 @@ def between(here, rest, i, REVERSE: tl.constexpr, STRICT: tl.constexpr, DECAY: t
 
 
 @triton.jit
-def arriving(here, whole, REVERSE: tl.constexpr):
-    """Return gamma (C,) from the state that comes into a chunk to each of its tokens."""
-    return tl.exp(whole - here) if REVERSE else tl.exp(here)
+def decay_of(
+    total, ends, head, decay_heads, L, chunks, chunk, at, there,
+    C: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Return what a chunk has of decay, for :func:`between` first, then gamma; ones without DECAY.
 
-
-@triton.jit
-def leaving(here, whole, REVERSE: tl.constexpr):
-    """Return gamma (C,) from each token of a chunk to the state that leaves it."""
-    return tl.exp(here) if REVERSE else tl.exp(whole - here)
+    Returns:
+        Log-decays from the chunk's start (C,), what float32 leaves of them (C,), and gamma: from the state that comes
+        into the chunk to each token (C,), from the state that comes in against the direction (C,), from each token to
+        the state that leaves (C,), and of the whole chunk.
+    """
+    here, rest = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    before, behind = here + 1.0, here + 1.0
+    gamma = 1.0
+    if DECAY:
+        row = head % decay_heads
+        here, rest, whole = _load_decay(total + row * L, ends + row * (chunks + 1), chunk, at, there)
+        before, behind, gamma = tl.exp(here), tl.exp(whole - here), tl.exp(whole)
+    if REVERSE:
+        return here, rest, behind, before, before, gamma
+    return here, rest, before, behind, behind, gamma

@@ -10,9 +10,11 @@ import torch
 import triton
 from torch import Tensor
 
+from flowformer.kernels.triton import device
 from flowformer.kernels.triton import products as matrix_kernels
 from flowformer.kernels.triton import vectors as vector_kernels
 
+TF32X3, TF32, BF16, HALVES = (dot.value for dot in (device.TF32X3, device.TF32, device.BF16, device.HALVES))
 SEGMENT = 512  # tokens to each stored matrix
 
 
@@ -31,9 +33,9 @@ def dots_of(dtype: torch.dtype, feature_map: str) -> Dots:
     where a rounded product would switch its gradient off or on.
     """
     if dtype == torch.float32:
-        return Dots(0, 0, 0)
-    flows = 3 if feature_map == "sigmoid" else 0  # features in (0, 1) fit two halves
-    return Dots(flows, 2, 1) if dtype == torch.bfloat16 else Dots(flows, 1, 0)
+        return Dots(TF32X3, TF32X3, TF32X3)
+    flows = HALVES if feature_map == "sigmoid" else TF32X3  # features in (0, 1) fit two halves
+    return Dots(flows, BF16, TF32) if dtype == torch.bfloat16 else Dots(flows, TF32, TF32X3)
 
 
 class Tile(NamedTuple):
@@ -45,26 +47,26 @@ class Tile(NamedTuple):
 
 
 # By kernel and by how products are computed (see device.py), for up to 64, 128 and 256 channels. Chosen by registers
-# (none or few spilled, tests/kernels/triton/compiled.py has them all) and, in float16 and bfloat16 at 64 channels, by
-# times on an H200.
+# (few spilled: tests/kernels/triton/compiled.py), and for half precision at 64 channels by times of an earlier
+# prototype on an H200.
 TILES: dict[str, dict[int, tuple[Tile, Tile, Tile]]] = {
     "memory": {
-        0: (Tile(64, 4, 2), Tile(64, 4, 2), Tile(32, 4, 1)),
-        1: (Tile(64, 4, 3), Tile(64, 4, 2), Tile(64, 4, 2)),
-        2: (Tile(64, 4, 3), Tile(64, 4, 3), Tile(64, 4, 2)),
+        TF32X3: (Tile(64, 4, 2), Tile(64, 4, 2), Tile(32, 4, 1)),
+        TF32: (Tile(64, 4, 3), Tile(64, 4, 2), Tile(64, 4, 2)),
+        BF16: (Tile(64, 4, 3), Tile(64, 4, 3), Tile(64, 4, 2)),
     },
     "attend": {
-        0: (Tile(32, 4, 1), Tile(32, 4, 1), Tile(16, 4, 1)),
-        1: (Tile(64, 8, 2), Tile(32, 4, 2), Tile(32, 4, 1)),
-        2: (Tile(64, 4, 3), Tile(64, 4, 3), Tile(32, 4, 1)),
+        TF32X3: (Tile(32, 4, 1), Tile(32, 4, 1), Tile(16, 4, 1)),
+        TF32: (Tile(64, 8, 2), Tile(32, 4, 2), Tile(32, 4, 1)),
+        BF16: (Tile(64, 4, 3), Tile(64, 4, 3), Tile(32, 4, 1)),
     },
     "gradient": {
-        0: (Tile(32, 8, 1), Tile(32, 4, 1), Tile(16, 4, 1)),
-        1: (Tile(64, 4, 1), Tile(64, 8, 1), Tile(32, 4, 1)),
+        TF32X3: (Tile(32, 8, 1), Tile(32, 4, 1), Tile(16, 4, 1)),
+        TF32: (Tile(64, 4, 1), Tile(64, 8, 1), Tile(32, 4, 1)),
     },
 }
-# Tokens to a chunk, in float32 and in half precision.
-CHUNKS = {False: (32, 16, 16), True: (64, 32, 16)}
+# Tokens to a chunk for up to 64, 128 and 256 channels: where some products are three in tf32, and where none are.
+CHUNKS = {True: (32, 16, 16), False: (64, 32, 16)}
 
 
 def _width(*channels: int) -> int:
@@ -73,10 +75,11 @@ def _width(*channels: int) -> int:
     return 0 if widest <= 64 else 1 if widest <= 128 else 2
 
 
-def chunk_of(dtype: torch.dtype, *channels: int, backward: bool = False) -> int:
-    """Return the tokens to a chunk for inputs of a dtype; fewer for gradients, which have more of each at a time."""
-    chunk = CHUNKS[dtype != torch.float32][_width(*channels)]
-    return min(chunk, CHUNKS[dtype == torch.bfloat16][_width(*channels)], 32) if backward else chunk
+def chunk_of(dots: Dots, *channels: int, backward: bool = False) -> int:
+    """Return the tokens to a chunk; fewer for gradients, which have more of each at a time."""
+    used = dots if backward else dots[:2]
+    chunk = CHUNKS[TF32X3 in used][_width(*channels)]
+    return min(chunk, 32) if backward else chunk
 
 
 def _tile(kernel: str, dot: int, *channels: int) -> tuple[int, dict[str, int]]:

@@ -9,16 +9,7 @@ A program has a segment of ``per`` chunks and a block of output channels; the ma
 import triton
 import triton.language as tl
 
-from flowformer.kernels.triton.device import (
-    arriving,
-    between,
-    leaving,
-    load_decay,
-    load_mask,
-    load_tokens,
-    multiply,
-    slope,
-)
+from flowformer.kernels.triton.device import GIVEN, between, decay_of, load_tokens, multiply, slope, tokens_of
 
 
 @triton.jit(do_not_specialize=["H", "L", "chunks", "segments", "per", "decay_heads"])
@@ -31,7 +22,7 @@ def memory(
     """Sum_t w_t gamma(end, t) phi(k_t) v_t^T of each segment, (heads, segments, D, M)."""
     head, segment, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     b, h = head // H, head % H
-    d, m, i = tl.arange(0, BD), block * BM + tl.arange(0, BM), tl.arange(0, C)
+    d, m = tl.arange(0, BD), block * BM + tl.arange(0, BM)
     inside, columns = d < D, m < M
     k += b * kb + h * kh
     v += b * vb + h * vh
@@ -42,9 +33,7 @@ def memory(
         end = tl.load(ends + row * (chunks + 1) + (first if REVERSE else last))
     S = tl.zeros([BD, BM], tl.float32)
     for chunk in range(first, last):
-        at = chunk * C + i.to(tl.int64)
-        there = at < L
-        real = load_mask(mask + b * L, at, there, MASKED)
+        at, there, real = tokens_of(mask + b * L, chunk, L, C, MASKED)
         factor = tl.where(real, 1.0, 0.0)
         if WEIGHTED:
             factor = tl.load(weight + head * L + at, real, 0.0)
@@ -53,7 +42,7 @@ def memory(
             away = here - end if REVERSE else end - here
             factor *= tl.exp(tl.where(there, away, 0.0).to(tl.float32))
         K = load_tokens(k, at, real, kt, d, inside, MAP)
-        V = load_tokens(v, at, real, vt, m, columns, 3) * factor[:, None]
+        V = load_tokens(v, at, real, vt, m, columns, GIVEN) * factor[:, None]
         S += multiply(tl.trans(K), V, DOT)
     p = out + (head * segments + segment) * D * M
     tl.store(p + d[:, None] * M + m[None, :], S, inside[:, None] & columns[None, :])
@@ -81,36 +70,31 @@ def attend(
     v += b * vb + h * vh
     out += b * ob + h * oh
     other += b * xb + h * xh
-    row = head % decay_heads
     p = states + (head * segments + segment if LOCAL else head) * D * M
     S = tl.load(p + d[:, None] * M + m[None, :], inside[:, None] & columns[None, :], 0.0)
     first, last = segment * per, tl.minimum((segment + 1) * per, chunks)
     for turn in range(first, last):
         chunk = first + last - 1 - turn if REVERSE else turn
-        at = chunk * C + i.to(tl.int64)
-        there = at < L
-        real = load_mask(mask + b * L, at, there, MASKED)
+        at, there, real = tokens_of(mask + b * L, chunk, L, C, MASKED)
         Q = load_tokens(q, at, real, qt, d, inside, MAP)
         y = multiply(Q, S, DOT)
         if LOCAL:
-            whole = 0.0
-            here, rest = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
-            away = here + 1.0
+            here, rest, arrive, _, away, whole = decay_of(
+                total, ends, head, decay_heads, L, chunks, chunk, at, there, C, DECAY, REVERSE
+            )
             if DECAY:
-                here, rest, whole = load_decay(total + row * L, ends + row * (chunks + 1), chunk, at, there)
-                away = leaving(here, whole, REVERSE)
-                y *= arriving(here, whole, REVERSE)[:, None]
+                y *= arrive[:, None]
             K = load_tokens(k, at, real, kt, d, inside, MAP)
-            V = load_tokens(v, at, real, vt, m, columns, 3)
+            V = load_tokens(v, at, real, vt, m, columns, GIVEN)
             if WEIGHTED:
                 V *= tl.load(weight + head * L + at, real, 0.0)[:, None]
             y += multiply(multiply(Q, tl.trans(K), DOT) * between(here, rest, i, REVERSE, STRICT, DECAY), V, DOT)
             if DECAY:
                 V *= away[:, None]
-                S *= tl.exp(whole)
+                S *= whole
             S += multiply(tl.trans(K), V, DOT)
         if OTHER:
-            X = load_tokens(other, at, real, xt, m, columns, 3)
+            X = load_tokens(other, at, real, xt, m, columns, GIVEN)
             tl.store(products + (block * heads + head) * L + at, tl.sum(X * y, 1), there)
         if SCALED:
             y *= tl.load(scale + head * L + at, real, 0.0)[:, None]
@@ -180,24 +164,17 @@ def gradient(
     g += b * gb + h * gh
     v += b * vb + h * vh
     out += b * ob + h * oh
-    row = head % decay_heads
     p = states + (head * segments + segment if LOCAL else head) * D * M
     S = tl.load(p + d[:, None] * M + m[None, :], inside[:, None] & columns_v[None, :], 0.0)
     first, last = segment * per, tl.minimum((segment + 1) * per, chunks)
     for turn in range(first, last):
         chunk = first + last - 1 - turn if REVERSE else turn
-        at = chunk * C + i.to(tl.int64)
-        there = at < L
-        real = load_mask(mask + b * L, at, there, MASKED)
+        at, there, real = tokens_of(mask + b * L, chunk, L, C, MASKED)
         a = tl.load(scale + head * L + at, real, 0.0)
-        G = load_tokens(g, at, real, gt, m, columns_v, 3) * a[:, None]
-        whole = 0.0
-        here, rest = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
-        arrive, depart, away = here + 1.0, here + 1.0, here + 1.0
-        if DECAY:
-            here, rest, whole = load_decay(total + row * L, ends + row * (chunks + 1), chunk, at, there)
-            arrive, depart = arriving(here, whole, REVERSE), arriving(here, whole, not REVERSE)
-            away = leaving(here, whole, REVERSE)
+        G = load_tokens(g, at, real, gt, m, columns_v, GIVEN) * a[:, None]
+        here, rest, arrive, depart, away, whole = decay_of(
+            total, ends, head, decay_heads, L, chunks, chunk, at, there, C, DECAY, REVERSE
+        )
         found = multiply(G, tl.trans(S), DOT) * arrive[:, None]
         nearby, r = _from_states(
             rows, past, head * chunks + chunk if LOCAL else head, head, heads, L, at, real, arrive, d, inside, D, PAST
@@ -210,7 +187,7 @@ def gradient(
         found += nearby
         if LOCAL:
             Y = load_tokens(y, at, real, yt, d, inside, MAP)
-            V = load_tokens(v, at, real, vt, m, columns_v, 3)
+            V = load_tokens(v, at, real, vt, m, columns_v, GIVEN)
             if WEIGHTED:
                 V *= tl.load(weight + head * L + at, real, 0.0)[:, None]
             of_y = tl.sum(Y, 1)
@@ -230,7 +207,7 @@ def gradient(
                 later += multiply(B, Y, DOT) + tl.where(inside[None, :], (shift_future * tl.sum(B, 1))[:, None], 0.0)
             if DECAY:
                 V *= away[:, None]
-                S *= tl.exp(whole)
+                S *= whole
             S += multiply(tl.trans(Y), V, DOT)
         if OTHER:
             X = load_tokens(x, at, real, xt, d, inside, MAP)

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from flowformer.kernels.triton.device import arriving, between, leaving, load_decay, load_mask, load_tokens, multiply
+from flowformer.kernels.triton.device import GIVEN, between, decay_of, load_tokens, multiply, tokens_of
 
 
 @triton.jit
@@ -29,14 +29,11 @@ def sums(
     """Sums sum_t w_t gamma(end, t) (phi(x_t) + shift) of each chunk, (heads, chunks, vectors, D); BOTH: of y too."""
     head, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h = head // H, head % H
-    d, at = tl.arange(0, BD), chunk * C + tl.arange(0, C).to(tl.int64)
-    inside, there = d < D, at < L
-    real = load_mask(mask + b * L, at, there, MASKED)
-    away = tl.where(real, 1.0, 0.0)
-    if DECAY:
-        row = head % decay_heads
-        here, _, whole = load_decay(total + row * L, ends + row * (chunks + 1), chunk, at, there)
-        away = tl.where(real, leaving(here, whole, REVERSE), 0.0)
+    d = tl.arange(0, BD)
+    inside = d < D
+    at, there, real = tokens_of(mask + b * L, chunk, L, C, MASKED)
+    _, _, _, _, away, _ = decay_of(total, ends, head, decay_heads, L, chunks, chunk, at, there, C, DECAY, REVERSE)
+    away = tl.where(real, away, 0.0)
     ONES_X: tl.constexpr = WEIGHTS_X if WEIGHTS_X > 0 else 1
     ONES_Y: tl.constexpr = (WEIGHTS_Y if WEIGHTS_Y > 0 else 1) if BOTH else 0
     out += (head * chunks + chunk) * (ONES_X + ONES_Y) * D
@@ -92,15 +89,11 @@ def flows(
     head, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h = head // H, head % H
     d, i = tl.arange(0, BD), tl.arange(0, C)
-    at = chunk * C + i.to(tl.int64)
-    inside, there = d < D, at < L
-    real = load_mask(mask + b * L, at, there, MASKED)
-    here, rest = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
-    arrive = here + 1.0
-    if DECAY:
-        row = head % decay_heads
-        here, rest, whole = load_decay(total + row * L, ends + row * (chunks + 1), chunk, at, there)
-        arrive = arriving(here, whole, REVERSE)
+    inside = d < D
+    at, there, real = tokens_of(mask + b * L, chunk, L, C, MASKED)
+    here, rest, arrive, _, _, _ = decay_of(
+        total, ends, head, decay_heads, L, chunks, chunk, at, there, C, DECAY, REVERSE
+    )
     gamma = between(here, rest, i, REVERSE, STRICT, DECAY)
     Q = load_tokens(q + b * qb + h * qh, at, real, qt, d, inside, MAP)
     K = load_tokens(k + b * kb + h * kh, at, real, kt, d, inside, MAP)
@@ -128,9 +121,9 @@ def project(
     """Products (phi(x_i) + shift) . s of each token with vectors of its head, (heads, COUNT, D): (COUNT, heads, L)."""
     head, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h = head // H, head % H
-    d, at = tl.arange(0, BD), chunk * C + tl.arange(0, C).to(tl.int64)
-    inside, there = d < D, at < L
-    real = load_mask(mask + b * L, at, there, MASKED)
+    d = tl.arange(0, BD)
+    inside = d < D
+    at, there, real = tokens_of(mask + b * L, chunk, L, C, MASKED)
     X = load_tokens(x + b * xb + h * xh, at, real, xt, d, inside, MAP)
     for n in tl.static_range(COUNT):
         s = tl.load(states + (head * COUNT + n) * D + d, inside, 0.0)
@@ -145,11 +138,10 @@ def dots(
     """Products x_t . y_t of the same tokens, (heads, L)."""
     head, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h = head // H, head % H
-    d, at = tl.arange(0, BD), chunk * C + tl.arange(0, C).to(tl.int64)
-    there = at < L
-    real = load_mask(mask + b * L, at, there, MASKED)
-    X = load_tokens(x + b * xb + h * xh, at, real, xt, d, d < D, 3)
-    Y = load_tokens(y + b * yb + h * yh, at, real, yt, d, d < D, 3)
+    d = tl.arange(0, BD)
+    at, there, real = tokens_of(mask + b * L, chunk, L, C, MASKED)
+    X = load_tokens(x + b * xb + h * xh, at, real, xt, d, d < D, GIVEN)
+    Y = load_tokens(y + b * yb + h * yh, at, real, yt, d, d < D, GIVEN)
     tl.store(out + head * L + at, tl.sum(X * Y, 1), there)
 
 
@@ -161,14 +153,10 @@ def scalars(
     """Decayed sums of numbers (heads, L): of chunks; with FINISH of each token, from the states before chunks."""
     head, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = tl.arange(0, C)
-    at = chunk * C + i.to(tl.int64)
-    there = at < L
-    here, rest = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
-    arrive, away = here + 1.0, here + 1.0
-    if DECAY:
-        row = head % decay_heads
-        here, rest, whole = load_decay(total + row * L, ends + row * (chunks + 1), chunk, at, there)
-        arrive, away = arriving(here, whole, REVERSE), leaving(here, whole, REVERSE)
+    at, there, _ = tokens_of(x, chunk, L, C, False)
+    here, rest, arrive, _, away, _ = decay_of(
+        total, ends, head, decay_heads, L, chunks, chunk, at, there, C, DECAY, REVERSE
+    )
     X = tl.load(x + head * L + at, there, 0.0)
     if FINISH:
         gamma = between(here, rest, i, REVERSE, STRICT, DECAY)

@@ -9,17 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowformer.core.backends import implements
+from flowformer.core.backends import adjacent, implements, refuse_second_gradients
 from flowformer.core.masks import run_packed
 from flowformer.core.run import Checked
 from flowformer.kernels.native.arguments import check_channels, check_inputs, check_part, check_whole
 from flowformer.kernels.native.kernels import (
     View,
     address,
-    adjacent,
     contiguous,
     empty_like,
-    refuse_second_gradients,
     run,
     view,
 )
@@ -172,7 +170,7 @@ def _keep_causal(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _differentiate_causal(ctx: Any, grad_out: Tensor | None, *grad_state: Tensor | None) -> Any:
-    refuse_second_gradients()
+    refuse_second_gradients("native")
     q, *saved = ctx.saved_tensors
     grad_out = torch.zeros_like(q) if grad_out is None else grad_out
     *grads, log_weight, mean = torch.ops.flowformer.aft_simple_causal_backward(q, *saved, grad_out, *grad_state[:2])
@@ -237,7 +235,7 @@ def _keep_bidirectional(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _differentiate_bidirectional(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> Any:
-    refuse_second_gradients()
+    refuse_second_gradients("native")
     if grad_out is None:
         return (None,) * 5
     grads = torch.ops.flowformer.aft_simple_bidirectional_backward(*ctx.saved_tensors, grad_out)

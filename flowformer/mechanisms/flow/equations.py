@@ -15,7 +15,7 @@ from flowformer.core.checks import Masks, check_dense, describe
 from flowformer.core.masks import fill
 from flowformer.core.precision import FLOAT_DTYPES, no_autocast, sum_dtype
 from flowformer.mechanisms.decay import check_given
-from flowformer.mechanisms.flow.options import RELU_FLOOR, FlowOptions
+from flowformer.mechanisms.flow.options import RELU_FLOOR, FlowOptions, KernelOptions
 from flowformer.mechanisms.flow.state import FlowState
 from flowformer.mechanisms.linear import elu_plus_one
 
@@ -133,13 +133,13 @@ FEATURE_MAPS = {"sigmoid": 0, "relu": 1, "elu": 2, "given": 3}  # of kernels; gi
 
 def features_first(
     q: Tensor, k: Tensor, v: Tensor, masks: Masks, learned: Learned, options: FlowOptions
-) -> tuple[Tensor, Tensor, Tensor, tuple[Any, ...]]:
+) -> tuple[Tensor, Tensor, Tensor, KernelOptions]:
     """Compute the feature maps that kernels do not have: q, k, v and options for the kernels."""
     if options.feature_map in FEATURE_MAPS:
         return q, k, v, options.values()
     with no_autocast(q.device):
         Q, K = query_and_key(q, k, masks.query, masks.key, learned, options)
-    return Q, K, v.to(Q.dtype), ("given", *options.values()[1:])
+    return Q, K, v.to(Q.dtype), options.values()._replace(feature_map="given")
 
 
 def single(log_decay: Tensor | None) -> Tensor | None:

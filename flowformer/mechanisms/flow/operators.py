@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flowformer.core.backends import adjacent, refuse_second_gradients
 from flowformer.kernels.native.arguments import (
     check_bounds,
     check_inputs,
@@ -24,10 +25,8 @@ from flowformer.kernels.native.arguments import (
 from flowformer.kernels.native.kernels import (
     View,
     address,
-    adjacent,
     contiguous,
     empty_like,
-    refuse_second_gradients,
     run,
     view,
 )
@@ -425,7 +424,7 @@ def _keep_causal(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _differentiate_causal(ctx: Any, grad_out: Tensor | None, *grad_state: Tensor | None) -> Any:
-    refuse_second_gradients()
+    refuse_second_gradients("native")
     saved = ctx.saved_tensors  # once: checkpointing hands them out only once
     if grad_out is None:
         grad_out = torch.zeros_like(saved[2])
@@ -442,7 +441,7 @@ def _keep_bidirectional(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _differentiate_bidirectional(ctx: Any, grad_out: Tensor) -> Any:
-    refuse_second_gradients()
+    refuse_second_gradients("native")
     saved = ctx.saved_tensors
     *grads, of_decay = torch.ops.flowformer.flow_bidirectional_backward(
         *saved, grad_out, ctx.needs_input_grad[6], *ctx.options

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from flowformer.common.names import nearest
 from flowformer.core.checks import check_flag, check_number
@@ -11,6 +11,18 @@ from flowformer.core.decay import check_decay
 
 RELU_FLOOR = 1e-6  # published with the relu feature map: keeps every capacity positive
 FEATURE_MAPS = ("sigmoid", "relu", "elu", "softmax", "learned")
+
+
+class KernelOptions(NamedTuple):
+    """What operators take of :class:`FlowOptions`, in their order; ``feature_map`` may be "given": features already."""
+
+    feature_map: str
+    clamp: float | None
+    eps: float
+    flow_eps: float
+    competition: str | None
+    allocation: bool
+    rescale: bool
 
 
 @dataclass(frozen=True)
@@ -72,12 +84,9 @@ class FlowOptions:
         """Return the number of features of queries and keys with so many channels."""
         return 2 * channels if self.feature_map in ("softmax", "learned") else channels
 
-    def values(self) -> tuple[Any, ...]:
-        """Return those options that the native operators take, in their order."""
-        return (
-            *(self.feature_map, self.clamp, self.eps, self.flow_eps),
-            *(self.competition, self.allocation, self.rescale),
-        )
+    def values(self) -> KernelOptions:
+        """Return those options that operators take, in their order."""
+        return KernelOptions(*(getattr(self, name) for name in KernelOptions._fields))
 
 
 OPTIONS = tuple(field.name for field in fields(FlowOptions))

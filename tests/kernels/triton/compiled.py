@@ -21,8 +21,9 @@ from triton.compiler import ASTSource, compile
 
 from flowformer import ops
 from flowformer.kernels.triton import launch
-from flowformer.mechanisms.flow.options import FlowOptions
+from flowformer.mechanisms.flow.options import PRESETS
 from flowformer.mechanisms.flow.triton import bidirectional, causal, decayed
+from flowformer.mechanisms.flow.triton.setting import Flows
 
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.bool: "i1",
@@ -66,11 +67,12 @@ def record(dtype: torch.dtype, channels: int, length: int = 1_024) -> Launches:
     before, launch._run = launch._run, launches.record
     try:
         q, k, v = (torch.randn(1, length, 2, channels).to(dtype) for _ in range(3))
-        options, numbers = FlowOptions(), torch.ones(2, length)
-        for log_decay in (None, -torch.rand(1, length, 2)):
+        numbers = torch.ones(2, length)
+        for log_decay, preset in ((None, "core"), (-torch.rand(1, length, 2), "distance")):
+            options = PRESETS[preset].values()
             state = ops.init_flow_state(1, 2, channels, channels)
             causal.forward(q, k, v, None, log_decay, state, options)
-            flows = causal.Flows(numbers, numbers, numbers, numbers)
+            flows = Flows(numbers, numbers, numbers, numbers)
             given = (v, flows, v, [None] * 4, log_decay is not None)
             causal.backward(q, k, v, None, log_decay, state, options, *given)
             form = bidirectional if log_decay is None else decayed

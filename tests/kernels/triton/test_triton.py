@@ -37,18 +37,11 @@ def test_interpreted(file: str, which: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize(("target", "channels"), [(80, 64), (89, 64), (90, 64), (90, 128), (100, 64), (120, 64)])
-def test_compiles_without_a_gpu(target: int, channels: int, dtype: str) -> None:
-    """For A100, L40S, H100, B200 and RTX 50; registers that do not suffice are spilled to memory."""
-    command = [
-        sys.executable,
-        str(HERE / "compiled.py"),
-        f"--target={target}",
-        f"--channels={channels}",
-        f"--dtype={dtype}",
-    ]
+def test_compiles_for_an_h100(dtype: str) -> None:
+    """Few registers are spilled to memory, and products are in matrix units."""
+    command = [sys.executable, str(HERE / "compiled.py"), "--target=90", f"--dtype={dtype}"]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3_600, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=850, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["kernel"] for row in rows} >= {"sums", "carry", "flows", "memory", "attend", "gradient", "project"}
@@ -56,13 +49,6 @@ def test_compiles_without_a_gpu(target: int, channels: int, dtype: str) -> None:
         allowed = 512 if row["kernel"] == "gradient" else 256 if row["kernel"] == "flows" else 128
         assert row["spilled_bytes"] <= allowed, row
         assert row["matrix_units"] or row["kernel"] not in ("flows", "memory", "attend", "gradient"), row
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("law", range(1, 9))
-def test_laws(law: int) -> None:
-    cases = "triton and (core or distance) and not 65536 and not drift and not knows and not future and not channels"
-    assert " passed" in run("tests/laws.py", "-k", f"test_{law}_ and {cases}", timeout=3_600)
 
 
 def test_on_the_cpu_it_is_refused_unless_interpreted() -> None:

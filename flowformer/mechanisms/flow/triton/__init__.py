@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowformer.core.backends import implements
+from flowformer.core.backends import adjacent, implements, refuse_second_gradients
 from flowformer.core.checks import Masks
 from flowformer.core.masks import run_packed
 from flowformer.core.precision import no_autocast
 from flowformer.core.run import Checked
 from flowformer.mechanisms.flow.equations import Learned, features_first, single, state_of
-from flowformer.mechanisms.flow.options import FlowOptions
+from flowformer.mechanisms.flow.options import FlowOptions, KernelOptions
 from flowformer.mechanisms.flow.state import FlowState, init_flow_state
 
 MOST_CHANNELS = 256  # of keys and of values, behind the feature map
@@ -98,15 +98,7 @@ def _operator(name: str, arguments: str, fake: Callable[..., tuple[Tensor, ...]]
 
 def _adjacent(*tensors: Tensor) -> list[Tensor]:
     """Tensors whose channels are adjacent, as kernels read them."""
-    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
-
-
-def _flow_options(values: Sequence[Any]) -> FlowOptions:
-    """The options of an operator; a feature map "given" is one that kernels have and modules do not."""
-    feature_map, clamp, eps, flow_eps, competition, allocation, rescale = values
-    options = FlowOptions("sigmoid", clamp, eps, flow_eps, competition, allocation, rescale)
-    object.__setattr__(options, "feature_map", feature_map)
-    return options
+    return [adjacent(t) for t in tensors]
 
 
 def _like(grad: Tensor | None, log_decay: Tensor | None, q: Tensor) -> Tensor:
@@ -125,7 +117,7 @@ def _fake_causal(q: Tensor, k: Tensor, v: Tensor, mask: Any, log_decay: Any, *re
 def _causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_decay: Tensor | None, *rest: Any) -> Any:
     from flowformer.mechanisms.flow.triton import causal
 
-    state, options = FlowState(*rest[:4]), _flow_options(rest[4:])
+    state, options = FlowState(*rest[:4]), KernelOptions(*rest[4:])
     q, k, v = _adjacent(q, k, v)
     out, after, flows = causal.forward(q, k, v, mask, log_decay, state, options)
     return out, *after, torch.stack(flows)
@@ -139,11 +131,12 @@ def _fake_causal_backward(q: Tensor, k: Tensor, v: Tensor, mask: Any, log_decay:
 @_operator("flow_causal_triton_backward", f"{_CAUSAL}, {_GRADIENTS}", _fake_causal_backward, 8)
 def _causal_backward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_decay: Tensor | None, *rest: Any) -> Any:
     from flowformer.mechanisms.flow.triton import causal
+    from flowformer.mechanisms.flow.triton.setting import Flows
 
     state, (out, flows, grad_out), grad_state = FlowState(*rest[:4]), rest[4:7], rest[7:11]
-    of_decay, options = rest[11] and log_decay is not None, _flow_options(rest[12:])
+    of_decay, options = rest[11] and log_decay is not None, KernelOptions(*rest[12:])
     q, k, v, grad_out = _adjacent(q, k, v, grad_out)
-    given = (q, k, v, mask, log_decay, state, options, out, causal.Flows(*flows), grad_out, grad_state, of_decay)
+    given = (q, k, v, mask, log_decay, state, options, out, Flows(*flows), grad_out, grad_state, of_decay)
     found = causal.backward(*given)
     return found.q, found.k, found.v, *found.state, _like(found.log_decay, log_decay, q)
 
@@ -162,7 +155,7 @@ def _fake_bidirectional(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Te
 
 @_operator("flow_bidirectional_triton", _BIDIRECTIONAL, _fake_bidirectional, 2)
 def _bidirectional(q: Tensor, k: Tensor, v: Tensor, key_mask: Any, query_mask: Any, *rest: Any) -> Any:
-    form, options = _form_of(rest[0]), _flow_options(rest[1:])
+    form, options = _form_of(rest[0]), KernelOptions(*rest[1:])
     return form.forward(*_adjacent(q, k, v), key_mask, query_mask, rest[0], options)
 
 
@@ -180,20 +173,12 @@ def _bidirectional_backward(q: Tensor, k: Tensor, v: Tensor, key_mask: Any, quer
     log_decay, out, flows, grad_out, of_decay, *options = rest
     q, k, v, grad_out = _adjacent(q, k, v, grad_out)
     found = _form_of(log_decay).backward(
-        q, k, v, key_mask, query_mask, log_decay, _flow_options(options), out, flows, grad_out, of_decay
+        q, k, v, key_mask, query_mask, log_decay, KernelOptions(*options), out, flows, grad_out, of_decay
     )
     return *found[:3], _like(found[3], log_decay, q)
 
 
 # ---------------------------------------------------------------------------------------------------------- gradients
-
-
-def _refuse_second_gradients() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "the Triton kernels do not support second-order gradients: omit create_graph=True, or, if attention is not "
-            "causal, pass backend='torch'"
-        )
 
 
 def _keep_causal(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -204,7 +189,7 @@ def _keep_causal(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _differentiate_causal(ctx: Any, grad_out: Tensor | None, *grad_state: Tensor | None) -> Any:
-    _refuse_second_gradients()
+    refuse_second_gradients("Triton")
     *given, out, flows = ctx.saved_tensors
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     wanted = any(ctx.needs_input_grad[4:6])  # of the log-decays, and of the count before
@@ -221,7 +206,7 @@ def _keep_bidirectional(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _differentiate_bidirectional(ctx: Any, grad_out: Tensor, _: Any) -> Any:
-    _refuse_second_gradients()
+    refuse_second_gradients("Triton")
     *given, out, flows = ctx.saved_tensors
     *grads, of_decay = torch.ops.flowformer.flow_bidirectional_triton_backward(
         *given, out, flows, grad_out, ctx.needs_input_grad[5], *ctx.options

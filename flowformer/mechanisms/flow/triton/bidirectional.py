@@ -15,7 +15,8 @@ from flowformer.core.precision import LOG_ZERO
 from flowformer.kernels.triton import launch
 from flowformer.kernels.triton.launch import Pairs, Sequences, chunk_of, dots_of
 from flowformer.mechanisms.flow.equations import FEATURE_MAPS
-from flowformer.mechanisms.flow.options import FlowOptions
+from flowformer.mechanisms.flow.options import KernelOptions
+from flowformer.mechanisms.flow.triton.setting import through_heads
 
 
 class _Side(NamedTuple):
@@ -58,13 +59,19 @@ class _Form:
     """Both passes for one set of inputs."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, options: FlowOptions
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        query_mask: Tensor | None,
+        options: KernelOptions,
     ) -> None:
-        chunk = chunk_of(q.dtype, q.shape[-1], v.shape[-1])
+        self.dots = dots_of(q.dtype, options.feature_map)
+        chunk = chunk_of(self.dots, q.shape[-1], v.shape[-1])
         feature_map = FEATURE_MAPS[options.feature_map]
         self.q, self.k = _side(q, query_mask, chunk, feature_map), _side(k, key_mask, chunk, feature_map)
         self.options = options
-        self.dots = dots_of(q.dtype, options.feature_map)
 
     def sums(self) -> tuple[Tensor, Tensor]:
         """Sum Q and sum K, (batch * heads, 1, channels)."""
@@ -109,8 +116,9 @@ class _Form:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, _: None, options: FlowOptions
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, _: None,
+    options: KernelOptions,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the output, and the flows of both sides in one tensor."""
     form = _Form(q, k, v, key_mask, query_mask, options)
     sinks, sources = form.q, form.k
@@ -126,7 +134,8 @@ def forward(
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, _: None, options: FlowOptions,
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, _: None,
+    options: KernelOptions,
     out: Tensor, flows: Tensor, grad_out: Tensor, of_decay: bool,
 ) -> tuple[Tensor, Tensor, Tensor, None]:  # fmt: skip
     """Return the gradients of q, k and v, and none of decays."""
@@ -193,8 +202,7 @@ def _of_logits(form: _Form, found: _Found, conserved: Tensor, of_weight: Tensor 
         return torch.zeros_like(conserved)
     parts, share = found.weight * of_weight, found.weight / sources.number
     if options.competition == "heads":
-        each = parts.view(-1, sources.of.per_sequence, sources.of.length)
-        of_logits = parts - share * each.sum(1, keepdim=True).expand_as(each).reshape(parts.shape)
+        of_logits = through_heads(parts, share, sources.of)
     else:
         of_logits = parts - share * parts.sum(-1, keepdim=True)
     ratio = sources.number / form.q.number if options.rescale else 1.0

@@ -23,30 +23,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.core.decay import at_most_zero
 from flowformer.core.masks import fill
 from flowformer.core.precision import LOG_ZERO
 from flowformer.core.tracing import log_add, log_cumsum
 from flowformer.kernels.triton import launch
-from flowformer.kernels.triton.launch import Dots, Pairs, Sequences, chunk_of, dots_of
-from flowformer.mechanisms.flow.equations import FEATURE_MAPS
-from flowformer.mechanisms.flow.options import FlowOptions
+from flowformer.kernels.triton.launch import Pairs
+from flowformer.mechanisms.flow.options import KernelOptions
 from flowformer.mechanisms.flow.state import FlowState
-
-LOWEST = -64.0  # log-decay of a token: exp(-64) = 2e-28 is nothing beside the token's own part
-
-
-class Flows(NamedTuple):
-    """Flows of each token, (batch * heads, length): 1 at padding where they are divided by."""
-
-    incoming: Tensor
-    outgoing: Tensor
-    conserved_in: Tensor
-    conserved_out: Tensor
+from flowformer.mechanisms.flow.triton.setting import Flows, Setting, between_sums, by_tokens, set_up, through_heads
 
 
 class Found(NamedTuple):
-    """What the forward pass has found, (batch * heads, length) but for the matrices before segments."""
+    """What the forward pass has found of each token, (batch * heads, length)."""
 
     flows: Flows
     n: Tensor
@@ -54,41 +42,6 @@ class Found(NamedTuple):
     log_normaliser: Tensor | None
     weight: Tensor | None
     gate: Tensor
-    matrices: Tensor
-
-
-class Setting(NamedTuple):
-    """What both passes have: the sequences, the mask by heads, and how to compute."""
-
-    of: Sequences
-    mask: Tensor | None
-    options: FlowOptions
-    dots: Dots
-
-    def open(self, flow: Tensor) -> Tensor:
-        """Set the flow of padding to 1."""
-        return flow if self.mask is None else flow.masked_fill(~self.mask, 1.0)
-
-    def by_heads(self, x: Tensor) -> Tensor:
-        """(batch * heads, length) as (batch, heads, length)."""
-        return x.view(-1, self.of.per_sequence, self.of.length)
-
-
-def set_up(
-    q: Tensor, v: Tensor, mask: Tensor | None, log_decay: Tensor | None, options: FlowOptions, *, backward: bool = False
-) -> Setting:
-    """Return the setting of either pass for q and v (batch, length, heads, channels)."""
-    batch, length, heads = q.shape[:3]
-    total = None
-    if log_decay is not None:
-        log_decay = at_most_zero(log_decay.double()).clamp(min=LOWEST)
-        if log_decay.ndim == 1:
-            log_decay = log_decay.expand(1 if mask is None else batch, length, heads)
-        total = fill(log_decay, mask).transpose(1, 2).cumsum(-1)
-    by_heads = None if mask is None else mask.repeat_interleave(heads, 0)
-    chunk = chunk_of(q.dtype, q.shape[-1], v.shape[-1], backward=backward)
-    of = Sequences(q, mask, total, chunk, FEATURE_MAPS[options.feature_map])
-    return Setting(of, by_heads, options, dots_of(q.dtype, options.feature_map))
 
 
 def _tokens_so_far(setting: Setting, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +71,7 @@ def _find_flows(
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_decay: Tensor | None, state: FlowState,
-    options: FlowOptions,
+    options: KernelOptions,
 ) -> tuple[Tensor, FlowState, Flows]:  # fmt: skip
     """Return the output, the state after it, and the flows."""
     setting = set_up(q, v, mask, log_decay, options)
@@ -162,15 +115,12 @@ def _weigh(setting: Setting, flows: Flows, n: Tensor, past: Tensor) -> Found:
     gate = 1 / flows.incoming
     if options.allocation:
         gate = gate * flows.conserved_in.sigmoid()
-    return Found(flows, n, logits, normaliser, weight, gate, setting.of.dummy)
+    return Found(flows, n, logits, normaliser, weight, gate)
 
 
 def _log_normalise(setting: Setting, logits: Tensor, past: Tensor) -> Tensor:
     """Log sum_{j<=t} gamma(t, j) exp(logit_j), (batch * heads, length), in float64."""
-    total = setting.of.total
-    if total is None:
-        return log_add(log_cumsum(logits), past.unsqueeze(-1))
-    total = total.expand(-1 if total.shape[0] > 1 else setting.of.batch, -1, -1).flatten(0, 1)
+    total = setting.log_decays()
     return log_add(log_cumsum(logits - total), past.unsqueeze(-1)) + total
 
 
@@ -195,7 +145,7 @@ class _OfFlows(NamedTuple):
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_decay: Tensor | None, state: FlowState,
-    options: FlowOptions, out: Tensor, flows: Flows, grad_out: Tensor, grad_state: Sequence[Tensor | None],
+    options: KernelOptions, out: Tensor, flows: Flows, grad_out: Tensor, grad_state: Sequence[Tensor | None],
     of_decay: bool,
 ) -> Gradients:  # fmt: skip
     """Return the gradients of all inputs.
@@ -254,43 +204,6 @@ class _Sides(NamedTuple):
     last: Tensor | None
 
 
-def between_sums(like: Tensor, of: Sequences, total: Tensor, sums: Tensor) -> tuple[Sequences, Tensor]:
-    """Return sequences whose log-decays lie between sums of exp(O^), and these, added up, (batch * heads, length).
-
-    Args:
-        like: Queries.
-        of: The sequences.
-        total: The log-decays, added up.
-        sums: Logarithms of the sums, far below zero where there are only paddings to add up; there is no decay there.
-    """
-    known = sums > LOG_ZERO / 2
-    none = ~known.any(-1, keepdim=True)
-    least = total.masked_fill(~known, torch.inf).amin(-1, keepdim=True).masked_fill(none, 0)
-    most = total.masked_fill(~known, -torch.inf).amax(-1, keepdim=True).masked_fill(none, 0)
-    total = torch.minimum(torch.maximum(total, least), most)
-    by_heads = total.view(of.batch, of.per_sequence, -1)
-    return Sequences(like, of.mask, by_heads, of.chunk, of.feature_map, relative=True), total
-
-
-def by_tokens(of: Sequences, starts: Tensor, parts: Tensor) -> Tensor:
-    """Return gradients of log-decays, (batch, length, heads).
-
-    Args:
-        of: The sequences.
-        starts: The gradient at the first token of each segment, and 'behind' the last: (batch * heads, segments + 1).
-        parts: How much it falls behind each token, (batch * heads, length).
-    """
-    size = of.per * of.chunk
-    parts = torch.nn.functional.pad(parts, (0, of.segments * size - of.length)).view(of.heads, of.segments, size)
-    found = starts[:, :-1, None] - (parts.cumsum(-1) - parts)
-    # What rounding has left over at the end of a segment, where the gradient is known, it has gathered on the way.
-    place = torch.arange(of.segments * size, device=parts.device).view(of.segments, size)
-    width = (place[:, -1:].clamp(max=of.length - 1) + 1 - place[:, :1]).double()
-    left = starts[:, 1:] - (found[..., -1] - parts[..., -1])
-    found = found + left.unsqueeze(-1) * (place - place[:, :1]) / width
-    return found.flatten(1)[:, : of.length].view(of.batch, of.per_sequence, of.length).transpose(1, 2)
-
-
 class _Backward:
     """The backward pass, part by part."""
 
@@ -319,7 +232,7 @@ class _Backward:
         if of_decay:
             counts, first = self._scan_counts(dn)
             before = before._replace(tokens=first)
-            decays = self._decays(sides, later, before, counts, dn, of_sums)
+            decays = self._decays(sides, before, counts, dn, of_sums)
         shaped = (new.reshape(old.shape) for new, old in zip(before, self.state, strict=True))
         return Gradients(sides.q, sides.k, grad_v, FlowState(*shaped), decays)
 
@@ -360,12 +273,10 @@ class _Backward:
             return zero, zero, None, past
         parts = known.weight * of_weights
         if self.options.competition == "heads":
-            each = setting.by_heads(parts)
-            share = setting.by_heads(known.weight / known.n) * each.sum(1, keepdim=True)
-            return (each - share).view_as(parts), parts / known.n, None, past
+            return through_heads(parts, known.weight / known.n, setting.of), parts / known.n, None, past
         assert known.log_normaliser is not None
         # A later sum of exp(O^) has exp(total_t - total_j) of the sum at j: a decay.
-        decays = self._log_decays()
+        decays = self.setting.log_decays()
         sums = known.log_normaliser
         of, total = between_sums(self.q, setting.of, decays - sums, sums)
         found, _ = launch.scan_scalars(of, -parts, None if given is None else given.view(-1, 1), reverse=True)
@@ -377,12 +288,6 @@ class _Backward:
         past = found[:, 0] * (start + decays[:, 0] - sums[:, 0]).exp()
         past = past.masked_fill(start < LOG_ZERO / 2, 0)
         return parts + shares, parts / known.n, _OfSums(-parts, shares, found, total), past
-
-    def _log_decays(self) -> Tensor:
-        """Log-decays up to and with each token, (batch * heads, length); zeros without."""
-        if self.of.total is None:
-            return self.count.new_zeros(1, self.of.length)
-        return self.of.total.expand(self.of.batch, -1, -1).flatten(0, 1)
 
     def _scales(self, conserved_in: Tensor, conserved_out: Tensor) -> Tensor:
         """Gradients of s and o, the weights of sinks and sources in conserved flows, (2, batch * heads, length)."""
@@ -452,9 +357,7 @@ class _Backward:
         given = self.grads.tokens
         return launch.scan_scalars(self.of, dn, None if given is None else given.view(-1, 1), reverse=True)
 
-    def _decays(
-        self, sides: _Sides, later: Tensor, before: FlowState, counts: Tensor, dn: Tensor, of_sums: _OfSums | None
-    ) -> Tensor:
+    def _decays(self, sides: _Sides, before: FlowState, counts: Tensor, dn: Tensor, of_sums: _OfSums | None) -> Tensor:
         """The gradient of log-decays, (batch, length, heads).
 
         That of g_u is the sum of x_ij dx_ij over i >= u > j for all that is carried from j to i. It is known at the
@@ -489,7 +392,7 @@ class _Backward:
             products = before[:, step::step] * behind[:, step - 1 : -1 : step][:, : of.segments - 1]
             found += products.flatten(2).sum(-1, dtype=torch.float64)
         first = of.per * of.chunk * torch.arange(1, of.segments, device=found.device)
-        decays = self._log_decays()
+        decays = self.setting.log_decays()
         factor = (decays[:, first] - decays[:, first - 1]).exp()
         found += counts[:, first] * factor * self.known.n.expand(of.heads, -1)[:, first - 1]
         if of_sums is not None:

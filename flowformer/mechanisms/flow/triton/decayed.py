@@ -16,8 +16,8 @@ from flowformer.core.precision import LOG_ZERO
 from flowformer.core.tracing import log_cumsum
 from flowformer.kernels.triton import launch
 from flowformer.kernels.triton.launch import Pairs
-from flowformer.mechanisms.flow.options import FlowOptions
-from flowformer.mechanisms.flow.triton.causal import Flows, between_sums, by_tokens, set_up
+from flowformer.mechanisms.flow.options import KernelOptions
+from flowformer.mechanisms.flow.triton.setting import Flows, between_sums, by_tokens, set_up, through_heads
 
 DIRECTIONS = (False, True)  # whether over later tokens
 
@@ -42,14 +42,13 @@ class _Form:
     """Both passes for one set of inputs."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_decay: Tensor, options: FlowOptions, *,
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_decay: Tensor, options: KernelOptions, *,
         backward: bool = False,
     ) -> None:  # fmt: skip
         self.q, self.k, self.v, self.options = q, k, v, options
         self.setting = setting = set_up(q, v, mask, log_decay, options, backward=backward)
         self.of = of = setting.of
-        assert of.total is not None
-        self.total = of.total.expand(of.batch, -1, -1).flatten(0, 1)
+        self.total = setting.log_decays()
         ones = torch.ones(of.heads, of.length, device=q.device) if setting.mask is None else setting.mask.float()
         self.counts = self.scan(ones)
         self.n = setting.open(torch.add(*self.counts))
@@ -128,7 +127,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, _: Tensor | None, log_decay: Tensor, options: FlowOptions
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, _: Tensor | None, log_decay: Tensor, options: KernelOptions
 ) -> tuple[Tensor, Tensor]:
     """Return the output, and the flows in one tensor."""
     form = _Form(q, k, v, mask, log_decay, options)
@@ -171,7 +170,7 @@ class _Gradients(NamedTuple):
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, _: Tensor | None, log_decay: Tensor, options: FlowOptions,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, _: Tensor | None, log_decay: Tensor, options: KernelOptions,
     out: Tensor, flows: Tensor, grad_out: Tensor, of_decay: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Return the gradients of q, k, v and of log-decays by token."""
@@ -232,9 +231,7 @@ class _Backward:
             return _Gradients(torch.zeros_like(of_weight), torch.zeros_like(of_weight), None)
         parts = self.weight * of_weight
         if self.competition is None:
-            each = form.setting.by_heads(parts)
-            share = form.setting.by_heads(self.weight / form.n) * each.sum(1, keepdim=True)
-            return _Gradients((each - share).view_as(parts), parts / form.n, None)
+            return _Gradients(through_heads(parts, self.weight / form.n, self.of), parts / form.n, None)
         # A later sum over earlier tokens has a factor of the sum at an earlier token, and the reverse: decays.
         read = self._read(self.competition, parts, False), self._read(self.competition, parts, True)
         return _Gradients(parts + read[0].share + read[1].share, parts / form.n, read)
