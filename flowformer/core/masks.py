@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.core.tracing import is_traced
+from flowformer.core.tracing import is_traced, may_look
 
 
 def fill(x: Tensor, mask: Tensor | None, value: float = 0.0) -> Tensor:
@@ -116,15 +116,16 @@ def close_up(tensors: Sequence[Tensor], mask: Tensor) -> tuple[list[Tensor], Ten
         mask: (batch, length), True = real token.
 
     Returns:
-        The tensors (batch, width, ...), where width is the most real tokens of a row (the whole length while a graph is
-        traced), the mask of what is real in them, and for :func:`spread` where each token came from, (batch, width).
+        The tensors (batch, width, ...), where width is the most real tokens of a row (the whole length on a GPU, and
+        while a graph is traced), the mask of what is real in them, and for :func:`spread` where each token came from,
+        (batch, width).
     """
     batch, length = mask.shape
     # Where each token goes: behind the real ones before it, and padding behind all real ones.
     goals = torch.where(mask, mask.cumsum(1) - 1, mask.sum(1, keepdim=True) + (~mask).cumsum(1) - 1)
     place = torch.arange(length, device=mask.device).expand(batch, -1)
     places = torch.zeros_like(goals).scatter(1, goals, place)
-    if not is_traced() and batch:
+    if may_look(mask) and batch:
         places = places[:, : max(1, int(mask.sum(1).max()))]
     rows = torch.arange(batch, device=mask.device).unsqueeze(1) * length
     places = rows + places

@@ -45,9 +45,19 @@ def dtype_and_device(module: nn.Module) -> dict[str, Any]:
     return {"dtype": dtype or torch.get_default_dtype(), "device": device}
 
 
+# Kinds of device that have autocast. Asked once: PyTorch 2.11 breaks a graph where it is asked.
+_KINDS = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla", "ipu")
+_AUTOCASTING = frozenset(kind for kind in _KINDS if torch.amp.is_autocast_available(kind))
+
+
+def is_autocasting(device: torch.device) -> bool:
+    """Return whether autocast is switched on for a device."""
+    return device.type in _AUTOCASTING and torch.is_autocast_enabled(device.type)
+
+
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Switch autocast off: operations choose the precision of their sums themselves."""
-    if not torch.amp.is_autocast_available(device.type):
+    if device.type not in _AUTOCASTING:
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 

@@ -22,6 +22,14 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
+def may_look(x: Tensor) -> bool:
+    """Return whether values of ``x`` may be looked at to find a shorter way: not in a traced graph, nor on a GPU.
+
+    Looking at a value of a GPU's makes Python wait for all that it was asked to compute before.
+    """
+    return x.device.type == "cpu" and not is_traced()
+
+
 def is_exporting() -> bool:
     """Return whether the graph that is traced has to hold for other sizes, and without this package."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from flowformer.core.checks import describe
+from flowformer.core.precision import is_autocasting
 from flowformer.core.tracing import is_traced
 
 # Scores held at a time: 64 MiB in float32. Over 267,735 words a chunk is 62 tokens, enough for a matrix product.
@@ -68,7 +69,7 @@ def _by_weight(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: in
     """The losses (tokens,) of targets (tokens,)."""
     _check_weight(hidden, weight)
     check_tokens("targets", targets, weight.shape[0], ignore_index)
-    if torch.is_autocast_enabled(hidden.device.type):
+    if is_autocasting(hidden.device):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     chunk = max(1, chunk_scores // weight.shape[0])
@@ -152,7 +153,7 @@ def _check_weight(hidden: Tensor, weight: Tensor) -> None:
         raise ValueError(
             f"hidden must be (..., dim) and weight (vocabulary, dim), got {describe(hidden)} and {describe(weight)}"
         )
-    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+    if hidden.dtype != weight.dtype and not is_autocasting(hidden.device):
         raise TypeError(f"hidden and weight must have the same dtype, got {hidden.dtype} and {weight.dtype}")
 
 

@@ -18,7 +18,7 @@ from flowformer.core.masks import fill
 from flowformer.models.cross_entropy import TOKEN_DTYPES, check_tokens
 from flowformer.models.encoder import Encoder, EncoderBlock
 from flowformer.models.initialization import GPT_STD, LanguageInit
-from flowformer.models.positions import count_positions, create_positions
+from flowformer.models.positions import LearnedPositions, count_positions, create_positions
 
 
 class LanguageState(NamedTuple):
@@ -193,6 +193,8 @@ class TokenDecoder(nn.Module):
             Hidden states (batch, length, dim), zeros at padding; and the state, or None.
         """
         before = None if state is None else state.length
+        if isinstance(self.position, LearnedPositions) and mask is None and state is None:
+            self.position.check(x.shape[1])  # known without a look at any value
         positions = count_positions(x[..., 0], mask, before)
         x = self.add_positions(x, positions)
         if state is None and not return_state:

@@ -12,7 +12,7 @@ from torch.types import Device
 
 from flowformer.core.checks import check_mask, check_probability, check_sizes, check_tokens_of
 from flowformer.core.masks import fill
-from flowformer.core.tracing import is_traced
+from flowformer.core.tracing import may_look
 from flowformer.mechanisms import create_attention
 
 # "gelu_tanh" is the approximation that GPT-2 and the GPT-style module of thuml/Flowformer call "new gelu".
@@ -149,8 +149,8 @@ class Encoder(nn.Module):
     """A stack of blocks and a final norm, computed on real tokens only.
 
     A padded batch is packed before the first block and unpacked after the last, so that projections, feed-forward
-    networks and norms see real tokens only. While a graph is traced (compile, export), where shapes must not depend on
-    data, padding is masked instead; the results are the same.
+    networks and norms see real tokens only. On a GPU, which would have to be waited for, and while a graph is traced
+    (compile, export), where shapes must not depend on data, padding is masked instead; the results are the same.
 
     Args:
         blocks: The blocks.
@@ -177,7 +177,7 @@ class Encoder(nn.Module):
         if mask is None:
             return self._run(x)
         check_mask(f"{type(self).__name__}: mask", mask, x.shape[:2], x.device)
-        if is_traced() or not len(x):
+        if not may_look(x) or not len(x):
             return fill(self._run(x, mask=mask), mask)
         if mask.all():
             return self._run(x)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from flowformer.core.precision import state_dtype
-from flowformer.core.tracing import is_traced
+from flowformer.core.tracing import may_look
 
 
 class LearnedPositions(nn.Embedding):
@@ -31,17 +31,20 @@ class LearnedPositions(nn.Embedding):
         """The vectors (..., dim) of positions (...), the first of which is 0.
 
         Raises:
-            ValueError: for a position beyond the table. While a graph is traced, where no value may be looked at, the
-                embedding has its own error.
+            ValueError: for a position beyond the table. On a GPU, which would have to be waited for, and while a graph
+                is traced, the embedding has its own error.
         """
-        if not is_traced() and input.numel() and not input.is_meta:
-            last = int(input.max()) + 1
-            if last > self.num_embeddings:
-                raise ValueError(
-                    f"position {last} is too large: the learned positions of this model end at max_length ="
-                    f" {self.num_embeddings}; sinusoidal positions have no limit"
-                )
+        if may_look(input) and input.numel():
+            self.check(int(input.max()) + 1)
         return super().forward(input)
+
+    def check(self, length: int) -> None:
+        """Raise ValueError for more positions than the table has."""
+        if length > self.num_embeddings:
+            raise ValueError(
+                f"position {length} is too large: the learned positions of this model end at max_length ="
+                f" {self.num_embeddings}; sinusoidal positions have no limit"
+            )
 
 
 class SinusoidalPositions(nn.Module):

@@ -11,7 +11,7 @@ from flowformer.core.checks import CHANNELS, check_fresh_state
 from flowformer.core.masks import fill, spread
 from flowformer.core.precision import LOG_ZERO
 from flowformer.core.run import Given
-from flowformer.core.tracing import is_traced
+from flowformer.core.tracing import may_look
 from flowformer.mechanisms.aft.blocks import Blocks, block_means
 from flowformer.mechanisms.aft.run import (
     PositionBias,
@@ -99,11 +99,11 @@ def aft_full(
             state = _extend(state, K, V, key)
             K, V, key, query = state.key.to(K.dtype), state.value.to(V.dtype), state.mask, key
             K = fill(K, key, LOG_ZERO)
-            key = None if not is_traced() and bool(key.all()) else key
+            key = None if may_look(key) and bool(key.all()) else key
         (K, V), _, _ = close_up_if((K, V), key)
         _, real, places = close_up_if((), query)
         queries = length if real is None else real.shape[1]
-        start, least = find_start(op, bias, counts, queries)
+        start, least = find_start(op, bias, counts, queries, fresh=initial_state is None)
         check_places(op, bias, K.shape[1])
         # No block of w is more than twice as large as the keys.
         rows = min(CAUSAL_ROWS if causal else ROWS, 2 * K.shape[-1])

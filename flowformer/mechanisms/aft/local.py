@@ -11,7 +11,7 @@ from flowformer.core.checks import CHANNELS, check_flag, describe
 from flowformer.core.masks import spread
 from flowformer.core.precision import LOG_ZERO, no_autocast
 from flowformer.core.run import Given
-from flowformer.core.tracing import count_chunks, is_exporting
+from flowformer.core.tracing import count_chunks, is_exporting, may_look
 from flowformer.mechanisms.aft.blocks import Bias
 from flowformer.mechanisms.aft.means import Past
 from flowformer.mechanisms.aft.run import (
@@ -114,7 +114,7 @@ def aft_local(
         bias, length = check_bias(op, position_bias, q), K.shape[1]
         (K, V), real, places = close_up_if((K, V), key)
         if causal:
-            mean, state = _causal_local(op, bias, window, hard, K, V, real, state)
+            mean, state = _causal_local(op, bias, window, hard, K, V, real, state, initial_state is None)
         else:
             check_places(op, bias, K.shape[1])
             reach = min(window, len(bias[0]) if is_exporting() else K.shape[1])
@@ -139,10 +139,11 @@ def _causal_local(
     V: Tensor,
     real: Tensor | None,
     state: AFTLocalState,
+    fresh: bool,
 ) -> tuple[Tensor, AFTLocalState]:
     """Means (batch, L, channels), for real tokens in front, and the state after them."""
     windows = Windows(CHUNK, CHUNK + window - 1, window, False, BLOCK)
-    start, _ = find_start(op, bias, state.length, K.shape[1])
+    start, _ = find_start(op, bias, state.length, K.shape[1], fresh=fresh)
     w = _band(bias, window, hard, windows, window - 1, count_chunks(K.shape[1], CHUNK), start)
     past = Past(state.log_weight, state.mean.unsqueeze(-1))
     buffer = (state.key, state.value.unsqueeze(-1))
@@ -214,8 +215,10 @@ def aft_local_step(
     )
     with no_autocast(q.device):
         bias = check_bias(op, position_bias, q)
-        start, _ = find_start(op, bias, state.length, 1)
-        rows = state.length if isinstance(start, Tensor) else state.length[:1]
+        rows = state.length
+        if may_look(rows):  # elsewhere a table that is full has the device's own error
+            start, _ = find_start(op, bias, rows, 1, fresh=False)
+            rows = rows if isinstance(start, Tensor) else rows[:1]
         places = (rows.unsqueeze(1) + torch.arange(1 - window, 1, device=rows.device)).clamp(min=0)
         if len(bias) == 1:
             w = bias[0][rows.unsqueeze(1), places]

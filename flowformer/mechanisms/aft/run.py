@@ -92,14 +92,24 @@ def check_places(op: str, bias: Bias, places: int) -> None:
         raise ValueError(f"{op}: position_bias has {len(bias[0])} positions, got {places} tokens")
 
 
-def find_start(op: str, bias: Bias, counts: Tensor, tokens: int) -> tuple[int | Tensor, int]:
+def find_start(op: str, bias: Bias, counts: Tensor, tokens: int, *, fresh: bool) -> tuple[int | Tensor, int]:
     """Return the positions of the first tokens, one number if all sequences have the same, and their minimum.
+
+    Args:
+        op: Name of the operation.
+        bias: The position bias.
+        counts: Tokens before these, (batch,).
+        tokens: Number of these.
+        fresh: Whether there are none before, which needs no look at ``counts``.
 
     Raises:
         ValueError: where sequences reach beyond the table of positions.
     """
     if is_traced():
         return counts, 0
+    if fresh:
+        check_places(op, bias, tokens)
+        return 0, 0
     least, most = (int(x) for x in counts.aminmax()) if len(counts) else (0, 0)
     check_places(op, bias, most + tokens)
     return (least if least == most else counts), least

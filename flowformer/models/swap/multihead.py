@@ -15,7 +15,7 @@ from torch.nn.functional import dropout, linear
 
 from flowformer.core.checks import check_dtype, check_flag, check_integer, check_number, describe
 from flowformer.core.masks import fill
-from flowformer.core.precision import FLOAT_DTYPES
+from flowformer.core.precision import FLOAT_DTYPES, is_autocasting
 from flowformer.core.tracing import is_traced
 from flowformer.mechanisms.base import Attention
 from flowformer.mechanisms.registry import create_attention
@@ -246,7 +246,7 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
                 raise TypeError(f"{name}: {label} must be a tensor of floating-point numbers, got {describe(x)}")
             if x.device != weight.device:
                 raise ValueError(f"{name}: {label} must be on {weight.device} like the weights, got {describe(x)}")
-            if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            if x.dtype != weight.dtype and not is_autocasting(x.device):
                 wanted = str(weight.dtype).removeprefix("torch.")
                 raise TypeError(f"{name}: {label} must be {wanted} like the weights, got {describe(x)}")
 
