@@ -191,7 +191,8 @@ def fit(
     if run is not None:
         callbacks.append(Checkpoints(run, history, tuple(task.evaluated)))
     module = TaskModule(recipe, task, model, draws=draws)
-    with draws or contextlib.nullcontext(), quiet(), _stopping_as_asked(), _explaining(run, history):
+    compiled = _compiled(model) if recipe.compile else contextlib.nullcontext()
+    with draws or contextlib.nullcontext(), quiet(), _stopping_as_asked(), _explaining(run, history), compiled:
         trainer = _trainer(recipe, callbacks, folder, evaluating=bool(module.evaluated))
         last = run.resume_state if run is not None and run.resume_state.exists() else None
         if last is not None:
@@ -202,6 +203,19 @@ def fit(
             history.add(trainer, 0, start)
         trainer.fit(module, ckpt_path=last, weights_only=True)
     return history.records
+
+
+@contextlib.contextmanager
+def _compiled(model: nn.Module) -> Iterator[None]:
+    """Compile a model, which happens when it is first called, and say so where that fails."""
+    from torch._dynamo.exc import TorchDynamoException  # takes a second, and few need it
+
+    model.compile()
+    try:
+        yield
+    except TorchDynamoException as error:
+        said = " ".join(str(error).strip().split("\n\n")[0].split())  # without what it says on logging
+        raise RunError(f"torch.compile cannot compile the model, leave out --compile: {said}") from error
 
 
 @contextlib.contextmanager

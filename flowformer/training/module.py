@@ -108,7 +108,13 @@ class TaskModule(lightning.LightningModule):
             # Of its own: a loader draws a number whenever it starts, and would shift the dropout of what follows.
             generator=torch.Generator().manual_seed(self.recipe.seed),
             persistent_workers=self.recipe.workers > 0,
+            # From pinned memory a batch moves to the GPU while Python goes on.
+            pin_memory=self.device.type == "cuda",
         )
+
+    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Any]:
+        """Add the size of a batch while it is on the CPU: counting on a GPU would wait for it."""
+        return {**batch, "size": self.task.size(batch)}
 
     def on_train_epoch_start(self) -> None:
         """Seed random numbers from seed, round and device, and set whether this round ends with an evaluation."""
@@ -117,20 +123,20 @@ class TaskModule(lightning.LightningModule):
         due = self.current_epoch + 1 in self.recipe.evaluated_rounds
         self.trainer.check_val_every_n_epoch = 1 if due else self.current_epoch + 2  # which does not divide epoch + 1
 
-    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+    def training_step(self, batch: dict[str, Any], index: int) -> Tensor:
         """Return the loss of a batch."""
         return self._step("train", batch)["loss"]
 
-    def validation_step(self, batch: dict[str, Tensor], index: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: dict[str, Any], index: int, dataloader_idx: int = 0) -> None:
         """Log loss and metric of a batch of an evaluation set."""
         self._step(list(self.evaluated)[dataloader_idx], batch)
 
-    def _step(self, split: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _step(self, split: str, batch: dict[str, Any]) -> dict[str, Tensor]:
         check_signals()
         values = self.task.step(self.model, batch)
         self.log_dict(
             {f"{split}/{name}": value for name, value in values.items()},
-            batch_size=self.task.size(batch),
+            batch_size=batch["size"],
             on_step=False,
             on_epoch=True,
             sync_dist=True,

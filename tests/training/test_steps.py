@@ -8,6 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from flowformer.common.errors import RunError
 from flowformer.recipes import create_recipe
 from flowformer.recipes.language import OwnTextRecipe
 from flowformer.tasks.text import task as text
@@ -144,6 +145,41 @@ def test_weight_decay_acts_on_what_is_said(decayed):
     rest = 0.5 if decayed == "all" else 0.0
     for name in ("embed.weight", "decoder.blocks.0.linear1.bias", "decoder.norm.weight"):
         assert by_name[name] == rest
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_model_learns_the_same(finished, tmp_path, monkeypatch, backend):
+    torch._dynamo.reset()
+    compiled, original = [], torch.nn.Module.compile
+
+    def compile_with(model, *args, **options):
+        compiled.append(model)
+        original(model, *args, backend=backend, fullgraph=True, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_with)
+    plain = tmp_path / "plain"
+    run(plain, dropout=0.0, steps=8)
+    assert not compiled
+    result = run(tmp_path / "run", dropout=0.0, steps=8, compile=True)
+    assert len(compiled) == 1
+    for one, other in zip(untimed(tmp_path / "run"), untimed(plain), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    model, _ = load(recipe(dropout=0.0, steps=8, compile=True), tmp_path / "run")
+    assert evaluate(recipe(), recipe().build_task(), model)["test/loss"] == pytest.approx(
+        result["protocols"]["honest"]["value"] * np.log(2), rel=1e-4
+    )
+
+
+def test_a_model_that_cannot_be_compiled_is_an_error_in_words(tmp_path, monkeypatch):
+    torch._dynamo.reset()
+
+    def refuse(*_):
+        raise RuntimeError("no working compiler")
+
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: original(model, backend=refuse))
+    with pytest.raises(RunError, match=r"cannot compile the model, leave out --compile: .*no working compiler"):
+        run(tmp_path / "run", steps=4, compile=True)
 
 
 class SplitTextRecipe(OwnTextRecipe):
