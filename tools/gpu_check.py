@@ -703,6 +703,24 @@ class Bench:
         return check_steps(case)
 
 
+def generation(setup: Setup) -> dict[str, Any]:
+    """New tokens a second of a whole model, by single kernels and by one CUDA graph a token: the same tokens."""
+    torch.manual_seed(0)
+    count, on_gpu = (512, True) if setup.device == "cuda" else (4, False)
+    prompts = torch.randint(256, (8, 16))
+    model = build(setup.model, "flow", prompts.shape[1] + count).to(setup.device)
+    ways: dict[str, dict[str, Any]] = {"kernels": {}, **({"CUDA graph": {"cuda_graph": True}} if on_gpu else {})}
+    rows, speeds = {}, {}
+    for name, options in ways.items():
+        write = functools.partial(model.generate, prompts, temperature=0.8, seed=0, **options)
+        write(max_new_tokens=2)
+        start = time.perf_counter()
+        rows[name] = torch.stack(write(max_new_tokens=count)).cpu()
+        speeds[f"{name}_tokens_per_s"] = prompts.shape[0] * count / (time.perf_counter() - start)
+    same = all(torch.equal(found, rows["kernels"]) for found in rows.values())
+    return {"ok": same, "batch": prompts.shape[0], "new_tokens": count, **speeds}
+
+
 def check_stored(query: Tensor, keys: Tensor, values: Tensor) -> dict[str, Any]:
     """Softmax attention of one token to stored keys and values, (batch, heads, length, channels)."""
     got = scaled_dot_product_attention(query, keys, values)
@@ -734,7 +752,8 @@ def times(setup: Setup) -> list[Job]:
         for back in (False, True)
     ]
     limits, token = Job("limits of the card", bench.limits), Job("one token", bench.steps)
-    return [limits, *jobs[:first], token, *jobs[first:], *of_compiled]
+    written = Job("generation", functools.partial(generation, setup))
+    return [limits, *jobs[:first], token, written, *jobs[first:], *of_compiled]
 
 
 def shape_name(causal: bool, backward: bool, length: int, channels: int) -> str:

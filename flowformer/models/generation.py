@@ -18,15 +18,19 @@ from torch import Tensor, nn
 
 from flowformer.core.checks import describe
 from flowformer.core.precision import dtype_and_device, state_dtype
+from flowformer.core.tracing import may_look
 from flowformer.models.cross_entropy import TOKEN_DTYPES, check_tokens
 from flowformer.models.decoder import LanguageState
 from flowformer.models.positions import LearnedPositions
+from flowformer.models.step_graph import StepGraph, check_graph
 
 if TYPE_CHECKING:
     from flowformer.models.language import LanguageModel
 
 CHUNK_SIZE = 4096  # tokens of each prompt read at a time
 DONE = -1  # in place of a token, in a row that has ended before
+LOOK = 32  # tokens after which a GPU is waited for, to see whether all rows have ended and all scores were finite
+DRAWS = 256  # random numbers of each row that are drawn, and moved to the device, at a time
 SEEDS = 2**32  # PyTorch's generator on the CPU takes the lower 32 bits of a seed
 
 
@@ -41,6 +45,7 @@ def stream_tokens(
     seed: int | None = None,
     eos_token_id: int | Collection[int] | None = None,
     chunk_size: int = CHUNK_SIZE,
+    cuda_graph: bool = False,
 ) -> Iterator[Tensor]:
     """Continue prompts, and yield each token as soon as it is sampled.
 
@@ -51,7 +56,7 @@ def stream_tokens(
     A row gives what its prompt gives alone, up to rounding. Each row has a random generator of its own, seeded with
     ``seed`` plus the number of the row: row 2 samples what its prompt alone samples with ``seed + 2``. Runs that must
     differ therefore need seeds at least as far apart as there are rows. Random numbers are drawn on the CPU, whatever
-    the model's device, and the global generator is not used.
+    the model's device, some hundred at a time, and the global generator is not used.
 
     Args:
         model: The model.
@@ -64,10 +69,13 @@ def stream_tokens(
         seed: Seed of the random numbers, from 0. A fresh one if absent.
         eos_token_id: Token, or tokens, after which a row ends.
         chunk_size: Tokens of each prompt that are read at a time; memory depends on it, the result does not.
+        cuda_graph: Whether to capture the step of the model as one CUDA graph, see
+            :class:`flowformer.models.step_graph.StepGraph`. Requires a state of fixed size. No GPU has run it yet.
 
     Returns:
         An iterator of (batch,) int64 tensors on the model's device: the next token of each row, that which ends it
-        too; -1 in rows that have ended. It stops after ``max_new_tokens``, or when all rows have ended.
+        too; -1 in rows that have ended. It stops after ``max_new_tokens``, or when all rows have ended: on a GPU, which
+        is waited for once in 32 tokens only, up to 31 rows of -1 later, and so may an error be.
 
     Raises:
         TypeError, ValueError: in the call, for invalid arguments, and for more tokens than the model
@@ -88,8 +96,10 @@ def stream_tokens(
     _check_sampling(temperature, top_k, top_p)
     eos = _check_eos(eos_token_id, model)
     _check_positions(model, max(map(len, rows)), max_new_tokens)
-    sampler = _Sampler(temperature, top_k, top_p, _make_generators(seed, len(rows)))
-    return _iterate(model, rows, max_new_tokens, sampler, eos, chunk_size)
+    if cuda_graph:
+        check_graph(model)
+    sampler = _Sampler(temperature, top_k, top_p, _make_generators(seed, len(rows)), max_new_tokens)
+    return _iterate(model, rows, max_new_tokens, sampler, eos, chunk_size, cuda_graph)
 
 
 def complete(model: LanguageModel, prompts: Sequence[Tensor | Sequence[int]] | Tensor, **options: Any) -> list[Tensor]:
@@ -144,46 +154,82 @@ def next_probabilities(
 
 
 class _Sampler:
-    """Chooses a token of each row, with the row's own random numbers."""
+    """Chooses a token of each row, with the row's own random numbers; looks at none, which a GPU would be waited for.
+
+    Attributes:
+        finite: Whether all scores so far were finite, a boolean tensor.
+    """
 
     def __init__(
-        self, temperature: float, top_k: int | None, top_p: float | None, generators: list[torch.Generator]
+        self, temperature: float, top_k: int | None, top_p: float | None, generators: list[torch.Generator], most: int
     ) -> None:
         self._options = (temperature, top_k, top_p)
-        self._generators = generators
+        self._generators, self._left = generators, most
+        self._draws, self._place = torch.empty(0), 0
+        self.finite = torch.tensor(True)
 
     def __call__(self, scores: Tensor) -> Tensor:
         """Tokens (batch,) by scores (batch, vocabulary)."""
-        if not scores.isfinite().all():
-            raise ValueError("the model's logits of the next token are not finite")
+        self.finite = self.finite.to(scores.device) & scores.isfinite().all()
         if self._options[0] == 0:
             return scores.argmax(-1)
         sums = next_probabilities(scores, *self._options).cumsum(-1)
-        draws = torch.cat([torch.rand(1, generator=each, dtype=sums.dtype) for each in self._generators])
-        # The first token whose sum exceeds a share below 1 of the whole: never one of probability 0.
-        shares = draws.to(sums.device).unsqueeze(-1) * sums[:, -1:]
-        return torch.searchsorted(sums, shares, right=True).squeeze(-1)
+        # The first token whose sum exceeds a share below 1 of the whole: never one of probability 0. What NaN leads to
+        # is a token all the same, until it is looked at.
+        shares = self._draw(sums).unsqueeze(-1) * sums[:, -1:]
+        return torch.searchsorted(sums, shares, right=True).squeeze(-1).clamp(max=scores.shape[-1] - 1)
+
+    def _draw(self, like: Tensor) -> Tensor:
+        """The next random number of each row, (batch,); moved to the device some hundred at a time."""
+        if self._place == len(self._draws):
+            count = min(DRAWS, self._left)
+            rows = [torch.rand(count, generator=each, dtype=like.dtype) for each in self._generators]
+            self._draws, self._place, self._left = torch.stack(rows, 1).to(like.device), 0, self._left - count
+        self._place += 1
+        return self._draws[self._place - 1]
 
 
 def _iterate(
-    model: LanguageModel, rows: list[Tensor], max_new_tokens: int, sampler: _Sampler, eos: Tensor, chunk_size: int
+    model: LanguageModel,
+    rows: list[Tensor],
+    max_new_tokens: int,
+    sampler: _Sampler,
+    eos: Tensor,
+    chunk_size: int,
+    cuda_graph: bool,
 ) -> Iterator[Tensor]:
     modules = list(model.modules())
     with _evaluating(modules):
         scores, state = _read(model, rows, chunk_size)
         tokens = sampler(scores)
+        step = StepGraph(model, tokens, state) if cuda_graph else _Stepper(model, state)
     done = torch.zeros_like(tokens, dtype=torch.bool)
-    for left in range(max_new_tokens - 1, -1, -1):
+    for number in range(1, max_new_tokens + 1):
+        last = number == max_new_tokens
+        look = last or may_look(tokens) or number % LOOK == 0
+        if look and not sampler.finite:
+            raise ValueError("the model's logits of the next token are not finite")
         # Made out here, a tensor may enter computations with gradients.
         yield tokens.masked_fill(done, DONE)
         if eos.numel():
             done = done | torch.isin(tokens, eos)
-        if not left or bool(done.all()):
+        if last or (look and bool(done.all())):
             return
         with _evaluating(modules):
             # Rows that have ended are computed too, so that states keep their shape.
-            scores, state = model.step(tokens, state)
-            tokens = sampler(scores)
+            tokens = sampler(step(tokens))
+
+
+class _Stepper:
+    """The step of a model, and its state."""
+
+    def __init__(self, model: LanguageModel, state: LanguageState) -> None:
+        self._model, self._state = model, state
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits (batch, vocab_size) after ``tokens`` (batch,)."""
+        scores, self._state = self._model.step(tokens, self._state)
+        return scores
 
 
 @contextmanager
@@ -204,12 +250,12 @@ def _read(model: LanguageModel, rows: list[Tensor], chunk_size: int) -> tuple[Te
     """Scores (batch, vocabulary) of the token after each prompt, and the state there."""
     # Padding is on the left, so that all prompts end in the last piece, at its last position.
     tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
-    lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
-    real = torch.arange(tokens.shape[1], 0, -1, device=tokens.device) <= lengths.unsqueeze(1)
+    lengths = torch.tensor([len(row) for row in rows])
+    real = torch.arange(tokens.shape[1], 0, -1) <= lengths.unsqueeze(1)
     hidden, state = torch.empty(0), None
     for piece, mask in zip(tokens.split(chunk_size, 1), real.split(chunk_size, 1), strict=True):
-        whole = bool(mask.all())
-        hidden, state = model.hidden(piece, None if whole else mask, initial_state=state, return_state=True)
+        mask = None if mask.all() else mask.to(piece.device)
+        hidden, state = model.hidden(piece, mask, initial_state=state, return_state=True)
     assert state is not None  # no prompt is empty
     return model.logits(hidden[:, -1]), state
 

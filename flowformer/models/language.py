@@ -295,6 +295,7 @@ class LanguageModel(TokenDecoder):
         top_p: float | None = None,
         seed: int | None = None,
         eos_token_id: int | Collection[int] | None = None,
+        cuda_graph: bool = False,
     ) -> list[Tensor]:
         """Generate text after prompts.
 
@@ -311,6 +312,8 @@ class LanguageModel(TokenDecoder):
             seed: Seed of the random numbers, from 0; a fresh one if absent. Row i is sampled with ``seed + i``, and so
                 gives what its prompt gives alone with that seed.
             eos_token_id: Token, or tokens, after which a row ends.
+            cuda_graph: Whether to capture the step as one CUDA graph: see
+                :func:`flowformer.models.generation.stream_tokens`.
 
         Returns:
             One (length,) int64 tensor for each row, on the model's device: the prompt and the new tokens, the one that
@@ -329,7 +332,7 @@ class LanguageModel(TokenDecoder):
         """
         return generation.complete(
             self, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-            eos_token_id=eos_token_id,
+            eos_token_id=eos_token_id, cuda_graph=cuda_graph,
         )  # fmt: skip
 
     def _check(self, tokens: Tensor, mask: Tensor | None, state: LanguageState | None) -> None:
