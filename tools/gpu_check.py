@@ -687,8 +687,14 @@ class Bench:
             state = row.init_state(batch, heads, channels, channels, dtype=self.dtype, device=device)
             if figures[name]["check"]["ok"]:
                 calls[name] = functools.partial(row.step, *token, state)
-        if "flow" in calls:
-            calls |= self.graphed("flow", lambda: calls["flow"]()[0], figures)
+        if "flow" in calls and "triton" in step_backends(device, self.dtype):
+            calls["flow (Triton)"] = functools.partial(calls["flow"], backend="triton")
+            found = attempt(lambda: compare_steps(calls["flow (Triton)"], calls["flow"], self.dtype))
+            figures["flow (Triton)"] = {"check": found}
+            calls = {name: call for name, call in calls.items() if figures[name]["check"]["ok"]}
+        for name in [name for name in calls if name.startswith("flow")]:
+            step = calls[name]
+            calls |= self.graphed(name, lambda step=step: step()[0], figures)
         query = token[0].unsqueeze(2)
         for length in self.setup.lengths[:3]:
             shape, name = (batch, heads, length, channels), f"softmax, {length} stored"
@@ -701,6 +707,18 @@ class Bench:
     def _check_step(self, name: str) -> dict[str, Any]:
         case = next(c for c in cases(self.setup, [name]) if c.causal)
         return check_steps(case)
+
+
+def step_backends(device: str, dtype: torch.dtype) -> list[str]:
+    """The backends that compute a step of Flow-Attention on a device."""
+    return [row.name for row in backends_of("flow_attention_step") if not row.refuses(device, dtype)]
+
+
+def compare_steps(one: Callable[[], Any], other: Callable[[], Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Outputs of a step, and states after it, by two backends: both round the same sums, of float64."""
+    (out, state), (want, after) = one(), other()
+    found = compare([out.double()], [want.double()], 2 * torch.finfo(dtype).eps)
+    return found if not found["ok"] else {**found, **compare(list(state), list(after), 1e-5)}
 
 
 def generation(setup: Setup) -> dict[str, Any]:

@@ -161,7 +161,7 @@ class Sequences:
         return self.dummy.new_empty(self.heads, *shape, dtype=dtype)
 
 
-def _run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Launch a kernel, unless there is nothing to do. The first axis of a grid, that of heads, has no limit."""
     if all(grid):
         kernel[grid](*arguments, **options)
@@ -187,7 +187,7 @@ def sums(
     D = x.shape[-1]
     out = of.numbers(of.chunks, vectors, D)
     other = x if y is None else y
-    _run(
+    run(
         vector_kernels.sums, (of.heads, of.chunks),
         x, other, _given(of, weights_x), _given(of, weights_y),
         of.masks(), *of.decays, out, *_strides(x), *_strides(other), of.per_sequence, of.heads, of.length, of.chunks,
@@ -214,7 +214,7 @@ def carry(
     size = math.prod(states.shape[2:])
     after = of.numbers(*states.shape[2:], dtype=torch.float64) if last else None
     block = min(256, triton.next_power_of_2(size))
-    _run(
+    run(
         vector_kernels.carry, (of.heads, triton.cdiv(size, block)),
         states, of.ends, _given(of, first), _given(of, after), size,
         states.shape[1], step, of.decay_heads, of.chunks, BLOCK=block, FIRST=first is not None, LAST=last,
@@ -231,7 +231,7 @@ def flows(
     """Flows of queries and keys, (2, heads, length): see the kernel."""
     D = q.shape[-1]
     out = of.dummy.new_empty(2, of.heads, of.length)
-    _run(
+    run(
         vector_kernels.flows, (of.heads, of.chunks),
         q, k, states, _given(of, weights), of.masks(), *of.decays, out, *_strides(q), *_strides(k),
         of.per_sequence, of.heads, of.length, of.chunks, of.decay_heads, eps_sink, eps_source, constant, D=D,
@@ -245,7 +245,7 @@ def project(of: Sequences, x: Tensor, states: Tensor, *, shift: float = 0.0) -> 
     """Products of tokens with vectors (heads, count, channels): (count, heads, length)."""
     count, D = states.shape[1:]
     out = of.dummy.new_empty(count, of.heads, of.length)
-    _run(
+    run(
         vector_kernels.project, (of.heads, of.chunks),
         x, states, of.masks(), out, *_strides(x), of.per_sequence, of.heads, of.length, shift, D=D, BD=padded(D),
         C=of.chunk, MAP=of.feature_map, COUNT=count, MASKED=of.mask is not None, num_warps=4,
@@ -257,7 +257,7 @@ def dots(of: Sequences, x: Tensor, y: Tensor) -> Tensor:
     """Products of the same tokens, (heads, length)."""
     D = x.shape[-1]
     out = of.numbers(of.length)
-    _run(
+    run(
         vector_kernels.dots, (of.heads, of.chunks),
         x, y, of.masks(), out, *_strides(x), *_strides(y), of.per_sequence, of.length, D=D, BD=padded(D), C=of.chunk,
         MASKED=of.mask is not None, num_warps=4,
@@ -272,9 +272,9 @@ def scan_scalars(
     states, out = of.numbers(of.chunks, 1), of.numbers(of.length)
     given = x.contiguous(), states, *of.decays, out, of.length, of.chunks, of.decay_heads
     flags = {"C": of.chunk, "DECAY": of.total is not None, "REVERSE": reverse, "STRICT": strict, "num_warps": 4}
-    _run(vector_kernels.scalars, (of.heads, of.chunks), *given, FINISH=False, **flags)
+    run(vector_kernels.scalars, (of.heads, of.chunks), *given, FINISH=False, **flags)
     after = carry(of, states, first, last=True, reverse=reverse)
-    _run(vector_kernels.scalars, (of.heads, of.chunks), *given, FINISH=True, **flags)
+    run(vector_kernels.scalars, (of.heads, of.chunks), *given, FINISH=True, **flags)
     assert after is not None
     return out, after.view(of.heads)
 
@@ -288,7 +288,7 @@ def memory(
     out = of.numbers(of.segments, D, M)
     block, compiled = _tile("memory", dot, D, M)
     block = min(block, padded(M))
-    _run(
+    run(
         matrix_kernels.memory, (of.heads, of.segments, triton.cdiv(M, block)),
         k, v, _given(of, weight), of.masks(), *of.decays, out, *_strides(k), *_strides(v),
         of.per_sequence, of.length, of.chunks, of.segments, of.per, of.decay_heads, D=D, M=M, BD=padded(D), BM=block,
@@ -309,7 +309,7 @@ def attend(
     blocks = triton.cdiv(M, block)
     products = None if other is None else of.dummy.new_empty(blocks, of.heads, of.length)
     beside = out if other is None else other
-    _run(
+    run(
         matrix_kernels.attend, (of.heads, of.segments, blocks),
         q, k, v, states, _given(of, scale), _given(of, weight), beside,
         of.masks(), *of.decays, out, _given(of, products), *_strides(q), *_strides(k),
@@ -355,7 +355,7 @@ def gradient(
     found = of.dummy.new_empty(blocks, of.heads, of.length) if products else None
     nothing = Pairs(of.dummy, of.dummy, of.dummy)
     before, behind = past or nothing, future or nothing
-    _run(
+    run(
         matrix_kernels.gradient, (of.heads, of.segments, blocks),
         x, y, g, v, states, scale.contiguous(), _given(of, weight),
         before.rows, _given(of, before.columns), before.states,

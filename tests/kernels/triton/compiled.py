@@ -24,6 +24,7 @@ from flowformer.kernels.triton import launch
 from flowformer.mechanisms.flow.options import PRESETS
 from flowformer.mechanisms.flow.triton import bidirectional, causal, decayed
 from flowformer.mechanisms.flow.triton.setting import Flows
+from flowformer.mechanisms.flow.triton.step import run_step
 
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.bool: "i1",
@@ -39,7 +40,7 @@ class Launches:
         self.found: dict[Any, tuple[Any, ASTSource, dict[str, Any]]] = {}
 
     def record(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-        """Take the place of ``launch._run``."""
+        """Take the place of ``launch.run``."""
         compiler = {name: options.pop(name) for name in COMPILER if name in options}
         signature, constants, attributes = {}, dict(options), {}
         for index, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=False)):
@@ -64,7 +65,7 @@ class Launches:
 def record(dtype: torch.dtype, channels: int, length: int = 1_024) -> Launches:
     """Record both passes of every form for inputs of a dtype, with as many channels of keys as of values."""
     launches = Launches()
-    before, launch._run = launch._run, launches.record
+    before, launch.run = launch.run, launches.record
     try:
         q, k, v = (torch.randn(1, length, 2, channels).to(dtype) for _ in range(3))
         numbers = torch.ones(2, length)
@@ -75,12 +76,13 @@ def record(dtype: torch.dtype, channels: int, length: int = 1_024) -> Launches:
             flows = Flows(numbers, numbers, numbers, numbers)
             given = (v, flows, v, [None] * 4, log_decay is not None)
             causal.backward(q, k, v, None, log_decay, state, options, *given)
+            run_step(q[:, 0], k[:, 0], v[:, 0], None if log_decay is None else log_decay[:, 0], state, options)
             form = bidirectional if log_decay is None else decayed
             form.forward(q, k, v, None, None, log_decay, options)  # pyright: ignore[reportArgumentType]
             flat = torch.ones(8 * length)
             form.backward(q, k, v, None, None, log_decay, options, v, flat, v, log_decay is not None)  # pyright: ignore[reportArgumentType]
     finally:
-        launch._run = before
+        launch.run = before
     return launches
 
 

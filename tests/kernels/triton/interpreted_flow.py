@@ -151,6 +151,63 @@ def test_outputs_do_not_know_the_future(decay: str | None) -> None:
         assert torch.equal(before[:, : t + 1], ops.flow_attention(*changed, **given)[:, : t + 1])
 
 
+def step_by_step(tensors: list[Tensor], dtype: torch.dtype, backend: str, **options: Any) -> list[Tensor]:
+    """Outputs of all tokens one by one, and the state after them."""
+    leaves = [t.to(torch.float32 if t.ndim < 4 and dtype != torch.float64 else dtype) for t in tensors]
+    batch, length, heads, key = leaves[0].shape
+    given = {"feature_map": options["feature_map"]} if "feature_map" in options else {}
+    state = ops.init_flow_state(
+        batch, heads, key, leaves[2].shape[-1], preset=options.get("preset", "core"), **given
+    )  # fmt: skip
+    outs = []
+    for t in range(length):
+        token = [x if x.ndim == 1 else x[:, t] for x in leaves]
+        out, state = ops.flow_attention_step(*token[:3], state, *token[3:], backend=backend, **options)
+        outs.append(out)
+    return [torch.stack(outs, 1), *state]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("options", "decay"),
+    [
+        *(({"preset": preset}, None) for preset in ("core", "wikitext", "decision")),
+        ({"preset": "core", "feature_map": "elu"}, "head"), ({"preset": "core", "feature_map": "softmax"}, "token"),
+        ({"preset": "core", "competition": "heads", "feature_map": "relu"}, "token"),
+        ({"preset": "core", "competition": None, "allocation": False, "clamp": None}, "head"),
+    ],
+)  # fmt: skip
+def test_a_state_advances_step_by_step(options: dict[str, Any], decay: str | None, dtype: torch.dtype) -> None:
+    tensors = [t.to(dtype).double() if t.ndim == 4 else t for t in inputs(6, decay=decay, batch=2, value=21)]
+    want = step_by_step(tensors, torch.float64, "torch", **options)
+    got = step_by_step(tensors, dtype, "triton", **options)
+    close(got[:1], want[:1], {torch.float32: 1e-6, torch.float16: 1e-3}[dtype])
+    close(got[1:], want[1:], {torch.float32: 1e-6, torch.float16: 1e-6}[dtype])
+
+
+def test_a_step_has_gradients_and_compiles() -> None:
+    tensors = [t.float() for t in inputs(9, decay="token")]
+    _, state = ops.flow_attention(*tensors, causal=True, return_state=True, backend="torch")
+    token = [t[:, 0] for t in tensors]
+
+    def step(*token: Tensor) -> Tensor:
+        return ops.flow_attention_step(*token[:3], state, token[3], backend="triton")[0]
+
+    plain = [t.clone().requires_grad_() for t in token]
+    want = ops.flow_attention_step(*plain[:3], state, plain[3], backend="torch")[0]
+    leaves = [t.clone().requires_grad_() for t in token]
+    out = step(*leaves)
+    close([out.detach()], [want.detach().double()], 1e-5)
+    pairs = zip(*(torch.autograd.grad(x.square().sum(), y) for x, y in ((out, leaves), (want, plain))), strict=True)
+    for one, other in pairs:
+        close([one], [other.double()], 1e-4)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*token), step(*token))
+    torch.library.opcheck(
+        torch.ops.flowformer.flow_step_triton, (*token, *state, "sigmoid", 1.0, 1e-6, 0.0, "sequence", True, False)
+    )
+
+
 @FORMS
 def test_any_layout_and_an_empty_batch(causal: bool) -> None:
     tensors = [t.float() for t in inputs(40)]

@@ -44,9 +44,20 @@ def test_compiles_for_an_h100(dtype: str) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=850, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {row["kernel"] for row in rows} >= {"sums", "carry", "flows", "memory", "attend", "gradient", "project"}
+    assert {row["kernel"] for row in rows} >= {
+        "sums",
+        "carry",
+        "flows",
+        "memory",
+        "attend",
+        "gradient",
+        "project",
+        "step",
+    }
     for row in rows:
-        allowed = 512 if row["kernel"] == "gradient" else 256 if row["kernel"] == "flows" else 128
+        allowed = (
+            512 if row["kernel"] == "gradient" else 256 if row["kernel"] == "flows" else 128 * (row["kernel"] != "step")
+        )
         assert row["spilled_bytes"] <= allowed, row
         assert row["matrix_units"] or row["kernel"] not in ("flows", "memory", "attend", "gradient"), row
 

@@ -47,9 +47,7 @@ def _dense(
 ) -> tuple[Tensor, FlowState | None]:  # fmt: skip
     dtype = v.dtype
     q, k, v, values = features_first(q, k, v, masks, learned, options)
-    widest = max(q.shape[-1], v.shape[-1])
-    if widest > MOST_CHANNELS:
-        raise ValueError(f"flow_attention: the Triton kernels have {MOST_CHANNELS} channels at most, got {widest}")
+    _check_channels(q, k, v)
     log_decay = single(learned.log_decay)
     if not causal:
         out, *_ = torch.ops.flowformer.flow_bidirectional_triton(q, k, v, *masks, log_decay, *values)
@@ -57,6 +55,34 @@ def _dense(
     assert state is not None
     found = torch.ops.flowformer.flow_causal_triton(q, k, v, masks.key, log_decay, *state_of(state, learned), *values)
     return found[0].to(dtype), FlowState(*found[1:5])
+
+
+@implements("flow_attention_step", "triton")
+def step(
+    q: Tensor, k: Tensor, v: Tensor, state: FlowState, learned: Learned, options: FlowOptions, *, plain: bool
+) -> tuple[Tensor, ...]:
+    """Compute one token: output, and parts of the state after it."""
+    dtype, log_decay = v.dtype, single(learned.log_decay)
+    tokens = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
+    *tokens, values = features_first(*tokens, Masks(None, None), learned, options)
+    _check_channels(*tokens)
+    before = state_of(state, learned)
+    given = (*tokens, *before) if log_decay is None else (*tokens, log_decay, *before)
+    if plain or not (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
+        tokens = (x.squeeze(1) for x in tokens)
+        out, *after = torch.ops.flowformer.flow_step_triton(*tokens, log_decay, *before, *values)
+        return out.to(dtype), *after
+    if log_decay is not None and log_decay.ndim == 2:
+        log_decay = log_decay.unsqueeze(1)
+    # A sequence of one token: that has a backward pass.
+    found = torch.ops.flowformer.flow_causal_triton(*tokens, None, log_decay, *before, *values)
+    return found[0].squeeze(1).to(dtype), *found[1:5]
+
+
+def _check_channels(q: Tensor, k: Tensor, v: Tensor) -> None:
+    widest = max(q.shape[-1], v.shape[-1])
+    if widest > MOST_CHANNELS:
+        raise ValueError(f"flow_attention: the Triton kernels have {MOST_CHANNELS} channels at most, got {widest}")
 
 
 # ------------------------------------------------------------------------------------------------------- the operators
@@ -139,6 +165,21 @@ def _causal_backward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_d
     given = (q, k, v, mask, log_decay, state, options, out, Flows(*flows), grad_out, grad_state, of_decay)
     found = causal.backward(*given)
     return found.q, found.k, found.v, *found.state, _like(found.log_decay, log_decay, q)
+
+
+def _fake_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Any, *rest: Any) -> tuple[Tensor, ...]:
+    return v.new_empty(v.shape), *(part.new_empty(part.shape) for part in rest[:4])
+
+
+_STEP = f"{_TENSORS}, Tensor? log_decay, Tensor tokens, Tensor sums, Tensor log_normaliser, Tensor memory"
+
+
+@_operator("flow_step_triton", _STEP, _fake_step, 5)
+def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, *rest: Any) -> Any:
+    from flowformer.mechanisms.flow.triton.step import run_step
+
+    out, after = run_step(q, k, v, log_decay, FlowState(*rest[:4]), KernelOptions(*rest[4:]))
+    return out, *after
 
 
 def _form_of(log_decay: Tensor | None) -> Any:
