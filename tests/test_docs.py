@@ -5,6 +5,7 @@ import importlib
 import re
 import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,8 @@ def test_architecture_names_what_is_there():
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
-def test_example_runs(script, capsys):
+def test_example_runs(script, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(script)])
     runpy.run_path(str(script), run_name="__main__")
     assert capsys.readouterr().out.strip()
 
