@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from flowformer import kernels
 from flowformer.core.precision import FLOAT_DTYPES, sum_dtype
-from flowformer.core.tracing import is_exporting
+from flowformer.core.tracing import is_exporting, is_transformed
 
 ENVIRONMENT_VARIABLE = "FLOWFORMER_BACKEND"
 
@@ -111,7 +110,7 @@ def refuse_second_gradients(kernels: str) -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"the {kernels} kernels do not support second-order gradients: omit create_graph=True, or, if attention is "
-            "not causal, pass backend='torch'"
+            "neither causal nor decays, pass backend='torch'"
         )
 
 
@@ -168,13 +167,6 @@ def _decide(op: str, backend: str, like: Tensor | None, only_torch: str = "") ->
     if not torch.compiler.is_compiling() and _asking.now:
         raise _OnlyAskedError(op, like, chosen, why)
     return chosen, why
-
-
-def is_transformed() -> bool:
-    """Return whether torch.func or forward-mode differentiation is active: they require plain PyTorch operations."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @torch.compiler.assume_constant_result

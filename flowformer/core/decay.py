@@ -49,9 +49,15 @@ class Decay(NamedTuple):
         return capacity * self.within, capacity * self.within.transpose(-1, -2)
 
 
-def at_most_zero(log_decay: Tensor) -> Tensor:
-    """Return log-decays with 0 for values above. At 0 there is a gradient, other than that of ``clamp``."""
-    return log_decay.masked_fill(log_decay > 0, 0)
+LEAST = -10_000.0  # exp of it is 0 in any dtype; differences of sums of lower ones would lose the others
+
+
+def clip_log_decay(log_decay: Tensor) -> Tensor:
+    """Return log-decays with 0 for values above it, and :data:`LEAST` for values below it, -inf among them.
+
+    At 0 there is a gradient, other than that of ``clamp``; NaN stays NaN.
+    """
+    return log_decay.masked_fill(log_decay > 0, 0).clamp(min=LEAST)
 
 
 def between(log_decay: Tensor) -> Tensor:
@@ -104,7 +110,7 @@ def block_decay(
         wide: The dtype of states.
     """
     chunks, chunk = shape
-    log_decay = at_most_zero(log_decay.to(dtype))
+    log_decay = clip_log_decay(log_decay.to(dtype))
     alike = log_decay.ndim == 1 and mask is None
     if log_decay.ndim == 1:
         log_decay = log_decay.view(1, 1, -1).expand(1 if mask is None else len(mask), chunks * chunk, -1)

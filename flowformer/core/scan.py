@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.core.backends import is_transformed
 from flowformer.core.decay import Decay, carry_decayed
 from flowformer.core.precision import without_autocast
-from flowformer.core.tracing import is_exporting, shift
+from flowformer.core.tracing import is_exporting, is_transformed, shift
 
 BLOCK = 512  # tokens whose intermediate values exist at a time; backward recomputes block by block
 
@@ -132,7 +131,9 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, *grads_out: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             # once_differentiable would drop them in silence where grads_out is a constant.
-            raise RuntimeError("causal operations do not support second-order gradients: omit create_graph=True")
+            raise RuntimeError(
+                "causal and decaying operations do not support second-order gradients: omit create_graph=True"
+            )
         grad_out, *grad_state = grads_out
         layout, saved = ctx.layout, ctx.saved_tensors
         of_tokens, of_learned = layout.counts

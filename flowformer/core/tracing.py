@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flowformer.core.precision import LOG_ZERO
 
@@ -22,12 +23,20 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
-def may_look(x: Tensor) -> bool:
-    """Return whether values of ``x`` may be looked at to find a shorter way: not in a traced graph, nor on a GPU.
+def is_transformed() -> bool:
+    """Return whether torch.func or forward-mode differentiation is active: they require plain PyTorch operations."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
-    Looking at a value of a GPU's makes Python wait for all that it was asked to compute before.
+
+def may_look(x: Tensor) -> bool:
+    """Return whether values of ``x`` may be looked at to find a shorter way, or a fault.
+
+    Not in a traced graph or where torch.func is active, nor on a GPU: looking at a value of a GPU's makes Python wait
+    for all that it was asked to compute before.
     """
-    return x.device.type == "cpu" and not is_traced()
+    return x.device.type == "cpu" and not is_traced() and not is_transformed()
 
 
 def is_exporting() -> bool:

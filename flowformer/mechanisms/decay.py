@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowformer.core.checks import HEADS
-from flowformer.core.decay import at_most_zero, check_decay, check_log_decay, decaying_heads, default_log_decay
+from flowformer.core.decay import check_decay, check_log_decay, clip_log_decay, decaying_heads, default_log_decay
 from flowformer.core.precision import LOG_ZERO, sum_dtype
 from flowformer.core.run import Given, check_inputs
 from flowformer.mechanisms.base import Attention, set_values
@@ -55,7 +55,7 @@ def log_gammas(log_decay: Tensor, length: int, places: Tensor) -> Tensor:
         length: Tokens j.
         places: Tokens i.
     """
-    so_far = at_most_zero(log_decay).expand(length, -1).cumsum(0).T
+    so_far = clip_log_decay(log_decay).expand(length, -1).cumsum(0).T
     return -(so_far[:, places].unsqueeze(-1) - so_far.unsqueeze(1)).abs()
 
 
@@ -82,7 +82,7 @@ def _reversed(log_decay: Tensor) -> Tensor:
 
 def _blocks(x: Tensor, log_decay: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Blocks of x, log gamma(i, j) within them, (heads, block, block), and from before them, (block, heads)."""
-    log_decay = at_most_zero(log_decay).expand(len(x), -1)
+    log_decay = clip_log_decay(log_decay).expand(len(x), -1)
     for part, decays in zip(x.split(ROWS), log_decay.split(ROWS), strict=True):
         so_far = decays.cumsum(0)
         places = torch.arange(len(part), device=x.device)

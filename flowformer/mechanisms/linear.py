@@ -19,7 +19,7 @@ from torch import Tensor
 from flowformer.core.both_ways import Block, both_ways
 from flowformer.core.checks import HEADS, check_fresh_state, check_number, check_state, check_step
 from flowformer.core.chunks import CHUNK, join_chunks, pad_to_chunks, split_chunks
-from flowformer.core.decay import Decay, at_most_zero, block_decay
+from flowformer.core.decay import Decay, block_decay, clip_log_decay
 from flowformer.core.masks import fill
 from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Dense, Given, run, scanned
@@ -260,7 +260,7 @@ def linear_attention_step(
         compute = state.memory.dtype
         Q, K, V = elu_plus_one(q.to(compute)), elu_plus_one(k.to(compute)), v.to(compute)
         if log_decay is not None:
-            factor = at_most_zero(log_decay.to(compute)).exp().expand(q.shape[:2])[..., None]
+            factor = clip_log_decay(log_decay.to(compute)).exp().expand(q.shape[:2])[..., None]
             state = LinearState(state.key_sum * factor, state.memory * factor[..., None])
         key_sum = state.key_sum + K
         memory = state.memory + K.unsqueeze(-1) * V.unsqueeze(-2)

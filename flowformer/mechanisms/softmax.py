@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from flowformer.core.checks import HEADS, check_flag, check_fresh_state, check_state, check_step
-from flowformer.core.decay import at_most_zero
+from flowformer.core.decay import clip_log_decay
 from flowformer.core.masks import fill
 from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Given, check_inputs, run
@@ -169,7 +169,7 @@ def _dense(
     """Outputs of a padded batch, and where asked for the state after them."""
     q, k, v = fill(q, query_mask), fill(k, key_mask), fill(v, key_mask)
     if log_decay is not None and log_decay.ndim == 3:
-        log_decay = at_most_zero(fill(log_decay, key_mask))
+        log_decay = clip_log_decay(fill(log_decay, key_mask))
     past, after = 0, None
     if state is not None and (return_state or state.key.shape[1]):
         past = state.key.shape[1]
@@ -262,7 +262,7 @@ def _decay_mask(
     """
     sources = k.shape[1]
     if log_decay.ndim == 1:
-        log_decay = at_most_zero(log_decay).expand(1 if key_mask is None else len(k), sources, -1)
+        log_decay = clip_log_decay(log_decay).expand(1 if key_mask is None else len(k), sources, -1)
         log_decay = fill(log_decay, key_mask)
     # In the dtype of states: the difference of two long sums is to keep the digits of a short one.
     so_far = log_decay.to(state_dtype(k.device)).cumsum(1).transpose(1, 2)

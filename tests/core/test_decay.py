@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from flowformer.core.decay import (
-    at_most_zero,
     between,
     carry_decayed,
     check_log_decay,
+    clip_log_decay,
     decay_of,
     decaying_heads,
     default_log_decay,
@@ -75,7 +75,7 @@ def test_log_sums_are_logarithms_of_decayed_sums() -> None:
 
 def test_values_above_zero_count_as_zero_and_zero_has_a_gradient() -> None:
     g = torch.tensor([0.5, 0.0, -1.0], requires_grad=True)
-    found = at_most_zero(g)
+    found = clip_log_decay(g)
     assert found.tolist() == [0.0, 0.0, -1.0]
     found.sum().backward()
     assert g.grad is not None

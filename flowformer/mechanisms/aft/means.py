@@ -31,9 +31,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.core.backends import is_transformed
 from flowformer.core.precision import LOG_ZERO, state_dtype
-from flowformer.core.tracing import cumulate, is_exporting, is_traced, log_add
+from flowformer.core.tracing import cumulate, is_exporting, is_traced, is_transformed, log_add
 
 CAP = 40.0  # exp(40) = 2e17: products of it and its inverse stay within float32
 TINY = {torch.float32: 1e-25, torch.float64: 1e-200}  # denominators below are repaired

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowformer.core.backends import choose, implementation
 from flowformer.core.checks import check_state, check_step
-from flowformer.core.decay import at_most_zero
+from flowformer.core.decay import clip_log_decay
 from flowformer.core.precision import no_autocast
 from flowformer.core.tracing import log_add
 from flowformer.mechanisms.flow.equations import Learned, allocate, contend, only_torch, query_and_key, resolve
@@ -146,7 +146,7 @@ def fade(state: FlowState, log_decay: Tensor | None) -> FlowState:
     """Return the state after the decay of one token, (heads,) or (batch, heads)."""
     if log_decay is None:
         return state._replace(tokens=state.tokens.detach())  # a count is no function of any input
-    log_decay = at_most_zero(log_decay.to(state.memory.dtype))
+    log_decay = clip_log_decay(log_decay.to(state.memory.dtype))
     factor = log_decay.exp().expand(state.tokens.shape)
     count, sums, log_normaliser, memory = state
     return FlowState(

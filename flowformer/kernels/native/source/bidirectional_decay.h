@@ -224,13 +224,11 @@ struct BidirectionalDecay : CausalBackward<float, 0> {
     }
   }
 
-  static double log_of(float log_decay) { return log_decay < 0 ? log_decay : 0.; }
-
   // Every sum in its logarithm: without a clamp a flow has no bound.
   void compete(const Rows<const float> &log_decay, DecayedHead &head) const {
     double past = LOG_ZERO, ahead = LOG_ZERO;
     for (int64_t t = 0; t < head.tokens; t++) {
-      head.log_past[t] = past + log_of(*log_decay.at(t));
+      head.log_past[t] = past + clip_log_decay(*log_decay.at(t));
       past = add_logarithms(head.log_past[t], head.logit[t]);
     }
     for (int64_t t = head.tokens - 1; t >= 0; t--) {
@@ -238,7 +236,7 @@ struct BidirectionalDecay : CausalBackward<float, 0> {
       const double from_here = add_logarithms(ahead, head.logit[t]);
       head.log_normaliser[t] = add_logarithms(head.log_past[t], from_here);
       head.weight[t] = head.n[t] * (float)std::exp(head.logit[t] - head.log_normaliser[t]);
-      ahead = from_here + log_of(*log_decay.at(t));
+      ahead = from_here + clip_log_decay(*log_decay.at(t));
     }
   }
 

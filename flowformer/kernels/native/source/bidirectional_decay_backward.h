@@ -181,7 +181,7 @@ struct BidirectionalDecayBackward : BidirectionalDecay {
 
   // gamma between neighbours times exp(Z_to - Z_from): at most 1.
   static double step(const Rows<const float> &log_decay, const DecayedHead &head, int64_t to, int64_t from) {
-    const double between = log_of(*log_decay.at(to > from ? to : from));
+    const double between = clip_log_decay(*log_decay.at(to > from ? to : from));
     return std::exp(between + head.log_normaliser[to] - head.log_normaliser[from]);
   }
 

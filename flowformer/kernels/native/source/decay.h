@@ -8,8 +8,11 @@
 
 namespace {
 
+// A log-decay from -10,000 to 0; NaN stays NaN.
+inline double clip_log_decay(float log_decay) { return log_decay > 0 ? 0. : log_decay < -1e4f ? -1e4 : log_decay; }
+
 // gamma of a log-decay. The double matters: over thousands of tokens the error of a rounded factor adds up.
-inline double decay_of(float log_decay) { return log_decay < 0 ? std::exp((double)log_decay) : 1.; }
+inline double decay_of(float log_decay) { return log_decay >= 0 ? 1. : std::exp(clip_log_decay(log_decay)); }
 
 // With gamma(i, j) from token j to a later one i.
 struct Decay {
@@ -27,7 +30,7 @@ struct Decay {
     whole = 1., log_whole = 0.;
     for (int t = 0; t < CHUNK; t++) {
       const float given = t < tokens ? *log_decay.at(first + t) : 0.f;
-      log_each[t] = given < 0 ? given : 0.;
+      log_each[t] = clip_log_decay(given);
       each[t] = t >= tokens ? 1. : constant ? of_all : decay_of(given);
       gamma[t] = (float)each[t];
       whole *= each[t], log_whole += log_each[t];

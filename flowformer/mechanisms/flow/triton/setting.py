@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.core.decay import at_most_zero
+from flowformer.core.decay import clip_log_decay
 from flowformer.core.masks import fill
 from flowformer.core.precision import LOG_ZERO
 from flowformer.kernels.triton.launch import Dots, Sequences, chunk_of, dots_of
@@ -63,7 +63,7 @@ def set_up(
     batch, length, heads = q.shape[:3]
     total = None
     if log_decay is not None:
-        log_decay = at_most_zero(log_decay.double()).clamp(min=LOWEST)
+        log_decay = clip_log_decay(log_decay.double()).clamp(min=LOWEST)
         if log_decay.ndim == 1:
             log_decay = log_decay.expand(1 if mask is None else batch, length, heads)
         total = fill(log_decay, mask).transpose(1, 2).cumsum(-1)

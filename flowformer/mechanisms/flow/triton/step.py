@@ -41,7 +41,8 @@ def _flow(a, total, inside, eps):
 def _decay_of(log_decay, row, decay_rows, DECAY: tl.constexpr):
     """Return the log-decay of a row, at most 0."""
     if DECAY:
-        return tl.minimum(tl.load(log_decay + row % decay_rows).to(tl.float64), 0.0)
+        given = tl.load(log_decay + row % decay_rows).to(tl.float64)
+        return tl.where(given > 0, 0.0, given)
     return tl.full([], 0.0, tl.float64)
 
 
