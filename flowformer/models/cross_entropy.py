@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flowformer.core.checks import describe
 from flowformer.core.precision import is_autocasting
-from flowformer.core.tracing import is_traced
+from flowformer.core.tracing import is_transformed, may_look
 
 # Scores held at a time: 64 MiB in float32. Over 267,735 words a chunk is 62 tokens, enough for a matrix product.
 CHUNK_SCORES = 2**24
@@ -72,6 +72,9 @@ def _by_weight(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: in
     if is_autocasting(hidden.device):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if is_transformed():  # torch.func has no use for what is kept for a backward pass
+        scores = _scores(hidden.flatten(0, -2), weight)
+        return nn.functional.cross_entropy(scores, targets, ignore_index=ignore_index, reduction="none")
     chunk = max(1, chunk_scores // weight.shape[0])
     return _CrossEntropy.apply(hidden.flatten(0, -2), weight, targets, ignore_index, chunk)
 
@@ -193,7 +196,7 @@ def check_tokens(what: str, tokens: Tensor, vocabulary: int, ignore_index: int |
     Raises:
         ValueError: naming the vocabulary and the token.
     """
-    if tokens.device.type != "cpu" or is_traced() or not tokens.numel():
+    if not may_look(tokens) or not tokens.numel():
         return
     wrong = (tokens < 0) | (tokens >= vocabulary)
     if ignore_index is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import reprlib
 import secrets
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -275,6 +275,10 @@ def check_prompts(prompts: Sequence[Tensor | Sequence[int]] | Tensor, model: Lan
     Raises:
         TypeError, ValueError: for what is no prompt, an empty one, or a token beyond the vocabulary.
     """
+    if not isinstance(prompts, Iterable) or isinstance(prompts, (str, bytes)) or getattr(prompts, "ndim", 1) == 0:
+        raise TypeError(f"prompts must be sequences of tokens, one for each row, got {reprlib.repr(prompts)}")
+    if _device(model).type == "meta":
+        raise ValueError("the model is on the meta device, where it has no weights: load them first")
     rows = [_check_prompt(number, prompt, model) for number, prompt in enumerate(prompts)]
     if not rows:
         raise ValueError("prompts must contain at least one sequence of tokens, got none")
@@ -286,7 +290,7 @@ def _check_prompt(number: int, prompt: Any, model: LanguageModel) -> Tensor:
     try:
         tokens = torch.as_tensor(prompt, device=_device(model))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be a sequence of tokens, got {reprlib.repr(prompt)}") from error
+        raise TypeError(f"{name} must be a sequence of tokens, got {reprlib.repr(prompt)}: {error}") from error
     if tokens.ndim != 1:
         hint = "; a single prompt goes in a list" if tokens.ndim == 0 else ""
         raise ValueError(f"{name} must be (length,), got {describe(tokens)}{hint}")
@@ -325,6 +329,8 @@ def _check_eos(eos_token_id: int | Collection[int] | None, model: LanguageModel)
     if eos_token_id is None:
         eos_token_id = ()
     tokens = (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
+    if isinstance(tokens, (Tensor, str, bytes)) or not isinstance(tokens, Collection):
+        raise TypeError(f"eos_token_id must be an integer or a collection of them, got {describe(tokens)}")
     for token in tokens:
         _check_whole("eos_token_id", token, 0)
     eos = torch.tensor(sorted(tokens), dtype=torch.int64)

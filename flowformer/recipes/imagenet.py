@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import nn
 
@@ -191,6 +191,8 @@ class OwnImageRecipe(ImageNetRecipe):
 @dataclass(frozen=True, kw_only=True)
 class TransferRecipe(ImageNetRecipe):
     """A ViT of timm that is trained further with another attention."""
+
+    own_heads: ClassVar[bool] = True
 
     weights: Path | None = option(
         None, "file with the weights of the ViT; null to download them with timm", group="model", neutral=True

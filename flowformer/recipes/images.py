@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -26,6 +26,8 @@ from flowformer.training.recipe import DataState, EpochRecipe
 @dataclass(frozen=True, kw_only=True)
 class ImageRecipe(EpochRecipe):
     """An image classifier."""
+
+    own_heads: ClassVar[bool] = False  # whether its attention may have another number of heads than its model
 
     model: str = option("flowformer_vision_micro", "image model, see `flowformer list models`", group="model")
     attention: str | None = option(
@@ -48,7 +50,7 @@ class ImageRecipe(EpochRecipe):
         """Check every field."""
         super().__post_init__()
         self._check_model()
-        check_attention(self.attention, self.attention_options)
+        check_attention(self.attention, self.attention_options, own_heads=self.own_heads)
 
     def _check_model(self) -> None:
         check_model(self.model, VisionModel)

@@ -12,13 +12,16 @@ from flowformer.core.checks import check_sizes
 from flowformer.mechanisms.registry import create_attention, option_names
 
 
-def check_attention(name: str | None, options: Mapping[str, Any], *, causal: bool = False) -> None:
+def check_attention(
+    name: str | None, options: Mapping[str, Any], *, causal: bool = False, own_heads: bool = False
+) -> None:
     """Check the name and options of a mechanism before any data is read.
 
     Args:
         name: The mechanism; ``None`` for the model's own, whose options the model checks.
         options: Options of its module.
         causal: Whether the model needs its causal form.
+        own_heads: Whether ``num_heads`` is among the options, of attention that enters a trained model.
 
     Raises:
         ValueError: for an unknown name, the first unknown option, where the message suggests the nearest, or a value
@@ -28,7 +31,7 @@ def check_attention(name: str | None, options: Mapping[str, Any], *, causal: boo
         return
     known = option_names(name)
     for key in options:
-        if key not in known and key != "num_heads":  # other attention in a trained model may have heads of its own
+        if key not in known and not (own_heads and key == "num_heads"):
             raise ValueError(f"{name} has no option {key!r}{nearest(key, known)}; available: {', '.join(known)}")
     own = {key: options[key] for key in options if key != "num_heads"}
     try:

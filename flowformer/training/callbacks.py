@@ -91,6 +91,10 @@ class History(Callback):
     ) -> None:
         """Append the record of a round and write the file."""
         self.records.append({self.recipe.unit: self.recipe.count(round_), "seconds": seconds, **values})
+        self.write(trainer)
+
+    def write(self, trainer: lightning.Trainer) -> None:
+        """Write the file, all records of it."""
         if self.path is not None and trainer.is_global_zero:
             write_whole(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
 
@@ -119,12 +123,15 @@ class RunProgress(Callback):
         )
         self._bar: Any = None
         self._start = self._shown = 0.0
-        self._first = 0
+        self._first = 0  # round that the clock counts from
+        self._warm = False
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Show the bar, starting from the progress of the resumed run."""
         batches = int(trainer.num_training_batches)
         self._first, self._start = trainer.current_epoch, time.perf_counter()
+        if self.recipe.compile:
+            self.console.print("The first steps compile the model")
         self.progress.start()
         self._bar = self.progress.add_task(
             "", total=batches * (trainer.max_epochs or 0), completed=batches * self._first, reached="", values=""
@@ -148,10 +155,12 @@ class RunProgress(Callback):
         """Show the metrics of the round; without a terminal, print them every few seconds at most."""
         self.progress.update(self._bar, values=self._values(trainer))
         now, done = time.perf_counter(), trainer.current_epoch + 1
+        left = (now - self._start) / (done - self._first) * ((trainer.max_epochs or 0) - done)
+        if self.recipe.compile and not self._warm:
+            self._start, self._first, self._warm = now, done, True  # later rounds do not compile
         if self.console.is_terminal or (now - self._shown < 5 and done < (trainer.max_epochs or 0)):
             return
         self._shown = now
-        left = (now - self._start) / (done - self._first) * ((trainer.max_epochs or 0) - done)
         self.console.print(f"{self._reached(done)}  {self._values(trainer)}  {left:.0f} s left")
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

@@ -202,6 +202,7 @@ def fit(
             start = {name: float(value) for name, value in trainer.callback_metrics.items()}
             history.add(trainer, 0, start)
         trainer.fit(module, ckpt_path=last, weights_only=True)
+        history.write(trainer)  # a run that was complete has written no record
     return history.records
 
 

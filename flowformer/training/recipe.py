@@ -73,9 +73,14 @@ class Recipe(ABC):
     precision: Precision = option(
         "32-true", "training precision; auto: 16-mixed on a GPU, else 32-true", group="machine"
     )
-    accelerator: str = option("auto", "auto, cpu, gpu or another accelerator of Lightning", group="machine")
+    accelerator: str = option(
+        "auto", "auto, cpu, gpu or another accelerator of Lightning", group="machine", neutral=True
+    )
     compile: bool = option(
-        False, "compile the model with torch.compile: minutes at the start, and faster steps on a GPU", group="machine"
+        False,
+        "compile the model with torch.compile: minutes at the start, and faster steps on a GPU",
+        group="machine",
+        neutral=True,
     )
     devices: int = option(1, "number of devices", group="machine", at_least=1, largest=100_000)
     workers: int = option(

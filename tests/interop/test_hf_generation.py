@@ -273,3 +273,13 @@ def test_generation_refuses():
         generate(model, draw(1, 3), output_attentions=True, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="token_type_ids"):
         generate(model, draw(1, 3), token_type_ids=torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_padding_behind_a_prompt_is_refused(rows):
+    tokens, mask = draw(rows, 9), torch.ones(rows, 9, dtype=torch.int64)
+    mask[-1, 6:] = 0
+    with pytest.raises(
+        ValueError, match=rf"padded on the left, got padding behind the last token of rows \[{rows - 1}\]"
+    ):
+        build("flow").generate(tokens, attention_mask=mask, max_new_tokens=3, do_sample=False)

@@ -104,6 +104,7 @@ TEXT = ["train", "text/own", "--file", "x.txt"]
         ),
         ([*TEXT, "--attention-options.clamp", "-1"], "attention_options: clamp must be positive or None, got -1"),
         ([*TEXT, "--attention-options.window", "5"], "flow has no option 'window'"),
+        ([*TEXT, "--attention-options.num_heads", "8"], "flow has no option 'num_heads'"),
         ([*TEXT, "--steps", "10", "--eval-every", "1000"], "eval_every must be at most steps 10, got 1000"),
         ([*TEXT, "--steps", "10", "--warmup-steps", "11"], "warmup_steps must be at most steps 10, got 11"),
         ([*SERIES, "--epochs", "3", "--eval-every", "9"], "eval_every must be at most epochs 3, got 9"),

@@ -245,6 +245,19 @@ def test_missing_metrics_come_from_the_checkpoint(whole, unfinished):
         json.loads((folder / "result.json").read_text())["protocols"] for folder in (whole[0] / "run", unfinished)
     ]
     assert results[0] == results[1]
+    assert (unfinished / "metrics.jsonl").read_text() == (whole[0] / "run" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("damage", [b"", bytes(range(256)), b'{"epoch": 1'])
+def test_damaged_metrics_of_a_complete_run_are_written_again(whole, unfinished, damage):
+    (unfinished / "metrics.jsonl").write_bytes(damage)
+    assert main([*elsewhere(whole[1], unfinished), "--resume"]) == 0
+    assert (unfinished / "metrics.jsonl").read_text() == (whole[0] / "run" / "metrics.jsonl").read_text()
+
+
+def test_a_run_goes_on_on_another_device_and_without_being_compiled(whole, unfinished):
+    edit("recipe.json", accelerator="auto", compile=True)(unfinished)
+    assert main([*elsewhere(whole[1], unfinished), "--resume"]) == 0
 
 
 # ------------------------------------------------------------------------------------------------ strangers

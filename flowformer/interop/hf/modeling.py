@@ -308,13 +308,19 @@ class FlowformerForCausalLM(FlowformerPreTrainedModel, GenerationMixin):
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """No positions: the model counts the real tokens of the mask itself."""
 
-    def _prepare_cache_for_generation(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not mask[:, -1].all():  # the next token would be that of padding
+            rows = (mask[:, -1] == 0).nonzero().flatten().tolist()
+            raise ValueError(f"prompts must be padded on the left, got padding behind the last token of rows {rows}")
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation is not supported, since a Flowformer has its own cache; got {kind!r}"
             )
-        return cast("Any", super())._prepare_cache_for_generation(generation_config, *args, **kwargs)
+        return cast("Any", super())._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
 
 class FlowformerForSequenceClassification(FlowformerPreTrainedModel):
