@@ -275,7 +275,7 @@ def check_prompts(prompts: Sequence[Tensor | Sequence[int]] | Tensor, model: Lan
     Raises:
         TypeError, ValueError: for what is no prompt, an empty one, or a token beyond the vocabulary.
     """
-    if not isinstance(prompts, Iterable) or isinstance(prompts, (str, bytes)) or getattr(prompts, "ndim", 1) == 0:
+    if not isinstance(prompts, Iterable) or getattr(prompts, "ndim", 1) == 0:
         raise TypeError(f"prompts must be sequences of tokens, one for each row, got {reprlib.repr(prompts)}")
     if _device(model).type == "meta":
         raise ValueError("the model is on the meta device, where it has no weights: load them first")
@@ -329,7 +329,7 @@ def _check_eos(eos_token_id: int | Collection[int] | None, model: LanguageModel)
     if eos_token_id is None:
         eos_token_id = ()
     tokens = (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
-    if isinstance(tokens, (Tensor, str, bytes)) or not isinstance(tokens, Collection):
+    if isinstance(tokens, Tensor) or not isinstance(tokens, Collection):
         raise TypeError(f"eos_token_id must be an integer or a collection of them, got {describe(tokens)}")
     for token in tokens:
         _check_whole("eos_token_id", token, 0)
