@@ -5,11 +5,12 @@ A step is some hundred small kernels, and launching them takes longer than they 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flowformer.core.precision import dtype_and_device
 
@@ -30,9 +31,9 @@ class StepGraph:
     """
 
     def __init__(self, model: LanguageModel, tokens: Tensor, state: LanguageState) -> None:
-        self._model, self._tokens, self._state = model, tokens.clone(), _copy(state)
+        self._model, self._tokens, self._state = model, tokens.clone(), tree_map_only(Tensor, Tensor.clone, state)
         self._scores = torch.empty(0)
-        self._replay = capture(self._advance, lambda: model.step(self._tokens, self._state))
+        self._replay = capture(self._advance, lambda: model.step(self._tokens, self._state), tokens.device)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Return logits (batch, vocab_size) after ``tokens`` (batch,). The next call overwrites them."""
@@ -42,7 +43,7 @@ class StepGraph:
 
     def _advance(self) -> None:
         self._scores, after = self._model.step(self._tokens, self._state)
-        pairs = list(zip(_leaves(self._state), _leaves(after), strict=True))
+        pairs = list(zip(_tensors(self._state), _tensors(after), strict=True))
         kept = {old.untyped_storage().data_ptr() for old, _ in pairs}
         # What is a view of the state before must be read before that is overwritten.
         pairs = [(old, new.clone() if new.untyped_storage().data_ptr() in kept else new) for old, new in pairs]
@@ -50,22 +51,24 @@ class StepGraph:
             old.copy_(new)
 
 
-def capture(work: Callable[[], None], warm_up: Callable[[], Any]) -> Callable[[], None]:
+def capture(work: Callable[[], None], warm_up: Callable[[], Any], device: torch.device) -> Callable[[], None]:
     """Capture work as a CUDA graph, and return what replays it.
 
     Args:
         work: What to capture; it is not computed in the capture.
         warm_up: The same without what it changes.
+        device: Where it runs, which need not be the current one.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UPS):
-            warm_up()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                warm_up()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
     return graph.replay
 
 
@@ -86,19 +89,5 @@ def check_graph(model: LanguageModel) -> None:
             )
 
 
-def _leaves(state: Any) -> Iterator[Tensor]:
-    """The tensors of nested tuples, in order."""
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, tuple):
-        for part in state:
-            yield from _leaves(part)
-
-
-def _copy(state: Any) -> Any:
-    if isinstance(state, Tensor):
-        return state.clone()
-    if not isinstance(state, tuple):
-        return state
-    parts = map(_copy, state)
-    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+def _tensors(state: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]

@@ -454,3 +454,24 @@ def test_the_method_refuses(changes, error, message):
     arguments = {"prompts": PROMPTS, "max_new_tokens": 4, **changes}
     with pytest.raises(error, match=message):
         build().generate(arguments.pop("prompts"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "error", "says"),
+    [
+        (None, {}, TypeError, "prompts must be sequences of tokens, one for each row, got None"),
+        (5, {}, TypeError, "prompts must be sequences of tokens"),
+        (torch.tensor(1), {}, TypeError, "prompts must be sequences of tokens"),
+        ([[10**30]], {}, TypeError, r"prompts\[0\] must be a sequence of tokens, got .*Overflow"),
+        ([[1]], {"eos_token_id": 1.5}, TypeError, "eos_token_id must be an integer or a collection of them, got float"),
+        ([[1]], {"eos_token_id": torch.tensor(1)}, TypeError, "eos_token_id must be an integer or a collection"),
+    ],
+)  # fmt: skip
+def test_wrong_prompts_are_named(prompts, options, error, says):
+    with pytest.raises(error, match=says):
+        build().generate(prompts, max_new_tokens=1, **options)
+
+
+def test_a_model_without_weights_is_refused():
+    with pytest.raises(ValueError, match="the model is on the meta device, where it has no weights"):
+        build(device="meta").generate([[1]], max_new_tokens=1)

@@ -365,3 +365,17 @@ def test_refuses_what_does_not_fit():
     for error, message, call in cases:
         with pytest.raises(error, match=message):
             call()
+
+
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+def test_gradients_of_each_row_by_torch_func(positions):
+    model, tokens = build(positions=positions), torch.arange(30).view(3, 10)
+    parameters = {name: one.detach() for name, one in model.named_parameters()}
+
+    def loss(parameters, row):
+        return torch.func.functional_call(model, parameters, (row[None],), {"targets": row[None]})
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, tokens)
+    wanted = torch.func.grad(loss)(parameters, tokens[1])
+    for name, grad in wanted.items():
+        torch.testing.assert_close(found[name][1], grad, rtol=1e-4, atol=1e-6)

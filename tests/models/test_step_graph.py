@@ -29,7 +29,7 @@ def replayed(monkeypatch):
     """Work in place of its graph, and what was warmed up: 1 for each step."""
     warm_ups = []
 
-    def capture(work, warm_up):
+    def capture(work, warm_up, device):
         warm_up()
         warm_ups.append(1)
         return work
@@ -124,38 +124,3 @@ def test_refuses_a_state_that_grows(monkeypatch, attention):
     monkeypatch.setattr(step_graph, "dtype_and_device", lambda _: {"device": torch.device("cuda")})
     with pytest.raises(ValueError, match=f"state of fixed size, and {attention} has none: it remembers every key"):
         build(attention).generate([[1]], max_new_tokens=1, cuda_graph=True)
-
-
-@pytest.mark.parametrize(
-    ("prompts", "options", "error", "says"),
-    [
-        (None, {}, TypeError, "prompts must be sequences of tokens, one for each row, got None"),
-        (5, {}, TypeError, "prompts must be sequences of tokens"),
-        (torch.tensor(1), {}, TypeError, "prompts must be sequences of tokens"),
-        ([[10**30]], {}, TypeError, r"prompts\[0\] must be a sequence of tokens, got .*Overflow"),
-        ([[1]], {"eos_token_id": 1.5}, TypeError, "eos_token_id must be an integer or a collection of them, got float"),
-        ([[1]], {"eos_token_id": torch.tensor(1)}, TypeError, "eos_token_id must be an integer or a collection"),
-    ],
-)  # fmt: skip
-def test_wrong_prompts_are_named(prompts, options, error, says):
-    with pytest.raises(error, match=says):
-        build().generate(prompts, max_new_tokens=1, **options)
-
-
-def test_a_model_without_weights_is_refused():
-    with pytest.raises(ValueError, match="the model is on the meta device, where it has no weights"):
-        build(device="meta").generate([[1]], max_new_tokens=1)
-
-
-@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
-def test_gradients_of_each_row_by_torch_func(positions):
-    model, tokens = build(positions=positions), torch.arange(30).view(3, 10)
-    parameters = {name: one.detach() for name, one in model.named_parameters()}
-
-    def loss(parameters, row):
-        return torch.func.functional_call(model, parameters, (row[None],), {"targets": row[None]})
-
-    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, tokens)
-    wanted = torch.func.grad(loss)(parameters, tokens[1])
-    for name, grad in wanted.items():
-        torch.testing.assert_close(found[name][1], grad, rtol=1e-4, atol=1e-6)

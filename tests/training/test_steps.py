@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from flowformer.tasks.text import task as text
 from flowformer.tasks.text.corpus import Corpus
 from flowformer.tasks.text.task import TextTask
 from flowformer.tasks.text.tokenizers import BytesTokenizer
+from flowformer.training.callbacks import RunProgress
 from flowformer.training.fit import evaluate, load, train
 from flowformer.training.module import TaskModule
 
@@ -181,6 +183,23 @@ def test_a_model_that_cannot_be_compiled_is_an_error_in_words(tmp_path, monkeypa
     monkeypatch.setattr(torch.nn.Module, "compile", lambda model: original(model, backend=refuse))
     with pytest.raises(RunError, match=r"cannot compile the model, leave out --compile: .*no working compiler"):
         run(tmp_path / "run", steps=4, compile=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_time_left_does_not_count_compilation(monkeypatch, capsys, compiled):
+    now = [0.0]
+    monkeypatch.setattr("flowformer.training.callbacks.time.perf_counter", lambda: now[0])
+    made = recipe(compile=compiled)
+    shown = RunProgress(Console(width=200), made, made.build_task().metric)
+    trainer = SimpleNamespace(num_training_batches=4, current_epoch=0, max_epochs=3, callback_metrics={})
+    shown.on_train_start(trainer, None)
+    for seconds in (100.0, 10.0):  # the first round compiles
+        now[0] += seconds
+        shown.on_train_epoch_end(trainer, None)
+        trainer.current_epoch += 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].endswith("10 s left" if compiled else "55 s left")
+    assert ("The first steps compile the model" in lines) == compiled
 
 
 class SplitTextRecipe(OwnTextRecipe):

@@ -209,6 +209,16 @@ def test_a_step_has_gradients_and_compiles() -> None:
 
 
 @FORMS
+def test_log_decays_at_their_limits(causal: bool) -> None:
+    tensors = inputs(40, decay="token")
+    tensors[3][:, 20] = -torch.inf
+    given = {"causal": causal, "backend": "triton"}
+    want = ops.flow_attention(*tensors, causal=causal, backend="torch")
+    close([ops.flow_attention(*(t.float() for t in tensors), **given)], [want], 1e-5)
+    assert ops.flow_attention(*(t.float() for t in tensors[:3]), torch.full((2,), torch.nan), **given).isnan().all()
+
+
+@FORMS
 def test_any_layout_and_an_empty_batch(causal: bool) -> None:
     tensors = [t.float() for t in inputs(40)]
     given = {"causal": causal, "backend": "triton"}
