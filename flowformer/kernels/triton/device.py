@@ -98,7 +98,7 @@ def tokens_of(mask, chunk, L, C: tl.constexpr, MASKED: tl.constexpr):
 
 @triton.jit
 def _load_decay(total, ends, chunk, at, there):
-    """Return the log-decays of a chunk: (C,) from its start, what float32 leaves of them, and that of the whole chunk.
+    """Return the log-decays of a chunk: from its start, what float32 leaves of them, to its end (C,); and the whole.
 
     Differences of the first, between neighbours, would have lost digits: gamma of two tokens takes the second too.
 
@@ -112,7 +112,8 @@ def _load_decay(total, ends, chunk, at, there):
     start, end = tl.load(ends + chunk), tl.load(ends + chunk + 1)
     exact = tl.where(there, tl.load(total + at, there, 0.0), end) - start
     here = exact.to(tl.float32)
-    return here, (exact - here.to(tl.float64)).to(tl.float32), (end - start).to(tl.float32)
+    whole = end - start
+    return here, (exact - here.to(tl.float64)).to(tl.float32), (whole - exact).to(tl.float32), whole.to(tl.float32)
 
 
 @triton.jit
@@ -147,8 +148,8 @@ def decay_of(
     gamma = 1.0
     if DECAY:
         row = head % decay_heads
-        here, rest, whole = _load_decay(total + row * L, ends + row * (chunks + 1), chunk, at, there)
-        before, behind, gamma = tl.exp(here), tl.exp(whole - here), tl.exp(whole)
+        here, rest, left, whole = _load_decay(total + row * L, ends + row * (chunks + 1), chunk, at, there)
+        before, behind, gamma = tl.exp(here), tl.exp(left), tl.exp(whole)
     if REVERSE:
         return here, rest, behind, before, before, gamma
     return here, rest, before, behind, behind, gamma

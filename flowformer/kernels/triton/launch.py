@@ -297,10 +297,28 @@ def memory(
     return out
 
 
+class Sums(NamedTuple):
+    """Sums of weights, which outputs are divided by.
+
+    Attributes:
+        keys: Features of keys, added up: before chunks (heads, chunks, 1, channels), or of all (heads, 1, channels).
+        found: Written, (heads, length).
+        before: Those of the tokens on the other side, likewise, where outputs are added to theirs.
+        divide: Whether outputs are divided by them and eps.
+        eps: Added to them.
+    """
+
+    keys: Tensor
+    found: Tensor
+    before: Tensor | None
+    divide: bool
+    eps: float
+
+
 def attend(
     of: Sequences, q: Tensor, k: Tensor, v: Tensor, states: Tensor, out: Tensor, scale: Tensor | None = None,
-    weight: Tensor | None = None, other: Tensor | None = None, *, add: bool = False, dot: int,
-    reverse: bool = False, strict: bool = False, local: bool = True,
+    weight: Tensor | None = None, other: Tensor | None = None, *, totals: Sums | None = None, add: bool = False,
+    dot: int, reverse: bool = False, strict: bool = False, local: bool = True,
 ) -> Tensor | None:  # fmt: skip
     """Write outputs; return their products with ``other``, (heads, length), where there is one: see the kernel."""
     D, M = q.shape[-1], v.shape[-1]
@@ -309,12 +327,14 @@ def attend(
     blocks = triton.cdiv(M, block)
     products = None if other is None else of.dummy.new_empty(blocks, of.heads, of.length)
     beside = out if other is None else other
+    by = totals or Sums(of.dummy, of.dummy, None, False, 0.0)
     run(
         matrix_kernels.attend, (of.heads, of.segments, blocks),
-        q, k, v, states, _given(of, scale), _given(of, weight), beside,
-        of.masks(), *of.decays, out, _given(of, products), *_strides(q), *_strides(k),
+        q, k, v, states, _given(of, scale), _given(of, weight), beside, by.keys, _given(of, by.before),
+        of.masks(), *of.decays, out, _given(of, products), by.found, *_strides(q), *_strides(k),
         *_strides(v), *_strides(out), *_strides(beside), of.per_sequence, of.heads, of.length, of.chunks, of.segments,
-        of.per, of.decay_heads, D=D, M=M, BD=padded(D), BM=block, MAP=of.feature_map, SCALED=scale is not None,
+        of.per, of.decay_heads, by.eps, SUMS=totals is not None, DIVIDE=by.divide,
+        D=D, M=M, BD=padded(D), BM=block, MAP=of.feature_map, SCALED=scale is not None,
         WEIGHTED=weight is not None, ADD=add, OTHER=other is not None, REVERSE=reverse, STRICT=strict, LOCAL=local,
         DOT=dot, **compiled, **of.flags(),
     )  # fmt: skip

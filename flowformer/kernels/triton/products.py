@@ -50,16 +50,21 @@ def memory(
 
 @triton.jit(do_not_specialize=["H", "heads", "L", "chunks", "segments", "per", "decay_heads"])
 def attend(
-    q, k, v, states, scale, weight, other, mask, total, ends, out, products,
-    qb, qt, qh, kb, kt, kh, vb, vt, vh, ob, ot, oh, xb, xt, xh, H, heads, L, chunks, segments, per, decay_heads,
+    q, k, v, states, scale, weight, other, keys, sums_before, mask, total, ends, out, products, sums,
+    qb, qt, qh, kb, kt, kh, vb, vt, vh, ob, ot, oh, xb, xt, xh, H, heads, L, chunks, segments, per, decay_heads, eps,
     D: tl.constexpr, M: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, MAP: tl.constexpr,
-    SCALED: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, OTHER: tl.constexpr, MASKED: tl.constexpr,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, LOCAL: tl.constexpr, DOT: tl.constexpr,
+    SCALED: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, OTHER: tl.constexpr, SUMS: tl.constexpr,
+    DIVIDE: tl.constexpr, MASKED: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr,
+    LOCAL: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Outputs a_i phi(q_i) . sum_j gamma(i, j) w_j phi(k_j) v_j^T of a segment, from the matrix before it.
 
     Without LOCAL the matrix is all there is: one for each head, whatever the token. OTHER: also the products with other
     vectors before the scale, x_i . out_i / a_i, (blocks, heads, L). ADD: to what ``out`` holds.
+
+    SUMS: also sums of weights phi(q_i) . sum_j gamma(i, j) phi(k_j), (heads, L), from the states of keys before chunks,
+    (heads, chunks, D); with ADD those of the tokens on the other side are ``sums_before``. DIVIDE: outputs divided by
+    them and eps.
     """
     head, segment, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     b, h = head // H, head % H
@@ -78,6 +83,9 @@ def attend(
         at, there, real = tokens_of(mask + b * L, chunk, L, C, MASKED)
         Q = load_tokens(q, at, real, qt, d, inside, MAP)
         y = multiply(Q, S, DOT)
+        if SUMS:
+            key = tl.load(keys + (head * chunks + chunk if LOCAL else head) * D + d, inside, 0.0)
+            found = tl.sum(Q * key[None, :], 1)
         if LOCAL:
             here, rest, arrive, _, away, whole = decay_of(
                 total, ends, head, decay_heads, L, chunks, chunk, at, there, C, DECAY, REVERSE
@@ -88,7 +96,10 @@ def attend(
             V = load_tokens(v, at, real, vt, m, columns, GIVEN)
             if WEIGHTED:
                 V *= tl.load(weight + head * L + at, real, 0.0)[:, None]
-            y += multiply(multiply(Q, tl.trans(K), DOT) * between(here, rest, i, REVERSE, STRICT, DECAY), V, DOT)
+            A = multiply(Q, tl.trans(K), DOT) * between(here, rest, i, REVERSE, STRICT, DECAY)
+            y += multiply(A, V, DOT)
+            if SUMS:
+                found = found * arrive + tl.sum(A, 1)
             if DECAY:
                 V *= away[:, None]
                 S *= whole
@@ -102,6 +113,13 @@ def attend(
         to = out + at[:, None] * ot + m[None, :]
         if ADD:
             y += tl.load(to, ok, 0.0).to(tl.float32)
+        if SUMS:
+            if ADD:
+                found += tl.load(sums_before + head * L + at, there, 0.0)
+            if block == 0:
+                tl.store(sums + head * L + at, found, there)
+        if DIVIDE:
+            y = tl.where(real[:, None], y / (found + eps)[:, None], 0.0)
         tl.store(to, y.to(out.dtype.element_ty), ok)
 
 

@@ -17,7 +17,7 @@ from flowformer.core.precision import FLOAT_DTYPES, no_autocast, sum_dtype
 from flowformer.mechanisms.decay import check_given
 from flowformer.mechanisms.flow.options import RELU_FLOOR, FlowOptions, KernelOptions
 from flowformer.mechanisms.flow.state import FlowState
-from flowformer.mechanisms.linear import elu_plus_one
+from flowformer.mechanisms.linear.operation import elu_plus_one
 
 
 class Learned(NamedTuple):

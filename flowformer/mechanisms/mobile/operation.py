@@ -124,7 +124,7 @@ def mobile_attention(
         cu_seqlens: (N + 1,) int32 boundaries of N sequences packed into a batch of size 1.
         initial_state: State to continue from (causal only); batch N for a packed batch.
         return_state: Return the state after the last token as well (causal only).
-        backend: ``"auto"`` or ``"torch"``.
+        backend: ``"auto"``, ``"torch"``, or ``"triton"`` on a GPU.
         **overrides: Options of :class:`MobileOptions` that depart from the published form.
 
     Returns:
@@ -153,8 +153,8 @@ def _flow(A: Tensor, total: Tensor, eps: float) -> Tensor:
     return (A @ b.unsqueeze(-1)).squeeze(-1) + eps * b.sum(-1, keepdim=True)
 
 
-def _sinks_and_sources(Q: Tensor, K: Tensor, mask: Tensor | None, options: MobileOptions) -> tuple[Tensor, Tensor]:
-    """Return A Q / I (..., heads, K) and O^ (..., heads), clamped, for each token."""
+def gates_and_logits(Q: Tensor, K: Tensor, mask: Tensor | None, options: MobileOptions) -> tuple[Tensor, Tensor]:
+    """Return A / I and O^, clamped, for each token, (..., heads)."""
     eps = options.eps
     # The flow of padding is next to nothing: it is divided by, and nothing may come of that.
     incoming = fill(_flow(Q, K.sum(-2), eps), mask, 1.0)
@@ -165,29 +165,34 @@ def _sinks_and_sources(Q: Tensor, K: Tensor, mask: Tensor | None, options: Mobil
     if options.allocation:
         outgoing = fill(_flow(K, Q.sum(-2), eps), mask, 1.0)
         gate = _flow(Q, (K / outgoing.unsqueeze(-1)).sum(-2), eps).sigmoid() / incoming
-    return Q * gate.unsqueeze(-1), conserved_out
+    return gate, conserved_out
 
 
-def _scale(n: Tensor, options: MobileOptions) -> Tensor:
+def scale_of(n: Tensor, options: MobileOptions) -> Tensor:
     """What the sum over n tokens is multiplied by: weights add up to 1 where tokens compete, else their mean is 1."""
     if options.competition == "sequence":
         return torch.ones_like(n) if options.normalize else n
     return 1 / n if options.normalize else torch.ones_like(n)
 
 
+def weights_of(conserved_out: Tensor, mask: Tensor | None, options: MobileOptions) -> Tensor:
+    """Return the weights of sources in the sum over all tokens, (batch, length, heads), or alike for all of them."""
+    n = conserved_out.new_full((1,), conserved_out.shape[1])
+    n = n if mask is None else mask.sum(1).clamp(min=1).to(n.dtype)
+    weight = scale_of(n, options).view(-1, 1, 1)
+    if options.competition == "sequence":
+        # Over the last axis: over another, float32 sums of 65,536 tokens are off by 4e-5.
+        return weight * fill(conserved_out, mask, LOG_ZERO).mT.softmax(-1).mT
+    return weight * conserved_out.shape[2] * conserved_out.softmax(2) if options.competition == "heads" else weight
+
+
 def _bidirectional(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: MobileOptions) -> Tensor:
     with no_autocast(q.device):
         Q, K = features(q, mask, options.feature_map), features(k, mask, options.feature_map)
         V = fill(v, mask).to(Q.dtype)
-        scaled, conserved_out = _sinks_and_sources(Q, K, mask, options)
-        n = Q.new_full((1,), q.shape[1]) if mask is None else mask.sum(1).clamp(min=1).to(Q.dtype)
-        weight = _scale(n, options).view(-1, 1, 1)
-        if options.competition == "sequence":
-            # Over the last axis: over another, float32 sums of 65,536 tokens are off by 4e-5.
-            weight = weight * fill(conserved_out, mask, LOG_ZERO).mT.softmax(-1).mT
-        elif options.competition == "heads":
-            weight = weight * q.shape[2] * conserved_out.softmax(2)
-        scaled, K, V = (x.transpose(1, 2) for x in (scaled, K, V * weight.unsqueeze(-1)))
+        gate, conserved_out = gates_and_logits(Q, K, mask, options)
+        weight = weights_of(conserved_out, mask, options)
+        scaled, K, V = (x.transpose(1, 2) for x in (Q * gate.unsqueeze(-1), K, V * weight.unsqueeze(-1)))
         return times_sum(scaled, sum_over_tokens(K, V)).transpose(1, 2).to(q.dtype).contiguous()
 
 
@@ -201,22 +206,22 @@ def _causal_block(
         (q, k, v), mask = pad_to_chunks((q, k, v), mask, chunk)
         Q, K = features(q, mask, options.feature_map), features(k, mask, options.feature_map)
         V = fill(v, mask).to(Q.dtype)
-        scaled, conserved_out = _sinks_and_sources(Q, K, mask, options)
+        gate, conserved_out = gates_and_logits(Q, K, mask, options)
         if options.competition == "heads":
             V = V * (q.shape[2] * conserved_out.softmax(2)).unsqueeze(-1)
-        Q, K, V = (split_chunks(x, chunk) for x in (scaled, K, V))
+        Q, K, V = (split_chunks(x, chunk) for x in (Q * gate.unsqueeze(-1), K, V))
         if options.competition == "sequence":
             logits = split_chunks(fill(conserved_out, mask, LOG_ZERO).unsqueeze(-1), chunk).squeeze(-1)
             out, normaliser, memory = _competing_product(Q, K, V, logits, state)
         else:
             out, memory = causal_product((Q @ K.transpose(-1, -2)).tril(), Q, K, V, state.memory)
             normaliser = state.log_normaliser.clone()
-        n, count = _positions(state.length, mask, q)
-        out = join_chunks(out, length) * cut(_scale(n, options), length)[:, :, None, None].to(out.dtype)
+        n, count = positions(state.length, mask, q)
+        out = join_chunks(out, length) * cut(scale_of(n, options), length)[:, :, None, None].to(out.dtype)
         return out.to(v.dtype), MobileState(count, normaliser, memory)
 
 
-def _positions(count: Tensor, mask: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def positions(count: Tensor, mask: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """1-based count of real tokens at each place (batch, length), at least 1, float64; and the count after the last."""
     if mask is None:
         steps = torch.arange(1, tokens.shape[1] + 1, device=tokens.device).expand(count.shape[0], -1)
@@ -292,7 +297,7 @@ def mobile_attention_step(
     with no_autocast(q.device):
         compute = state.memory.dtype  # one token is little work
         Q, K = features(q, None, options.feature_map).to(compute), features(k, None, options.feature_map).to(compute)
-        scaled, conserved_out = _sinks_and_sources(Q, K, None, options)
+        gate, conserved_out = gates_and_logits(Q, K, None, options)
         normaliser, kept, weight = state.log_normaliser.clone(), 1.0, torch.ones_like(conserved_out)
         if options.competition == "sequence":
             normaliser = log_add(normaliser, conserved_out)
@@ -302,5 +307,7 @@ def mobile_attention_step(
             weight = heads * conserved_out.softmax(-1)
         memory = kept * state.memory + (K * weight.unsqueeze(-1)).unsqueeze(-1) * v.to(compute).unsqueeze(-2)
         count = state.length + 1
-        out = (scaled.unsqueeze(-2) @ memory).squeeze(-2) * _scale(count.to(compute), options).view(-1, 1, 1)
+        out = ((Q * gate.unsqueeze(-1)).unsqueeze(-2) @ memory).squeeze(-2) * scale_of(count.to(compute), options).view(
+            -1, 1, 1
+        )
     return out.to(v.dtype), MobileState(count, normaliser, memory)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowformer.core.backends import adjacent, implements, refuse_second_gradients
+from flowformer.core.backends import implements, refuse_second_gradients
 from flowformer.core.checks import Masks
 from flowformer.core.masks import run_packed
-from flowformer.core.precision import no_autocast
 from flowformer.core.run import Checked
+from flowformer.kernels.triton.operators import like_decays, operator, with_adjacent_channels
 from flowformer.mechanisms.flow.equations import Learned, features_first, single, state_of
 from flowformer.mechanisms.flow.options import FlowOptions, KernelOptions
 from flowformer.mechanisms.flow.state import FlowState, init_flow_state
@@ -99,72 +97,37 @@ _GRADIENTS = (
 _BIDIRECTIONAL = f"{_TENSORS}, Tensor? key_mask, Tensor? query_mask, Tensor? log_decay"
 
 
-def _operator(name: str, arguments: str, fake: Callable[..., tuple[Tensor, ...]], returns: int) -> Callable[[Any], Any]:
-    """Define an operator that returns so many tensors; the decorated function computes it, on GPUs and interpreted.
-
-    ``fake`` makes tensors of the shapes of its results: while a graph is traced, and where the batch is empty.
-    """
-    torch.library.define(f"flowformer::{name}", f"({arguments}, {_OPTIONS}) -> ({', '.join(['Tensor'] * returns)})")
-    torch.library.register_fake(f"flowformer::{name}", fake)
-
-    def register(function: Any) -> Any:
-        def run(q: Tensor, *rest: Any) -> Any:
-            if not q.shape[0]:
-                return fake(q, *rest)
-            on_device = torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
-            with on_device, no_autocast(q.device):
-                return function(q, *rest)
-
-        for device in ("cuda", "cpu"):
-            torch.library.impl(f"flowformer::{name}", device, run)
-        return function
-
-    return register
-
-
-def _adjacent(*tensors: Tensor) -> list[Tensor]:
-    """Tensors whose channels are adjacent, as kernels read them."""
-    return [adjacent(t) for t in tensors]
-
-
-def _like(grad: Tensor | None, log_decay: Tensor | None, q: Tensor) -> Tensor:
-    """The gradient by token in the shape of log-decays; zeros where it is not wanted, nothing where there are none."""
-    if grad is None or log_decay is None:
-        return q.new_zeros(0 if log_decay is None else log_decay.shape, dtype=torch.float32)
-    return (grad if log_decay.ndim == 3 else grad.sum((0, 1))).float().contiguous()
-
-
 def _fake_causal(q: Tensor, k: Tensor, v: Tensor, mask: Any, log_decay: Any, *rest: Any) -> tuple[Tensor, ...]:
     flows = q.new_empty(4, q.shape[0] * q.shape[2], q.shape[1], dtype=torch.float32)
     return v.new_empty(v.shape), *(part.new_empty(part.shape) for part in rest[:4]), flows
 
 
-@_operator("flow_causal_triton", _CAUSAL, _fake_causal, 6)
+@operator("flow_causal_triton", f"{_CAUSAL}, {_OPTIONS}", _fake_causal, 6)
 def _causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_decay: Tensor | None, *rest: Any) -> Any:
     from flowformer.mechanisms.flow.triton import causal
 
     state, options = FlowState(*rest[:4]), KernelOptions(*rest[4:])
-    q, k, v = _adjacent(q, k, v)
+    q, k, v = with_adjacent_channels(q, k, v)
     out, after, flows = causal.forward(q, k, v, mask, log_decay, state, options)
     return out, *after, torch.stack(flows)
 
 
 def _fake_causal_backward(q: Tensor, k: Tensor, v: Tensor, mask: Any, log_decay: Any, *rest: Any) -> tuple[Tensor, ...]:
     grads = (x.new_empty(x.shape) for x in (q, k, v))
-    return *grads, *(part.new_empty(part.shape) for part in rest[:4]), _like(None, log_decay, q)
+    return *grads, *(part.new_empty(part.shape) for part in rest[:4]), like_decays(None, log_decay, q)
 
 
-@_operator("flow_causal_triton_backward", f"{_CAUSAL}, {_GRADIENTS}", _fake_causal_backward, 8)
+@operator("flow_causal_triton_backward", f"{_CAUSAL}, {_GRADIENTS}, {_OPTIONS}", _fake_causal_backward, 8)
 def _causal_backward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_decay: Tensor | None, *rest: Any) -> Any:
     from flowformer.mechanisms.flow.triton import causal
     from flowformer.mechanisms.flow.triton.setting import Flows
 
     state, (out, flows, grad_out), grad_state = FlowState(*rest[:4]), rest[4:7], rest[7:11]
     of_decay, options = rest[11] and log_decay is not None, KernelOptions(*rest[12:])
-    q, k, v, grad_out = _adjacent(q, k, v, grad_out)
+    q, k, v, grad_out = with_adjacent_channels(q, k, v, grad_out)
     given = (q, k, v, mask, log_decay, state, options, out, Flows(*flows), grad_out, grad_state, of_decay)
     found = causal.backward(*given)
-    return found.q, found.k, found.v, *found.state, _like(found.log_decay, log_decay, q)
+    return found.q, found.k, found.v, *found.state, like_decays(found.log_decay, log_decay, q)
 
 
 def _fake_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Any, *rest: Any) -> tuple[Tensor, ...]:
@@ -174,7 +137,7 @@ def _fake_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Any, *rest: Any) -> t
 _STEP = f"{_TENSORS}, Tensor? log_decay, Tensor tokens, Tensor sums, Tensor log_normaliser, Tensor memory"
 
 
-@_operator("flow_step_triton", _STEP, _fake_step, 5)
+@operator("flow_step_triton", f"{_STEP}, {_OPTIONS}", _fake_step, 5)
 def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, *rest: Any) -> Any:
     from flowformer.mechanisms.flow.triton.step import run_step
 
@@ -194,29 +157,29 @@ def _fake_bidirectional(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Te
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(numbers, dtype=torch.float32)
 
 
-@_operator("flow_bidirectional_triton", _BIDIRECTIONAL, _fake_bidirectional, 2)
+@operator("flow_bidirectional_triton", f"{_BIDIRECTIONAL}, {_OPTIONS}", _fake_bidirectional, 2)
 def _bidirectional(q: Tensor, k: Tensor, v: Tensor, key_mask: Any, query_mask: Any, *rest: Any) -> Any:
     form, options = _form_of(rest[0]), KernelOptions(*rest[1:])
-    return form.forward(*_adjacent(q, k, v), key_mask, query_mask, rest[0], options)
+    return form.forward(*with_adjacent_channels(q, k, v), key_mask, query_mask, rest[0], options)
 
 
 def _fake_bidirectional_backward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return *(x.new_empty(x.shape) for x in (q, k, v)), _like(None, rest[2], q)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), like_decays(None, rest[2], q)
 
 
-@_operator(
+@operator(
     "flow_bidirectional_triton_backward",
-    f"{_BIDIRECTIONAL}, Tensor out, Tensor flows, Tensor grad_out, bool of_decay",
+    f"{_BIDIRECTIONAL}, Tensor out, Tensor flows, Tensor grad_out, bool of_decay, {_OPTIONS}",
     _fake_bidirectional_backward,
     4,
 )
 def _bidirectional_backward(q: Tensor, k: Tensor, v: Tensor, key_mask: Any, query_mask: Any, *rest: Any) -> Any:
     log_decay, out, flows, grad_out, of_decay, *options = rest
-    q, k, v, grad_out = _adjacent(q, k, v, grad_out)
+    q, k, v, grad_out = with_adjacent_channels(q, k, v, grad_out)
     found = _form_of(log_decay).backward(
         q, k, v, key_mask, query_mask, log_decay, KernelOptions(*options), out, flows, grad_out, of_decay
     )
-    return *found[:3], _like(found[3], log_decay, q)
+    return *found[:3], like_decays(found[3], log_decay, q)
 
 
 # ---------------------------------------------------------------------------------------------------------- gradients
@@ -232,7 +195,7 @@ def _keep_causal(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _differentiate_causal(ctx: Any, grad_out: Tensor | None, *grad_state: Tensor | None) -> Any:
     refuse_second_gradients("Triton")
     *given, out, flows = ctx.saved_tensors
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    grad_out = torch.zeroslike_decays(out) if grad_out is None else grad_out
     wanted = any(ctx.needs_input_grad[4:6])  # of the log-decays, and of the count before
     grads = torch.ops.flowformer.flow_causal_triton_backward(
         *given, out, flows, grad_out, *grad_state[:4], wanted, *ctx.options

@@ -23,14 +23,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.core.masks import fill
 from flowformer.core.precision import LOG_ZERO
 from flowformer.core.tracing import log_add, log_cumsum
 from flowformer.kernels.triton import launch
+from flowformer.kernels.triton.decays import between_segments, by_tokens
 from flowformer.kernels.triton.launch import Pairs
 from flowformer.mechanisms.flow.options import KernelOptions
 from flowformer.mechanisms.flow.state import FlowState
-from flowformer.mechanisms.flow.triton.setting import Flows, Setting, between_sums, by_tokens, set_up, through_heads
+from flowformer.mechanisms.flow.triton.setting import Flows, Setting, between_sums, set_up, through_heads
 
 
 class Found(NamedTuple):
@@ -382,15 +382,14 @@ class _Backward:
         if of_sums is not None and self.grads.log_normaliser is not None:
             last = last + self.grads.log_normaliser
         starts = [first.unsqueeze(1), self._at_segments(sides, counts, of_sums), last.unsqueeze(1)]
-        return fill(by_tokens(of, torch.cat(starts, 1), parts), of.mask)
+        return by_tokens(of, torch.cat(starts, 1), parts)
 
     def _at_segments(self, sides: _Sides, counts: Tensor, of_sums: _OfSums | None) -> Tensor:
         """The gradients of the log-decays of the first tokens of all segments but the first, (batch * heads, ...)."""
         of = self.of
         found = self.count.new_zeros(of.heads, of.segments - 1)
         for before, behind, step in sides.states:
-            products = before[:, step::step] * behind[:, step - 1 : -1 : step][:, : of.segments - 1]
-            found += products.flatten(2).sum(-1, dtype=torch.float64)
+            found += between_segments(of, before, behind, step)
         first = of.per * of.chunk * torch.arange(1, of.segments, device=found.device)
         decays = self.setting.log_decays()
         factor = (decays[:, first] - decays[:, first - 1]).exp()

@@ -11,13 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.core.masks import fill
 from flowformer.core.precision import LOG_ZERO
 from flowformer.core.tracing import log_cumsum
 from flowformer.kernels.triton import launch
+from flowformer.kernels.triton.decays import between_segments, by_tokens
 from flowformer.kernels.triton.launch import Pairs
 from flowformer.mechanisms.flow.options import KernelOptions
-from flowformer.mechanisms.flow.triton.setting import Flows, between_sums, by_tokens, set_up, through_heads
+from flowformer.mechanisms.flow.triton.setting import Flows, between_sums, set_up, through_heads
 
 DIRECTIONS = (False, True)  # whether over later tokens
 
@@ -301,8 +301,7 @@ class _Backward:
              (sums.states("of_sources", False), sums.states("of_sources", True)), of.per),
         ):  # fmt: skip
             for one, other in ((ours[0], theirs[1]), (theirs[0], ours[1])):
-                products = one[:, step::step] * other[:, step - 1 : -1 : step][:, : of.segments - 1]
-                starts += products.flatten(2).sum(-1, dtype=torch.float64)
+                starts += between_segments(of, one, other, step)
         factor = (form.total[:, first] - form.total[:, last]).exp()
         starts += form.counts[0][:, last] * factor * (behind + found.n)[:, first]
         starts += form.counts[1][:, last] * before[:, last]
@@ -316,7 +315,7 @@ class _Backward:
             starts += later.found[:, first] * (later.total[:, first] - later.total[:, last]).exp()
             own = (self.competition.logits - self.competition.sums[1]).exp()[:, last]
             starts += (earlier.found + earlier.given)[:, last] * (1 - own)
-        return fill(by_tokens(of, torch.nn.functional.pad(starts, (1, 1)), parts), of.mask)
+        return by_tokens(of, torch.nn.functional.pad(starts, (1, 1)), parts)
 
 
 class _Vectors:

@@ -7,14 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.core.decay import clip_log_decay
-from flowformer.core.masks import fill
 from flowformer.core.precision import LOG_ZERO
+from flowformer.kernels.triton.decays import add_up
 from flowformer.kernels.triton.launch import Dots, Sequences, chunk_of, dots_of
 from flowformer.mechanisms.flow.equations import FEATURE_MAPS
 from flowformer.mechanisms.flow.options import KernelOptions
-
-LOWEST = -64.0  # log-decay of a token: exp(-64) = 2e-28 is nothing beside the token's own part
 
 
 class Flows(NamedTuple):
@@ -60,14 +57,8 @@ def set_up(
     backward: bool = False,
 ) -> Setting:
     """Return the setting of either pass for q and v (batch, length, heads, channels)."""
-    batch, length, heads = q.shape[:3]
-    total = None
-    if log_decay is not None:
-        log_decay = clip_log_decay(log_decay.double()).clamp(min=LOWEST)
-        if log_decay.ndim == 1:
-            log_decay = log_decay.expand(1 if mask is None else batch, length, heads)
-        total = fill(log_decay, mask).transpose(1, 2).cumsum(-1)
-    by_heads = None if mask is None else mask.repeat_interleave(heads, 0)
+    total = None if log_decay is None else add_up(log_decay, mask, q)
+    by_heads = None if mask is None else mask.repeat_interleave(q.shape[2], 0)
     dots = dots_of(q.dtype, options.feature_map)
     chunk = chunk_of(dots, q.shape[-1], v.shape[-1], backward=backward)
     of = Sequences(q, mask, total, chunk, FEATURE_MAPS[options.feature_map])
@@ -102,22 +93,3 @@ def between_sums(like: Tensor, of: Sequences, total: Tensor, sums: Tensor) -> tu
     total = torch.minimum(torch.maximum(total, least), most)
     by_heads = total.view(of.batch, of.per_sequence, -1)
     return Sequences(like, of.mask, by_heads, of.chunk, of.feature_map, relative=True), total
-
-
-def by_tokens(of: Sequences, starts: Tensor, parts: Tensor) -> Tensor:
-    """Return gradients of log-decays, (batch, length, heads).
-
-    Args:
-        of: The sequences.
-        starts: The gradient at the first token of each segment, and 'behind' the last: (batch * heads, segments + 1).
-        parts: How much it falls behind each token, (batch * heads, length).
-    """
-    size = of.per * of.chunk
-    parts = torch.nn.functional.pad(parts, (0, of.segments * size - of.length)).view(of.heads, of.segments, size)
-    found = starts[:, :-1, None] - (parts.cumsum(-1) - parts)
-    # What rounding has left over at the end of a segment, where the gradient is known, it has gathered on the way.
-    place = torch.arange(of.segments * size, device=parts.device).view(of.segments, size)
-    width = (place[:, -1:].clamp(max=of.length - 1) + 1 - place[:, :1]).double()
-    left = starts[:, 1:] - (found[..., -1] - parts[..., -1])
-    found = found + left.unsqueeze(-1) * (place - place[:, :1]) / width
-    return found.flatten(1)[:, : of.length].view(of.batch, of.per_sequence, of.length).transpose(1, 2)

@@ -37,8 +37,6 @@ from flowformer.mechanisms.decay import (
 from flowformer.mechanisms.registry import by_sizes, register
 from flowformer.mechanisms.weights import Rows, lower, rows_of, truth_of
 
-__all__ = ["LinearAttention", "LinearState", "init_linear_state", "linear_attention", "linear_attention_step"]
-
 
 class LinearState(NamedTuple):
     """State of causal linear attention.
@@ -110,7 +108,7 @@ def linear_attention(
         cu_seqlens: (N + 1,) int32 boundaries of a packed batch of size 1.
         initial_state: State to continue from (causal only); batch N for a packed batch.
         return_state: Return the state after the last token as well (causal only).
-        backend: ``"auto"`` or ``"torch"``.
+        backend: ``"auto"``, ``"torch"``, or ``"triton"`` on a GPU.
         eps: Added to the denominator.
         decay: Where ``log_decay`` is absent: ``"fixed"`` for :func:`flowformer.core.decay.default_log_decay`.
 
@@ -129,7 +127,7 @@ def linear_attention(
     return run(
         op, given, _dense(causal, log_decay, bool(of_tokens), eps), layout=HEADS if log_decay is None else DECAYING,
         init_state=lambda batch: init_linear_state(batch, k.shape[2], k.shape[3], v.shape[3], device=q.device),
-        of_tokens=of_tokens,
+        of_tokens=of_tokens, options=(log_decay, eps),
     )  # fmt: skip
 
 

@@ -1,0 +1,385 @@
+"""Linear attention of features, forward and backward: what every mechanism of this family runs on.
+
+    out_i = a_i phi(q_i) . sum_j gamma(i, j) w_j phi(k_j) v_j^T
+
+with weights w of sources and scales a of sinks, each or none; or divided by the sums of weights
+
+    T_i = phi(q_i) . sum_j gamma(i, j) phi(k_j)        a_i = 1 / (T_i + eps)
+
+over the token and the earlier ones, or over all tokens: then without a decay from sums of all of them, and with one in
+two passes, over the token and the earlier ones and over the later ones.
+
+The gradient of phi(q_i) . phi(k_j) gamma(i, j) is a_i (g_i . w_j v_j) + t_i, where g is the gradient of outputs, and
+t_i = -a_i (g_i . out_i) that of T_i. So the gradients of features are the same sums with other vectors.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowformer.kernels.triton import launch
+from flowformer.kernels.triton.decays import add_up, between_segments, by_tokens
+from flowformer.kernels.triton.launch import Dots, Pairs, Sequences, Sums, chunk_of, dots_of
+
+
+class Inputs(NamedTuple):
+    """What attention is given.
+
+    Attributes:
+        q: Queries (batch, L, heads, K).
+        k: Keys (batch, S, heads, K).
+        v: Values (batch, S, heads, V).
+        key_mask: (batch, S), True = real token.
+        query_mask: (batch, L), likewise.
+        log_decay: (heads,) or (batch, L, heads).
+        weight: Of sources, (batch, S, heads), float32.
+        scale: Of sinks, (batch, L, heads), float32; not zero.
+        feature_map: Of queries and keys, by its number in device.py.
+        eps: Added to sums of weights; ``None`` where nothing is divided by them.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_mask: Tensor | None
+    query_mask: Tensor | None
+    log_decay: Tensor | None
+    weight: Tensor | None
+    scale: Tensor | None
+    feature_map: int
+    eps: float | None
+
+    @property
+    def dots(self) -> Dots:
+        """How to multiply: there are no flows, whose products would need more digits."""
+        _, values, gradients = dots_of(self.q.dtype, "given")
+        return Dots(values, values, gradients)
+
+
+class State(NamedTuple):
+    """Sums over the tokens so far, or their gradients; ``None`` where there are none.
+
+    Attributes:
+        keys: Of features of keys, (batch, heads, K), where outputs are divided by sums of weights.
+        memory: Of their products with values, (batch, heads, K, V).
+    """
+
+    keys: Tensor | None
+    memory: Tensor | None
+
+    def by_heads(self) -> State:
+        """(batch * heads, ...), in float64."""
+        return State(*(None if x is None else x.double().flatten(0, 1) for x in self))
+
+
+class Gradients(NamedTuple):
+    """Gradients of inputs in their shapes, ``None`` of those that are absent; of log-decays (batch, L, heads)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    weight: Tensor | None
+    scale: Tensor | None
+    state: State | None
+
+
+def _by_heads(x: Tensor | None) -> Tensor | None:
+    """(batch, length, heads) as (batch * heads, length)."""
+    return None if x is None else x.transpose(1, 2).reshape(-1, x.shape[1]).float().contiguous()
+
+
+def _by_tokens(x: Tensor | None, of: Sequences) -> Tensor | None:
+    """(batch * heads, length) as (batch, length, heads), zero at padding."""
+    if x is None:
+        return None
+    x = x.view(of.batch, of.per_sequence, -1).transpose(1, 2)
+    return x.contiguous() if of.mask is None else x.masked_fill(~of.mask.unsqueeze(-1), 0)
+
+
+class _Backward(NamedTuple):
+    """Numbers of each token that the backward pass has, (batch * heads, length): a, w, t, and the gradient of a."""
+
+    scale: Tensor | None
+    weight: Tensor | None
+    of_sums: Tensor | None
+    of_scale: Tensor | None
+
+
+def _start_backward(given: Inputs, of: Sequences, out: Tensor, totals: Tensor, grad_out: Tensor) -> _Backward:
+    weight, scale = _by_heads(given.weight), _by_heads(given.scale)
+    if given.eps is None:
+        if scale is None:
+            return _Backward(None, weight, None, None)
+        return _Backward(scale, weight, None, launch.dots(of, grad_out, out) / scale)
+    scale = 1 / (totals + given.eps)
+    return _Backward(scale, weight, -scale * launch.dots(of, grad_out, out), None)
+
+
+# ---------------------------------------------------------------------------------- with an order of tokens, or a decay
+
+
+class _Local:
+    """Both passes where gamma(i, j) depends on the tokens: causal, or with ``both`` bidirectional with a decay.
+
+    Sums over earlier tokens are those of direction False, sums over later ones those of True. Of two directions, one
+    has the token itself: for sinks the first, for sources the second.
+    """
+
+    def __init__(self, given: Inputs, state: State | None, *, backward: bool = False) -> None:
+        self.given, self.dots = given, given.dots
+        q, mask = given.q, given.key_mask
+        total = None if given.log_decay is None else add_up(given.log_decay, mask, q)
+        chunk = chunk_of(self.dots, q.shape[-1], given.v.shape[-1], backward=backward)
+        self.of = Sequences(q, mask, total, chunk, given.feature_map)
+        self.before = state and state.by_heads()
+        both = state is None
+        self.sinks = ((False, False), (True, True)) if both else ((False, False),)  # direction, and whether strict
+        self.sources = ((True, False), (False, True)) if both else ((True, False),)
+        self.after: dict[str, Tensor] = {}
+
+    def sums(self, x: Tensor, weights: Tensor | None, back: bool, first: Tensor | None, name: str) -> Tensor:
+        """Sums of features before chunks, or behind them, (batch * heads, chunks, 1, channels)."""
+        found = launch.sums(self.of, x, None, None if weights is None else weights[None], reverse=back)
+        first = None if first is None else first.unsqueeze(1).contiguous()
+        return self._carry(found, first, 1, back, name)
+
+    def matrices(self, x: Tensor, y: Tensor, weights: Tensor | None, back: bool, first: Tensor | None, name: str,
+                 dot: int) -> Tensor:  # fmt: skip
+        """Sums of products before segments, or behind them, (batch * heads, segments, channels of x, of y)."""
+        found = launch.memory(self.of, x, y, weights, dot=dot, reverse=back)
+        return self._carry(found, first, self.of.per, back, name)
+
+    def _carry(self, states: Tensor, first: Tensor | None, step: int, back: bool, name: str) -> Tensor:
+        after = launch.carry(self.of, states, first, step=step, last=self.before is not None, reverse=back)
+        if after is not None:
+            self.after[name] = after
+        return states
+
+    def forward(self) -> tuple[Tensor, Tensor | None, State | None]:
+        """Return outputs, sums of weights (batch * heads, length), and the state after."""
+        (q, k, v, *_), of, eps = self.given, self.of, self.given.eps
+        weight, scale = _by_heads(self.given.weight), _by_heads(self.given.scale)
+        several = len(self.sinks) > 1
+        out = torch.empty(v.shape, dtype=torch.float32 if several else v.dtype, device=v.device)
+        totals = None
+        for back, strict in self.sinks:
+            matrices = self.matrices(k, v, weight, back, self.before and self.before.memory, "memory", self.dots.values)
+            by = None
+            if eps is not None:
+                keys = self.sums(k, None, back, self.before and self.before.keys, "keys")
+                by = Sums(keys, of.numbers(of.length), totals, back or not several, eps)
+                totals = by.found
+            launch.attend(
+                of, q, k, v, matrices, out, scale, weight, totals=by, add=back, dot=self.dots.values, reverse=back,
+                strict=strict,
+            )  # fmt: skip
+        after = None
+        if self.before is not None:
+            after = State(None if eps is None else self.after["keys"].squeeze(1), self.after["memory"])
+        return out.to(v.dtype), totals, after
+
+    def backward(
+        self, out: Tensor, totals: Tensor, grad_out: Tensor, grad_state: State | None, of_decay: bool
+    ) -> Gradients:
+        """Return the gradients of all inputs."""
+        (q, k, v, *_), of = self.given, self.of
+        known = _start_backward(self.given, of, out, totals, grad_out)
+        states = _States(self, grad_out, known, grad_state)
+        dot, several = self.dots.gradients, len(self.sinks) > 1
+        grads = [torch.empty(x.shape, dtype=torch.float32 if several else x.dtype, device=x.device) for x in (q, k, v)]
+        one = torch.ones(of.heads, of.length, device=q.device)
+        parts = torch.zeros_like(one, dtype=torch.float64) if of_decay else None
+        of_weight = torch.zeros_like(one)
+
+        def gather(found: Tensor | None, back: bool) -> None:
+            if found is not None and parts is not None:
+                parts.add_(found, alpha=-1 if back else 1)
+
+        for turn, (back, strict) in enumerate(self.sinks):
+            options = {"add": turn > 0, "last": turn == len(self.sinks) - 1, "reverse": back, "strict": strict}
+            pairs = None if known.of_sums is None else Pairs(known.of_sums[None], one[None], states.keys(back))
+            found = launch.gradient(
+                of, q, k, grad_out, v, states.ours(back), one if known.scale is None else known.scale, grads[0],
+                known.weight, pairs, products=of_decay, dot=dot, **options,
+            )  # fmt: skip
+            gather(found, back)
+        for turn, (back, strict) in enumerate(self.sources):
+            options = {"add": turn > 0, "last": turn == len(self.sources) - 1, "reverse": back, "strict": strict}
+            pairs = None if known.of_sums is None else Pairs(one[None], known.of_sums[None], states.queries(back))
+            found = launch.gradient(
+                of, k, q, v, grad_out, states.theirs(back), one if known.weight is None else known.weight, grads[1],
+                known.scale, pairs, products=of_decay, dot=dot, **options,
+            )  # fmt: skip
+            gather(found, back)
+            weighed = launch.attend(
+                of, k, q, grad_out, states.theirs(back), grads[2], known.weight, known.scale,
+                None if known.weight is None else v, add=turn > 0, dot=dot, reverse=back, strict=strict,
+            )  # fmt: skip
+            of_weight = of_weight if weighed is None else of_weight + weighed
+        before = states.before()
+        decays = None if parts is None else by_tokens(of, states.starts(before), parts)
+        return Gradients(
+            *(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)), decays,
+            None if known.weight is None else _by_tokens(of_weight, of), _by_tokens(known.of_scale, of), before,
+        )  # fmt: skip
+
+
+class _States:
+    """Sums before and behind tokens that the backward pass reads: found when they are asked for, once."""
+
+    def __init__(self, form: _Local, grad_out: Tensor, known: _Backward, grads: State | None) -> None:
+        self.form, self.grad_out, self.known = form, grad_out, known
+        self.grads = grads and grads.by_heads()
+        self.ours = functools.cache(self._ours)
+        self.theirs = functools.cache(self._theirs)
+        self.keys = functools.cache(self._keys)
+        self.queries = functools.cache(self._queries)
+
+    def _ours(self, back: bool) -> Tensor:
+        """Sums of w phi(k) v^T."""
+        form = self.form
+        first = form.before and form.before.memory
+        return form.matrices(form.given.k, form.given.v, self.known.weight, back, first, "memory", form.dots.gradients)
+
+    def _theirs(self, back: bool) -> Tensor:
+        """Sums of a phi(q) g^T."""
+        form = self.form
+        first = self.grads and self.grads.memory
+        return form.matrices(
+            form.given.q, self.grad_out, self.known.scale, back, first, "of memory", form.dots.gradients
+        )
+
+    def _keys(self, back: bool) -> Tensor:
+        """Sums of phi(k)."""
+        return self.form.sums(self.form.given.k, None, back, self.form.before and self.form.before.keys, "keys")
+
+    def _queries(self, back: bool) -> Tensor:
+        """Sums of t phi(q)."""
+        first = self.grads and self.grads.keys
+        return self.form.sums(self.form.given.q, self.known.of_sums, back, first, "of keys")
+
+    def before(self) -> State | None:
+        """Gradients of the state before."""
+        form = self.form
+        if form.before is None:
+            return None
+        of_keys = form.after.get("of keys")
+        return State(None if of_keys is None else of_keys.squeeze(1), form.after["of memory"])
+
+    def starts(self, before: State | None) -> Tensor:
+        """Gradients of log-decays at the first tokens of segments, and behind the last: (batch * heads, ...)."""
+        form, of = self.form, self.form.of
+        found = torch.zeros(of.heads, of.segments - 1, dtype=torch.float64, device=self.grad_out.device)
+        for back, _ in form.sinks:
+            # Both turn the same way: what stands before a token, and its gradient from behind it.
+            one, other = (self.theirs, self.ours) if back else (self.ours, self.theirs)
+            found += between_segments(of, one(False), other(True), 1)
+            if self.known.of_sums is not None:
+                one, other = (self.queries, self.keys) if back else (self.keys, self.queries)
+                found += between_segments(of, one(False), other(True), of.per)
+        if before is None or form.before is None:
+            return torch.nn.functional.pad(found, (1, 1))
+        after = State(form.after.get("keys"), form.after["memory"])
+        ends = [_product(form.before, before, found), _product(after, self.grads or State(None, None), found)]
+        return torch.cat([ends[0], found, ends[1]], 1)
+
+
+def _product(states: State, grads: State, like: Tensor) -> Tensor:
+    """Sums over a state of its elements times their gradients, (batch * heads, 1)."""
+    found = like.new_zeros(like.shape[0], 1)
+    for state, grad in zip(states, grads, strict=True):
+        if state is not None and grad is not None:
+            found += (state.flatten(1) * grad.flatten(1)).sum(1, keepdim=True)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ all tokens at once
+
+
+class _Global:
+    """Both passes where every sink sees every source alike: bidirectional and cross-attention without a decay."""
+
+    def __init__(self, given: Inputs) -> None:
+        self.given, self.dots = given, given.dots
+        chunk = chunk_of(self.dots, given.q.shape[-1], given.v.shape[-1])
+        self.sinks = Sequences(given.q, given.query_mask, None, chunk, given.feature_map)
+        self.sources = Sequences(given.k, given.key_mask, None, chunk, given.feature_map)
+
+    def matrix(self, of: Sequences, x: Tensor, y: Tensor, weight: Tensor | None, dot: int) -> Tensor:
+        """Sum of w phi(x) y^T, (batch * heads, channels of x, of y)."""
+        return launch.memory(of, x, y, weight, dot=dot).sum(1, dtype=torch.float64).float()
+
+    def sum(self, of: Sequences, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Sum of w phi(x), (batch * heads, 1, channels)."""
+        found = launch.sums(of, x, None, None if weights is None else weights[None])
+        return found.sum(1, dtype=torch.float64).float()
+
+    def forward(self) -> tuple[Tensor, Tensor | None, None]:
+        """Return outputs and sums of weights (batch * heads, length)."""
+        q, k, v = self.given[:3]
+        dot, eps = self.dots.values, self.given.eps
+        out = v.new_empty(*q.shape[:3], v.shape[3])
+        by = None
+        if eps is not None:
+            by = Sums(self.sum(self.sources, k), self.sinks.numbers(self.sinks.length), None, True, eps)
+        matrix = self.matrix(self.sources, k, v, _by_heads(self.given.weight), dot)
+        launch.attend(
+            self.sinks, q, q, out, matrix, out, _by_heads(self.given.scale), totals=by, local=False, dot=dot
+        )  # fmt: skip
+        return out, None if by is None else by.found, None
+
+    def backward(self, out: Tensor, totals: Tensor, grad_out: Tensor) -> Gradients:
+        """Return the gradients of all inputs."""
+        (q, k, v, *_), dot = self.given, self.dots.gradients
+        known = _start_backward(self.given, self.sinks, out, totals, grad_out)
+        ours = self.matrix(self.sources, k, v, known.weight, dot)
+        theirs = self.matrix(self.sinks, q, grad_out, known.scale, dot)
+        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+        of_weight = launch.attend(
+            self.sources, k, k, v, theirs, grads[2], known.weight, other=None if known.weight is None else v,
+            local=False, dot=dot,
+        )  # fmt: skip
+        one, other = (torch.ones(of.heads, of.length, device=q.device) for of in (self.sinks, self.sources))
+        past = future = None
+        if known.of_sums is not None:
+            past = Pairs(known.of_sums[None], None, self.sum(self.sources, k))
+            future = Pairs(other[None], None, self.sum(self.sinks, q, known.of_sums))
+        scale, weight = one if known.scale is None else known.scale, other if known.weight is None else known.weight
+        options = {"local": False, "dot": dot}
+        launch.gradient(self.sinks, q, q, grad_out, grad_out, ours, scale, grads[0], None, past, **options)
+        launch.gradient(self.sources, k, k, v, v, theirs, weight, grads[1], None, future, **options)
+        of_scale = _by_tokens(known.of_scale, self.sinks)
+        return Gradients(*grads, None, _by_tokens(of_weight, self.sources), of_scale, None)
+
+
+def forward(given: Inputs, state: State | None, causal: bool) -> tuple[Tensor, Tensor | None, State | None]:
+    """Return outputs, sums of weights (batch * heads, L) where they are divided by, and the state after (causal)."""
+    if causal or given.log_decay is not None:
+        return _Local(given, state).forward()
+    return _Global(given).forward()
+
+
+def backward(
+    given: Inputs, state: State | None, causal: bool, out: Tensor, totals: Tensor, grad_out: Tensor,
+    grad_state: State | None, of_decay: bool,
+) -> Gradients:  # fmt: skip
+    """Return the gradients of all inputs; of log-decays where they are wanted.
+
+    Args:
+        given: The inputs.
+        state: The state before (causal).
+        causal: Which form.
+        out: Of the forward pass.
+        totals: Likewise.
+        grad_out: Gradient of the output.
+        grad_state: Gradients of the state after, each or none.
+        of_decay: Whether the gradient of log-decays is wanted.
+    """
+    if causal or given.log_decay is not None:
+        return _Local(given, state, backward=True).backward(out, totals, grad_out, grad_state, of_decay)
+    return _Global(given).backward(out, totals, grad_out)
