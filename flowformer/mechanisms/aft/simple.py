@@ -65,8 +65,8 @@ def aft_simple(
         cu_seqlens: (N + 1,) int32 boundaries of N sequences packed into a batch of size 1.
         initial_state: State to continue from (causal only); batch N for a packed batch.
         return_state: Return the state after the last token as well (causal only).
-        backend: ``"auto"``, ``"native"`` (C++ kernels: float32 and bfloat16 on the CPU) or ``"torch"``. See
-            :func:`flowformer.ops.explain`.
+        backend: ``"auto"``, ``"native"`` (C++ kernels: float32 and bfloat16 on the CPU), ``"triton"`` on a GPU, or
+            ``"torch"``. See :func:`flowformer.ops.explain`.
 
     Returns:
         Output (batch, L, channels) in the dtype of q, zeros at padded queries; with ``return_state`` also the state.
