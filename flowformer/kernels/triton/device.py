@@ -14,6 +14,7 @@ stand at the same places, so that those of either direction meet.
 
 import os
 
+import torch
 import triton
 import triton.language as tl
 
@@ -24,6 +25,9 @@ TF32X3 = tl.constexpr(0)  # float32 by three products in tf32
 TF32 = tl.constexpr(1)  # one product in tf32, which has the digits of float16 and the range of float32
 BF16 = tl.constexpr(2)
 HALVES = tl.constexpr(3)  # features, which are of order 1, as two float16: 22 bits by three products
+# Not every AMD GPU has tf32: there, both are products in float32.
+ONE_TF32 = tl.constexpr("ieee" if torch.version.hip else "tf32")
+THREE_TF32 = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
 
 # Feature maps, by the numbers of flow/equations.py
 SIGMOID, RELU, ELU, GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -43,8 +47,8 @@ def multiply(a, b, DOT: tl.constexpr):
         small = tl.dot(x, (b - y.to(tl.float32)).to(tl.float16), small)
         return tl.dot(x, y, small)
     if DOT == TF32:
-        return tl.dot(a, b, input_precision="tf32")
-    return tl.dot(a, b, input_precision="tf32x3")
+        return tl.dot(a, b, input_precision=ONE_TF32)
+    return tl.dot(a, b, input_precision=THREE_TF32)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
-"""Compile the Triton kernels of Flow-Attention for a GPU, without one: registers, spills, shared memory, matrix units.
+"""Compile the Triton kernels for a GPU, without one: registers, spills, shared memory, matrix units.
 
     python tests/kernels/triton/compiled.py --target 90 --dtype bfloat16 --channels 64        one JSON line per kernel
 
-The launches are those of both passes of every form, recorded in place of being run.
+The launches are those of both passes of every form of every mechanism, recorded in place of being run.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import tempfile
 from typing import Any
 
 import torch
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, compile
 
 from flowformer import ops
-from flowformer.kernels.triton import launch
+from flowformer.kernels.triton import device, launch, linear
+from flowformer.mechanisms.aft.triton import CHUNK, walk
 from flowformer.mechanisms.flow.options import PRESETS
 from flowformer.mechanisms.flow.triton import bidirectional, causal, decayed
 from flowformer.mechanisms.flow.triton.setting import Flows
@@ -68,6 +70,8 @@ def record(dtype: torch.dtype, channels: int, length: int = 1_024) -> Launches:
     before, launch.run = launch.run, launches.record
     try:
         q, k, v = (torch.randn(1, length, 2, channels).to(dtype) for _ in range(3))
+        _linear(q, k, v)
+        _aft(*(x.flatten(2) for x in (q, k, v)))
         numbers = torch.ones(2, length)
         for log_decay, preset in ((None, "core"), (-torch.rand(1, length, 2), "distance")):
             options = PRESETS[preset].values()
@@ -86,35 +90,79 @@ def record(dtype: torch.dtype, channels: int, length: int = 1_024) -> Launches:
     return launches
 
 
-def figures(kernel: Any, source: ASTSource, compiler: dict[str, Any], target: int) -> dict[str, Any]:
+def _linear(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Linear attention by elu divided by sums of weights, and by sigmoid with weights and scales (Mobile-Attention)."""
+    _, length, heads, channels = q.shape
+    number = torch.ones(1, length, heads)
+    keys, memory = torch.zeros(1, heads, channels).double(), torch.zeros(1, heads, channels, channels).double()
+    totals = torch.ones(heads, length)
+    for log_decay in (None, -number):
+        for with_state in (True, False):
+            for numbers, eps, feature_map in (((None, None), 1e-6, 2), ((number, number), None, 0)):
+                given = linear.Inputs(q, k, v, None, None, log_decay, *numbers, feature_map, eps)
+                state = linear.State(None if eps is None else keys, memory) if with_state else None
+                linear.forward(given, state, with_state)
+                linear.backward(given, state, with_state, v, totals, v, None, log_decay is not None)
+
+
+def _aft(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Both forms of AFT-simple."""
+    form = walk.Form(k, v, None, CHUNK)
+    *_, log_weight, mean, marks = walk.causal_forward(form, q, None, None)
+    walk.causal_backward(form, q, marks, q, None, mean)
+    walk.means_backward(form, marks, log_weight, mean)
+
+
+def figures(kernel: Any, source: ASTSource, compiler: dict[str, Any], target: str) -> dict[str, Any]:
     """Compile one kernel, and return what the assembler says of it."""
-    compiled = compile(source, target=GPUTarget("cuda", target, 32), options=compiler)
-    assembly = compiled.asm["ptx"]
+    if target.startswith("gfx"):
+        compiled = compile(source, target=GPUTarget("hip", target, 64), options=compiler)
+        measured, units = _of_amd(compiled.asm["amdgcn"]), ("mfma",)
+        assembly = compiled.asm["amdgcn"]
+    else:
+        compiled = compile(source, target=GPUTarget("cuda", int(target), 32), options=compiler)
+        measured, units = _of_nvidia(compiled.asm["ptx"], int(target)), ("wgmma", "mma.sync", "tcgen05")
+        assembly = compiled.asm["ptx"]
+    constants = {**{key[0] if isinstance(key, tuple) else key: value for key, value in source.constants.items()}}
+    named = {parameter.name: constants.get(parameter.num, constants.get(parameter.name)) for parameter in kernel.params}
+    return {
+        "kernel": kernel.fn.__name__,
+        **measured,
+        "shared_bytes": compiled.metadata.shared,
+        "matrix_units": [unit for unit in units if unit in assembly],
+        **{name: value for name in SHOWN if (value := {**named, **compiler}.get(name)) is not None},
+    }
+
+
+def _of_nvidia(assembly: str, target: int) -> dict[str, int]:
+    """Registers and spilled bytes of a thread, as the assembler counts them."""
     with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
         file.write(assembly)
         file.flush()
         name = f"sm_{target}{'a' if target >= 90 else ''}"
         command = [get_ptxas(target).path, "-v", f"--gpu-name={name}", file.name, "-o", "/dev/null"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    constants = {**{key[0] if isinstance(key, tuple) else key: value for key, value in source.constants.items()}}
-    named = {parameter.name: constants.get(parameter.num, constants.get(parameter.name)) for parameter in kernel.params}
     return {
-        "kernel": kernel.fn.__name__,
         "registers": int(re.findall(r"Used (\d+) registers", said)[-1]),
         "spilled_bytes": int(re.findall(r"(\d+) bytes spill stores", said)[-1]),
-        "shared_bytes": compiled.metadata.shared,
-        "matrix_units": [unit for unit in ("wgmma", "mma.sync", "tcgen05") if unit in assembly],
-        **{name: value for name in SHOWN if (value := {**named, **compiler}.get(name)) is not None},
     }
+
+
+def _of_amd(assembly: str) -> dict[str, int]:
+    """Likewise, for an AMD GPU: of 4 bytes each."""
+    found = {name: int(re.findall(rf"\.{name}:\s+(\d+)", assembly)[-1]) for name in ("vgpr_count", "vgpr_spill_count")}
+    return {"registers": found["vgpr_count"], "spilled_bytes": 4 * found["vgpr_spill_count"]}
 
 
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--target", type=int, default=90)
+    parser.add_argument("--target", default="90", help="80, 89, 90, 100, 120; or of AMD, gfx942")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--channels", type=int, default=64)
     values = parser.parse_args()
+    if values.target.startswith("gfx"):  # as on a PyTorch for AMD
+        device.ONE_TF32 = device.THREE_TF32 = tl.constexpr("ieee")
     for kernel, source, compiler in record(getattr(torch, values.dtype), values.channels).found.values():
         row = {"target": values.target, "dtype": values.dtype, "channels": values.channels}
         print(json.dumps({**row, **figures(kernel, source, compiler, values.target)}), flush=True)

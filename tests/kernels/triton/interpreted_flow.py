@@ -8,6 +8,8 @@ import pytest
 import torch
 from law_cases import reference, variants_of
 from torch import Tensor
+from triton_comparison import FORMS, close, resumed, run
+from triton_comparison import both as both_backends
 
 from flowformer import ops
 from flowformer.kernels.triton import launch
@@ -15,7 +17,6 @@ from flowformer.mechanisms import find_attention
 
 HEADS = 2
 VARIANTS = {name: v for name, v in variants_of(find_attention("flow")).items() if name != "temperature"}
-FORMS = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 DECAYS = pytest.mark.parametrize("decay", [None, "head", "token"])
 
 
@@ -33,28 +34,9 @@ def inputs(length: int, sources: int | None = None, *, decay: str | None = None,
     return [t.double() for t in found]
 
 
-def run(function: Any, tensors: list[Tensor], dtype: torch.dtype, **options: Any) -> list[Tensor]:
-    """The output, and the gradients of a combination of its elements. Log-decays are float32 at least."""
-    leaves = [t.to(torch.float32 if t.ndim < 4 and dtype != torch.float64 else dtype) for t in tensors]
-    leaves = [t.clone().requires_grad_() for t in leaves]
-    out = function(*leaves, **options)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return [out.detach(), *torch.autograd.grad(out, leaves, weights.to(dtype))]
-
-
 def both(tensors: list[Tensor], dtype: torch.dtype = torch.float32, **options: Any) -> None:
-    """Compare with plain PyTorch in float64, which is held to the reference elsewhere."""
-    rounded = [t.to(dtype).double() if t.ndim == 4 else t for t in tensors]
-    want = run(ops.flow_attention, rounded, torch.float64, backend="torch", **options)
-    got = run(ops.flow_attention, rounded, dtype, backend="triton", **options)
-    close(got, want, {torch.float32: 1e-5, torch.float16: 2e-3}[dtype])
-
-
-def close(got: list[Tensor], want: list[Tensor], tolerance: float) -> None:
-    for one, other in zip(got, want, strict=True):
-        assert one.shape == other.shape
-        error, size = (one.double() - other).abs().max(), other.abs().max()
-        assert error <= tolerance * size, f"off by {error / size:.2g} of the largest"
+    """Compare with plain PyTorch in float64."""
+    both_backends(ops.flow_attention, tensors, dtype, **options)
 
 
 @FORMS
@@ -115,21 +97,7 @@ def test_several_segments(decay: str | None, causal: bool, monkeypatch: pytest.M
 @DECAYS
 @pytest.mark.parametrize("options", [{}, {"clamp": None}, {"competition": "heads"}, {"competition": None}], ids=str)
 def test_resumes_from_a_state(decay: str | None, options: dict[str, Any]) -> None:
-    tensors = inputs(60, decay=decay)
-    results = []
-    for backend, dtype in (("torch", torch.float64), ("triton", torch.float32)):
-        leaves = [t.to(dtype).clone().requires_grad_() for t in tensors]
-        given = {"causal": True, "return_state": True, "backend": backend, **options}
-        cut = [(t[:, :33], t[:, 33:]) if t.ndim > 2 else (t, t) for t in leaves]
-        first, state = ops.flow_attention(*(one for one, _ in cut), **given)
-        second, after = ops.flow_attention(*(other for _, other in cut), initial_state=state, **given)
-        out = torch.cat([first, second], 1)
-        random = torch.Generator().manual_seed(0)
-        loss = sum(
-            (x * torch.randn(x.shape, generator=random, dtype=torch.float64).to(x.dtype)).sum() for x in (out, *after)
-        )
-        results.append([out.detach(), *(x.detach() for x in after), *torch.autograd.grad(loss, leaves)])
-    close(results[1], results[0], 1e-5)
+    resumed(ops.flow_attention, inputs(60, decay=decay), 33, **options)
 
 
 @pytest.mark.parametrize(("key", "value"), [(1, 1), (80, 3), (3, 130), (130, 70)])
