@@ -116,7 +116,7 @@ def _performer_module(channels: int, causal: bool) -> Any:
 
 def _performer(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     tensors = (x.transpose(1, 2) for x in (q, k, v))
-    return _performer_module(q.shape[-1], causal)(*tensors).transpose(1, 2)
+    return _performer_module(q.shape[-1], causal).to(q.device)(*tensors).transpose(1, 2)
 
 
 def _performer_unavailable(inputs: Inputs) -> str | None:
