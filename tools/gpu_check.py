@@ -11,11 +11,9 @@ folder continues where the first stopped. What is wrong is never timed. The exit
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -39,9 +37,10 @@ from law_cases import reference, shapes_of, variants_of
 from flowformer import create_attention, create_model, list_attentions, ops
 from flowformer.bench.device import DEVICES, Device
 from flowformer.bench.limits import make_limits
+from flowformer.bench.rows.models import chosen
 from flowformer.bench.rows.peers import fla_linear, fla_missing, sdpa_flash
 from flowformer.bench.timing import estimate, interleave, schedule
-from flowformer.core.backends import ENVIRONMENT_VARIABLE, backends_of, explain, find_backend
+from flowformer.core.backends import backends_of, explain, find_backend
 from flowformer.mechanisms import find_attention
 
 PACKAGE = Path(ops.__file__).parent
@@ -816,23 +815,10 @@ class Trainer:
         return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-def of_backend(attention: str) -> tuple[str, str]:
-    """The mechanism, and the backend after it in parentheses."""
+def of_backend(attention: str) -> tuple[str, str | None]:
+    """The mechanism, and the backend after it in parentheses, where one is named."""
     name, _, backend = attention.partition(" (")
-    return name, backend.rstrip(")").lower() or "auto"
-
-
-@contextlib.contextmanager
-def chosen(backend: str) -> Iterator[None]:
-    """Have every operation use a backend."""
-    before = os.environ.get(ENVIRONMENT_VARIABLE)
-    os.environ[ENVIRONMENT_VARIABLE] = backend
-    try:
-        yield
-    finally:
-        os.environ.pop(ENVIRONMENT_VARIABLE)
-        if before is not None:
-            os.environ[ENVIRONMENT_VARIABLE] = before
+    return name, backend.rstrip(")").lower() or None
 
 
 def build(name: str, attention: str, length: int) -> Any:

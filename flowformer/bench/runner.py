@@ -228,7 +228,6 @@ class _Bench:
         except WrongResultError as error:
             return leave_out("wrong", str(error))
         except torch.OutOfMemoryError:  # of a GPU
-            self.device.clear()
             return leave_out("left out", "the GPU's memory is too small")
         except Exception as error:  # whatever a contender raises is a result, and no reason to lose the others
             return leave_out("failed", f"{type(error).__name__}: {error}")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_cuda import Card
 
 from flowformer import cli
 from flowformer.bench import compare, device, registry, runner, tables, timing
@@ -26,61 +27,6 @@ from flowformer.common.errors import RunError
 registry.load()
 SHAPE = Shape(24, batch=2, heads=2, channels=8, value_channels=8)
 META = torch.device("meta")
-
-
-class Card:
-    """Stands for ``torch.cuda``: writes down what is asked of it; its clock moves when the test says so."""
-
-    def __init__(self) -> None:
-        self.log: list[str] = []
-        self.now = 0.0  # milliseconds
-        self.held = self.peak = 100
-        self.free = 10**9
-        self.name = "Test Card"
-
-    def allocate(self, count: int) -> None:
-        self.held += count
-        self.peak = max(self.peak, self.held)
-
-    def reset(self) -> None:
-        self.log.append("reset")
-        self.peak = self.held
-
-    def event(self, enable_timing: bool) -> SimpleNamespace:
-        assert enable_timing
-        made = SimpleNamespace(at=None)
-
-        def record() -> None:
-            self.log.append("record")
-            self.now += 0.25  # no two events are at one time
-            made.at = self.now
-
-        made.record = record
-        made.elapsed_time = lambda other: other.at - made.at
-        return made
-
-    def properties(self) -> SimpleNamespace:
-        return SimpleNamespace(
-            name=self.name, major=9, minor=0, total_memory=80 * 10**9, multi_processor_count=132, L2_cache_size=50
-        )
-
-    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        functions = {
-            "is_available": lambda: True,
-            "Event": self.event,
-            "synchronize": lambda: self.log.append("wait"),
-            "reset_peak_memory_stats": self.reset,
-            "memory_allocated": lambda: self.held,
-            "max_memory_allocated": lambda: self.peak,
-            "memory_reserved": lambda: self.held + 50,
-            "mem_get_info": lambda: (self.free, 80 * 10**9),
-            "empty_cache": lambda: self.log.append("clear"),
-            "get_device_properties": self.properties,
-        }
-        for name, function in functions.items():
-            monkeypatch.setattr(torch.cuda, name, function)
-        monkeypatch.setattr(device, "LEAST_CACHE", 256)
-        monkeypatch.setattr(device, "driver_version", lambda: "580.159")
 
 
 @pytest.fixture(autouse=True)
@@ -276,6 +222,24 @@ def test_a_call_stays_on_the_device_of_its_inputs(row, monkeypatch):
         pytest.skip(reason)
     outs = what.bind(row.function, given).run()
     assert {out.device for out in outs} == {META}
+
+
+def test_kernels_for_the_cpu_say_that_they_are():
+    what, every = registry.OPERATIONS["causal"], registry.contenders()
+    given = move(what.inputs(SHAPE, torch.float32, "length-first"), META)
+    assert "the native kernels run on the CPU, not on meta" in every["causal", "flow-native"].unavailable(given)
+    given = move(every_text := language.text(SHAPE, torch.float32, ""), META)
+    assert every_text[0].tokens.device.type == "cpu"
+    assert "run on the CPU" in every["language-training", "flow-native"].unavailable(given)
+    assert "run on the CPU" in every["vision", "flow-native"].unavailable(
+        move(vision.draw(dataclasses.replace(SHAPE, length=48), torch.float32, ""), META)
+    )
+
+
+def test_flash_wants_values_as_wide_as_keys():
+    row = registry.contenders()["causal", "sdpa-flash"]
+    given = registry.OPERATIONS["causal"].inputs(dataclasses.replace(SHAPE, value_channels=4), row.dtype, row.layout)
+    assert "must be equal" in row.unavailable(given)
 
 
 def test_a_long_context_that_is_drawn_is_drawn_for_the_device(monkeypatch):

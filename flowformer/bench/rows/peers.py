@@ -35,6 +35,12 @@ def sdpa_flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
         return sdpa(q, k, v, causal=causal)
 
 
+def _flash_unavailable(inputs: Inputs) -> str | None:
+    if inputs[0].k.shape[-1] != inputs[0].v.shape[-1]:
+        return "FlashAttention takes values as wide as keys: --channels and --value-channels must be equal"
+    return None
+
+
 def _add_sdpa(operation: str, kind: Kind) -> None:
     about = "torch scaled_dot_product_attention"
     forms: tuple[tuple[str, Any, str, dict[str, Any]], ...] = (
@@ -42,7 +48,7 @@ def _add_sdpa(operation: str, kind: Kind) -> None:
         ("sdpa-bf16", sdpa, about, {"dtype": torch.bfloat16, "dtypes": (torch.bfloat16,)}),
         (
             "sdpa-flash", sdpa_flash, f"{about} by FlashAttention alone",
-            {"dtype": torch.bfloat16, "dtypes": HALVES, "device": "cuda"},
+            {"dtype": torch.bfloat16, "dtypes": HALVES, "device": "cuda", "unavailable": _flash_unavailable},
         ),
     )  # fmt: skip
     for name, function, words, fields in forms:
