@@ -11,11 +11,9 @@ folder continues where the first stopped. What is wrong is never timed. The exit
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -28,7 +26,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -38,7 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from law_cases import reference, shapes_of, variants_of
 
 from flowformer import create_attention, create_model, list_attentions, ops
-from flowformer.core.backends import ENVIRONMENT_VARIABLE, backends_of, explain, find_backend
+from flowformer.bench.device import DEVICES, Device
+from flowformer.bench.limits import make_limits
+from flowformer.bench.rows.models import chosen
+from flowformer.bench.rows.peers import fla_linear, fla_missing, sdpa_flash
+from flowformer.bench.timing import estimate, interleave, schedule
+from flowformer.core.backends import backends_of, explain, find_backend
 from flowformer.mechanisms import find_attention
 
 PACKAGE = Path(ops.__file__).parent
@@ -152,15 +154,18 @@ def machine(setup: Setup) -> dict[str, Any]:
     """What the results depend on beside the code of this file."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PACKAGE, capture_output=True, text=True, check=False)
     stamp = PACKAGE.parent / "COMMIT"  # beside a copy of the package that is no git repository
-    triton = None
-    with contextlib.suppress(ImportError):
-        import triton
+    dry = {"name": "none: a dry run on the CPU", "torch": torch.__version__}
+    card = device_of(setup).describe().get("device", dry)
     return {
-        "card": torch.cuda.get_device_name(0) if setup.device == "cuda" else "none: a dry run on the CPU",
-        "torch": torch.__version__,
-        "triton": getattr(triton, "__version__", "none"),
+        "card": card.pop("name"),
+        **card,
         "commit": stamp.read_text().strip() if stamp.exists() else commit.stdout.strip(),
     }
+
+
+def device_of(setup: Setup) -> Device:
+    """The device, which times calls and knows their memory."""
+    return DEVICES[setup.device]()
 
 
 # --------------------------------------------------------------------------------------------------------- correctness
@@ -472,7 +477,7 @@ def correctness(setup: Setup, names: Sequence[str]) -> list[Job]:
 
 
 class Contender(NamedTuple):
-    """What is timed: ``op(q, k, v, causal)`` on (batch, length, heads, channels), and its reference."""
+    """What is timed: ``op(q, k, v, causal=...)`` on (batch, length, heads, channels), and its reference."""
 
     op: Callable[..., Tensor]
     truth: Callable[..., Tensor]
@@ -486,54 +491,23 @@ def flow(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return ops.flow_attention(q, k, v, causal=causal)
 
 
-def flow_triton(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """Flow-Attention by the Triton kernels."""
-    return ops.flow_attention(q, k, v, causal=causal, backend="triton")
-
-
-def decayed_triton(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """The same with a decay."""
-    return ops.flow_attention(q, k, v, causal=causal, decay="fixed", backend="triton")
-
-
-def linear(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """Linear attention as the library runs it."""
-    return ops.linear_attention(q, k, v, causal=causal)
-
-
-def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """PyTorch's softmax attention; on a GPU by FlashAttention and nothing else."""
-    kernel = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if q.is_cuda else contextlib.nullcontext()
-    with kernel:
-        out = scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=causal)
-    return out.transpose(1, 2)
-
-
-def fla_linear(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """Linear attention of flash-linear-attention, in Triton, with the feature map of ours."""
-    from fla.ops.linear_attn import chunk_linear_attn
-
-    q, k = (t.clamp(max=0).exp() + t.relu() for t in (q, k))
-    return chunk_linear_attn(q, k, v, normalize=True)[0]
-
-
 def contenders(setup: Setup) -> dict[str, Contender]:
     """Everything that can run here, by name."""
     rows = {
         "flow": Contender(flow, reference.flow_attention),
-        "softmax (flash)": Contender(flash, reference.softmax_attention, ours=False, heads_first=True),
-        "linear": Contender(linear, reference.linear_attention),
+        "softmax (flash)": Contender(sdpa_flash, reference.softmax_attention, ours=False, heads_first=True),
+        "linear": Contender(ops.linear_attention, reference.linear_attention),
     }
     if setup.device == "cuda":
-        decayed = functools.partial(reference.flow_attention, decay="fixed")
-        rows["flow (Triton)"] = Contender(flow_triton, reference.flow_attention)
-        rows["flow, decay (Triton)"] = Contender(decayed_triton, decayed)
-        try:
-            import fla.ops.linear_attn  # noqa: F401
-
+        by_triton = functools.partial(ops.flow_attention, backend="triton")
+        decay = {"decay": "fixed"}
+        decayed = functools.partial(by_triton, **decay), functools.partial(reference.flow_attention, **decay)
+        rows["flow (Triton)"] = Contender(by_triton, reference.flow_attention)
+        rows["flow, decay (Triton)"] = Contender(*decayed)
+        if missing := fla_missing():
+            print(f"linear (fla) is left out: {missing}")
+        else:
             rows["linear (fla)"] = Contender(fla_linear, reference.linear_attention, forms=(True,), ours=False)
-        except Exception as error:
-            print(f"flash-linear-attention is left out: {type(error).__name__}: {str(error)[:200]}")
     return rows
 
 
@@ -541,9 +515,8 @@ class Bench:
     """Checks and times on one device."""
 
     def __init__(self, setup: Setup, rows: dict[str, Contender]) -> None:
-        self.setup, self.rows = setup, rows
+        self.setup, self.rows, self.device = setup, rows, device_of(setup)
         self.dtype = torch.bfloat16
-        self.cache = torch.empty(2**28 if setup.device == "cuda" else 1, dtype=torch.uint8, device=setup.device)
         self.checked: dict[Any, dict[str, Any]] = {}
 
     def inputs(self, batch: int, length: int, heads: int, channels: int, heads_first: bool) -> list[Tensor]:
@@ -573,9 +546,9 @@ class Bench:
         """What is timed."""
         *tensors, upstream = inputs
         if not backward:
-            return lambda: row.op(*tensors, causal)
+            return lambda: row.op(*tensors, causal=causal)
         leaves = [t.detach().requires_grad_() for t in tensors]
-        return lambda: torch.autograd.grad(row.op(*leaves, causal), leaves, upstream)
+        return lambda: torch.autograd.grad(row.op(*leaves, causal=causal), leaves, upstream)
 
     def group(self, causal: bool, backward: bool, length: int, channels: int) -> dict[str, Any]:
         """All contenders at one shape, in turns. Only what is right takes part."""
@@ -598,20 +571,15 @@ class Bench:
     def timed(self, calls: dict[str, Callable[[], Any]], figures: dict[str, Any]) -> dict[str, Any]:
         """The figures with the times of the calls."""
         for name, times in self.in_turns(calls).items():
-            figures.setdefault(name, {}).update(ms=statistics.median(times), least_ms=min(times), calls=len(times))
+            measured = {"ms": 1e3 * statistics.median(times), "least_ms": 1e3 * min(times), "calls": len(times)}
+            figures.setdefault(name, {}).update(measured)
         return {"ok": all(f.get("check", {}).get("ok", True) for f in figures.values()), "contenders": figures}
 
     def memory(self, calls: dict[str, Callable[[], Any]], name: str) -> dict[str, Any]:
         """Peak memory of a call above what is held before it; a call that runs out of memory leaves the race."""
-        if self.setup.device != "cuda":
-            return {"peak_bytes": 0}
         try:
             calls[name]()  # compiles and tunes what is compiled and tuned
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            calls[name]()
-            return {"peak_bytes": torch.cuda.max_memory_allocated() - before}
+            return {"peak_bytes": self.device.peak_bytes(calls[name]) or 0}
         except torch.cuda.OutOfMemoryError:
             del calls[name]
             return {"skipped": "out of memory"}
@@ -619,7 +587,7 @@ class Bench:
             del calls[name]
             return {"check": {"ok": False, "error": f"{type(error).__name__}: {str(error)[:300]}"}}
         finally:
-            torch.cuda.empty_cache()
+            self.device.clear()
 
     def graphed(self, name: str, call: Callable[[], Tensor], figures: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         """The same call as one CUDA graph, without the host's work between kernels; its result must be the same."""
@@ -639,42 +607,18 @@ class Bench:
         return {name: graph.replay} if figures[name]["check"]["ok"] else {}
 
     def in_turns(self, calls: dict[str, Callable[[], Any]], seconds: float = 2.0) -> dict[str, list[float]]:
-        """Milliseconds of each, one after the other in rounds: 3 rounds at least, 20 at most."""
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        until = time.monotonic() + (seconds if self.setup.device == "cuda" else 0.0)
-        for call in calls.values():
-            call()
-        while calls and len(next(iter(times.values()))) < 20:
-            for name, call in calls.items():
-                times[name].append(self.milliseconds(call))
-            if time.monotonic() > until and len(times[name]) >= 3:
-                break
-        return times
-
-    def milliseconds(self, call: Callable[[], Any]) -> float:
-        """One call, with nothing of its inputs in the cache of the GPU."""
-        if self.setup.device != "cuda":
-            start = time.perf_counter()
-            call()
-            return 1e3 * (time.perf_counter() - start)
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self.cache.zero_()
-        start.record()
-        call()
-        stop.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(stop)
+        """Seconds of each, called by turns: 3 times at least, 20 times at most."""
+        each = seconds / max(len(calls), 1) if self.setup.device == "cuda" else 0.0
+        estimates = {name: estimate(call, each / 10, self.device.cost) for name, call in calls.items()}
+        return interleave(calls, schedule(estimates, each, repeats=20), clock=self.device.seconds)
 
     def limits(self) -> dict[str, Any]:
-        """What the card can do: a copy, and a matrix product in bfloat16."""
-        side, device = (8_192 if self.setup.device == "cuda" else 64), self.setup.device
-        a, b = (torch.randn(side, side, device=device, dtype=self.dtype) for _ in range(2))
-        source = torch.randn(4 * side * side, device=device)
-        to = torch.empty_like(source)
-        times = self.in_turns({"copy": lambda: to.copy_(source), "product": lambda: a @ b})
-        copy_ms, product_ms = (statistics.median(times[name]) for name in ("copy", "product"))
-        moved = 2 * source.numel() * source.element_size()
-        return {"ok": True, "copy_TB_s": moved / copy_ms / 1e9, "bf16_TFLOP_s": 2 * side**3 / product_ms / 1e9}
+        """What the card can do: a copy, and matrix products."""
+        found = make_limits(2_048 if self.setup.device == "cuda" else 16, 1.0, self.device)
+        times = self.in_turns({limit.name: limit.run for limit in found})
+        rates = {limit.name: limit.work / statistics.median(times[limit.name]) / 1e3 for limit in found}
+        names = {"copy": "copy_TB_s", "bf16 gemm": "bf16_TFLOP_s", "sgemm": "fp32_TFLOP_s", "fp16 gemm": "fp16_TFLOP_s"}
+        return {"ok": True, **{names[name]: rate for name, rate in rates.items()}}
 
     def steps(self) -> dict[str, Any]:
         """One token of decoding: the state of Flow-Attention and of linear attention, and stored keys and values."""
@@ -814,7 +758,7 @@ class Trainer:
 
     def __init__(self, setup: Setup, attention: str, text: Text, length: int) -> None:
         torch.manual_seed(0)
-        self.setup, self.text, self.length = setup, text, length
+        self.setup, self.text, self.length, self.device = setup, text, length, device_of(setup)
         attention, self.backend = of_backend(attention)
         self.rows = max(1, setup.tokens // length)
         self.model = build(setup.model, attention, length).to(setup.device)
@@ -856,8 +800,7 @@ class Trainer:
 
     def wait(self) -> float:
         """The time when the device has done all that it was given."""
-        if self.setup.device == "cuda":
-            torch.cuda.synchronize()
+        self.device.synchronize()
         return time.monotonic()
 
     def waits(self) -> int:
@@ -872,23 +815,10 @@ class Trainer:
         return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-def of_backend(attention: str) -> tuple[str, str]:
-    """The mechanism, and the backend after it in parentheses."""
+def of_backend(attention: str) -> tuple[str, str | None]:
+    """The mechanism, and the backend after it in parentheses, where one is named."""
     name, _, backend = attention.partition(" (")
-    return name, backend.rstrip(")").lower() or "auto"
-
-
-@contextlib.contextmanager
-def chosen(backend: str) -> Iterator[None]:
-    """Have every operation use a backend."""
-    before = os.environ.get(ENVIRONMENT_VARIABLE)
-    os.environ[ENVIRONMENT_VARIABLE] = backend
-    try:
-        yield
-    finally:
-        os.environ.pop(ENVIRONMENT_VARIABLE)
-        if before is not None:
-            os.environ[ENVIRONMENT_VARIABLE] = before
+    return name, backend.rstrip(")").lower() or None
 
 
 def build(name: str, attention: str, length: int) -> Any:
@@ -1039,7 +969,7 @@ def show_correctness(lines: Sequence[dict[str, Any]]) -> None:
 
 def show_times(line: dict[str, Any]) -> None:
     """One line for each contender; without a time where the result was wrong."""
-    print(f"\n{line['name']}", *(f"{key} {line[key]:.3g}" for key in ("copy_TB_s", "bf16_TFLOP_s") if key in line))
+    print(f"\n{line['name']}", *(f"{key} {line[key]:.3g}" for key in line if key.endswith("_s")))
     for name, figures in line.get("contenders", {}).items():
         if "ms" in figures:
             peak_mb = f"{figures['peak_bytes'] / 1e6:10.1f} MB" if "peak_bytes" in figures else ""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowformer.bench.device import Device
 from flowformer.bench.registry import Contender, Inputs, Operation, Outputs, Shape
 from flowformer.common.errors import RunError
 
@@ -25,7 +26,7 @@ class Checked:
         error: Largest error of a row relative to the row, over all outputs; ``None`` where it is not checked.
         tolerance: The largest allowed.
         length: Length at which it was checked.
-        note: ``"checked"``, or why not.
+        note: ``"checked"``, also with how many sequences if not with all; or why it is not checked.
     """
 
     error: float | None
@@ -52,15 +53,20 @@ def error_of(got: Tensor, want: Tensor) -> float:
         return float("inf")
     norms = want.norm(dim=-1)
     scale = norms.clamp(min=norms.median()).clamp(min=torch.finfo(want.dtype).tiny)
-    error = ((got.to(want.dtype) - want).norm(dim=-1) / scale).max().item()
+    error = ((got.to(want) - want).norm(dim=-1) / scale).max().item()
     return error if error == error else float("inf")  # NaN is not equal to itself
 
 
 class Checker:
-    """Checks contenders, and remembers truths and verdicts: one length serves all the longer ones."""
+    """Checks contenders on a device, and remembers truths and verdicts: one length serves all the longer ones.
 
-    def __init__(self, inputs: Callable[[Operation, Shape, torch.dtype, str], Inputs]) -> None:
-        self._inputs = inputs
+    The truth is computed on the CPU, whatever the device, from the same numbers.
+    """
+
+    def __init__(
+        self, inputs: Callable[[Operation, Shape, torch.dtype, str], Inputs], device: Device | None = None
+    ) -> None:
+        self._inputs, self._device = inputs, device or Device()
         self._truths: dict[tuple[Any, ...], Outputs] = {}
         self._verdicts: dict[tuple[Any, ...], Checked] = {}
 
@@ -70,15 +76,17 @@ class Checker:
         Raises:
             WrongResultError: naming the contender, the error and the tolerance.
         """
-        shape = replace(shape, length=min(shape.length, operation.check_length))
-        key = (operation.name, row.name, shape)
+        batch = min(shape.batch, self._device.checked_batch or shape.batch)
+        note = "checked" if batch == shape.batch else f"checked with {batch} of {shape.batch} sequences"
+        shape = replace(shape, length=min(shape.length, operation.check_length), batch=batch)
+        key = (operation.name, row.name, shape, note)
         if key not in self._verdicts:
-            self._verdicts[key] = self._judge(operation, row, shape)
+            self._verdicts[key] = self._judge(operation, row, shape, note)
         return self._verdicts[key]
 
-    def _judge(self, operation: Operation, row: Contender, shape: Shape) -> Checked:
+    def _judge(self, operation: Operation, row: Contender, shape: Shape, note: str) -> Checked:
         inputs = self._inputs(operation, shape, row.dtype, row.layout)
-        got = operation.bind(row.function, inputs).run()
+        got = operation.bind(row.function, self._device.put(inputs)).run()
         if row.reference is None:
             if not all(bool(tensor.isfinite().all()) for tensor in got):
                 raise WrongResultError(
@@ -92,7 +100,7 @@ class Checker:
                 f"{row.name} is wrong in {operation.name} at {operation.axis} {shape.length}: its error of {error:.1e} "
                 f"exceeds the tolerance of {tolerance:.0e}; it is not timed"
             )
-        return Checked(error, tolerance, shape.length, "checked")
+        return Checked(error, tolerance, shape.length, note)
 
     def _truth(self, operation: Operation, row: Contender, shape: Shape, inputs: Inputs) -> Outputs:
         key = (operation.name, row.reference, shape, row.dtype)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from flowformer.bench.compare import compare
+from flowformer.bench.device import DEVICES
 from flowformer.bench.registry import OPERATIONS, contenders, load
 from flowformer.bench.results import WIDTH, claim, write_records, write_report, write_tables
-from flowformer.bench.runner import Plan, Record, run
+from flowformer.bench.runner import DTYPES, Plan, Record, run
 from flowformer.bench.tables import comparison_table, describe_run, point_tables
 from flowformer.common.errors import RunError
 
@@ -51,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lengths", type=_lengths, default=(), metavar="N,N", help="by default those of each operation")
     for name, about in SIZES.items():
         add(f"--{name.replace('_', '-')}", type=int, default=getattr(plan, name), metavar="N", help=about)
+    add("--device", choices=DEVICES, default=plan.device, help="where to measure; the CPU by default")
+    add("--dtype", choices=DTYPES, default=plan.dtype, help="by default float32, if a contender does not say otherwise")
     add("--contenders", type=_words, default=(), metavar="A,B", help="all by default; ratios are to the first")
     add("--threads", type=int, default=0, metavar="N", help="threads; by default as many as torch takes")
     add("--seconds", type=float, default=plan.seconds, metavar="S", help="time of each contender at each length")
@@ -120,6 +123,7 @@ def _plan(values: argparse.Namespace) -> Plan:
         raise ValueError(f"memory_gb must be at least 0 and below 1,000,000, got {values.memory_gb}")
     return Plan(
         operations=tuple(values.operations), lengths=values.lengths, contenders=values.contenders,
+        device=values.device, dtype=values.dtype,
         threads=values.threads, seconds=values.seconds, repeats=values.repeats, longest_s=values.longest,
         memory=not values.no_memory, limits=not values.no_limits, memory_budget_bytes=int(values.memory_gb * 1e9),
         imports=values.imports, **fields,

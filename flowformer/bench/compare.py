@@ -49,13 +49,15 @@ def compare(
         pairs: Times that each side runs.
 
     Raises:
-        RunError: outside a git checkout, for an unknown commit, and if a side cannot be run.
+        RunError: outside a git checkout, for an unknown commit, if a side cannot be run, and if the other one ran on
+            another device or in another dtype.
         ValueError: for an unknown name in the plan.
     """
     commit = find_commit(root, revision)
     plan = replace(plan, ours_only=True, threads=plan.threads or torch.get_num_threads())
     plan.rows()  # unknown names are refused before anything is checked out
     records: list[Record] = []
+    conditions: dict[str, str] = {}
     with worktree(root, commit) as there:
         for pair in range(pairs):
             sides = (("here", root), ("there", there))
@@ -63,6 +65,8 @@ def compare(
                 name = "this tree" if side == "here" else revision
                 tell(f"{name}, run {pair + 1} of {pairs}")
                 found = _run(replace(plan, memory=plan.memory and pair == 0), folder, name)
+                conditions[side] = conditions_of(found)
+                _refuse_unlike(conditions, revision)
                 for record in found:
                     records.append({**record, "side": side, "pair": pair})
                     keep(records[-1])
@@ -75,6 +79,21 @@ def _run(plan: Plan, folder: Path, name: str) -> list[Record]:
         return ask("run", plan.threads, folder, plan=plan.as_record(), imports=plan.imports)
     except RunError as error:
         raise RunError(f"{name} cannot be measured: {error}") from error
+
+
+def conditions_of(records: list[Record]) -> str:
+    """The device and the dtype of a run in words. A bench that knows neither has run on the CPU, in its own dtypes."""
+    start = next(record for record in records if record["record"] == "run")
+    device = start["environment"].get("device")
+    return f"{device['name'] if device else 'the CPU'}, {start.get('plan', {}).get('dtype') or 'dtypes by default'}"
+
+
+def _refuse_unlike(conditions: dict[str, str], revision: str) -> None:
+    if len(set(conditions.values())) > 1:
+        raise RunError(
+            f"this tree was measured on {conditions['here']}, and {revision} on {conditions['there']}: times of "
+            "different devices or dtypes are not compared"
+        )
 
 
 def find_commit(root: Path, revision: str) -> str:

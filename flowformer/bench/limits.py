@@ -1,4 +1,4 @@
-"""What the machine can do at all, measured among the contenders."""
+"""What the machine, or its GPU, can do at all, measured among the contenders."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowformer.bench.device import Device
 from flowformer.bench.timing import LEAST_ROUNDS, estimate
 
 SGEMM = "sgemm"
+PRODUCTS = {torch.float32: SGEMM, torch.bfloat16: "bf16 gemm", torch.float16: "fp16 gemm"}
 SMALLEST = 256  # rows
 
 
@@ -34,36 +36,41 @@ class Limit:
     size: int
 
 
-def make_limits(size: int, seconds: float) -> list[Limit]:
+def make_limits(size: int, seconds: float, device: Device) -> list[Limit]:
     """Square products of float32 and of bfloat16, and a copy of as many bytes as 8 float32 matrices of ``size``.
+
+    On a GPU also a product of float16, and all of a size that is multiplied by the device's factor.
 
     A copy counts what it reads and what it writes. Products are of ``size``, or of the largest of its halves that takes
     less than ``seconds`` for three calls: without instructions for it, bfloat16 is slow.
     """
-    source = torch.ones(8 * size * size)
+    size *= device.limit_factor
+    source = torch.ones(8 * size * size, device=device.place)
     target = torch.zeros_like(source)
     copied = 4 * source.numel()
     copy = Limit("copy", lambda: target.copy_(source), 2 * copied / 1e9, "GB/s", copied)
-    return [
-        _product(SGEMM, size, torch.float32, seconds),
-        _product("bf16 gemm", size, torch.bfloat16, seconds),
-        copy,
-    ]
+    dtypes = [dtype for dtype in PRODUCTS if dtype != torch.float16 or device.name != "cpu"]
+    return [*(_product(dtype, size, seconds, device) for dtype in dtypes), copy]
 
 
-def _product(name: str, size: int, dtype: torch.dtype, seconds: float) -> Limit:
+def _product(dtype: torch.dtype, size: int, seconds: float, device: Device) -> Limit:
     smallest = size
     while smallest > SMALLEST:
         smallest //= 2
     fitting = smallest
-    while fitting < size and LEAST_ROUNDS * 8 * estimate(_multiply(fitting, dtype), seconds) < seconds:
+    while fitting < size and LEAST_ROUNDS * 8 * _seconds(fitting, dtype, seconds, device) < seconds:
         fitting *= 2
     fitting = min(fitting, size)
-    return Limit(name, _multiply(fitting, dtype), 2 * fitting**3 / 1e9, "GFLOP/s", fitting)
+    return Limit(PRODUCTS[dtype], _multiply(fitting, dtype, device), 2 * fitting**3 / 1e9, "GFLOP/s", fitting)
 
 
-def _multiply(size: int, dtype: torch.dtype) -> Callable[[], Tensor]:
-    a, b = (torch.randn(size, size, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (0, 1))
+def _seconds(size: int, dtype: torch.dtype, seconds: float, device: Device) -> float:
+    return estimate(_multiply(size, dtype, device), seconds, device.cost)
+
+
+def _multiply(size: int, dtype: torch.dtype, device: Device) -> Callable[[], Tensor]:
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    a, b = (device.put(torch.randn(size, size, generator=one).to(dtype)) for one in generators)
     product = torch.empty_like(a)
     # The second factor transposed, as in a linear layer: where bfloat16 has no instructions, that is the faster way.
     return lambda: torch.mm(a, b.T, out=product)

@@ -91,4 +91,5 @@ def _title(records: list[Record]) -> str:
         return ""
     here, plan = start["environment"], start["plan"]
     sizes = f"batch {plan['batch']}, {plan['heads']} heads, K {plan['channels']}, V {plan['value_channels']}"
-    return f"{here['cpu']}, {here['threads']} threads; {sizes}; flowformer {here['flowformer']}, torch {here['torch']}"
+    machine = here["device"]["name"] if "device" in here else f"{here['cpu']}, {here['threads']} threads"
+    return f"{machine}; {sizes}; flowformer {here['flowformer']}, torch {here['torch']}"

@@ -122,7 +122,9 @@ class Contender:
         about: One line for help.
         unchecked: Why there is no reference, where there is none.
         ours: Whether it is an implementation of this library.
-        dtype: dtype of the inputs.
+        dtype: dtype of the inputs, where the plan names none.
+        dtypes: dtypes that it can be asked for; empty for all.
+        device: The type of device that it is for; empty for all.
         layout: ``"length-first"`` for contiguous (batch, length, heads, channels), ``"heads-first"`` for the same shape
             as a view of contiguous (batch, heads, length, channels).
         flops: ``shape -> `` floating-point operations of one call; ``None`` where there is no formula.
@@ -138,6 +140,8 @@ class Contender:
     unchecked: str = "approximation"
     ours: bool = False
     dtype: torch.dtype = torch.float32
+    dtypes: tuple[torch.dtype, ...] = ()
+    device: str = ""
     layout: str = "length-first"
     flops: Callable[[Shape], float] | None = None
     unavailable: Callable[[Inputs], str | None] = lambda inputs: None

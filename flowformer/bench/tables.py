@@ -9,7 +9,20 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Record = dict[str, Any]
-COLUMNS = ("min", "median", "ratio", "doubling", "tokens/s", "GFLOP/s", "of sgemm", "MB", "B/token", "state B", "error")
+COLUMNS = (
+    "min",
+    "median",
+    "ratio",
+    "doubling",
+    "tokens/s",
+    "GFLOP/s",
+    "of sgemm",
+    "of gemm",
+    "MB",
+    "B/token",
+    "state B",
+    "error",
+)
 
 
 def describe_run(records: list[Record]) -> str:
@@ -18,16 +31,29 @@ def describe_run(records: list[Record]) -> str:
     end = next((record for record in records if record["record"] == "end"), {})
     here = start["environment"]
     lines = [
+        *_card(here.get("device")),
         f"{here['cpu']}, {here['cpus']} CPUs, {start['cpu_capability']}; {here['threads']} threads",
         f"flowformer {here['flowformer']}, commit {here['commit'] or 'unknown'}, torch {here['torch']}, "
         f"Python {here['python']}; {start['time']}",
         f"load {_load(start['load_before'])} before, {_load(end.get('load_after'))} after",
     ]
+    if start["plan"].get("dtype"):
+        lines.append(f"in {start['plan']['dtype']}")
     if end.get("busy"):
         lines.append("The machine was busy with other work, or with a run just before: do not trust these times.")
     if not end.get("finished"):
         lines.append("Interrupted: the points measured before that are here.")
     return "\n".join(lines)
+
+
+def _card(card: Record | None) -> list[str]:
+    """The GPU that a run was on, in a line."""
+    if card is None:
+        return []
+    versions = [f"{name} {card[key] or 'unknown'}" for name, key in (("driver", "driver"), ("Triton", "triton"))]
+    return [
+        f"{card['name']}, capability {card['capability']}, {', '.join(versions)}; L2 cache flushed before each call"
+    ]
 
 
 def _load(load: list[float] | None) -> str:
@@ -97,6 +123,7 @@ def _cells(point: Record, growth: dict[tuple[str, int], float]) -> dict[str, str
         "tokens/s": _rate(point.get("tokens_per_s")),
         "GFLOP/s": _number(point.get("gflops"), ".1f"),
         "of sgemm": _number(point.get("share_of_sgemm"), ".0%"),
+        "of gemm": _number(point.get("share_of_gemm"), ".0%"),
         "MB": _number(memory.get("peak_bytes"), ".1f", 1e-6),
         "B/token": _number(memory.get("bytes_per_token"), ",.0f"),
         "state B": _number(point["state_bytes"], ",.0f"),
@@ -119,6 +146,8 @@ def _remarks_of(point: Record) -> list[str]:
     check, found = point["check"], []
     if check["error"] is None:
         found.append(f"{point['contender']} {check['note']}")
+    elif check["note"] != "checked":
+        found.append(check["note"])
     if check["length"] != point["length"]:
         found.append(f"checked at {check['length']:,}")
     if "reason" in point.get("memory", {}):

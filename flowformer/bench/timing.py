@@ -13,15 +13,25 @@ from typing import Any
 ROUNDS = 10
 LEAST_ROUNDS = 3  # that a contender takes part in, however slow
 Round = list[tuple[str, int]]
+Clock = Callable[[Callable[[], Any]], float]
 
 
-def estimate(call: Callable[[], Any], seconds: float) -> float:
+def time_call(call: Callable[[], Any]) -> float:
+    """Seconds that a call takes, by the clock of the host."""
+    start = time.perf_counter_ns()
+    out = call()
+    stop = time.perf_counter_ns()
+    del out  # given back outside the measured time
+    return (stop - start) / 1e9
+
+
+def estimate(call: Callable[[], Any], seconds: float, clock: Clock = time_call) -> float:
     """Seconds that a call takes, from the second one, or from the first if that takes longer than ``seconds``.
 
-    The first call loads code and fills caches.
+    The first call loads code and fills caches. ``clock`` gives the seconds of a call.
     """
-    took = _time(call)
-    return took if took > seconds else _time(call)
+    took = clock(call)
+    return took if took > seconds else clock(call)
 
 
 def schedule(estimates: Mapping[str, float], seconds: float, repeats: int = 0, seed: int = 0) -> list[Round]:
@@ -54,9 +64,10 @@ def schedule(estimates: Mapping[str, float], seconds: float, repeats: int = 0, s
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], Any]], rounds: list[Round], tell: Callable[[str], None] = lambda text: None
-) -> dict[str, list[float]]:
-    """Carry out a schedule.
+    calls: Mapping[str, Callable[[], Any]], rounds: list[Round], tell: Callable[[str], None] = lambda text: None,
+    clock: Clock = time_call,
+) -> dict[str, list[float]]:  # fmt: skip
+    """Carry out a schedule, with ``clock`` for the seconds of a call.
 
     Returns:
         Seconds of each call, by name.
@@ -66,16 +77,8 @@ def interleave(
         for number, entries in enumerate(rounds):
             for name, count in entries:
                 tell(f"round {number + 1} of {len(rounds)}: {name}")
-                samples[name].extend(_time(calls[name]) for _ in range(count))
+                samples[name].extend(clock(calls[name]) for _ in range(count))
     return samples
-
-
-def _time(call: Callable[[], Any]) -> float:
-    start = time.perf_counter_ns()
-    out = call()
-    stop = time.perf_counter_ns()
-    del out  # given back outside the measured time
-    return (stop - start) / 1e9
 
 
 @contextmanager

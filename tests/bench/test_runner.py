@@ -32,7 +32,7 @@ def checker(rows):
 
 def test_wrong_contender_is_refused_and_not_timed(rows, small, monkeypatch):
     timed = []
-    monkeypatch.setattr(runner, "estimate", lambda call, seconds: timed.append(call) or 1e-4)
+    monkeypatch.setattr(runner, "estimate", lambda call, seconds, clock: timed.append(call) or 1e-4)
     found = points(measured(rows, small, contenders=("right", "wrong")))
     assert found["right"]["status"] == "timed"
     assert found["right"]["min_ms"] > 0
@@ -124,8 +124,8 @@ def test_what_cannot_run_says_why(rows, small):
 
 
 def test_what_takes_too_long_is_left_out_at_greater_lengths_too(rows, small, monkeypatch):
-    monkeypatch.setattr(runner, "estimate", lambda call, seconds: 99.0)
-    monkeypatch.setattr(runner, "make_limits", lambda size, seconds: [])
+    monkeypatch.setattr(runner, "estimate", lambda call, seconds, clock: 99.0)
+    monkeypatch.setattr(runner, "make_limits", lambda size, seconds, device: [])
     records = measured(rows, small, contenders=("right",), lengths=(8, 16))
     reasons = [record["reason"] for record in records if record["record"] == "point"]
     assert reasons == ["a call at length 8 takes 99 s, more than the 60 s allowed"] * 2

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from fake_cuda import Card
 from law_cases import variants_of
 
 from flowformer import list_attentions, ops
+from flowformer.bench.device import Cuda
 from flowformer.mechanisms import find_attention
 
 
@@ -109,6 +111,46 @@ def test_an_exception_is_a_failure_with_its_place(tool: ModuleType) -> None:
     assert figures["ok"] is False
     assert figures["error"].startswith("ValueError: flow_attention")
     assert figures["where"].startswith("checks.py:")
+
+
+@pytest.fixture
+def on_card(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What times on a GPU, with a stand-in for its runtime, on tensors of the CPU."""
+    card = Card()
+    card.patch(monkeypatch)
+    bench = tool.Bench(tool.DRY, {})
+    bench.device, bench.card = Cuda(torch.device("cpu")), card
+    return bench
+
+
+def test_a_call_is_timed_by_events_and_its_memory_by_the_allocator(on_card: Any) -> None:
+    def call() -> None:
+        on_card.card.now += 7.0
+        on_card.card.allocate(512)
+        on_card.card.held -= 512
+
+    calls = {"slow": call}
+    figures = {"slow": on_card.memory(calls, "slow")}
+    assert figures["slow"] == {"peak_bytes": 512}
+    found = on_card.timed(calls, figures)["contenders"]["slow"]
+    assert (found["ms"], found["least_ms"], found["calls"]) == (pytest.approx(7.25), pytest.approx(7.25), 3)
+
+
+def test_what_does_not_fit_leaves_the_race(on_card: Any) -> None:
+    def call() -> None:
+        raise torch.OutOfMemoryError
+
+    calls = {"huge": call}
+    assert on_card.memory(calls, "huge") == {"skipped": "out of memory"}
+    assert not calls
+
+
+def test_limits_are_those_of_bench(on_card: Any) -> None:
+    found = on_card.limits()
+    assert set(found) == {"ok", "copy_TB_s", "bf16_TFLOP_s", "fp32_TFLOP_s", "fp16_TFLOP_s"}
+    # An event of the stand-in comes 0.25 ms after the one before.
+    assert found["copy_TB_s"] == pytest.approx(2 * 4 * 8 * 64**2 / 0.25e-3 / 1e12)
+    assert found["bf16_TFLOP_s"] == pytest.approx(2 * 64**3 / 0.25e-3 / 1e12)
 
 
 def test_without_a_gpu_it_says_so(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,7 +36,8 @@ def _add(
     """Enter a peer that computes the same as a variant of a mechanism, and is given the same learned tensors."""
     truth = truth_of(*form)
     peer = dataclasses.replace(truth, function=function, variant=_without_options(truth.variant))
-    add_contender(Contender(name, operation, peer, truth, about, unavailable=unavailable, **fields))
+    only: dict[str, Any] = {"dtypes": (torch.float32,), "unavailable": unavailable}
+    add_contender(Contender(name, operation, peer, truth, about, **only, **fields))
 
 
 @cache

@@ -132,7 +132,8 @@ FAMILIES = (
         {"bf16": torch.bfloat16},
     ),
     Family(
-        "aft-", "AFT", CHANNELS, "aft_full", (1024, 4096), 384, {torch.float32: 2e-6}, {torch.float32: 1e-5}, {}
+        "aft-", "AFT", CHANNELS, "aft_full", (1024, 4096), 384, {**registry.TOLERANCES, torch.float32: 2e-6},
+        {**_GRADIENTS, torch.float32: 1e-5}, {},
     ),
 )  # fmt: skip
 
@@ -184,16 +185,17 @@ def _contenders(
     forms: list[tuple[str, dict[str, Any]]] = [(suffix, {"dtype": dtype}) for suffix, dtype in family.dtypes.items()]
     if operation == "causal":
         forms.append(("heads-first", {"layout": "heads-first"}))
-    for name, backend, words in by_backend(name_of(row, variant), row.operation):
+    for name, backend, words, device in by_backend(name_of(row, variant), row.operation):
         function = partial(row.operation, backend=backend) if backend else row.operation
         made = partial(
             registry.Contender, operation=operation, function=Form(function, row.layout, variant), reference=reference,
             ours=True, flops=count,
-            unavailable=partial(unavailable, row, backend),
+            unavailable=partial(unavailable, row, backend), device=device,
         )  # fmt: skip
         about = f"ops.{row.operation.__name__}{words}{variant.about}"
         yield made(name=name, about=about)
-        if backend:
+        if backend and not device:
             for suffix, fields in forms:
-                yield made(name=f"{name}-{suffix}", about=f"{about}, {suffix}", **fields)
+                only = {"dtypes": (fields["dtype"],)} if "dtype" in fields else {}
+                yield made(name=f"{name}-{suffix}", about=f"{about}, {suffix}", **fields, **only)
             forms = []  # the preferred backend alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from flowformer.bench.registry import Function, Shape
 from flowformer.bench.rows.variants import PLAIN, Variant, find_variant
@@ -42,18 +43,24 @@ def name_of(mechanism: Mechanism, variant: Variant = PLAIN) -> str:
 def backends_to_time(function: Function) -> list[str]:
     """Names of the backends that an operation or step has, the preferred one first; none where it has no choice.
 
-    Without those that run on request only: tools/gpu_check.py times them.
+    Without those that run on request only.
     """
     names = [row.name for row in backends_of(function.__name__) if not row.by_request]
     return names if len(names) > 1 else []
 
 
-def by_backend(name: str, function: Function) -> Iterator[tuple[str, str | None, str]]:
-    """For each backend of an operation or step the contender's name, the backend and words for help."""
+def by_backend(name: str, function: Function) -> Iterator[tuple[str, str | None, str, str]]:
+    """For each backend of an operation or step the contender's name, the backend, words for help and the device.
+
+    Those that run on request only, which are for GPUs, come last.
+    """
     for backend in backends_to_time(function):
-        yield f"{name}-{backend}", backend, f", backend {backend}"
+        yield f"{name}-{backend}", backend, f", backend {backend}", ""
     if not backends_to_time(function):
-        yield name, None, ""
+        yield name, None, "", ""
+    for row in backends_of(function.__name__):
+        if row.by_request:
+            yield f"{name}-{row.name}", row.name, f", backend {row.name}", "cuda"
 
 
 def refusal(mechanism: Mechanism, backend: str | None, like: Tensor | None = None) -> str | None:
@@ -83,11 +90,13 @@ def random_tensor(size: tuple[int, ...], seed: int, dtype: torch.dtype, layout: 
     return tensor
 
 
-def draw_learned(variant: Variant, length: int, heads: int, channels: int, dtype: torch.dtype) -> tuple[Any, ...]:
-    """What an operation takes after v, N(0, STD^2), for sequences of up to ``length`` tokens."""
+def draw_learned(
+    variant: Variant, length: int, heads: int, channels: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> tuple[Any, ...]:
+    """What an operation takes after v, N(0, STD^2), for sequences of up to ``length`` tokens; drawn on the CPU."""
     seeds = itertools.count(SEED)
     count = heads * channels if variant.per_channel else heads
-    return variant.learned(lambda *size: STD * random_tensor(size, next(seeds), dtype), length, count)
+    return variant.learned(lambda *size: (STD * random_tensor(size, next(seeds), dtype)).to(device), length, count)
 
 
 def learned_bytes(variant: Variant, shape: Shape) -> float:
@@ -108,7 +117,7 @@ def count_bytes(state: Any) -> int:
 
 
 class Sequences:
-    """Inputs of a point on whole sequences.
+    """Inputs of a point on whole sequences, drawn on the CPU.
 
     Attributes:
         q: (batch, length, heads, K).
@@ -120,17 +129,30 @@ class Sequences:
         self._shape, self._dtype, self._layout = shape, dtype, layout
         self.q, self.k, self.v = self._draw(shape.channels, 0), self._draw(shape.channels, 1), self._draw_value(2)
         self._learned: dict[Any, tuple[Any, ...]] = {}
+        self._host: Sequences | None = None  # what these are a copy of, on another device
+
+    def to(self, device: torch.device | str) -> Sequences:
+        """The same numbers on a device, in memory of their own."""
+        moved = copy.copy(self)
+        moved.__dict__.pop("upstream", None)
+        moved.q, moved.k, moved.v = (tensor.to(device) for tensor in (self.q, self.k, self.v))
+        moved._learned, moved._host = {}, self
+        return moved
 
     @cached_property
     def upstream(self) -> Tensor:
         """The gradient of the output, shaped like v."""
-        return self._draw_value(3)
+        return self._draw_value(3) if self._host is None else self._host.upstream.to(self.v.device)
 
     def learned(self, variant: Variant) -> tuple[Any, ...]:
         """What the operation takes after v, made once for all contenders that take the same."""
         key, shape = (variant.learned, variant.per_channel), self._shape
         if key not in self._learned:
-            self._learned[key] = draw_learned(variant, shape.length, shape.heads, shape.channels, self._dtype)
+            if self._host is None:
+                drawn = draw_learned(variant, shape.length, shape.heads, shape.channels, self._dtype)
+            else:
+                drawn = tree_map(lambda leaf: leaf.to(self.v.device), self._host.learned(variant))
+            self._learned[key] = drawn
         return self._learned[key]
 
     def _draw(self, channels: int, seed: int) -> Tensor:
@@ -181,7 +203,7 @@ class Form:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
         """The output for q, k, v (batch, length, heads, channels), shaped like v."""
         length, heads, channels = q.shape[1:]
-        learned = draw_learned(self.variant, length, heads, channels, q.dtype)
+        learned = draw_learned(self.variant, length, heads, channels, q.dtype, q.device)
         return self.function(*self.arrange(q, k, v), *learned, causal=causal, **self.variant.options).view_as(v)
 
 

@@ -34,6 +34,7 @@ from flowformer.bench.rows.models import (
     apply,
     computed_by_truth,
     gradients_of,
+    mixed,
     per_sequence,
     substitute,
 )
@@ -47,9 +48,10 @@ LENGTHS = (1024, 16_384)
 CONTEXTS = (100, 10_000, 100_000)
 # The truth of AFT-simple holds length x length x D numbers of float64 for each layer, several times.
 CHECK_LENGTH = 128
-# Most of a model is the same in all contenders and right: what departs is the attention's, and by less.
-TOLERANCES = {torch.float32: 2e-6}
-GRADIENT_TOLERANCES = {torch.float32: 1e-5}
+# Most of a model is the same in all contenders and right: what departs is the attention's, and by less. In half
+# precision weights and activations are rounded in every layer.
+TOLERANCES = {**registry.TOLERANCES, torch.float32: 2e-6}
+GRADIENT_TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1.2e-1}
 PIECE = 8192  # tokens of a context that are read at a time
 NEW_STD = 0.1  # of parameters that only one attention has
 # The two ends of the model, and of the first block, whose gradients have come through all the others.
@@ -67,18 +69,20 @@ class Text(NamedTuple):
         shape: Its sizes.
         tokens: Random ones, (batch, length + 1).
         states: States after all but the last token that contenders made before, by attention.
+        dtype: Of the weights in a step, and of autocast in training.
     """
 
     shape: registry.Shape
     tokens: Tensor
     states: dict[str, Any]
+    dtype: torch.dtype
 
 
 def text(shape: registry.Shape, dtype: torch.dtype, layout: str) -> registry.Inputs:
-    """A :class:`Text`; tokens have neither dtype nor layout."""
+    """A :class:`Text`; tokens have no layout."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(VOCABULARY, (shape.batch, shape.length + 1), generator=generator)
-    return (Text(shape, tokens, {}),)
+    return (Text(shape, tokens, {}, dtype),)
 
 
 # -------------------------------------------------------------------------------------------------------------- models
@@ -110,7 +114,8 @@ def _fresh(attention: str, shape: registry.Shape) -> LanguageModel:
 def unavailable(row: Mechanism, backend: str | None, inputs: registry.Inputs) -> str | None:
     """Why a model cannot run on these inputs, or ``None``."""
     shape = inputs[0].shape
-    return CHANNELS_DIFFER if shape.channels != shape.value_channels else refusal(row, backend)
+    weights = torch.empty(0, dtype=inputs[0].dtype, device=inputs[0].tokens.device)
+    return CHANNELS_DIFFER if shape.channels != shape.value_channels else refusal(row, backend, weights)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -118,8 +123,15 @@ def unavailable(row: Mechanism, backend: str | None, inputs: registry.Inputs) ->
 
 def train(attention: str, given: Text) -> registry.Call:
     """Loss and gradients of all parameters, of which those in :data:`CHECKED` are returned."""
-    model = build(attention, given.shape)
-    return registry.Call(lambda: _gradients(model, model.loss(given.tokens[:, :-1], given.tokens[:, 1:])))
+    place = given.tokens.device
+    model = build(attention, given.shape).to(place)
+
+    def run() -> registry.Outputs:
+        with mixed(given.dtype, place):
+            loss = model.loss(given.tokens[:, :-1], given.tokens[:, 1:])
+        return _gradients(model, loss)
+
+    return registry.Call(run)
 
 
 def train_truth(attention: str, given: Text) -> registry.Outputs:
@@ -139,7 +151,7 @@ def _gradients(model: nn.Module, loss: Tensor) -> registry.Outputs:
 
 def step(attention: str, given: Text) -> registry.Call:
     """Scores of the token after the last, (batch, vocabulary), from the state before the last."""
-    model = build(attention, given.shape)
+    model = build(attention, given.shape).to(given.tokens.device, given.dtype)
     if attention in given.states:
         return time_step(model, given.states[attention], given)
     state = state_after(model, attention, given)
@@ -192,7 +204,7 @@ def step_truth(attention: str, given: Text) -> registry.Outputs:
 
 def in_place_step(attention: str, given: Text) -> registry.Call:
     """A step on keys and values kept in place: new ones are written behind the old ones, and nothing is copied."""
-    model = build(attention, given.shape)
+    model = build(attention, given.shape).to(given.tokens.device, given.dtype)
     before = state_after(model, attention, given)
     for block in model.decoder.layers:
         substitute(block.attention, step=_attend_in_place)
@@ -247,11 +259,11 @@ def _contenders(
     fields: dict[str, Any] = {}
     if operation == "language-step" and not row.can("fixed state"):
         fields = {"needs_bytes": _two_caches}
-    for name, backend, words in by_backend(name_of(row), function):
+    for name, backend, words, device in by_backend(name_of(row), function):
         yield registry.Contender(
             name, operation, OfModel(take, row.name, backend), OfModel(truth, row.name),
             f"a language model with {row.module.__name__}{words}", ours=True,
-            unavailable=partial(unavailable, row, backend), **fields,
+            unavailable=partial(unavailable, row, backend), device=device, **fields,
         )  # fmt: skip
 
 

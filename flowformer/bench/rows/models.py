@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,11 @@ def computed_by_truth(model: nn.Module) -> nn.Module:
         if isinstance(module, Attention):
             substitute(module, operation=module.mechanism.truth)
     return model
+
+
+def mixed(dtype: torch.dtype, place: torch.device) -> AbstractContextManager[Any]:
+    """Autocast to a dtype, as training in it does; nothing for float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(place.type, dtype)
 
 
 @contextmanager

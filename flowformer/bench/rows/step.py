@@ -132,7 +132,7 @@ def random_cache(fresh: Any, tokens: int) -> Any:
         size = (len(part), tokens, *part.shape[2:])
         if part.dtype == torch.bool:  # which tokens are real
             return part.new_ones(size)
-        return torch.randn(size, generator=generator).to(part.dtype)
+        return torch.randn(size, generator=generator).to(part)
 
     return type(fresh)(*map(fill, fresh))
 
@@ -142,7 +142,8 @@ def state_after(row: Mechanism, variant: Variant, learned: tuple[Any, ...], give
     if not row.can("fixed state") and given.length > CHECK_LENGTH:
         assert row.init_state is not None  # it has a step
         sizes = (given.k.shape[0], given.k.shape[1], given.k.shape[2], given.v.shape[2])
-        return random_cache(row.init_state(*sizes, *learned, dtype=given.k.dtype, **variant.options), given.length)
+        placed = {"dtype": given.k.dtype, "device": given.k.device}
+        return random_cache(row.init_state(*sizes, *learned, **placed, **variant.options), given.length)
     form = Form(row.operation, row.layout, variant)
     pieces = (form.arrange(*piece) for piece in given.pieces())
     return prefill(row.operation, pieces, *learned, **variant.options)
@@ -158,17 +159,18 @@ def registered_mechanisms() -> Iterator[registry.Contender]:
         for variant in variants_of(row):
             if row.step is None or not row.can("state") or not variant.decodes:
                 continue
-            for name, backend, words in by_backend(name_of(row, variant), row.step):
+            for name, backend, words, device in by_backend(name_of(row, variant), row.step):
                 yield registry.Contender(
                     name, "step", partial(_take, row, variant, backend), Form(row.truth, row.layout, variant),
                     f"ops.{row.step.__name__}{words}{variant.about}", ours=True,
                     unavailable=partial(unavailable, row, backend), needs_bytes=partial(_bytes, row, variant),
+                    device=device,
                 )  # fmt: skip
 
 
 def _take(row: Mechanism, variant: Variant, backend: str | None, given: Token) -> Taken:
     heads, channels = given.q.shape[1:]
-    learned = draw_learned(variant, given.length + 1, heads, channels, given.q.dtype)
+    learned = draw_learned(variant, given.length + 1, heads, channels, given.q.dtype, given.q.device)
     name = name_of(row, variant)
     state = given.states.get(name) or state_after(row, variant, learned, given)
     if row.can("fixed state"):

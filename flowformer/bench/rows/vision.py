@@ -28,6 +28,7 @@ from flowformer.bench.rows.models import (
     computed_by_truth,
     enlarge,
     gradients_of,
+    mixed,
     per_sequence,
 )
 from flowformer.mechanisms import Mechanism, find_attention
@@ -41,9 +42,9 @@ SIDES = (224, 448, 896)
 # 7 x 7 patches: the filters of AFT-conv, 11 x 11, reach 5 patches to each side and leave some out.
 CHECK_SIDE = 112
 BIAS_STD = 0.1
-# Twelve layers of float32, and means over patches, against float64.
-TOLERANCES = {torch.float32: 2e-6}
-GRADIENT_TOLERANCES = {torch.float32: 4e-5}
+# Twelve layers of float32, and means over patches, against float64. In half precision every layer rounds.
+TOLERANCES = {**registry.TOLERANCES, torch.float32: 2e-6}
+GRADIENT_TOLERANCES = {torch.float32: 4e-5, torch.float16: 2e-2, torch.bfloat16: 1.2e-1}
 TIMM = "softmax"  # what timm's own attention is called; ours computes the same
 # What is checked besides the attention of the first block: the two ends of the model, and what follows that attention.
 CHECKED = ("patch_embed.proj.weight", "head.weight", "blocks.0.mlp.fc1.weight")
@@ -56,7 +57,8 @@ class Images(NamedTuple):
 
     Attributes:
         shape: Its sizes.
-        images: Random ones, (batch, 3, side, side).
+        images: Random ones, (batch, 3, side, side). Their dtype is that of the weights in inference, and of autocast in
+            training.
         classes: Random ones, (batch,).
     """
 
@@ -99,7 +101,7 @@ def unavailable(row: Mechanism | None, backend: str | None, inputs: registry.Inp
         return CHANNELS_DIFFER
     if shape.length % PATCH:
         return f"a side of {shape.length} pixels is no whole number of patches of {PATCH}"
-    return refusal(row, backend) if row is not None and backend is not None else None
+    return refusal(row, backend, inputs[0].images) if row is not None and backend is not None else None
 
 
 # -------------------------------------------------------------------------------------------------------- what is timed
@@ -107,7 +109,7 @@ def unavailable(row: Mechanism | None, backend: str | None, inputs: registry.Inp
 
 def classify(attention: str | None, given: Images) -> registry.Call:
     """Class scores of the images, (batch, classes)."""
-    model = build(attention, given.shape)
+    model = build(attention, given.shape).to(given.images)
 
     @torch.no_grad()
     def run() -> registry.Outputs:
@@ -124,8 +126,8 @@ def classify_truth(attention: str, given: Images) -> registry.Outputs:
 
 def train(attention: str | None, given: Images) -> registry.Call:
     """Loss and gradients of all parameters, of which those that are checked are returned."""
-    model = build(attention, given.shape)
-    return registry.Call(lambda: _differentiate(model, given.images, given.classes))
+    model = build(attention, given.shape).to(given.images.device)
+    return registry.Call(lambda: _differentiate(model, given.images, given.classes, given.images.dtype))
 
 
 def train_truth(attention: str, given: Images) -> registry.Outputs:
@@ -134,8 +136,11 @@ def train_truth(attention: str, given: Images) -> registry.Outputs:
     return _differentiate(model, given.images.double(), given.classes)
 
 
-def _differentiate(model: nn.Module, images: Tensor, classes: Tensor) -> registry.Outputs:
-    loss = nn.functional.cross_entropy(model(images), classes)
+def _differentiate(
+    model: nn.Module, images: Tensor, classes: Tensor, dtype: torch.dtype = torch.float32
+) -> registry.Outputs:
+    with mixed(dtype, images.device):
+        loss = nn.functional.cross_entropy(model(images), classes)
     gradients = gradients_of(model, loss)
     checked = [gradients[name].flatten(1) for name in CHECKED]
     for name, gradient in gradients.items():
@@ -178,8 +183,9 @@ def registered_mechanisms() -> Iterator[registry.Contender]:
 def _contenders(
     operation: str, row: Mechanism, take: registry.Function, truth: registry.Function
 ) -> Iterator[registry.Contender]:
-    for name, backend, words in by_backend(name_of(row), row.operation):
+    for name, backend, words, device in by_backend(name_of(row), row.operation):
         yield registry.Contender(
             name, operation, OfModel(take, row.name, backend), OfModel(truth, row.name),
             f"DeiT with {row.module.__name__}{words}", ours=True, unavailable=partial(unavailable, row, backend),
+            device=device,
         )  # fmt: skip

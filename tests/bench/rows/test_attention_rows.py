@@ -83,8 +83,9 @@ def test_every_mechanism_is_timed_in_all_that_it_can_do(name):
 
 def test_names_in_the_documentation():
     names = {operation: [] for operation in OPERATIONS}
-    for operation, name in registry.contenders():
-        names.setdefault(operation, []).append(name)
+    for (operation, name), row in registry.contenders().items():
+        if not row.device:
+            names.setdefault(operation, []).append(name)
     flow, first = ["flow-native", "flow-native-bf16", "flow-torch"], "-native-heads-first"
     decay = [name.replace("flow", "flow-decay") for name in flow]
     others = [
@@ -117,6 +118,25 @@ def test_names_in_the_documentation():
         "aft-full-factors", "aft-local-64", "aft-simple", "linear", "linear-decay", "mobile", "softmax",
         "softmax-decay", "sdpa",
     ]  # fmt: skip
+
+
+def test_what_is_for_a_gpu_is_not_on_the_cpu_unless_it_is_named():
+    named = {(operation, name): row.device for (operation, name), row in registry.contenders().items() if row.device}
+    assert set(named.values()) == {"cuda"}
+    found = {operation: [name for at, name in named if at == operation] for operation in registry.OPERATIONS}
+    triton = ["flow-triton", "flow-decay-triton"]
+    for form in ("causal", "causal-training"):
+        assert found[form] == [*triton, "sdpa-flash", "fla-linear"]
+    for form in ("bidirectional", "bidirectional-training"):
+        assert found[form] == [*triton, "sdpa-flash"]
+    assert found["step"] == triton
+    for form in ("language-training", "language-step", "vision", "vision-training"):
+        assert found[form] == ["flow-triton"]
+    for device, there in (("cpu", False), ("cuda", True)):
+        ((_, rows),) = Plan(operations=("causal",), device=device).rows()
+        assert ("flow-triton" in [row.name for row in rows]) == there
+    ((_, rows),) = Plan(operations=("causal",), contenders=("flow-triton",)).rows()
+    assert [row.name for row in rows] == ["flow-triton"]
 
 
 def test_first_contender_is_the_one_that_ratios_are_to():

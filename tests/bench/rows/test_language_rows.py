@@ -19,7 +19,7 @@ registry.load()
 BACKENDS = tuple(row.name for row in list_backends() if not row.by_request)
 SHAPE = Shape(24, heads=2, channels=8, value_channels=8)
 OPERATIONS = ("language-training", "language-step")
-ROWS = [row for (operation, _), row in registry.contenders().items() if operation in OPERATIONS]
+ROWS = [row for row in registry.contenders().values() if row.operation in OPERATIONS and not row.device]
 MODELS = [name for name in list_attentions() if find_attention(name).can("state")]
 STEPS = [row for row in ROWS if row.operation == "language-step"]
 
