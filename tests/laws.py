@@ -503,56 +503,78 @@ def learning(case: Case) -> list[Tensor]:
     return [parameter.clone().requires_grad_() for parameter in case.parameters()]
 
 
+def along_a_direction(function: Callable[..., Any], tensors: Tensors) -> bool:
+    """Gradients of each input along a random direction are the difference quotients: any wrong number shows in them."""
+    random = torch.Generator().manual_seed(0)
+
+    def draw(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=random, dtype=like.dtype)
+
+    def outputs(tensors: Tensors) -> list[Tensor]:
+        found = function(*tensors)
+        return [found] if isinstance(found, Tensor) else found
+
+    outs = outputs(tensors)
+    weights = [draw(out) for out in outs]
+    for index, grad in enumerate(torch.autograd.grad(outs, tensors, weights)):
+        direction, ends = draw(grad), []
+        for step in (1e-6, -1e-6):
+            moved = [t.detach() + step * direction if at == index else t for at, t in enumerate(tensors)]
+            ends.append(sum((out * weight).sum() for out, weight in zip(outputs(moved), weights, strict=True)))
+        quotient, want = (ends[0] - ends[1]) / 2e-6, (grad * direction).sum()
+        assert (quotient - want).abs() <= 1e-6 * (grad * direction).abs().sum() + 1e-9, f"input {index}"
+    return True
+
+
 # Finite differences want float64, which only PyTorch computes: what else there is equals the reference's gradients.
-# Along one direction for every case, which finds any wrong number; number by number, to say which, where loops differ.
+Checker = Callable[[Callable[..., Any], Tensors], bool]
+
+
+def check_gradients(case: Case, check: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
+    rechunk(monkeypatch, case, 2, 4)
+    for length, sources in [(4, 4), (2, 3)] if case.crosses else [(6, 6)]:
+        case = case.up_to(length + sources)
+        assert check(case.op, [*narrow(case.inputs(length, sources, batch=1)), *learning(case)])
+
+
+def check_gradients_with_padding_and_packing(case: Case, check: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
+    rechunk(monkeypatch, case, 2, 6)
+    case = case.up_to(5)
+    tensors = [*narrow(case.inputs(5, batch=1)), *learning(case)]
+    mask = torch.tensor([[False, True, True, True, False]])
+    assert check(functools.partial(case.op, mask=mask), tensors)
+    bounds = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
+    assert check(functools.partial(case.op, cu_seqlens=bounds), tensors)
 
 
 @each(in_torch)
-def test_2_gradcheck_along_a_direction(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_gradients(case, monkeypatch, fast_mode=True)
-    check_gradients_with_padding_and_packing(case, monkeypatch, fast_mode=True)
+def test_2_gradients_equal_difference_quotients(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_gradients(case, along_a_direction, monkeypatch)
+    check_gradients_with_padding_and_packing(case, along_a_direction, monkeypatch)
 
 
 @each(in_torch, of_loops=True)
 def test_2_gradcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_gradients(case, monkeypatch)
+    check_gradients(case, torch.autograd.gradcheck, monkeypatch)
 
 
 @pytest.mark.slow
 @each(in_torch)
 def test_2_gradcheck_with_padding_and_packing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_gradients_with_padding_and_packing(case, monkeypatch)
+    check_gradients_with_padding_and_packing(case, torch.autograd.gradcheck, monkeypatch)
 
 
 @each(lambda case: has_state(case) and in_torch(case))
-def test_2_gradcheck_through_states_along_a_direction(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_gradients_through_states(case, monkeypatch, fast_mode=True)
+def test_2_gradients_through_states_equal_difference_quotients(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_gradients_through_states(case, along_a_direction, monkeypatch)
 
 
 @each(lambda case: has_state(case) and in_torch(case), of_loops=True)
 def test_2_gradcheck_through_states(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_gradients_through_states(case, monkeypatch)
+    check_gradients_through_states(case, torch.autograd.gradcheck, monkeypatch)
 
 
-def check_gradients(case: Case, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-    rechunk(monkeypatch, case, 2, 4)
-    for length, sources in [(4, 4), (2, 3)] if case.crosses else [(6, 6)]:
-        case = case.up_to(length + sources)
-        tensors = [*narrow(case.inputs(length, sources, batch=1)), *learning(case)]
-        assert torch.autograd.gradcheck(case.op, tensors, **options)
-
-
-def check_gradients_with_padding_and_packing(case: Case, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-    rechunk(monkeypatch, case, 2, 6)
-    case = case.up_to(5)
-    tensors = [*narrow(case.inputs(5, batch=1)), *learning(case)]
-    mask = torch.tensor([[False, True, True, True, False]])
-    assert torch.autograd.gradcheck(functools.partial(case.op, mask=mask), tensors, **options)
-    bounds = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
-    assert torch.autograd.gradcheck(functools.partial(case.op, cu_seqlens=bounds), tensors, **options)
-
-
-def check_gradients_through_states(case: Case, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+def check_gradients_through_states(case: Case, check: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
     rechunk(monkeypatch, case, 2, 2)
     case = case.up_to(5)
     _, state = case.op(*narrow(case.inputs(2, batch=1)), return_state=True)
@@ -569,7 +591,7 @@ def check_gradients_through_states(case: Case, monkeypatch: pytest.MonkeyPatch, 
         return [out, *(after[index] for index in floating)]
 
     parts = [state[index].detach().clone().requires_grad_() for index in floating]
-    assert torch.autograd.gradcheck(resume, [*narrow(case.inputs(3, batch=1)), *learning(case), *parts], **options)
+    assert check(resume, [*narrow(case.inputs(3, batch=1)), *learning(case), *parts])
 
 
 # -------------------------------------------------------------------------------------------------------- 3: causal
