@@ -10,7 +10,7 @@ demo: $(VENV)/.demo  ## train and evaluate on JapaneseVowels; go on with it, or 
 	$(BIN)/flowformer train uea/JapaneseVowels --out runs/demo --resume
 
 test: $(VENV)/.test  ## the default test suite
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: $(VENV)/.test  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

@@ -23,7 +23,7 @@ reference = SimpleNamespace(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Variant:
     """One way to call an operation.
 
@@ -38,6 +38,8 @@ class Variant:
         by_token: Whether those are of tokens, (batch, length, heads): then they are an input like q, k and v, and
             ``learned`` gives the others.
         ordered: Whether the variant knows the order of tokens otherwise.
+        same_loops: Whether it runs the loops of another variant, with other equations of a token in them. Laws of
+            loops (many tokens, sizes of chunks and blocks, memory) and other long ones are slow for it.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -46,6 +48,7 @@ class Variant:
     decays: bool = False
     by_token: bool = False
     ordered: bool = False
+    same_loops: bool = False
 
 
 def _table(length: int, heads: int) -> tuple[Any, ...]:
@@ -70,14 +73,21 @@ def _temperatures(length: int, heads: int) -> tuple[Any, ...]:
 
 VARIANTS: dict[str, dict[str, Variant]] = {
     "flow": {
-        **{preset: Variant({"preset": preset}) for preset in ops.PRESETS if preset != "distance"},
-        "no-competition": Variant({"competition": None}),
-        "no-allocation": Variant({"allocation": False}),
-        "rescale": Variant({"rescale": True}),
-        "relu": Variant({"feature_map": "relu"}),
+        # Those of lra compete over heads, as no others do.
+        **{
+            preset: Variant({"preset": preset}, same_loops=preset not in ("core", "lra"))
+            for preset in ops.PRESETS
+            if preset != "distance"
+        },
+        "no-competition": Variant({"competition": None}, same_loops=True),
+        "no-allocation": Variant({"allocation": False}, same_loops=True),
+        "rescale": Variant({"rescale": True}, same_loops=True),
+        "relu": Variant({"feature_map": "relu"}, same_loops=True),
         "decay": Variant({"decay": "learned", "feature_map": "elu"}, _heads, decays=True),
         "distance": Variant({"preset": "distance"}, decays=True, by_token=True),
-        "temperature": Variant({"temperature": True, "feature_map": "softmax", "clamp": 8.0}, _temperatures),
+        "temperature": Variant(
+            {"temperature": True, "feature_map": "softmax", "clamp": 8.0}, _temperatures, same_loops=True
+        ),
     },
     "linear": {
         "default": Variant(),
@@ -86,18 +96,18 @@ VARIANTS: dict[str, dict[str, Variant]] = {
     },
     "softmax": {
         "default": Variant(),
-        "rotary": Variant({"rotary": True}, ordered=True),
+        "rotary": Variant({"rotary": True}, ordered=True, same_loops=True),
         "decay-token": Variant({"decay": "token"}, decays=True, by_token=True),
     },
     "mobile": {
         "default": Variant(),
-        "normalized": Variant({"normalize": True}),
-        "no-competition": Variant({"competition": None}),
+        "normalized": Variant({"normalize": True}, same_loops=True),
+        "no-competition": Variant({"competition": None}, same_loops=True),
         "heads": Variant({"competition": "heads", "normalize": True}),
-        "no-allocation": Variant({"allocation": False}),
-        "no-clamp": Variant({"clamp": None}),
+        "no-allocation": Variant({"allocation": False}, same_loops=True),
+        "no-clamp": Variant({"clamp": None}, same_loops=True),
         # eps bounds what is divided by: with 1e-6 and relu, outputs of few heads and channels are beyond float16.
-        "relu": Variant({"feature_map": "relu", "eps": 1e-2}),
+        "relu": Variant({"feature_map": "relu", "eps": 1e-2}, same_loops=True),
     },
     "aft_full": {"factors": Variant(learned=_factors), "free": Variant(learned=_table, quadratic=True)},
     "aft_local": {
@@ -109,9 +119,12 @@ VARIANTS: dict[str, dict[str, Variant]] = {
 }
 
 
+PLAIN = {"default": Variant()}
+
+
 def variants_of(row: Mechanism) -> Mapping[str, Variant]:
     """The ways to call a mechanism, by name."""
-    return VARIANTS.get(row.name, {"default": Variant()})
+    return VARIANTS.get(row.name, PLAIN)
 
 
 def shapes_of(row: Mechanism, heads: int, key: int, value: int) -> tuple[Sizes, Sizes, Sizes]:

@@ -45,6 +45,9 @@ class Case(NamedTuple):
     backend: Backend
     longest: int = 512  # tokens that tables of positions have room for
 
+    def __hash__(self) -> int:  # a row is not hashable, its name is
+        return hash((self.row.name, self.variant, self.causal, self.backend.name, self.longest))
+
     @property
     def dtypes(self) -> Sequence[torch.dtype]:
         return self.backend.dtypes
@@ -195,19 +198,30 @@ CASES = _every_case()
 
 
 def each(
-    wanted: Callable[[Case], bool] = lambda case: True, *, dtypes: Iterable[torch.dtype] | None = None
+    wanted: Callable[[Case], bool] = lambda case: True,
+    *,
+    dtypes: Iterable[torch.dtype] | None = None,
+    of_loops: bool = False,
 ) -> pytest.MarkDecorator:
-    """Every case that is wanted; given dtypes, in every one of them that it computes."""
+    """Every case that is wanted; given dtypes, in every one of them that it computes.
+
+    A law ``of_loops`` takes long, and is slow for variants that run the loops of another.
+    """
     chosen = {name: case for name, case in CASES.items() if wanted(case)}
+
+    def marks(case: Case) -> Sequence[pytest.MarkDecorator]:
+        return [pytest.mark.slow] if of_loops and case.variant.same_loops else []
+
     if dtypes is None:
-        return pytest.mark.parametrize("case", chosen.values(), ids=chosen.keys())
-    pairs = {
-        f"{name}-{str(dtype).removeprefix('torch.')}": (case, dtype)
-        for dtype in dtypes
+        cases = [pytest.param(case, id=name, marks=marks(case)) for name, case in chosen.items()]
+        return pytest.mark.parametrize("case", cases)
+    pairs = [
+        pytest.param(case, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}", marks=marks(case))
         for name, case in chosen.items()
+        for dtype in dtypes
         if dtype in case.dtypes
-    }
-    return pytest.mark.parametrize(("case", "dtype"), pairs.values(), ids=pairs.keys())
+    ]
+    return pytest.mark.parametrize(("case", "dtype"), pairs)
 
 
 def is_causal(case: Case) -> bool:
@@ -284,6 +298,32 @@ def all_close(got: Tensors, want: Tensors, tolerance: float | None = None) -> No
         close(one, other, tolerance)
 
 
+# The truth is the same for every backend, and float64 inputs are the same for every dtype they are rounded to.
+
+
+@functools.lru_cache(maxsize=64)
+def _truth_of_inputs(case: Case, length: int, sources: int, dtype: torch.dtype) -> Tensor:
+    return case.truth(*case.inputs(length, sources, dtype=dtype))
+
+
+def truth_of_inputs(case: Case, length: int, sources: int | None = None, *, dtype: torch.dtype) -> Tensor:
+    """The truth for what ``case.inputs`` makes."""
+    return _truth_of_inputs(case.in_torch, length, length if sources is None else sources, dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _true_gradients(case: Case, length: int, sources: int, dtype: torch.dtype, learning: bool) -> list[Tensor]:
+    tensors = [*case.inputs(length, sources, dtype=dtype), *(case.parameters(dtype) if learning else ())]
+    return with_gradients(lambda *t: case.truth(*t).to(dtype), *(t.double() for t in tensors))
+
+
+def true_gradients(
+    case: Case, length: int, sources: int, dtype: torch.dtype, *, learning: bool = False
+) -> list[Tensor]:
+    """The truth for what ``case.inputs`` makes, and its gradients, of learned tensors too if asked."""
+    return _true_gradients(case.in_torch, length, sources, dtype, learning)
+
+
 # ------------------------------------------------------------------------------------------ 1: equals the reference
 
 SHAPES = [(1, 1), (2, 2), (64, 64), (65, 65), (37, 90), (90, 37), (1, 50), (50, 1)]
@@ -297,7 +337,7 @@ def test_1_equals_reference(case: Case, dtype: torch.dtype) -> None:
         tensors = case.inputs(length, sources, dtype=dtype)
         out = case.op(*tensors)
         assert out.dtype == dtype
-        close(out, case.truth(*tensors))
+        close(out, truth_of_inputs(case, length, sources, dtype=dtype))
 
 
 def half_is_faithful(got: Tensor, want: Tensor, rounded: Tensor) -> None:
@@ -307,34 +347,52 @@ def half_is_faithful(got: Tensor, want: Tensor, rounded: Tensor) -> None:
     assert (got.double() - want).abs().max() <= 2 * unavoidable + one_rounding
 
 
+def check_half(case: Case, dtype: torch.dtype, lengths: Sequence[int]) -> None:
+    case = case.up_to(600)
+    for length in lengths:
+        got = case.op(*case.inputs(length, dtype=dtype))
+        want, rounded = (truth_of_inputs(case, length, dtype=of) for of in (torch.float64, dtype))
+        assert got.dtype == dtype
+        half_is_faithful(got, want, rounded)
+
+
 @each(dtypes=[torch.bfloat16, torch.float16])
 def test_1_half_precision_is_worth_its_inputs(case: Case, dtype: torch.dtype) -> None:
-    case = case.up_to(600)
-    for length in (5, 64, 600):
-        exact = case.inputs(length, dtype=torch.float64)
-        rounded = [t.to(dtype) for t in exact]
-        got, want, unavoidable = case.op(*rounded), case.truth(*exact), case.truth(*rounded)
-        assert got.dtype == dtype
-        half_is_faithful(got, want, unavoidable)
+    check_half(case, dtype, (5, 64))
 
 
-def float32_is_float64(case: Case, run: Callable[..., Any]) -> None:
+@each(dtypes=[torch.bfloat16, torch.float16], of_loops=True)
+def test_1_half_precision_of_many_tokens_is_worth_its_inputs(case: Case, dtype: torch.dtype) -> None:
+    check_half(case, dtype, (600,))
+
+
+def long_inputs(case: Case) -> list[Tensor]:
+    return case.inputs(65_536, batch=1, dtype=torch.float32)
+
+
+@functools.lru_cache(maxsize=1)  # of one mechanism, for all of its backends
+def long_in_float64(case: Case, gradients: bool) -> list[Tensor]:
+    tensors = [t.double() for t in long_inputs(case)]
+    return with_gradients(case.op, *tensors) if gradients else [case.op(*tensors)]
+
+
+def float32_is_float64(case: Case, gradients: bool) -> None:
     case = case.up_to(65_536)
-    tensors = case.inputs(65_536, batch=1, dtype=torch.float32)
-    exact = run(case.in_torch.op, *(t.double() for t in tensors))
-    all_close(run(case.op, *tensors), exact, TOLERANCE[torch.float32])
+    tensors = long_inputs(case)
+    got = with_gradients(case.op, *tensors) if gradients else [case.op(*tensors)]
+    all_close(got, long_in_float64(case.in_torch, gradients), TOLERANCE[torch.float32])
 
 
 # Against float64, which is held to the reference below, slowly; gradients of what is scanned slowly too.
-@each(is_fast)
+@each(is_fast, of_loops=True)
 def test_1_float32_at_length_65536(case: Case) -> None:
-    float32_is_float64(case, (lambda op, *tensors: [op(*tensors)]) if is_scanned(case) else with_gradients)
+    float32_is_float64(case, gradients=not is_scanned(case))
 
 
 @pytest.mark.slow
 @each(is_scanned)
 def test_2_float32_gradients_at_length_65536(case: Case) -> None:
-    float32_is_float64(case, with_gradients)
+    float32_is_float64(case, gradients=True)
 
 
 def is_first_of_its_kind(case: Case) -> bool:
@@ -356,23 +414,33 @@ def test_1_float32_and_float64_at_length_65536_equal_reference(case: Case, monke
         close(case.op(*(t.to(dtype) for t in tensors)), truth)
 
 
+def of_constant_input(case: Case, dtype: torch.dtype, gradients: bool) -> list[Tensor]:
+    # Of v alone, since equal tokens compete in vain: the gradients of q and k are nothing but rounding.
+    token = case.inputs(1, batch=1, dtype=torch.float32)
+    q, k, v, *others = (t.to(dtype).expand(-1, case.longest, *t.shape[2:]) for t in token)
+    out = case.op(q, k, v.requires_grad_(gradients), *others)
+    return [out.detach(), *(torch.autograd.grad(out.sum(), v) if gradients else ())]
+
+
+@functools.lru_cache(maxsize=1)  # of one mechanism, for all of its backends
+def of_constant_input_in_float64(case: Case, gradients: bool) -> list[Tensor]:
+    return of_constant_input(case, torch.float64, gradients)
+
+
 def check_drift(case: Case, length: int, gradients: bool = True) -> None:
     case = case.up_to(length)
-
-    def run(case: Case, dtype: torch.dtype) -> list[Tensor]:
-        # Of v alone, since equal tokens compete in vain: the gradients of q and k are nothing but rounding.
-        token = case.inputs(1, batch=1, dtype=torch.float32)
-        q, k, v, *others = (t.to(dtype).expand(-1, length, *t.shape[2:]) for t in token)
-        out = case.op(q, k, v.requires_grad_(gradients), *others)
-        return [out.detach(), *(torch.autograd.grad(out.sum(), v) if gradients else ())]
-
-    all_close(run(case, torch.float32), run(case.in_torch, torch.float64), TOLERANCE[torch.float32])
+    got, want = (
+        of_constant_input(case, torch.float32, gradients),
+        of_constant_input_in_float64(case.in_torch, gradients),
+    )
+    all_close(got, want, TOLERANCE[torch.float32])
 
 
-@each(is_fast)
+@each(is_fast, of_loops=True)
 def test_1_sums_of_constant_input_do_not_drift(case: Case) -> None:
-    check_drift(case, 65_536, gradients=not is_scanned(case))
-    if not is_scanned(case):
+    if is_scanned(case):
+        check_drift(case, 65_536, gradients=False)
+    else:
         check_drift(case, 300_000)
 
 
@@ -392,8 +460,7 @@ def test_2_gradients_equal_reference(case: Case, dtype: torch.dtype) -> None:
         tensors = case.inputs(length, sources, dtype=dtype)
         got = with_gradients(case.op, *tensors)
         assert all(grad.dtype == dtype for grad in got)
-        truth = with_gradients(lambda *t: case.truth(*t).to(dtype), *(t.double() for t in tensors))
-        all_close(got, truth, TOLERANCE[dtype])
+        all_close(got, true_gradients(case, length, sources, dtype), TOLERANCE[dtype])
 
 
 @each(has_parameters, dtypes=[torch.float64, torch.float32])
@@ -402,7 +469,7 @@ def test_2_gradients_of_parameters_equal_reference(case: Case, dtype: torch.dtyp
         tensors = [*case.inputs(length, sources, dtype=dtype), *case.parameters(dtype)]
         got = with_gradients(case.op, *tensors)
         assert all(grad.dtype == dtype for grad in got)
-        all_close(got, with_gradients(lambda *t: case.truth(*t).to(dtype), *(t.double() for t in tensors)))
+        all_close(got, true_gradients(case, length, sources, dtype, learning=True))
 
 
 @each(dtypes=[torch.bfloat16, torch.float16])
@@ -436,28 +503,78 @@ def learning(case: Case) -> list[Tensor]:
     return [parameter.clone().requires_grad_() for parameter in case.parameters()]
 
 
+def along_a_direction(function: Callable[..., Any], tensors: Tensors) -> bool:
+    """Gradients of each input along a random direction are the difference quotients: any wrong number shows in them."""
+    random = torch.Generator().manual_seed(0)
+
+    def draw(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=random, dtype=like.dtype)
+
+    def outputs(tensors: Tensors) -> list[Tensor]:
+        found = function(*tensors)
+        return [found] if isinstance(found, Tensor) else found
+
+    outs = outputs(tensors)
+    weights = [draw(out) for out in outs]
+    for index, grad in enumerate(torch.autograd.grad(outs, tensors, weights)):
+        direction, ends = draw(grad), []
+        for step in (1e-6, -1e-6):
+            moved = [t.detach() + step * direction if at == index else t for at, t in enumerate(tensors)]
+            ends.append(sum((out * weight).sum() for out, weight in zip(outputs(moved), weights, strict=True)))
+        quotient, want = (ends[0] - ends[1]) / 2e-6, (grad * direction).sum()
+        assert (quotient - want).abs() <= 1e-6 * (grad * direction).abs().sum() + 1e-9, f"input {index}"
+    return True
+
+
 # Finite differences want float64, which only PyTorch computes: what else there is equals the reference's gradients.
-@each(in_torch)
-def test_2_gradcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+Checker = Callable[[Callable[..., Any], Tensors], bool]
+
+
+def check_gradients(case: Case, check: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
     rechunk(monkeypatch, case, 2, 4)
     for length, sources in [(4, 4), (2, 3)] if case.crosses else [(6, 6)]:
         case = case.up_to(length + sources)
-        assert torch.autograd.gradcheck(case.op, [*narrow(case.inputs(length, sources, batch=1)), *learning(case)])
+        assert check(case.op, [*narrow(case.inputs(length, sources, batch=1)), *learning(case)])
 
 
-@each(in_torch)
-def test_2_gradcheck_with_padding_and_packing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_gradients_with_padding_and_packing(case: Case, check: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
     rechunk(monkeypatch, case, 2, 6)
     case = case.up_to(5)
     tensors = [*narrow(case.inputs(5, batch=1)), *learning(case)]
     mask = torch.tensor([[False, True, True, True, False]])
-    assert torch.autograd.gradcheck(functools.partial(case.op, mask=mask), tensors)
+    assert check(functools.partial(case.op, mask=mask), tensors)
     bounds = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
-    assert torch.autograd.gradcheck(functools.partial(case.op, cu_seqlens=bounds), tensors)
+    assert check(functools.partial(case.op, cu_seqlens=bounds), tensors)
+
+
+@each(in_torch)
+def test_2_gradients_equal_difference_quotients(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_gradients(case, along_a_direction, monkeypatch)
+    check_gradients_with_padding_and_packing(case, along_a_direction, monkeypatch)
+
+
+@each(in_torch, of_loops=True)
+def test_2_gradcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_gradients(case, torch.autograd.gradcheck, monkeypatch)
+
+
+@pytest.mark.slow
+@each(in_torch)
+def test_2_gradcheck_with_padding_and_packing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_gradients_with_padding_and_packing(case, torch.autograd.gradcheck, monkeypatch)
 
 
 @each(lambda case: has_state(case) and in_torch(case))
+def test_2_gradients_through_states_equal_difference_quotients(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_gradients_through_states(case, along_a_direction, monkeypatch)
+
+
+@each(lambda case: has_state(case) and in_torch(case), of_loops=True)
 def test_2_gradcheck_through_states(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_gradients_through_states(case, torch.autograd.gradcheck, monkeypatch)
+
+
+def check_gradients_through_states(case: Case, check: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
     rechunk(monkeypatch, case, 2, 2)
     case = case.up_to(5)
     _, state = case.op(*narrow(case.inputs(2, batch=1)), return_state=True)
@@ -474,7 +591,7 @@ def test_2_gradcheck_through_states(case: Case, monkeypatch: pytest.MonkeyPatch)
         return [out, *(after[index] for index in floating)]
 
     parts = [state[index].detach().clone().requires_grad_() for index in floating]
-    assert torch.autograd.gradcheck(resume, [*narrow(case.inputs(3, batch=1)), *learning(case), *parts])
+    assert check(resume, [*narrow(case.inputs(3, batch=1)), *learning(case), *parts])
 
 
 # -------------------------------------------------------------------------------------------------------- 3: causal
@@ -482,19 +599,20 @@ def test_2_gradcheck_through_states(case: Case, monkeypatch: pytest.MonkeyPatch)
 
 @each(is_causal, dtypes=[torch.float32, torch.bfloat16])
 def test_3_outputs_do_not_know_the_future(case: Case, dtype: torch.dtype) -> None:
-    length = 700  # crosses chunks of 32 and 64, and the block of 512
+    length = 600  # crosses chunks of 32 and 64, and the block of 512
     case = case.up_to(length)
-    tensors = case.inputs(length, dtype=dtype)
-    before = case.op(*tensors)
-    for t in (0, 1, 31, 32, 62, 63, 64, 300, 511, 512, 600):
-        for scale in (1.0, 1e4):
-            future = case.inputs(length, seed=1, dtype=dtype)
-            changed = [
-                torch.cat([a[:, : t + 1], scale * b[:, t + 1 :]], 1) for a, b in zip(tensors, future, strict=True)
-            ]
-            after = case.op(*changed)
-            assert torch.equal(before[:, : t + 1], after[:, : t + 1]), f"t = {t}, later inputs of size {scale}"
-            assert not torch.equal(before[:, t + 1 :], after[:, t + 1 :])
+    # One row of a batch for each place and size.
+    rows = [(t, scale) for t in (0, 1, 31, 32, 62, 63, 64, 300, 511, 512, 560) for scale in (1.0, 1e4)]
+    one = case.inputs(length, batch=1, dtype=dtype)
+    future = case.inputs(length, batch=len(rows), seed=1, dtype=dtype)
+    before = case.op(*(t.expand(len(rows), *t.shape[1:]) for t in one))
+    changed = [
+        torch.stack([torch.cat([a[0, : t + 1], scale * b[row, t + 1 :]]) for row, (t, scale) in enumerate(rows)])
+        for a, b in zip(one, future, strict=True)
+    ]
+    for (t, scale), old, new in zip(rows, before, case.op(*changed), strict=True):
+        assert torch.equal(old[: t + 1], new[: t + 1]), f"t = {t}, later inputs of size {scale}"
+        assert not torch.equal(old[t + 1 :], new[t + 1 :])
 
 
 @each(is_causal)
@@ -570,10 +688,9 @@ def works_in_pieces(case: Case) -> bool:
 
 
 # In PyTorch: the chunks of the native kernels have the size that they were compiled with.
-@pytest.mark.parametrize(("chunk", "block"), [(1, 1), (7, 20), (16, 64), (64, 64), (1000, 1000)])
-@each(works_in_pieces)
-def test_4_chunk_and_block_do_not_matter(case: Case, chunk: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = case.inputs(150)
+@each(works_in_pieces, of_loops=True)
+def test_4_chunk_and_block_do_not_matter(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = case.inputs(70)
 
     def run() -> tuple[list[Tensor], Any]:
         return (
@@ -584,12 +701,14 @@ def test_4_chunk_and_block_do_not_matter(case: Case, chunk: int, block: int, mon
     with monkeypatch.context() as other_sizes:
         rechunk(other_sizes, case, 3, 9)
         other = made(case, tensors)
-    ran = rechunk(monkeypatch, case, chunk, block)
-    got, state = run()
-    if case.causal:  # else nothing was tested
-        assert made(case, tensors) != other if has_own_blocks(case) else ran == [block]
-    all_close(got, want)
-    all_close(state, last)
+    for chunk, block in ((1, 1), (7, 20), (16, 32), (64, 64), (1000, 1000)):
+        with monkeypatch.context() as sizes:
+            ran = rechunk(sizes, case, chunk, block)
+            got, state = run()
+            if case.causal:  # else nothing was tested
+                assert made(case, tensors) != other if has_own_blocks(case) else ran == [block]
+        all_close(got, want)
+        all_close(state, last)
 
 
 def made(case: Case, tensors: Tensors) -> list[torch.Size]:
@@ -614,30 +733,30 @@ def test_4_token_by_token(case: Case) -> None:
 def test_4_token_by_token_in_other_dtypes(case: Case, dtype: torch.dtype) -> None:
     tensors = case.inputs(100, dtype=dtype)
     got, _ = case.steps(tensors, case.fresh(2, dtype))
-    want = case.truth(*tensors)
+    want = truth_of_inputs(case, 100, dtype=dtype)
     assert got.dtype == dtype
     # What the whole sequence at once is held to; in half precision, one rounding of the result.
     close(got, want, TOLERANCE.get(dtype, torch.finfo(dtype).eps))
 
 
-@pytest.mark.parametrize("cut", [1, 5, 63, 64, 65, 129])
 @each(has_state)
-def test_4_split_anywhere_and_resumed(case: Case, cut: int) -> None:
+def test_4_split_anywhere_and_resumed(case: Case) -> None:
     tensors = case.inputs(130)
 
-    def in_two(leaves: Tensors, state: Any) -> tuple[Tensor, Any]:
+    def in_two(leaves: Tensors, state: Any, cut: int) -> tuple[Tensor, Any]:
         tensors, learned = leaves[: case.count], leaves[case.count :]
         first, state = case.op(*(t[:, :cut] for t in tensors), *learned, initial_state=state, return_state=True)
         second, state = case.op(*(t[:, cut:] for t in tensors), *learned, initial_state=state, return_state=True)
         return torch.cat([first, second], 1), state
 
     want, last = run_with_state(case, tensors)
-    got, state = run_with_state(case, tensors, run=in_two)
-    all_close(got, want, case.tolerance)
-    all_close(state, last, case.tolerance)
+    for cut in (1, 5, 63, 64, 65, 129):
+        got, state = run_with_state(case, tensors, run=functools.partial(in_two, cut=cut))
+        all_close(got, want, case.tolerance)
+        all_close(state, last, case.tolerance)
 
 
-@each(has_state)
+@each(has_state, of_loops=True)
 def test_4_splitting_costs_no_precision_in_float32(case: Case) -> None:
     case = case.up_to(1200)
     tensors = case.inputs(1200, dtype=torch.float32)
@@ -645,7 +764,7 @@ def test_4_splitting_costs_no_precision_in_float32(case: Case) -> None:
     for start in range(0, 1200, 100):
         out, state = case.op(*(t[:, start : start + 100] for t in tensors), initial_state=state, return_state=True)
         outs.append(out)
-    close(torch.cat(outs, 1), case.truth(*tensors))
+    close(torch.cat(outs, 1), truth_of_inputs(case, 1200, dtype=torch.float32))
 
 
 @each(has_state)
@@ -679,23 +798,31 @@ def real(batch: int, length: int, count: int, side: str) -> Tensor:
     return torch.cat([padding, ones] if side == "left" else [ones, padding], 1)
 
 
-@pytest.mark.parametrize("filler", [1e4, torch.nan, torch.inf, -torch.inf])
+FILLERS = (1e4, torch.nan, torch.inf, -torch.inf)
+
+
+def pad_rows(tensor: Tensor, count: int, side: str, fillers: Sequence[float]) -> Tensor:
+    """Each row of a batch with a filler of its own."""
+    return torch.cat([pad(row, count, side, filler) for row, filler in zip(tensor.split(1), fillers, strict=True)])
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @each()
-def test_5_padding_is_invisible(case: Case, side: str, filler: float) -> None:
+def test_5_padding_is_invisible(case: Case, side: str) -> None:
     case = case.up_to(1020)
-    tensors = case.inputs(20)
+    tensors = case.inputs(20, batch=len(FILLERS))
     want = with_gradients(case.op, *tensors, *case.parameters())
     for count in (0, 7, 1000):
-        mask = real(2, 20, count, side)
-        leaves = [*(pad(t, count, side, filler).requires_grad_() for t in tensors), *learning(case)]
+        mask = real(len(FILLERS), 20, count, side)
+        leaves = [*(pad_rows(t, count, side, FILLERS).requires_grad_() for t in tensors), *learning(case)]
         out = case.op(*leaves, mask=mask)
         upstream = pad(weights_like(want[0]), count, side, 1.0)
         got = [out, *torch.autograd.grad(out, leaves, upstream)]
         for padded, one in zip(got[: case.count + 1], want[: case.count + 1], strict=True):
-            tokens, padding = unpad(padded, count, side)
-            close(tokens, one)
-            assert not padding.any()  # zeros; NaN would be True
+            real_tokens, padding = unpad(padded, count, side)
+            for filler, row, wanted, beside in zip(FILLERS, real_tokens, one, padding, strict=True):
+                close(row, wanted)
+                assert not beside.any(), f"padding of {filler}"  # zeros; NaN would be True
         all_close(got[case.count + 1 :], want[case.count + 1 :])
 
 
@@ -777,7 +904,7 @@ def test_5_packed_equals_one_by_one(case: Case) -> None:
 
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(lengths=st.lists(st.integers(0, 70), min_size=1, max_size=6).filter(any))
-@each()
+@each(of_loops=True)
 def test_5_packed_equals_one_by_one_for_any_lengths(case: Case, lengths: list[int]) -> None:
     check_packed(case, lengths)
 
@@ -1140,8 +1267,8 @@ def test_6_causal_tokens_have_an_order(case: Case) -> None:
 # ------------------------------------------------------------------------------------------------------- 7: finite
 
 
-def extremes(case: Case, length: int, size: float, dtype: torch.dtype, values: float) -> list[list[Tensor]]:
-    """Inputs as large as can be: of either sign, of one sign, and next to nothing beside the largest."""
+def extremes(case: Case, length: int, size: float, dtype: torch.dtype, values: float) -> list[Tensor]:
+    """Inputs as large as can be, two rows of a kind: of either sign, of one sign, and tiny beside the largest."""
     random = torch.Generator().manual_seed(length)
     of_q, of_k, of_v = case.shapes()
 
@@ -1165,8 +1292,8 @@ def extremes(case: Case, length: int, size: float, dtype: torch.dtype, values: f
     ]
     made = [[(size * q).to(dtype), (size * k).to(dtype), (values * signs(of_v)).to(dtype)] for q, k in kinds]
     if case.variant.by_token:  # some forget everything
-        return [[*tensors, (-size * signs((HEADS,)).relu()).to(dtype)] for tensors in made]
-    return made
+        made = [[*tensors, (-size * signs((HEADS,)).relu()).to(dtype)] for tensors in made]
+    return [torch.cat(tensors) for tensors in zip(*made, strict=True)]
 
 
 # How large inputs and values are, and what is above the outputs.
@@ -1183,13 +1310,14 @@ def test_7_large_inputs_stay_finite(case: Case, dtype: torch.dtype) -> None:
     size, values, upstream = LARGE[dtype]
     case = case.up_to(513)
     for length in (1, 2, 31, 32, 33, 63, 64, 65, 513):
-        for kind, tensors in enumerate(extremes(case, length, size, dtype, values)):
-            got, wanted = large(case.op, tensors, upstream), []
-            for index, tensor in enumerate(got):
-                if dtype == torch.float16 and not tensor.isfinite().all():
-                    wanted = wanted or large(case.truth, [t.double() for t in tensors], upstream)
-                    tensor = tensor.masked_fill(tensor.isinf() & is_beyond(dtype, wanted[index]), 0)
-                assert tensor.isfinite().all(), f"{'oqkv'[index]} of kind {kind} at length {length}"
+        tensors = extremes(case, length, size, dtype, values)
+        got, wanted = large(case.op, tensors, upstream), []
+        for index, tensor in enumerate(got):
+            if dtype == torch.float16 and not tensor.isfinite().all():
+                wanted = wanted or large(case.truth, [t.double() for t in tensors], upstream)
+                tensor = tensor.masked_fill(tensor.isinf() & is_beyond(dtype, wanted[index]), 0)
+            for kind, rows in enumerate(tensor.split(2)):
+                assert rows.isfinite().all(), f"{'oqkvd'[index]} of kind {kind} at length {length}"
 
 
 def large(function: Callable[..., Tensor], tensors: Tensors, upstream: float) -> list[Tensor]:
@@ -1205,10 +1333,11 @@ def is_beyond(dtype: torch.dtype, truth: Tensor) -> Tensor:
 
 @each(has_state)
 def test_7_large_inputs_stay_finite_token_by_token(case: Case) -> None:
-    for kind, tensors in enumerate(extremes(case, 30, 1e4, torch.float32, 1e4)):
-        out, state = case.steps(tensors, case.fresh(2, torch.float32))
-        assert out.isfinite().all(), f"kind {kind}"
-        assert all(part.isfinite().all() for part in state)
+    tensors = extremes(case, 30, 1e4, torch.float32, 1e4)
+    out, state = case.steps(tensors, case.fresh(len(tensors[0]), torch.float32))
+    for kind, rows in enumerate(out.split(2)):
+        assert rows.isfinite().all(), f"kind {kind}"
+    assert all(part.isfinite().all() for part in state)
 
 
 def million(case: Case) -> Tensor:
@@ -1218,7 +1347,7 @@ def million(case: Case) -> Tensor:
     return case.op(*(t[..., :2] for t in tensors))
 
 
-@each(lambda case: is_fast(case) and not is_scanned(case))
+@each(lambda case: is_fast(case) and not is_scanned(case), of_loops=True)
 def test_7_a_million_tokens(case: Case) -> None:
     assert million(case).isfinite().all()
 
@@ -1464,23 +1593,23 @@ def memory(case: Case, length: int, channels: int, arguments: Mapping[str, Any])
     return recorder.largest, sum(kept.values())
 
 
-@each(is_linear)
+@each(is_linear, of_loops=True)
 def test_9_memory_is_linear_in_length(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     if has_own_blocks(case):
         rechunk(monkeypatch, case, 32, 64)  # rows of an L x L table, a block at a time, are to be few beside channels
     length, channels = 2048, 32
     case = case.up_to(2 * length)
-    for given_lengths in (None, [length], [length // 2] * 2):
-        for masked in (False, True) if given_lengths is None else (False,):
-            arguments: dict[str, Any] = {"mask": torch.ones(1, length, dtype=torch.bool)} if masked else {}
-            if given_lengths is not None:
-                arguments["cu_seqlens"] = torch.tensor([0, *given_lengths]).cumsum(0, dtype=torch.int32)
-            size = 4 * length * channels
-            largest, kept = memory(case, length, channels, arguments)
-            # L x K x V would be 32 times the size of q, L x L 64 times.
-            assert size <= largest <= 3 * size
-            assert kept <= 15 * size
-    twice, kept_twice = memory(case, 2 * length, channels, {})
+    size = 4 * length * channels
+    calls: list[dict[str, Any]] = [
+        {"mask": torch.ones(1, length, dtype=torch.bool)},
+        {"cu_seqlens": torch.tensor([0, length], dtype=torch.int32)},
+        {"cu_seqlens": torch.tensor([0, length // 2, length], dtype=torch.int32)},
+    ]
     once, kept_once = memory(case, length, channels, {})
+    for largest, kept in ((once, kept_once), *(memory(case, length, channels, arguments) for arguments in calls)):
+        # L x K x V would be 32 times the size of q, L x L 64 times.
+        assert size <= largest <= 3 * size
+        assert kept <= 15 * size
+    twice, kept_twice = memory(case, 2 * length, channels, {})
     assert twice <= 2 * once
     assert kept_twice <= 2.1 * kept_once

@@ -54,6 +54,7 @@ def test_it_is_listed_and_described(capsys: pytest.CaptureFixture[str]) -> None:
     assert "No state to continue from, and no decoding token by token: it has no step" in out
 
 
+@pytest.mark.long
 def test_it_passes_every_law() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(PACKAGE.parent)])}
     words = ["-m", "pytest", str(TESTS / "laws.py"), "-p", "toy_mechanism", "-k", "toy", "-q", "-p", "no:xdist"]
@@ -106,6 +107,7 @@ def test_it_is_drawn_by_the_command_line(run: Path, tmp_path: Path, capsys: pyte
 
 def test_it_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["bench", "causal", "--contenders", "toy", "--lengths", "64", "--heads", "2", "--channels", "8"]
+    words += ["--seconds", "0.003", "--no-memory", "--no-limits"]
     status, out, err = call(capsys, *words, "--out", tmp_path / "bench")
     assert status == 0, err
     assert "toy" in out

@@ -193,7 +193,11 @@ def test_comparison_measures_a_commit_by_its_own_bench(repository, small):
     assert [record["contender"] for record in found if record["record"] == "point"] == ["flow-torch", "yesterday"]
 
 
-@pytest.mark.parametrize("names", [{"operations": ("of-tomorrow",)}, {"contenders": ("tomorrow",)}])
+# Each starts a process: names of both kinds are refused by the same lines.
+@pytest.mark.parametrize(
+    "names",
+    [{"operations": ("of-tomorrow",)}, pytest.param({"contenders": ("tomorrow",)}, marks=pytest.mark.slow)],
+)
 def test_comparison_says_what_the_old_commit_has_not(names, repository, small):
     plan = Plan(**{"operations": ("causal",), "lengths": (16,), "threads": 1, **names}, **small)
     with pytest.raises(results.RunError, match=r"old cannot be measured: .* there is none of the \w+ (of-)?tomorrow"):

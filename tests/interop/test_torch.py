@@ -421,7 +421,7 @@ def test_transformer(batch_first):
         torch.testing.assert_close(run(), want)
 
 
-@pytest.mark.parametrize("mask", [None, "padding", "causal"])
+@pytest.mark.parametrize("mask", [pytest.param(None, marks=pytest.mark.slow), "padding", "causal"])
 def test_compiled_encoder_layer(mask):
     layer = replace(enlarge(nn.TransformerEncoderLayer(DIM, HEADS, **LAYER)), reference=False)
     x = rand(BATCH, LENGTH, DIM)

@@ -79,8 +79,7 @@ def by_whole_sequences(model, prompts, steps, seed=0, **options):
     return rows
 
 
-@pytest.mark.parametrize("chunk", [3, 100])
-@pytest.mark.parametrize("temperature", [0, 0.7])
+@pytest.mark.parametrize(("temperature", "chunk"), [(0, 100), (0.7, 3)])
 @pytest.mark.parametrize("attention", CAUSAL)
 def test_equals_whole_sequences(attention, temperature, chunk):
     model = build(attention)

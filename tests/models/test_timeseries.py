@@ -98,6 +98,7 @@ def test_gradients_reach_every_parameter():
         assert parameter.grad.abs().max() > 0, name
 
 
+@pytest.mark.slow  # test_waiting_models.py compiles it in training
 def test_compiles_in_one_graph():
     model = build()
     x, mask = batch()

@@ -205,6 +205,7 @@ def test_tokens_that_decay_leaves_alone():
     assert small().no_weight_decay() <= names
 
 
+@pytest.mark.slow  # test_waiting_models.py compiles one in training
 def test_compiles_without_breaks():
     model, images = small(), torch.randn(2, 3, 32, 32)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

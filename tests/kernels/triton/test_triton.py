@@ -29,6 +29,7 @@ def run(*words: str, timeout: float = 850) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("which", ["causal or state or future", "not (causal or state or future)"])
 @pytest.mark.parametrize("file", FILES)
 def test_interpreted(file: str, which: str) -> None:

@@ -389,7 +389,8 @@ def check_compiled(form: Form, causal: bool) -> None:
         close(got, want)
 
 
-@pytest.mark.parametrize("name", ["simple", "full-factors", "local", "conv"])
+# The windows of aft_conv are those of aft_local; by itself it is compiled below.
+@pytest.mark.parametrize("name", ["simple", "full-factors", "local"])
 def test_compiled_is_the_same(name: str) -> None:
     check_compiled(FORMS[name], causal=True)
 

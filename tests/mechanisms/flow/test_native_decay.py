@@ -293,11 +293,11 @@ def threads() -> Iterator[Any]:
 @competitions
 def test_threads_do_not_matter_to_the_bidirectional_form(competition: str | None, threads: Any) -> None:
     tensors, log_decay = inputs(600, heads=3), decays(600, by_token=True, heads=3)
-    results = {}
-    for count in (1, 8):
-        threads(count)
-        results[count] = agree_bidirectional(tensors, log_decay, competition=competition)
-    assert all(torch.equal(a, b) for a, b in zip(results[8], results[1], strict=True))
+    threads(1)
+    want = agree_bidirectional(tensors, log_decay, competition=competition)
+    threads(8)
+    got = output_and_gradients(native, tensors, log_decay, competition=competition)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @kinds
@@ -307,10 +307,12 @@ def test_threads_do_not_matter(competition: str | None, by_token: bool, threads:
     tensors, state = inputs(3000, batch=1, heads=1), start(1, by_token=by_token, heads=1, competition=competition)
     # Slow enough for a piece to depend on the one before it.
     log_decay = decays(3000, by_token=by_token, batch=1, heads=1) / 1000
+    want = everything(exact, [t.double() for t in tensors], log_decay.double(), state, competition=competition)
     results = {}
     for count in (1, 2, 8):
         threads(count)
-        results[count] = agree(tensors, log_decay, state, competition=competition)
+        results[count] = everything(native, tensors, log_decay, state, competition=competition)
+        all_close(results[count], want)
     assert not all(torch.equal(a, b) for a, b in zip(results[8], results[1], strict=True)), "nothing was cut"
 
 
