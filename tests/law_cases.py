@@ -16,6 +16,7 @@ from flowformer import ops
 from flowformer.mechanisms import Mechanism, find_attention, list_attentions
 
 Sizes = tuple[int, ...]
+CHANNELS = -1
 
 # The float64 truth of each operation, by the operation's name.
 reference = SimpleNamespace(
@@ -29,23 +30,28 @@ class Variant:
 
     Attributes:
         options: Keyword arguments of the operation, of its truth, of its step and of its state.
-        learned: Shapes of the learned tensors that the operation takes after v and the step after the state, for
-            sequences of up to ``length`` tokens and for ``heads``. One entry for each argument: a ``torch.Size``, or a
-            tuple of them where the argument is a tuple of tensors; ``None`` for an argument that is absent.
+        learned: Shapes of the learned or random tensors that the operation takes after v and the step after the state,
+            for sequences of up to ``length`` tokens and for ``heads``. One entry for each argument: a ``torch.Size``,
+            or a tuple of them where the argument is a tuple of tensors; ``None`` for an argument that is absent. A size
+            of :data:`CHANNELS` stands for the number of channels of q and k.
+        for_length: Options of the operation that depend on the longest sequence.
         quadratic: Whether a learned tensor is quadratic in length, and so memory too.
         decays: Whether the first learned tensor is of log-decays. A variant that decays knows the order of tokens, and
             has no cross-attention.
         by_token: Whether those are of tokens, (batch, length, heads): then they are an input like q, k and v, and
             ``learned`` gives the others.
         ordered: Whether the variant knows the order of tokens otherwise.
+        causal_only: Whether there is no bidirectional form.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     learned: Callable[[int, int], tuple[Any, ...]] = lambda length, heads: ()
+    for_length: Callable[[int], Mapping[str, Any]] = lambda length: {}
     quadratic: bool = False
     decays: bool = False
     by_token: bool = False
     ordered: bool = False
+    causal_only: bool = False
 
 
 def _table(length: int, heads: int) -> tuple[Any, ...]:

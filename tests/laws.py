@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from law_cases import Variant, shapes_of, variants_of
+from law_cases import CHANNELS, Variant, shapes_of, variants_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
@@ -82,47 +82,55 @@ class Case(NamedTuple):
         """The same, with tables of positions for ``length`` tokens."""
         return self._replace(longest=length)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        return {**self.variant.options, **self.variant.for_length(self.longest)}
+
     def arguments(self) -> dict[str, Any]:
-        return {"causal": self.causal, "backend": self.backend.name, **self.variant.options}
+        return {"causal": self.causal, "backend": self.backend.name, **self.options}
 
     def shapes(self, heads: int = HEADS, key: int = KEY, value: int = VALUE) -> Sequence[tuple[int, ...]]:
         return shapes_of(self.row, heads, key, value)
 
-    def parameters(self, dtype: torch.dtype | None = None, heads: int = HEADS) -> list[Tensor]:
+    def parameters(self, dtype: torch.dtype | None = None, heads: int = HEADS, key: int = KEY) -> list[Tensor]:
         """The learned tensors, those of a pair one after the other; the same at every call."""
-        shapes, _ = self._learned(heads)
+        shapes, _ = self._learned(heads, key)
         given = [shape for shape in shapes if shape is not None]
         made = [_parameter(shape, seed, dtype or self.dtype) for seed, shape in enumerate(given)]
         if self.variant.decays and not self.variant.by_token:
             made[0] = -0.3 * made[0].abs() - 0.01
         return made
 
-    def _learned(self, heads: int = HEADS) -> tuple[list[torch.Size | None], Any]:
+    def _learned(self, heads: int = HEADS, key: int = KEY) -> tuple[list[torch.Size | None], Any]:
         shapes = self.variant.learned(self.longest, heads)
-        return tree_flatten(shapes, is_leaf=lambda shape: isinstance(shape, torch.Size))
+        found, structure = tree_flatten(shapes, is_leaf=lambda shape: isinstance(shape, torch.Size))
+        sizes = [s if s is None else torch.Size(key if size == CHANNELS else size for size in s) for s in found]
+        return sizes, structure
 
-    def _arguments_of(self, parameters: Tensors, dtype: torch.dtype) -> tuple[Any, ...]:
+    def _arguments_of(self, parameters: Tensors, dtype: torch.dtype, q: Tensor | None = None) -> tuple[Any, ...]:
         """Learned tensors as the operation takes them; those of :meth:`parameters` where none are given."""
         first, parameters = parameters[: self.count - 3], parameters[self.count - 3 :]
         shapes, structure = self._learned()
-        given = iter(parameters or self.parameters(dtype))
+        by_heads = q is not None and self.row.layout.axes.count(",") == 3
+        sizes = q.shape[-2:] if by_heads else (HEADS, KEY)
+        given = iter(parameters or self.parameters(dtype, *sizes))
         return *first, *tree_unflatten([None if shape is None else next(given) for shape in shapes], structure)
 
     def op(self, q: Tensor, k: Tensor, v: Tensor, *parameters: Tensor, **arguments: Any) -> Any:
-        learned = self._arguments_of(parameters, q.dtype)
+        learned = self._arguments_of(parameters, q.dtype, q)
         return self.row.operation(q, k, v, *learned, **self.arguments(), **arguments)
 
     def truth(self, q: Tensor, k: Tensor, v: Tensor, *parameters: Tensor, **arguments: Any) -> Tensor:
-        learned = self._arguments_of(parameters, q.dtype)
-        return self.row.truth(q, k, v, *learned, causal=self.causal, **self.variant.options, **arguments)
+        learned = self._arguments_of(parameters, q.dtype, q)
+        return self.row.truth(q, k, v, *learned, causal=self.causal, **self.options, **arguments)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Any]:
         """One token: what there is of it, the state, and learned tensors."""
         of_token, (state, *parameters) = rest[: self.count - 3], rest[self.count - 3 :]
         parameters = (*of_token, *parameters)
         chooses = "backend" in inspect.signature(self.row.step).parameters
-        options = {**({"backend": self.backend.name} if chooses else {}), **self.variant.options}
-        return self.row.step(q, k, v, state, *self._arguments_of(parameters, q.dtype), **options)
+        options = {**({"backend": self.backend.name} if chooses else {}), **self.options}
+        return self.row.step(q, k, v, state, *self._arguments_of(parameters, q.dtype, q), **options)
 
     def steps(self, tensors: Tensors, state: Any) -> tuple[Tensor, Any]:
         """Token by token: outputs side by side, and the last state."""
@@ -136,7 +144,7 @@ class Case(NamedTuple):
     def fresh(self, batch: int, dtype: torch.dtype | None = None) -> Any:
         dtype = dtype or self.dtype
         learned = (None,) * (self.count - 3) + self._arguments_of((), dtype)
-        return self.row.init_state(batch, HEADS, KEY, VALUE, *learned, dtype=dtype, **self.variant.options)
+        return self.row.init_state(batch, HEADS, KEY, VALUE, *learned, dtype=dtype, **self.options)
 
     def inputs(
         self,
@@ -183,6 +191,8 @@ def _every_case() -> dict[str, Case]:
         row = find_attention(name)
         for label, variant in variants_of(row).items():
             for form, causal in (("bidirectional", False), ("causal", True))[: 2 if row.can("causal") else 1]:
+                if variant.causal_only and not causal:
+                    continue
                 for chosen in _backends(row):
                     suffix = "" if chosen is TORCH else f"-{chosen.name}"
                     case = Case(row, variant, causal, chosen)
@@ -432,8 +442,8 @@ def narrow(tensors: Tensors) -> list[Tensor]:
     return [*few, *(t.requires_grad_() for t in tensors[3:])]
 
 
-def learning(case: Case) -> list[Tensor]:
-    return [parameter.clone().requires_grad_() for parameter in case.parameters()]
+def learning(case: Case, key: int = KEY) -> list[Tensor]:
+    return [parameter.clone().requires_grad_() for parameter in case.parameters(key=key)]
 
 
 # Finite differences want float64, which only PyTorch computes: what else there is equals the reference's gradients.
@@ -442,14 +452,14 @@ def test_2_gradcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     rechunk(monkeypatch, case, 2, 4)
     for length, sources in [(4, 4), (2, 3)] if case.crosses else [(6, 6)]:
         case = case.up_to(length + sources)
-        assert torch.autograd.gradcheck(case.op, [*narrow(case.inputs(length, sources, batch=1)), *learning(case)])
+        assert torch.autograd.gradcheck(case.op, [*narrow(case.inputs(length, sources, batch=1)), *learning(case, 2)])
 
 
 @each(in_torch)
 def test_2_gradcheck_with_padding_and_packing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     rechunk(monkeypatch, case, 2, 6)
     case = case.up_to(5)
-    tensors = [*narrow(case.inputs(5, batch=1)), *learning(case)]
+    tensors = [*narrow(case.inputs(5, batch=1)), *learning(case, 2)]
     mask = torch.tensor([[False, True, True, True, False]])
     assert torch.autograd.gradcheck(functools.partial(case.op, mask=mask), tensors)
     bounds = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
@@ -474,7 +484,7 @@ def test_2_gradcheck_through_states(case: Case, monkeypatch: pytest.MonkeyPatch)
         return [out, *(after[index] for index in floating)]
 
     parts = [state[index].detach().clone().requires_grad_() for index in floating]
-    assert torch.autograd.gradcheck(resume, [*narrow(case.inputs(3, batch=1)), *learning(case), *parts])
+    assert torch.autograd.gradcheck(resume, [*narrow(case.inputs(3, batch=1)), *learning(case, 2), *parts])
 
 
 # -------------------------------------------------------------------------------------------------------- 3: causal
@@ -1448,7 +1458,8 @@ def memory(case: Case, length: int, channels: int, arguments: Mapping[str, Any])
     tensors = [torch.randn(1, length, *shape) for shape in case.shapes(1, channels, channels)]
     if case.variant.by_token:
         tensors.append(-torch.rand(1, length, 1))
-    leaves = [t.requires_grad_() for t in (*tensors, *(p.clone() for p in case.parameters(torch.float32, heads=1)))]
+    parameters = case.parameters(torch.float32, heads=1, key=channels)
+    leaves = [t.requires_grad_() for t in (*tensors, *(p.clone() for p in parameters))]
     kept = {}
 
     def keep(tensor: Tensor) -> Tensor:
