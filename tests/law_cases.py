@@ -74,6 +74,10 @@ def _temperatures(length: int, heads: int) -> tuple[Any, ...]:
     return (None, torch.Size((3, heads)))
 
 
+def _projection(length: int, heads: int) -> tuple[Any, ...]:
+    return (torch.Size((6, CHANNELS)),)
+
+
 VARIANTS: dict[str, dict[str, Variant]] = {
     "flow": {
         **{preset: Variant({"preset": preset}) for preset in ops.PRESETS if preset != "distance"},
@@ -94,6 +98,10 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "default": Variant(),
         "rotary": Variant({"rotary": True}, ordered=True),
         "decay-token": Variant({"decay": "token"}, decays=True, by_token=True),
+    },
+    "performer": {
+        "default": Variant(learned=_projection),
+        "relu": Variant({"kernel": "relu", "projected": False, "scale": 1.0}),
     },
     "mobile": {
         "default": Variant(),

@@ -4,8 +4,8 @@ Where exp(q . k) is replaced by phi(q) . phi(k), attention is a ratio of two sum
 
     total_i = sum_j gamma(i, j) phi(q_i) . phi(k_j)        product_i = sum_j gamma(i, j) (phi(q_i) . phi(k_j)) v_j
 
-and each of them is phi(q_i) times a sum that queries share. gamma is a decay, or 1. The past of a causal form is a pair:
-sum_j phi(k_j), (batch, heads, F), and sum_j phi(k_j) v_j^T, (batch, heads, F, V), in the dtype of states.
+and each of them is phi(q_i) times a sum that queries share. gamma is a decay, or 1. The past of a causal form is
+the pair sum_j phi(k_j), (batch, heads, F), and sum_j phi(k_j) v_j^T, (batch, heads, F, V), in the dtype of states.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any
 
@@ -79,3 +80,22 @@ def _resolve(seed: int | None) -> int:
     if not 0 <= seed <= LARGEST_SEED:
         raise ValueError(f"seed must be from 0 to {LARGEST_SEED}, got {seed}")
     return int(seed)
+
+
+def orthogonal_gaussian(features: int, channels: int, generator: torch.Generator, *, scaled: bool = True) -> Tensor:
+    """Return (features, channels) whose rows are orthogonal in blocks of ``channels``, and each row Gaussian by itself.
+
+    Args:
+        features: Rows.
+        channels: Columns.
+        generator: Of random numbers.
+        scaled: Give rows the norms of Gaussian vectors, drawn anew; otherwise sqrt(channels).
+    """
+    blocks = [
+        torch.linalg.qr(torch.randn(channels, channels, generator=generator)).Q.T
+        for _ in range(-(-features // channels))
+    ]
+    rows = torch.cat(blocks)[:features]
+    if not scaled:
+        return rows * math.sqrt(channels)
+    return rows * torch.randn(features, channels, generator=generator).norm(dim=1, keepdim=True)
