@@ -41,7 +41,7 @@ class Variant:
         by_token: Whether those are of tokens, (batch, length, heads): then they are an input like q, k and v, and
             ``learned`` gives the others.
         ordered: Whether the variant knows the order of tokens otherwise.
-        causal_only: Whether there is no bidirectional form.
+        only: The only form that it has, ``"causal"`` or ``"bidirectional"``.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Variant:
     decays: bool = False
     by_token: bool = False
     ordered: bool = False
-    causal_only: bool = False
+    only: str = ""
 
 
 def _table(length: int, heads: int) -> tuple[Any, ...]:
@@ -78,6 +78,14 @@ def _projection(length: int, heads: int) -> tuple[Any, ...]:
     return (torch.Size((6, CHANNELS)),)
 
 
+def _projections(length: int, heads: int) -> tuple[Any, ...]:
+    return (None, *_projections_alone(length, heads))
+
+
+def _projections_alone(length: int, heads: int) -> tuple[Any, ...]:
+    return (torch.Size((heads, 6, CHANNELS)),)
+
+
 VARIANTS: dict[str, dict[str, Variant]] = {
     "flow": {
         **{preset: Variant({"preset": preset}) for preset in ops.PRESETS if preset != "distance"},
@@ -102,6 +110,14 @@ VARIANTS: dict[str, dict[str, Variant]] = {
     "performer": {
         "default": Variant(learned=_projection),
         "relu": Variant({"kernel": "relu", "projected": False, "scale": 1.0}),
+    },
+    "rfa": {
+        "default": Variant(learned=_projections),
+        "gate": Variant(learned=_projections_alone, decays=True, by_token=True, only="causal"),
+    },
+    "cosformer": {
+        "bounded": Variant(for_length=lambda length: {"max_length": length}, ordered=True),
+        "default": Variant(ordered=True, only="bidirectional"),
     },
     "mobile": {
         "default": Variant(),

@@ -191,7 +191,7 @@ def _every_case() -> dict[str, Case]:
         row = find_attention(name)
         for label, variant in variants_of(row).items():
             for form, causal in (("bidirectional", False), ("causal", True))[: 2 if row.can("causal") else 1]:
-                if variant.causal_only and not causal:
+                if variant.only not in ("", form):
                     continue
                 for chosen in _backends(row):
                     suffix = "" if chosen is TORCH else f"-{chosen.name}"

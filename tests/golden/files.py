@@ -133,7 +133,11 @@ def check(path: Path) -> tuple[bool, str]:
     reader = find_reader(golden.name)
     if reader is None:
         return False, f"{golden.name}: unknown, no reader has its name"
-    found = errors(golden, reader.compute(golden))
+    try:
+        pairs = reader.compute(golden)
+    except (RuntimeError, TypeError, ValueError, KeyError) as error:
+        return False, f"{golden.name}: FAILS, {type(error).__name__}: {error}"
+    found = errors(golden, pairs)
     worst = max(found, key=lambda name: found[name])
     same = found[worst] <= reader.tolerance
     verdict = "the same" if same else f"DIFFERS by more than {reader.tolerance:.0e}"

@@ -18,9 +18,6 @@ NOT_YET = {
     "bigbird_hf",
     "bigbird_hf_eval",
     "bigbird_lra",
-    "cosformer",
-    "cosformer_causal",
-    "cosformer_cross",
     "linformer",
     "linformer_lra",
     "linformer_per_head",
@@ -48,10 +45,6 @@ NOT_YET = {
     "reformer_lsh_1hash_causal",
     "reformer_lsh_4hash",
     "reformer_lsh_4hash_causal",
-    "rfa_causal",
-    "rfa_cross",
-    "rfa_gate_causal",
-    "rfa_gate_causal_paper",
     "routing",
     "routing_causal",
     "sinkhorn_causal",
@@ -136,6 +129,16 @@ def test_same_numbers_pass(doubling, capsys):
 def test_different_numbers_do_not(changes, doubling, capsys):
     assert main([str(doubling(**changes))]) == 1
     assert "DIFFERS" in capsys.readouterr().out
+
+
+def test_reader_that_fails_is_told(doubling, capsys):
+    folder = doubling("doubling_9")
+    header = {"options": '{"weight": 2}'}
+    save_file(dict(load(folder / "doubling_9.safetensors").tensors), str(folder / "doubling.safetensors"), header)
+    assert main([str(folder)]) == 1
+    printed = capsys.readouterr().out
+    assert "doubling: FAILS, KeyError: 'factor'" in printed
+    assert "doubling_9: the same" in printed
 
 
 def test_file_without_reader_is_unknown(doubling, capsys):

@@ -32,8 +32,7 @@ from flowformer.core.decay import Decay, rising_scale
 from flowformer.core.feature_products import block_products, fresh_past, token_products, whole_products
 from flowformer.core.masks import fill
 from flowformer.core.precision import LOG_ZERO, no_autocast, state_dtype
-from flowformer.core.run import Given, check_inputs, run
-from flowformer.core.scan import scan
+from flowformer.core.run import Given, check_inputs, run, scanned
 from flowformer.core.tracing import cut
 from flowformer.mechanisms.performer.options import PerformerOptions, check_projection, performer_options
 
@@ -139,15 +138,15 @@ def performer_attention(
     if over_all and (initial_state is not None or return_state):
         raise ValueError(f"{op}: maximum='all' has no state, since the maximum is over later keys too")
 
+    def block(tokens: Sequence[Any], state: PerformerState, projection: Any, largest: Any) -> Any:
+        return _causal_block(tokens, state, projection, largest, options, CHUNK)
+
+    def whole(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None) -> Tensor:
+        return _bidirectional(q, k, v, key, query, projection, options)
+
     def dense(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: Any) -> Any:
-        if not causal:
-            return _bidirectional(q, k, v, key, query, projection, options), None
         largest = _largest_of_all(k, key, projection, options) if over_all else None
-
-        def block(tokens: Sequence[Any], state: PerformerState, projection: Any, largest: Any) -> Any:
-            return _causal_block(tokens, state, projection, largest, options, CHUNK)
-
-        return scan(block, (q, k, v, key), state, (projection, largest))
+        return scanned(block, whole, causal, (projection, largest))(q, k, v, key, query, state)
 
     def fresh(batch: int) -> PerformerState:
         return _fresh(batch, q, v, projection, options)
@@ -282,7 +281,8 @@ def _causal_block(
         out = _divide(product, total, Q, unit, excess, options)
         wide = state.maximum.dtype
         value_sum = state.value_sum + values[:, -1].to(wide)
-        after = PerformerState(*past, value_sum, largest[:, -1].to(wide), seen[:, -1])
+        maximum = largest[:, -1].to(wide) if options.exponential else state.maximum
+        after = PerformerState(*past, value_sum, maximum, seen[:, -1])
         return cut(out, length).to(dtype), after
 
 
@@ -332,13 +332,15 @@ def performer_attention_step(
         compute = state.memory.dtype
         Q, unit = _queries(q.to(compute), None, projection, options)
         exponents, largest = _keys(k.to(compute), None, projection, options)
-        largest = torch.maximum(largest, state.maximum) if options.exponential else state.maximum
+        factor, maximum = None, state.maximum
+        if options.exponential:
+            largest = maximum = torch.maximum(largest, maximum)
+            factor = (state.maximum.detach().ceil() - largest.detach().ceil()).exp().unsqueeze(-1)
         scale, excess = _scale(largest)
         K, V = _relative(exponents, scale, options), v.to(compute)
-        factor = (state.maximum.detach().ceil() - scale).exp().unsqueeze(-1)
         total, product, past = token_products(Q, K, V, state[:2], factor)
         values, length = state.value_sum + V, state.length + 1
         weight = options.offset * excess.exp() * Q.sum(-1, keepdim=True)
         total = total + weight * length.view(-1, 1, 1)
         out = _divide(product + weight * values, total, Q, unit, excess, options)
-        return out.to(v.dtype), PerformerState(*past, values, largest, length)
+        return out.to(v.dtype), PerformerState(*past, values, maximum, length)
