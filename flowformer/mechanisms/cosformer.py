@@ -179,7 +179,7 @@ def _refuse_longer(op: str, count: Tensor, max_length: int) -> None:
 def _features(x: Tensor, mask: Tensor | None, positions: Tensor, longest: Tensor) -> Tensor:
     """Features (..., heads, 2 K) of x (..., heads, K) at positions (...), zeros at padding."""
     x = fill(x, mask).to(sum_dtype(x.dtype)).relu()
-    angles = (math.pi / 2 * positions / longest)[..., None, None]
+    angles = (math.pi / 2 * positions.to(longest.dtype) / longest)[..., None, None]
     return torch.cat([x * angles.cos().to(x.dtype), x * angles.sin().to(x.dtype)], -1)
 
 
