@@ -121,7 +121,7 @@ def cosformer_attention(
     """
     op = "cosformer_attention"
     _check(op, eps, max_length)
-    if max_length is None and (initial_state is not None or return_state):
+    if causal and max_length is None and (initial_state is not None or return_state):
         raise ValueError(f"{op}: a state requires max_length, since all weights depend on it")
 
     def block(tokens: Sequence[Any], state: CosformerState, longest: Tensor) -> tuple[Tensor, CosformerState]:

@@ -104,11 +104,14 @@ def _options(op: str, **given: Any) -> _Options:
     return options
 
 
-def _check(op: str, log_gate: Any, projection: Any, q: Tensor) -> None:
-    """Raise unless gates and the projection fit queries (..., heads, K)."""
-    check_table(
-        f"{op}: projection", projection, "heads, features, channels", (q.shape[-2], None, q.shape[-1]), q.device
-    )
+def _check_projection(op: str, projection: Any, q: Tensor) -> None:
+    """Raise unless a projection fits queries (..., heads, K)."""
+    sizes = (q.shape[-2], None, q.shape[-1])
+    check_table(f"{op}: projection", projection, "heads, features, channels", sizes, q.device)
+
+
+def _check_gate(op: str, log_gate: Any, q: Tensor) -> None:
+    """Raise unless gates fit queries (..., heads, K), or are absent."""
     if log_gate is None:
         return
     check_dense(f"{op}: log_gate", log_gate)
@@ -216,7 +219,8 @@ def rfa_attention(
     options = _options(op, kind=kind, feature_scale=feature_scale, norm_eps=norm_eps, bound=bound, least=least)
     given = Given(q, k, v, causal, mask, context_mask, cu_seqlens, initial_state, return_state, backend)
     check_inputs(op, given)
-    _check(op, log_gate, projection, q)
+    _check_projection(op, projection, q)
+    _check_gate(op, log_gate, q)
     if log_gate is not None and not causal:
         raise ValueError(f"{op}: a gate requires causal=True, since it forgets what came before")
 
@@ -309,8 +313,9 @@ def rfa_attention_step(
     op = "rfa_attention_step"
     options = _options(op, kind=kind, feature_scale=feature_scale, norm_eps=norm_eps, bound=bound, least=least)
     check_step(op, q, k, v, state, RFAState)
-    _check(op, log_gate, projection, q)
+    _check_projection(op, projection, q)
     check_state(op, state, _fresh(q.shape[0], v, projection, kind))
+    _check_gate(op, log_gate, q)
     with no_autocast(q.device):
         compute = state.memory.dtype
         Q, K = (options.features(x.to(compute), projection) for x in (q, k))
