@@ -61,10 +61,10 @@ def distance(kind: str, features: int, causal: bool) -> float:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kind", KERNELS)
 def test_converges_to_its_kernel_as_features_grow(kind, causal) -> None:
-    found = [distance(kind, features, causal) for features in (64, 512, 4096)]
+    found = [distance(kind, features, causal) for features in (16, 128, 1024)]
     for few, many in pairwise(found):
         assert many < few / 2  # 8 times as many: a root of 8 times less by theory
-    assert found[-1] < 0.05
+    assert found[-1] < 0.1
 
 
 def test_kernel_is_softmax_of_unit_vectors() -> None:
