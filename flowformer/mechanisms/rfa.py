@@ -429,7 +429,7 @@ class RFAAttention(DrawnAttention):
         return {"projection": torch.randn(self.num_heads, *sizes, generator=generator)}
 
     def reset_parameters(self) -> None:
-        """Re-initialize all parameters, and return to the random tensors of :attr:`seed`."""
+        """Re-initialize all parameters, and draw the random tensors as the constructor does."""
         super().reset_parameters()
         nn.init.ones_(self.scales)
         if self.gate:
