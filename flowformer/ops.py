@@ -17,9 +17,12 @@ from flowformer.mechanisms.weights import FlowMaps
 
 if TYPE_CHECKING:  # at run time the names come from flowformer.mechanisms
     from flowformer.mechanisms.aft import *  # noqa: F403 - each has an __all__
+    from flowformer.mechanisms.cosformer import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.flow import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.linear import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.mobile import *  # noqa: F403 - each has an __all__
+    from flowformer.mechanisms.performer import *  # noqa: F403 - each has an __all__
+    from flowformer.mechanisms.rfa import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.softmax import *  # noqa: F403 - each has an __all__
 
 _SHARED = ("LIMITS", "Attention", "Mechanism", "create_attention", "find_attention", "list_attentions")

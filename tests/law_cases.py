@@ -29,9 +29,14 @@ class Variant:
 
     Attributes:
         options: Keyword arguments of the operation, of its truth, of its step and of its state.
-        learned: Shapes of the learned tensors that the operation takes after v and the step after the state, for
-            sequences of up to ``length`` tokens and for ``heads``. One entry for each argument: a ``torch.Size``, or a
-            tuple of them where the argument is a tuple of tensors; ``None`` for an argument that is absent.
+        learned: Shapes of the learned or random tensors that the operation takes after v and the step after the state,
+            for sequences of up to ``length`` tokens and for ``heads``. One entry for each argument: a ``torch.Size``,
+            or a tuple of them where the argument is a tuple of tensors; ``None`` for an argument that is absent.
+        by_channels: Whether ``learned`` takes the channels of keys as well.
+        scale: Standard deviation of the learned tensors.
+        drawn: Shapes of the random tensors that the operation takes after v, before the learned ones, for ``heads`` and
+            the channels of keys. They have no gradients. Tensors of integers stand for themselves.
+        for_length: Options of the operation that depend on the longest sequence.
         quadratic: Whether a learned tensor is quadratic in length, and so memory too.
         decays: Whether the first learned tensor is of log-decays. A variant that decays knows the order of tokens, and
             has no cross-attention.
@@ -40,15 +45,21 @@ class Variant:
         ordered: Whether the variant knows the order of tokens otherwise.
         same_loops: Whether it runs the loops of another variant, with other equations of a token in them. Laws of
             loops (many tokens, sizes of chunks and blocks, memory) and other long ones are slow for it.
+        only: The only form that it has, ``"causal"`` or ``"bidirectional"``.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
-    learned: Callable[[int, int], tuple[Any, ...]] = lambda length, heads: ()
+    learned: Callable[..., tuple[Any, ...]] = lambda length, heads: ()
+    by_channels: bool = False
+    scale: float = 1.0
+    drawn: Callable[[int, int], tuple[torch.Size | torch.Tensor, ...]] = lambda heads, channels: ()
+    for_length: Callable[[int], Mapping[str, Any]] = lambda length: {}
     quadratic: bool = False
     decays: bool = False
     by_token: bool = False
     ordered: bool = False
     same_loops: bool = False
+    only: str = ""
 
 
 def _table(length: int, heads: int) -> tuple[Any, ...]:
@@ -69,6 +80,18 @@ def _heads(length: int, heads: int) -> tuple[Any, ...]:
 
 def _temperatures(length: int, heads: int) -> tuple[Any, ...]:
     return (None, torch.Size((3, heads)))
+
+
+def _features(length: int, heads: int, channels: int) -> tuple[Any, ...]:
+    return (torch.Size((6, channels)),)
+
+
+def _features_by_head(length: int, heads: int, channels: int) -> tuple[Any, ...]:
+    return (torch.Size((heads, 6, channels)),)
+
+
+def _no_gate(length: int, heads: int, channels: int) -> tuple[Any, ...]:
+    return (None, *_features_by_head(length, heads, channels))
 
 
 VARIANTS: dict[str, dict[str, Variant]] = {
@@ -98,6 +121,18 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "default": Variant(),
         "rotary": Variant({"rotary": True}, ordered=True, same_loops=True),
         "decay-token": Variant({"decay": "token"}, decays=True, by_token=True),
+    },
+    "performer": {
+        "default": Variant(learned=_features, by_channels=True),
+        "relu": Variant({"kernel": "relu", "projected": False, "scale": 1.0}),
+    },
+    "rfa": {
+        "default": Variant(learned=_no_gate, by_channels=True),
+        "gate": Variant(learned=_features_by_head, by_channels=True, decays=True, by_token=True, only="causal"),
+    },
+    "cosformer": {
+        "bounded": Variant(for_length=lambda length: {"max_length": length}, ordered=True),
+        "default": Variant(ordered=True, only="bidirectional"),
     },
     "mobile": {
         "default": Variant(),

@@ -289,6 +289,26 @@ def _values(op: str, cu_seqlens: Tensor) -> list[int]:
         ) from error
 
 
+def check_table(what: str, tensor: Any, axes: str, sizes: Sequence[int | None], device: torch.device) -> None:
+    """Raise unless a learned or random tensor has the given sizes, where ``None`` stands for any size above 0.
+
+    Raises:
+        TypeError: for anything but a floating-point tensor.
+        ValueError: for another shape or device.
+    """
+    wanted = ", ".join(axis if size is None else str(size) for axis, size in zip(axes.split(", "), sizes, strict=True))
+    check_dense(what, tensor)
+    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{what} must be a floating-point tensor ({wanted}), got {describe(tensor)}")
+    fits = tensor.ndim == len(sizes) and all(
+        n == size or (size is None and n > 0) for n, size in zip(tensor.shape, sizes, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{what} must be ({wanted}), got {describe(tensor)}")
+    if tensor.device != device:
+        raise ValueError(f"{what} must be on {device} like q, got {describe(tensor)}")
+
+
 def check_step(op: str, q: Tensor, k: Tensor, v: Tensor, state: Any, state_type: type, layout: Layout = HEADS) -> None:
     """Check the arguments of a decoding step: q, k and v without the axis of length, and the state.
 

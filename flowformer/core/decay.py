@@ -21,7 +21,7 @@ from torch import Tensor
 from flowformer.core.checks import check_dense, describe
 from flowformer.core.chunks import pad_to_chunks
 from flowformer.core.masks import fill
-from flowformer.core.precision import FLOAT_DTYPES
+from flowformer.core.precision import FLOAT_DTYPES, LOG_ZERO
 from flowformer.core.tracing import log_add, log_cumsum, shift
 
 
@@ -117,6 +117,34 @@ def block_decay(
     elif length != chunks * chunk:
         (log_decay,), _ = pad_to_chunks((log_decay,), mask, chunk)
     return decay_of(fill(log_decay, mask).transpose(1, 2), chunks, wide, alike=alike)
+
+
+def rising_scale(scale: Tensor, past: Tensor, chunks: int) -> Decay:
+    """Return the factors gamma(i, j) = exp(s_j - s_i) of sums that are kept relative to exp(s), for a rising s.
+
+    Args:
+        scale: s, (batch, heads, chunks * chunk), nowhere below the one before it.
+        past: s before the block, (batch, heads).
+        chunks: Number of chunks.
+    """
+    parts = scale.unflatten(-1, (chunks, -1))
+    ends = parts[..., -1]
+    starts = torch.maximum(shift(ends, LOG_ZERO), past.unsqueeze(-1))
+    return Decay(
+        _fallen(parts),
+        (starts.unsqueeze(-1) - parts).exp(),
+        (parts - ends.unsqueeze(-1)).exp(),
+        _fallen(ends),
+        (past.unsqueeze(-1) - ends).exp(),
+        past.unsqueeze(-1) - scale,
+    )
+
+
+def _fallen(scale: Tensor) -> Tensor:
+    """Return exp(s_j - s_i) of (..., n) as (..., i, j); zero for j > i."""
+    apart = scale.unsqueeze(-2) - scale.unsqueeze(-1)
+    later = torch.ones(apart.shape[-2:], dtype=torch.bool, device=scale.device).triu(1)
+    return apart.masked_fill(later, -torch.inf).exp()
 
 
 def carry_decayed(sums: Tensor, past: Tensor, decay: Decay) -> tuple[Tensor, Tensor]:

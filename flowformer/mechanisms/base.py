@@ -39,12 +39,14 @@ NORM_EPS = 1e-6  # of the output norm; outputs of a mean of many values are smal
 
 @torch.no_grad()
 def set_values(parameter: Tensor, values: Tensor) -> None:
-    """Set a fresh parameter to given values, by functions of ``torch.nn.init``.
+    """Set a fresh parameter or buffer to given values, by functions of ``torch.nn.init``.
 
     transformers replaces those while it loads weights, so that parameters that are loaded keep their values.
     """
-    nn.init.constant_(parameter, math.nan)
-    parameter.copy_(torch.where(parameter.isnan(), values.to(parameter), parameter))
+    floating = parameter.is_floating_point()
+    unset = math.nan if floating else torch.iinfo(parameter.dtype).min
+    nn.init.constant_(parameter, unset)
+    parameter.copy_(torch.where(parameter.isnan() if floating else parameter == unset, values.to(parameter), parameter))
 
 
 class Attention(nn.Module, ABC):
@@ -68,6 +70,8 @@ class Attention(nn.Module, ABC):
         mechanism: The row of the registry.
         learns_positions: Whether the module has parameters for each position, and so an argument ``max_length``, which
             :func:`flowformer.create_attention` passes on.
+        bounds_causal: Whether a causal module needs to know the longest sequence although it has no such parameters; it
+            then has the argument ``max_length``, which is passed on where ``causal``.
         further_options: Names of options that the constructor takes as ``**overrides``.
         axes: The axes of an input before its channels.
 
@@ -93,6 +97,7 @@ class Attention(nn.Module, ABC):
 
     mechanism: ClassVar[Mechanism]
     learns_positions: ClassVar[bool] = False
+    bounds_causal: ClassVar[bool] = False
     further_options: ClassVar[tuple[str, ...]] = ()
     axes: str = "batch, length"
 

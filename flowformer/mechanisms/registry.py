@@ -181,8 +181,8 @@ def create_attention(
         dim: Channels of input and output.
         num_heads: Heads.
         causal: Output t depends on positions up to t only.
-        max_length: The longest sequence, which modules with parameters for each position need; the others take any
-            length and ignore it.
+        max_length: The longest sequence, which modules with parameters for each position need, and some causal ones;
+            the others take any length and ignore it.
         **options: Options of the mechanism's module; ``device`` and ``dtype`` among them.
 
     Returns:
@@ -200,6 +200,6 @@ def create_attention(
         if key not in (*known, "device", "dtype"):
             listed = f"available: {', '.join(known)}{nearest(key, known)}"
             raise TypeError(f"attention {name!r} has no option {key!r}; {listed}")
-    if module.learns_positions:
+    if module.learns_positions or (causal and module.bounds_causal):
         options["max_length"] = max_length
     return module(dim, num_heads, causal=causal, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -18,16 +19,19 @@ from flowformer.models.vision import VisionModel
 
 DIM, HEADS = 12, 3
 # Options of modules, by mechanism; of AFT but its convolution, one channel in a head: each is weighed by itself.
-OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "flow": [{}, {"preset": "lra"}, {"preset": "vision", "competition": None}, {"rescale": True, "head_dim": 5}],
-    "mobile": [{}, {"normalize": True, "competition": "heads"}],
-    "linear": [{"eps": 0.1}],
-    "softmax": [{"bias": False}],
-    "aft_full": [{}, {"position_dim": None}],
-    "aft_local": [{"window": 3}, {"window": 3, "hard": True}],
-    "aft_simple": [{}],
-    "aft_conv": [{"kernel_size": 5}, {"kernel_size": 5, "hard": True}],
-}
+OPTIONS: dict[str, list[dict[str, Any]]] = defaultdict(
+    lambda: [{}],
+    {
+        "flow": [{}, {"preset": "lra"}, {"preset": "vision", "competition": None}, {"rescale": True, "head_dim": 5}],
+        "mobile": [{}, {"normalize": True, "competition": "heads"}],
+        "linear": [{"eps": 0.1}],
+        "softmax": [{"bias": False}],
+        "aft_full": [{}, {"position_dim": None}],
+        "aft_local": [{"window": 3}, {"window": 3, "hard": True}],
+        "aft_simple": [{}],
+        "aft_conv": [{"kernel_size": 5}, {"kernel_size": 5, "hard": True}],
+    },
+)
 MODULES = [
     pytest.param(name, options, causal, id=f"{name}-{number}-{'causal' if causal else 'bidirectional'}")
     for name in list_attentions()

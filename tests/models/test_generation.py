@@ -343,6 +343,11 @@ def test_scores_that_are_not_finite_are_refused_by_greed_too():
 # -------------------------------------------------------------------------------------------------------------- limits
 
 
+def limits_length(attention):
+    module = find_attention(attention).module
+    return module.learns_positions or module.bounds_causal
+
+
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal", None])
 @pytest.mark.parametrize("attention", CAUSAL)
 def test_learned_positions_are_used_to_the_last_and_no_further(attention, positions):
@@ -350,7 +355,7 @@ def test_learned_positions_are_used_to_the_last_and_no_further(attention, positi
     longest = len(PROMPTS[0])
     last = LENGTH - longest + 1
     assert len(collect(model, PROMPTS, max_new_tokens=last)[0]) == last
-    if positions == "learned" or find_attention(attention).module.learns_positions:
+    if positions == "learned" or limits_length(attention):
         message = rf"a prompt of 7 tokens and max_new_tokens = {last + 1} need 25 positions .* has {LENGTH}"
         with pytest.raises(ValueError, match=message):
             stream_tokens(model, PROMPTS, max_new_tokens=last + 1)

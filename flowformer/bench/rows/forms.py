@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from flowformer.bench.registry import Function, Shape
-from flowformer.bench.rows.variants import PLAIN, Variant, find_variant
+from flowformer.bench.rows.variants import CHANNELS, PLAIN, Variant, find_variant
 from flowformer.core.backends import backends_of, choose
 from flowformer.core.checks import HEADS, Layout
 from flowformer.mechanisms import Mechanism, find_attention, list_attentions
@@ -96,14 +96,24 @@ def draw_learned(
     """What an operation takes after v, N(0, STD^2), for sequences of up to ``length`` tokens; drawn on the CPU."""
     seeds = itertools.count(SEED)
     count = heads * channels if variant.per_channel else heads
-    return variant.learned(lambda *size: (STD * random_tensor(size, next(seeds), dtype)).to(device), length, count)
+
+    def draw(*sizes: int) -> Tensor:
+        return (STD * random_tensor(_sizes(sizes, channels), next(seeds), dtype)).to(device)
+
+    return variant.learned(draw, length, count)
+
+
+def _sizes(sizes: tuple[int, ...], channels: int) -> tuple[int, ...]:
+    return tuple(channels if size == CHANNELS else size for size in sizes)
 
 
 def learned_bytes(variant: Variant, shape: Shape) -> float:
     """Bytes of float32 of what :func:`draw_learned` makes."""
     heads = shape.width if variant.per_channel else shape.heads
-    made = variant.learned(lambda *size: torch.empty(size, device="meta"), shape.length, heads)
-    return 4.0 * sum(tensor.numel() for tensor in tree_leaves(made))
+    made = variant.learned(
+        lambda *sizes: torch.empty(_sizes(sizes, shape.channels), device="meta"), shape.length, heads
+    )
+    return 4.0 * sum(tensor.numel() for tensor in tree_leaves(made) if tensor is not None)
 
 
 def cache_bytes(shape: Shape) -> float:
@@ -193,12 +203,14 @@ class Form:
         if not learned and not self.variant.options:
             return self.function, tensors
         leaves, structure = tree_flatten(learned)
+        present = [leaf is not None for leaf in leaves]
 
-        def run(q: Tensor, k: Tensor, v: Tensor, *leaves: Tensor, causal: bool) -> Any:
-            learned = tree_unflatten(leaves, structure)
+        def run(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor, causal: bool) -> Any:
+            each = iter(rest)
+            learned = tree_unflatten([next(each) if there else None for there in present], structure)
             return self.function(q, k, v, *learned, causal=causal, **self.variant.options)
 
-        return run, (*tensors, *leaves)
+        return run, (*tensors, *(leaf for leaf in leaves if leaf is not None))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
         """The output for q, k, v (batch, length, heads, channels), shaped like v."""

@@ -134,7 +134,7 @@ def _performer_unavailable(inputs: Inputs) -> str | None:
 def _add_performer(operation: str) -> None:
     add_contender(
         Contender(
-            "performer", operation, _performer, None, "FastAttention of performer-pytorch, an approximation of softmax",
+            "performer-pytorch", operation, _performer, None, "FastAttention, an approximation of softmax",
             layout="heads-first", unavailable=_performer_unavailable,
         )
     )  # fmt: skip

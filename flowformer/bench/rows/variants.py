@@ -37,6 +37,8 @@ CHUNK = 32  # tokens of a chunk in the count of operations; implementations may 
 WINDOW = 64
 FACTOR_CHANNELS = 128
 TAPS = 31
+CHANNELS = -1  # a size that stands for the channels of q and k
+FEATURES = 64  # of random features, as many as there are channels in most models
 Draw = Callable[..., Tensor]  # of sizes
 
 
@@ -56,7 +58,7 @@ class Variant:
         about: What is added to the line for help.
         options: Keyword arguments of the operation, its truth, its step and its state.
         learned: ``(draw, length, heads) -> `` what the operation takes after v and the step after the state: tensors
-            (or tuples of them) that ``draw(*sizes)`` makes.
+            (or tuples of them) that ``draw(*sizes)`` makes, where :data:`CHANNELS` stands for the channels of q and k.
         per_channel: Whether there are as many heads as channels, where the mechanism has a key for each head.
         decodes: Whether steps are timed: not where a learned tensor is quadratic in the length of the context.
         flops: ``(shape, kind) -> `` floating-point operations.
@@ -148,6 +150,14 @@ def _decays(draw: Draw, length: int, heads: int) -> tuple[Any, ...]:
     return (-draw(heads).abs(),)
 
 
+def _projection(draw: Draw, length: int, heads: int) -> tuple[Any, ...]:
+    return (10 * draw(FEATURES, CHANNELS),)  # of deviation 1
+
+
+def _projections(draw: Draw, length: int, heads: int) -> tuple[Any, ...]:
+    return (None, 10 * draw(heads, FEATURES // 2, CHANNELS))  # a sine and a cosine of each
+
+
 _DECAY = {"about": ", decay of each head", "options": {"decay": "learned"}, "learned": _decays}
 _LINEAR = (Variant(flops=linear_flops),)
 _DECAYING = (*_LINEAR, Variant("decay", flops=linear_flops, **_DECAY))
@@ -158,6 +168,9 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
     "flow": _DECAYING,
     "mobile": _LINEAR,
     "linear": _DECAYING,
+    "performer": (Variant(about=f", {FEATURES} features", learned=_projection),),
+    "rfa": (Variant(about=f", {FEATURES} features", learned=_projections),),
+    "cosformer": (Variant(options={"max_length": 2**20}),),
     "softmax": (Variant(flops=softmax_flops), Variant("decay", flops=softmax_flops, **_DECAY)),
     "aft_full": (
         Variant("", _FREE, learned=_table, decodes=False, flops=full_flops),

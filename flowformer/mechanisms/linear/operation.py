@@ -18,13 +18,13 @@ from torch import Tensor
 
 from flowformer.core.both_ways import Block, both_ways
 from flowformer.core.checks import HEADS, check_fresh_state, check_number, check_state, check_step
-from flowformer.core.chunks import CHUNK, join_chunks, pad_to_chunks, split_chunks
-from flowformer.core.decay import Decay, block_decay, clip_log_decay
+from flowformer.core.chunks import CHUNK, pad_to_chunks
+from flowformer.core.decay import block_decay, clip_log_decay
+from flowformer.core.feature_products import block_products, fresh_past, token_products, whole_products
 from flowformer.core.masks import fill
 from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Dense, Given, run, scanned
-from flowformer.core.scan import carry, causal_product
-from flowformer.core.sums import sum_over_tokens, times_sum
+from flowformer.core.tracing import cut
 from flowformer.mechanisms.decay import (
     DECAYING,
     DecayedAttention,
@@ -64,11 +64,8 @@ def init_linear_state(
         "init_linear_state", batch, dtype, heads=heads, key_channels=key_channels, value_channels=value_channels
     )
     device = torch.device("cpu") if device is None else torch.device(device)
-    zeros = {"dtype": state_dtype(device), "device": device}
-    return LinearState(
-        torch.zeros(batch, heads, key_channels, **zeros),
-        torch.zeros(batch, heads, key_channels, value_channels, **zeros),
-    )
+    wide = state_dtype(device)
+    return LinearState(*fresh_past(batch, heads, key_channels, value_channels, dtype=wide, device=device))
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
@@ -155,11 +152,9 @@ def _bidirectional(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, eps: float
 ) -> Tensor:
     with no_autocast(q.device):
-        Q, K = _features(q, query_mask).transpose(1, 2), _features(k, key_mask).transpose(1, 2)
-        V = fill(v, key_mask).to(Q.dtype).transpose(1, 2)
-        total = times_sum(Q, K.sum(-2).unsqueeze(-1)) + eps
-        out = times_sum(Q, sum_over_tokens(K, V)) / total
-        return out.transpose(1, 2).to(q.dtype).contiguous()
+        Q, K = _features(q, query_mask), _features(k, key_mask)
+        total, product = whole_products(Q, K, fill(v, key_mask).to(Q.dtype))
+        return (product / (total + eps)).to(q.dtype).contiguous()
 
 
 def _bidirectional_decayed(
@@ -180,28 +175,9 @@ def _sums(block: Block, tensors: Sequence[Tensor], state: LinearState) -> tuple[
     """The denominator and the sum over values of each token of a block, (batch, length, heads, 1 + V)."""
     length = tensors[0].shape[1]
     (q, k, v), mask, decay = block.prepare(tensors, CHUNK, state.memory.dtype)
-    Q, K = (split_chunks(_features(x, mask), CHUNK) for x in (q, k))
-    V = split_chunks(fill(v, mask).to(Q.dtype), CHUNK)
-    total, product, state = _products(Q, K, V, state, decay, block.reverse)
-    return join_chunks(torch.cat([total, product], -1), length), state
-
-
-def _products(
-    Q: Tensor, K: Tensor, V: Tensor, state: LinearState, decay: Decay | None, reverse: bool = False
-) -> tuple[Tensor, Tensor, LinearState]:
-    """Denominators, sums over values and the state after a block; in reverse without the token itself."""
-    scores = Q @ K.transpose(-1, -2)
-    if decay is None:
-        scores = scores.tril()
-        key_before, key_sum = carry(K.sum(-2), state.key_sum)
-        earlier = Q @ key_before.unsqueeze(-1)
-    else:
-        scores = scores * decay.within
-        scores = scores.tril(-1) if reverse else scores
-        key_before, key_sum = carry((K * decay.leaving.unsqueeze(-1)).sum(-2), state.key_sum, decay)
-        earlier = (Q @ key_before.unsqueeze(-1)) * decay.arriving.unsqueeze(-1)
-    product, memory = causal_product(scores, Q, K, V, state.memory, decay)
-    return scores.sum(-1, keepdim=True) + earlier, product, LinearState(key_sum, memory)
+    Q, K = _features(q, mask), _features(k, mask)
+    total, product, past = block_products(Q, K, fill(v, mask).to(Q.dtype), state, CHUNK, decay, reverse=block.reverse)
+    return cut(torch.cat([total, product], -1), length), LinearState(*past)
 
 
 def _causal_block(
@@ -211,13 +187,13 @@ def _causal_block(
     length = q.shape[1]
     with no_autocast(q.device):
         (q, k, v), mask = pad_to_chunks((q, k, v), mask, chunk)
-        Q, K = (split_chunks(_features(x, mask), chunk) for x in (q, k))
-        V = split_chunks(fill(v, mask).to(Q.dtype), chunk)
+        Q, K = _features(q, mask), _features(k, mask)
         decay = None
         if log_decay is not None:
-            decay = block_decay(log_decay, mask, length, Q.shape[2:4], Q.dtype, state.memory.dtype)
-        total, product, state = _products(Q, K, V, state, decay)
-        return join_chunks(product / (total + eps), length).to(v.dtype), state
+            shape = (q.shape[1] // chunk, chunk)
+            decay = block_decay(log_decay, mask, length, shape, Q.dtype, state.memory.dtype)
+        total, product, past = block_products(Q, K, fill(v, mask).to(Q.dtype), state, chunk, decay)
+        return cut(product / (total + eps), length).to(v.dtype), LinearState(*past)
 
 
 def linear_attention_step(
@@ -256,15 +232,12 @@ def linear_attention_step(
         log_decay = check_given(op, log_decay, decay, q, step=True)
     with no_autocast(q.device):
         compute = state.memory.dtype
-        Q, K, V = elu_plus_one(q.to(compute)), elu_plus_one(k.to(compute)), v.to(compute)
+        factor = None
         if log_decay is not None:
-            factor = clip_log_decay(log_decay.to(compute)).exp().expand(q.shape[:2])[..., None]
-            state = LinearState(state.key_sum * factor, state.memory * factor[..., None])
-        key_sum = state.key_sum + K
-        memory = state.memory + K.unsqueeze(-1) * V.unsqueeze(-2)
-        total = (Q * key_sum).sum(-1, keepdim=True) + eps
-        out = (Q.unsqueeze(-2) @ memory).squeeze(-2) / total
-        return out.to(v.dtype), LinearState(key_sum, memory)
+            factor = clip_log_decay(log_decay.to(compute)).exp().expand(q.shape[:2]).unsqueeze(-1)
+        Q, K = (elu_plus_one(x.to(compute)) for x in (q, k))
+        total, product, past = token_products(Q, K, v.to(compute), state, factor)
+        return (product / (total + eps)).to(v.dtype), LinearState(*past)
 
 
 def linear_weights(

@@ -89,15 +89,18 @@ def test_names_in_the_documentation():
     flow, first = ["flow-native", "flow-native-bf16", "flow-torch"], "-native-heads-first"
     decay = [name.replace("flow", "flow-decay") for name in flow]
     others = [
+        "cosformer",
         "linear",
         "linear-decay",
         "mobile",
+        "performer",
+        "rfa",
         "softmax",
         "softmax-decay",
         "sdpa",
         "sdpa-bf16",
         "published",
-        "performer",
+        "performer-pytorch",
     ]
     every = [*flow, *decay, *others]
     assert names["causal-training"] == names["bidirectional"] == names["bidirectional-training"] == every

@@ -1,0 +1,346 @@
+r"""Performer: softmax attention by positive random features, FAVOR+ (Choromanski et al., 2021).
+
+With a random matrix W (m, K) whose rows are orthogonal in blocks, and x' = s x with s = K^-1/4,
+
+    softmax kernel:  phi(x) = m^-1/2 (exp(W x' - |x'|^2 / 2 - M) + eps)        relu kernel:  phi(x) = relu(W x') + eps
+
+    out_i = sum_j phi(q_i) . phi(k_j) v_j / sum_j phi(q_i) . phi(k_j)
+
+M keeps exponentials in range. For a query it is the largest element of W q', for keys that of all W k'. It would cancel
+if eps were 0: it decides how much eps weighs. The published causal form takes it over the whole sequence, so that later
+keys change earlier outputs. Here it is taken over the keys up to the query: causal output t is exactly the last one of
+the bidirectional form on the sequence cut after t.
+
+For that, sums over keys are kept relative to exp(s_t), where s_t is the running maximum M_t rounded up. A key enters as
+exp(W k'_j - |k'_j|^2 / 2 - s_j), and what is there shrinks by exp(s_{t-1} - s_t): a decay, of which
+:mod:`flowformer.core.feature_products` knows. None of these numbers exceeds 1 or depends on a later token. The part of
+eps has no scale: a count of keys, and a sum of values. What is rounded has no derivative, and none is missing: the
+ratio does not depend on s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowformer.core.checks import check_fresh_state, check_state, check_step
+from flowformer.core.chunks import CHUNK, pad_to_chunks
+from flowformer.core.decay import Decay, rising_scale
+from flowformer.core.feature_products import block_products, fresh_past, token_products, whole_products
+from flowformer.core.masks import fill
+from flowformer.core.precision import LOG_ZERO, no_autocast, state_dtype
+from flowformer.core.run import Given, check_inputs, run, scanned
+from flowformer.core.tracing import cut
+from flowformer.mechanisms.performer.options import PerformerOptions, check_projection, performer_options
+
+TINY = 1e-30  # of denominators, where eps is 0 and all features are next to nothing
+
+
+# --------------------------------------------------------------------------------------------------------------- state
+
+
+class PerformerState(NamedTuple):
+    """State of causal Performer attention. Sums are in float64, relative to exp(ceil(maximum)) with the softmax kernel.
+
+    Attributes:
+        key_sum: Sum of features without eps, (batch, heads, m).
+        memory: Sum of features without eps times values, (batch, heads, m, V).
+        value_sum: Sum of values, (batch, heads, V).
+        maximum: M, (batch, heads); 0 with the relu kernel.
+        length: Tokens so far, (batch,), int64.
+    """
+
+    key_sum: Tensor
+    memory: Tensor
+    value_sum: Tensor
+    maximum: Tensor
+    length: Tensor
+
+
+def init_performer_state(
+    batch: int,
+    heads: int,
+    features: int,
+    value_channels: int,
+    *,
+    kernel: Literal["softmax", "relu"] = "softmax",
+    dtype: torch.dtype = torch.float32,
+    device: Any = None,
+) -> PerformerState:
+    """Return the state before the first token, with sums in float64 for inputs of any ``dtype``."""
+    sizes = {"heads": heads, "features": features, "value_channels": value_channels}
+    check_fresh_state("init_performer_state", batch, dtype, **sizes)
+    performer_options(kernel=kernel)
+    device = torch.device("cpu") if device is None else torch.device(device)
+    past = fresh_past(batch, heads, features, value_channels, dtype=state_dtype(device), device=device)
+    values = past[1].new_zeros(batch, heads, value_channels)
+    maximum = values.new_full((batch, heads), LOG_ZERO if kernel == "softmax" else 0.0)
+    return PerformerState(*past, values, maximum, torch.zeros(batch, dtype=torch.int64, device=device))
+
+
+def state_of(*sizes_and_learned: Any, dtype: Any = torch.float32, device: Any = None, **options: Any) -> Any:
+    """Return :func:`init_performer_state` for the registry."""
+    batch, heads, channels, value_channels, *learned = sizes_and_learned
+    features = channels if not learned or learned[0] is None else learned[0].shape[0]
+    kernel = options.get("kernel", "softmax")
+    return init_performer_state(batch, heads, features, value_channels, kernel=kernel, dtype=dtype, device=device)
+
+
+# ------------------------------------------------------------------------------------------------------ the operations
+
+
+def performer_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor | None = None,
+    *,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    context_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: PerformerState | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+    **overrides: Any,
+) -> Tensor | tuple[Tensor, PerformerState]:
+    """Performer attention, FAVOR+ (Choromanski et al., 2021); the module docstring has the equations.
+
+    Args:
+        q: Queries (batch, L, heads, K).
+        k: Keys (batch, S, heads, K).
+        v: Values (batch, S, heads, V).
+        projection: W, (m, K), the same for all heads; absent with ``projected=False``.
+        causal: Output t sees positions up to t only. Requires L == S.
+        mask: (batch, L) boolean, True = real token; of keys and values too where L == S and there is no
+            ``context_mask``.
+        context_mask: (batch, S) boolean, of keys and values in cross-attention.
+        cu_seqlens: (N + 1,) int32 boundaries of a packed batch of size 1.
+        initial_state: State to continue from (causal only); batch N for a packed batch.
+        return_state: Return the state after the last token as well (causal only).
+        backend: ``"auto"`` or ``"torch"``.
+        **overrides: Options of :class:`PerformerOptions`.
+
+    Returns:
+        Output (batch, L, heads, V), zeros at padded queries; with ``return_state`` also the state.
+
+    Raises:
+        TypeError, ValueError: for invalid arguments.
+    """
+    op, options = "performer_attention", performer_options(**overrides)
+    given = Given(q, k, v, causal, mask, context_mask, cu_seqlens, initial_state, return_state, backend)
+    check_inputs(op, given)
+    check_projection(op, options, projection, q)
+    over_all = causal and options.exponential and options.maximum == "all"
+    if over_all and (initial_state is not None or return_state):
+        raise ValueError(f"{op}: maximum='all' has no state, since the maximum is over later keys too")
+
+    def block(tokens: Sequence[Any], state: PerformerState, projection: Any, largest: Any) -> Any:
+        return _causal_block(tokens, state, projection, largest, options, CHUNK)
+
+    def whole(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None) -> Tensor:
+        return _bidirectional(q, k, v, key, query, projection, options)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: Any) -> Any:
+        largest = _largest_of_all(k, key, projection, options) if over_all else None
+        return scanned(block, whole, causal, (projection, largest))(q, k, v, key, query, state)
+
+    def fresh(batch: int) -> PerformerState:
+        return _fresh(batch, q, v, projection, options)
+
+    return run(op, given, dense, init_state=fresh)
+
+
+def _fresh(batch: int, q: Tensor, v: Tensor, projection: Tensor | None, options: PerformerOptions) -> PerformerState:
+    features = q.shape[-1] if projection is None else projection.shape[0]
+    return init_performer_state(batch, q.shape[-2], features, v.shape[-1], kernel=options.kernel, device=q.device)
+
+
+def _queries(
+    q: Tensor, mask: Tensor | None, projection: Tensor | None, options: PerformerOptions
+) -> tuple[Tensor, Tensor | None]:
+    """Features of queries (..., m) times a number for each query; and m^-1/2 over that number, (..., 1), or None for 1.
+
+    Zeros at padding.
+    """
+    if not options.exponential:
+        return fill(options.project(fill(q, mask), projection)[0].relu() + options.offset, mask), None
+    exponents, largest = options.exponents(fill(q, mask), projection)
+    scale, excess = _scale(largest)
+    Q = (exponents - scale.unsqueeze(-1)).exp() + options.offset * excess.exp()
+    return fill(Q, mask), (-excess).exp() * Q.shape[-1] ** -0.5
+
+
+def _keys(
+    k: Tensor, mask: Tensor | None, projection: Tensor | None, options: PerformerOptions
+) -> tuple[Tensor, Tensor]:
+    """Exponents of features of keys (..., m), and M of each key (...), next to -inf at padding.
+
+    With the relu kernel, features without eps, and zeros.
+    """
+    if not options.exponential:
+        features = options.project(fill(k, mask), projection)[0].relu()
+        return features, features.new_zeros(features.shape[:-1])
+    exponents, largest = options.exponents(fill(k, mask), projection)
+    return exponents, fill(largest, mask, LOG_ZERO)
+
+
+def _largest_of_all(k: Tensor, mask: Tensor | None, projection: Any, options: PerformerOptions) -> Tensor:
+    """M over all keys, (batch, 1, heads)."""
+    return _keys(k, mask, projection, options)[1].amax(1, keepdim=True)
+
+
+def _divide(
+    product: Tensor, total: Tensor, Q: Tensor, unit: Tensor | None, excess: Tensor | None, options: PerformerOptions
+) -> Tensor:
+    """The ratio of sums without the part of eps, which is in them already.
+
+    Args:
+        product: (..., V).
+        total: (..., 1).
+        Q: Features of queries, times a number.
+        unit: That number's inverse, times m^-1/2; None for 1.
+        excess: M less the scale of keys, (..., 1).
+        options: Of the operation.
+    """
+    if options.absolute:  # as large as published
+        if unit is not None and excess is not None:
+            of_keys = unit * (-excess).exp() * Q.shape[-1] ** -0.5
+            product, total, Q = product * of_keys, total * of_keys, Q * unit
+        total = total + options.sum_eps * Q.sum(-1, keepdim=True)
+        total = torch.where(total <= options.least, total + 2 * options.least, total)
+    return product / total.clamp(min=TINY)
+
+
+def _bidirectional(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+    projection: Tensor | None,
+    options: PerformerOptions,
+) -> Tensor:
+    with no_autocast(q.device):
+        Q, unit = _queries(q, query_mask, projection, options)
+        exponents, largest = _keys(k, key_mask, projection, options)
+        largest = largest.amax(1, keepdim=True)  # (batch, 1, heads)
+        scale, excess = _scale(largest)
+        K = fill(_relative(exponents, scale, options), key_mask)
+        V = fill(v, key_mask).to(Q.dtype)
+        total, product = whole_products(Q, K, V)
+        real = v.shape[1] if key_mask is None else key_mask.sum(1).view(-1, 1, 1, 1)
+        weight = options.offset * excess.exp() * Q.sum(-1, keepdim=True)
+        out = _divide(product + weight * V.sum(1, keepdim=True), total + weight * real, Q, unit, excess, options)
+        return out.to(q.dtype).contiguous()
+
+
+def _scale(largest: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale of keys (...), which has no gradient, and M less the scale (..., 1)."""
+    scale = largest.detach().ceil()
+    return scale, (largest - scale).unsqueeze(-1)
+
+
+def _relative(exponents: Tensor, scale: Tensor, options: PerformerOptions) -> Tensor:
+    """Features of keys without eps, relative to a scale."""
+    # Where no key is real the scale is next to -inf; what is computed of it is masked.
+    return (exponents - scale.unsqueeze(-1)).clamp(max=0).exp() if options.exponential else exponents
+
+
+def _causal_block(
+    tokens: Sequence[Any],
+    state: PerformerState,
+    projection: Tensor | None,
+    of_all: Tensor | None,
+    options: PerformerOptions,
+    chunk: int,
+) -> tuple[Tensor, PerformerState]:
+    q, k, v, mask = tokens
+    length, dtype = q.shape[1], v.dtype
+    with no_autocast(q.device):
+        (q, k, v), mask = pad_to_chunks((q, k, v), mask, chunk)
+        Q, unit = _queries(q, mask, projection, options)
+        exponents, largest = _keys(k, mask, projection, options)
+        decay = None
+        if of_all is not None:
+            largest = of_all.expand_as(largest)
+        elif options.exponential:
+            past = state.maximum.to(largest.dtype)
+            largest = torch.maximum(largest.cummax(1).values, past.unsqueeze(1))
+            decay = _decay(largest, past, chunk)
+        scale, excess = _scale(largest)
+        K, V = fill(_relative(exponents, scale, options), mask), fill(v, mask).to(Q.dtype)
+        total, product, past = block_products(Q, K, V, state[:2], chunk, decay)
+        seen, values = _counted(mask, V, state)
+        weight = options.offset * excess.exp() * Q.sum(-1, keepdim=True)
+        total = total + weight * seen.to(Q.dtype)[..., None, None]
+        product = product + weight * (values + state.value_sum.to(Q.dtype).unsqueeze(1))
+        out = _divide(product, total, Q, unit, excess, options)
+        wide = state.maximum.dtype
+        value_sum = state.value_sum + values[:, -1].to(wide)
+        maximum = largest[:, -1].to(wide) if options.exponential else state.maximum
+        after = PerformerState(*past, value_sum, maximum, seen[:, -1])
+        return cut(out, length).to(dtype), after
+
+
+def _decay(largest: Tensor, past: Tensor, chunk: int) -> Decay:
+    """By how much sums shrink as the scale of M (batch, tokens, heads) rises, from that of the past."""
+    scale, before = (x.detach().ceil() for x in (largest, past))
+    return rising_scale(scale.transpose(1, 2), before, scale.shape[1] // chunk)
+
+
+def _counted(mask: Tensor | None, V: Tensor, state: PerformerState) -> tuple[Tensor, Tensor]:
+    """How many keys there are up to each token, (batch, tokens), and the sum of the block's values up to it."""
+    ones = torch.ones(V.shape[:2], dtype=torch.int64, device=V.device) if mask is None else mask.long()
+    return ones.cumsum(1) + state.length.unsqueeze(1), V.cumsum(1)
+
+
+def performer_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: PerformerState,
+    projection: Tensor | None = None,
+    **overrides: Any,
+) -> tuple[Tensor, PerformerState]:
+    """Compute one token of causal Performer attention.
+
+    Args:
+        q: Query (batch, heads, K).
+        k: Key (batch, heads, K).
+        v: Value (batch, heads, V).
+        state: State before the token; not changed.
+        projection: As in :func:`performer_attention`.
+        **overrides: Options of :class:`PerformerOptions`.
+
+    Returns:
+        Output (batch, heads, V) and the state after the token.
+
+    Raises:
+        TypeError, ValueError: for invalid arguments.
+    """
+    op, options = "performer_attention_step", performer_options(**overrides)
+    check_step(op, q, k, v, state, PerformerState)
+    check_projection(op, options, projection, q)
+    if options.exponential and options.maximum == "all":
+        raise ValueError(f"{op}: maximum='all' has no step, since the maximum is over later keys too")
+    check_state(op, state, _fresh(q.shape[0], q, v, projection, options))
+    with no_autocast(q.device):
+        compute = state.memory.dtype
+        Q, unit = _queries(q.to(compute), None, projection, options)
+        exponents, largest = _keys(k.to(compute), None, projection, options)
+        factor, maximum = None, state.maximum
+        if options.exponential:
+            largest = maximum = torch.maximum(largest, maximum)
+            factor = (state.maximum.detach().ceil() - largest.detach().ceil()).exp().unsqueeze(-1)
+        scale, excess = _scale(largest)
+        K, V = _relative(exponents, scale, options), v.to(compute)
+        total, product, past = token_products(Q, K, V, state[:2], factor)
+        values, length = state.value_sum + V, state.length + 1
+        weight = options.offset * excess.exp() * Q.sum(-1, keepdim=True)
+        total = total + weight * length.view(-1, 1, 1)
+        out = _divide(product + weight * values, total, Q, unit, excess, options)
+        return out.to(v.dtype), PerformerState(*past, values, maximum, length)
