@@ -38,6 +38,7 @@ class Variant:
         by_token: Whether those are of tokens, (batch, length, heads): then they are an input like q, k and v, and
             ``learned`` gives the others.
         ordered: Whether the variant knows the order of tokens otherwise.
+        scale: Standard deviation of the learned tensors.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -46,6 +47,7 @@ class Variant:
     decays: bool = False
     by_token: bool = False
     ordered: bool = False
+    scale: float = 1.0
 
 
 def _table(length: int, heads: int) -> tuple[Any, ...]:
@@ -66,6 +68,14 @@ def _heads(length: int, heads: int) -> tuple[Any, ...]:
 
 def _temperatures(length: int, heads: int) -> tuple[Any, ...]:
     return (None, torch.Size((3, heads)))
+
+
+def _projection(length: int, heads: int) -> tuple[Any, ...]:
+    return (torch.Size((3, length)),)
+
+
+def _projections_by_head(length: int, heads: int) -> tuple[Any, ...]:
+    return ((torch.Size((heads, 3, length)), torch.Size((heads, 3, length))),)
 
 
 VARIANTS: dict[str, dict[str, Variant]] = {
@@ -98,6 +108,12 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "no-clamp": Variant({"clamp": None}),
         # eps bounds what is divided by: with 1e-6 and relu, outputs of few heads and channels are beyond float16.
         "relu": Variant({"feature_map": "relu", "eps": 1e-2}),
+    },
+    # Of the size that projections to the default rank, 256, have in a new module: with 1, scores at length 65,536 are in
+    # the hundreds, where rounding a score to float32 changes its exponential by 3e-5.
+    "linformer": {
+        "shared": Variant(learned=_projection, scale=0.036),
+        "by-head": Variant(learned=_projections_by_head, scale=0.036),
     },
     "aft_full": {"factors": Variant(learned=_factors), "free": Variant(learned=_table, quadratic=True)},
     "aft_local": {

@@ -26,6 +26,7 @@ from flowformer.core import run as core_run
 from flowformer.core.backends import ENVIRONMENT_VARIABLE, TORCH, Backend, backends_of, explain
 from flowformer.core.scan import scan
 from flowformer.mechanisms import Attention, Mechanism, create_attention, find_attention, list_attentions
+from flowformer.mechanisms.aft.modules import AFT
 
 HEADS, KEY, VALUE = 2, 4, 5
 DIM = 8  # of modules
@@ -92,7 +93,8 @@ class Case(NamedTuple):
         """The learned tensors, those of a pair one after the other; the same at every call."""
         shapes, _ = self._learned(heads)
         given = [shape for shape in shapes if shape is not None]
-        made = [_parameter(shape, seed, dtype or self.dtype) for seed, shape in enumerate(given)]
+        dtype, scale = dtype or self.dtype, self.variant.scale
+        made = [_parameter(shape, seed, dtype, scale) for seed, shape in enumerate(given)]
         if self.variant.decays and not self.variant.by_token:
             made[0] = -0.3 * made[0].abs() - 0.01
         return made
@@ -158,9 +160,9 @@ class Case(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def _parameter(shape: torch.Size, seed: int, dtype: torch.dtype) -> Tensor:
+def _parameter(shape: torch.Size, seed: int, dtype: torch.dtype, scale: float) -> Tensor:
     # Of float32, so that float32 and float64 are given the same numbers.
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
 def _backends(row: Mechanism) -> list[Backend]:
@@ -853,7 +855,7 @@ def module_of(case: Case, monkeypatch: pytest.MonkeyPatch, module_options: Mappi
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, case.backend.name)
     torch.manual_seed(0)
     options: dict[str, Any] = dict(case.variant.options)
-    if case.row.module.learns_positions:
+    if issubclass(case.row.module, AFT) and case.row.module.learns_positions:
         options |= {"position_dim": None if case.variant.quadratic else 2, "position_std": 1.0}
     options |= module_options
     module = create_attention(case.row.name, DIM, HEADS, causal=case.causal, max_length=64, **options)
