@@ -109,12 +109,13 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         # eps bounds what is divided by: with 1e-6 and relu, outputs of few heads and channels are beyond float16.
         "relu": Variant({"feature_map": "relu", "eps": 1e-2}),
     },
-    # Of the size that projections to the default rank, 256, have in a new module: with 1, scores at length 65,536 are in
+    # Of the size that projections to rank 256 have in a new module: with 1, scores at length 65,536 are in
     # the hundreds, where rounding a score to float32 changes its exponential by 3e-5.
     "linformer": {
         "shared": Variant(learned=_projection, scale=0.036),
         "by-head": Variant(learned=_projections_by_head, scale=0.036),
     },
+    "nystromformer": {"conv": Variant({"num_landmarks": 4, "value_conv": 5}, _filters)},
     "aft_full": {"factors": Variant(learned=_factors), "free": Variant(learned=_table, quadratic=True)},
     "aft_local": {
         "factors": Variant({"window": 3}, _factors),
