@@ -5,6 +5,7 @@ A mechanism that is not named here is checked in one variant, without options or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -78,6 +79,15 @@ def _projections_by_head(length: int, heads: int) -> tuple[Any, ...]:
     return ((torch.Size((heads, 3, length)), torch.Size((heads, 3, length))),)
 
 
+def _tables_by_head(length: int, heads: int) -> tuple[Any, ...]:
+    return (torch.Size((heads, length, length)),)
+
+
+def _dense_factors(length: int, heads: int) -> tuple[Any, ...]:
+    root = math.isqrt(length) + 1
+    return ((torch.Size((heads, 4, root)), torch.Size((heads, 4, root))),)
+
+
 VARIANTS: dict[str, dict[str, Variant]] = {
     "flow": {
         **{preset: Variant({"preset": preset}) for preset in ops.PRESETS if preset != "distance"},
@@ -116,6 +126,11 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "by-head": Variant(learned=_projections_by_head, scale=0.036),
     },
     "nystromformer": {"conv": Variant({"num_landmarks": 4, "value_conv": 5}, _filters)},
+    # With dot products, which make outputs depend on keys; tests/mechanisms/test_synthesizer.py has the others.
+    "synthesizer": {
+        "random": Variant({"kind": "random"}, _tables_by_head),
+        "factorized-dense": Variant({"kind": "factorized_dense"}, _dense_factors),
+    },
     "aft_full": {"factors": Variant(learned=_factors), "free": Variant(learned=_table, quadratic=True)},
     "aft_local": {
         "factors": Variant({"window": 3}, _factors),
