@@ -39,15 +39,20 @@ class Variant:
         by_token: Whether those are of tokens, (batch, length, heads): then they are an input like q, k and v, and
             ``learned`` gives the others.
         ordered: Whether the variant knows the order of tokens otherwise.
+        drawn: Shapes of the random tensors that the operation takes after v, before the learned ones, for ``heads`` and
+            the channels of keys. They have no gradients.
+        by_channels: Whether ``learned`` takes the channels of keys as well.
         scale: Standard deviation of the learned tensors.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
-    learned: Callable[[int, int], tuple[Any, ...]] = lambda length, heads: ()
+    learned: Callable[..., tuple[Any, ...]] = lambda length, heads: ()
     quadratic: bool = False
     decays: bool = False
     by_token: bool = False
     ordered: bool = False
+    drawn: Callable[[int, int], tuple[torch.Size, ...]] = lambda heads, channels: ()
+    by_channels: bool = False
     scale: float = 1.0
 
 
@@ -83,9 +88,9 @@ def _tables_by_head(length: int, heads: int) -> tuple[Any, ...]:
     return (torch.Size((heads, length, length)),)
 
 
-def _dense_factors(length: int, heads: int) -> tuple[Any, ...]:
+def _dense_factors(length: int, heads: int, channels: int) -> tuple[Any, ...]:
     root = math.isqrt(length) + 1
-    return ((torch.Size((heads, 4, root)), torch.Size((heads, 4, root))),)
+    return ((torch.Size((heads, channels, root)), torch.Size((heads, channels, root))),)
 
 
 VARIANTS: dict[str, dict[str, Variant]] = {
@@ -129,7 +134,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
     # With dot products, which make outputs depend on keys; tests/mechanisms/test_synthesizer.py has the others.
     "synthesizer": {
         "random": Variant({"kind": "random"}, _tables_by_head),
-        "factorized-dense": Variant({"kind": "factorized_dense"}, _dense_factors),
+        "factorized-dense": Variant({"kind": "factorized_dense"}, _dense_factors, by_channels=True),
     },
     "aft_full": {"factors": Variant(learned=_factors), "free": Variant(learned=_table, quadratic=True)},
     "aft_local": {
