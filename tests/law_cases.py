@@ -93,6 +93,11 @@ def _dense_factors(length: int, heads: int, channels: int) -> tuple[Any, ...]:
     return ((torch.Size((heads, channels, root)), torch.Size((heads, channels, root))),)
 
 
+def _landmarks(length: int, heads: int, channels: int) -> tuple[Any, ...]:
+    width = torch.Size((channels,))
+    return ((torch.Size((channels, channels)), width, width), torch.Size((heads, 5)))
+
+
 VARIANTS: dict[str, dict[str, Variant]] = {
     "flow": {
         **{preset: Variant({"preset": preset}) for preset in ops.PRESETS if preset != "distance"},
@@ -136,6 +141,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "random": Variant({"kind": "random"}, _tables_by_head),
         "factorized-dense": Variant({"kind": "factorized_dense"}, _dense_factors, by_channels=True),
     },
+    "soft": {"conv": Variant({"num_landmarks": 4, "value_conv": 5, "iterations": 8}, _landmarks, by_channels=True)},
     "aft_full": {"factors": Variant(learned=_factors), "free": Variant(learned=_table, quadratic=True)},
     "aft_local": {
         "factors": Variant({"window": 3}, _factors),
