@@ -138,7 +138,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
     "nystromformer": {"conv": Variant({"num_landmarks": 4, "value_conv": 5}, _filters)},
     # With dot products, which make outputs depend on keys; tests/mechanisms/test_synthesizer.py has the others.
     "synthesizer": {
-        "random": Variant({"kind": "random"}, _tables_by_head),
+        "random": Variant({"kind": "random"}, _tables_by_head, quadratic=True),
         "factorized-dense": Variant({"kind": "factorized_dense"}, _dense_factors, by_channels=True),
     },
     "soft": {"conv": Variant({"num_landmarks": 4, "value_conv": 5, "iterations": 8}, _landmarks, by_channels=True)},

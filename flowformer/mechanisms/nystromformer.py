@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from flowformer.core.checks import Layout, check_bidirectional, check_choice, check_sizes
 from flowformer.core.masks import close_up_if, fill, spread
-from flowformer.core.precision import no_autocast, sum_dtype
+from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Given, run
 from flowformer.core.segments import segment_means
 from flowformer.core.sums import sum_over_tokens, times_sum
@@ -207,12 +207,14 @@ def _attend(
     def of_landmarks(scores: Tensor) -> Tensor:
         return (scores if hidden is None else scores.masked_fill(hidden, -torch.finfo(scores.dtype).max)).softmax(-1)
 
-    A = of_landmarks(landmarks.q @ landmarks.k.mT)
+    # In float64, since the pseudo-inverse is more sensitive than the rest, and autocast leaves its gradients alone.
+    wide = state_dtype(q.device)
+    A = of_landmarks(landmarks.q.to(wide) @ landmarks.k.to(wide).mT)
     scores = times_sum(K, landmarks.q.mT)  # (batch, heads, L, m), as memory is best used
     if real is not None:
         scores = scores.masked_fill(~real[:, None, :, None], -torch.finfo(scores.dtype).max)
     of_tokens = sum_over_tokens(scores.softmax(-2), V)
-    mixed = pseudo_inverse(A, landmarks.used, iterations, couple) @ of_tokens
+    mixed = (pseudo_inverse(A, landmarks.used, iterations, couple) @ of_tokens.to(wide)).to(q.dtype)
     if landmarks.exact is not None:
         mixed = torch.where(landmarks.exact, V[:, :, : mixed.shape[2]], mixed)
     out = times_sum(of_landmarks(times_sum(Q, landmarks.k.mT)), mixed)

@@ -337,7 +337,8 @@ def soft_weights(
     marks = normed * (1 + torch.erf(normed / 2**0.5)) / 2
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (-(x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1) / 2).exp()
+        square = sum((x[..., c].unsqueeze(-1) - y[..., c].unsqueeze(-2)) ** 2 for c in range(width))
+        return (-square / 2).exp()
 
     A = kernel(marks, marks) + ridge * torch.eye(marks.shape[1], dtype=q.dtype, device=q.device)
     X = 1.8 * A / A.sum(-1).amax(-1)[:, None, None] ** 2
@@ -449,11 +450,12 @@ class SoftAttention(Attention):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
+        check_flag("shared_qk", shared_qk)
+        self.shared_qk = shared_qk  # the base class asks for it
         super().__init__(dim, num_heads, device=device, dtype=dtype, **options)
         _check_options("", num_landmarks, iterations, ridge, start, gradient)
         check_optional_sizes(ratio=ratio)
         check_value_conv("value_conv", value_conv)
-        check_flag("shared_qk", shared_qk)
         if ratio is not None:
             self.axes = "batch, height, width"
             if self.conv:
@@ -461,15 +463,11 @@ class SoftAttention(Attention):
                     f"SoftAttention: conv={self.conv} is along a sequence, and ratio={ratio} is for images: build it "
                     "with conv=0"
                 )
-        self.ratio, self.shared_qk, self.value_conv = ratio, shared_qk, value_conv
+        self.ratio, self.value_conv = ratio, value_conv
         self.own = {
             "num_landmarks": num_landmarks, "iterations": iterations, "ridge": ridge, "value_conv": value_conv,
             "start": start, "gradient": gradient,
         }  # fmt: skip
-        if shared_qk:
-            del self.k_proj
-            if self.conv:
-                del self.k_conv
         width, sides, factory = (
             self.head_dim,
             () if ratio is None else (ratio, ratio),
@@ -482,6 +480,11 @@ class SoftAttention(Attention):
             taps = (value_conv,) * (1 if ratio is None else 2)
             self.value_filters = nn.Parameter(torch.empty(num_heads, *taps, **factory))
         self._reset_landmarks()
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Queries have one, which is that of shared keys."""
+        return ("q",) if self.shared_qk else ("q", "k")
 
     def reset_parameters(self) -> None:
         """Draw fresh parameters, as a new module has them."""

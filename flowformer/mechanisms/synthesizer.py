@@ -38,6 +38,7 @@ from flowformer.core.run import Given, run
 from flowformer.core.tracing import is_traced
 from flowformer.mechanisms.base import Attention
 from flowformer.mechanisms.registry import register
+from flowformer.mechanisms.short_conv import ShortConv
 from flowformer.mechanisms.weights import Rows, lower, rows_of, truth_of
 
 __all__ = [
@@ -476,6 +477,8 @@ class SynthesizerAttention(Attention):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
+        self.options = Options(kind, dot_product, activation, tiling, lra_reshape)
+        self.options.check()
         super().__init__(dim, num_heads, device=device, dtype=dtype, **options)
         if max_length is None:
             raise ValueError(
@@ -484,14 +487,9 @@ class SynthesizerAttention(Attention):
             )
         check_sizes(max_length=max_length, rank=rank)
         self.max_length, self.rank = max_length, rank
-        self.options = Options(kind, dot_product, activation, tiling, lra_reshape)
-        self.options.check()
         if lra_reshape and self.causal:
             raise ValueError("SynthesizerAttention: lra_reshape has no causal form: build it with causal=False")
         self.factors = _check_factors(factors, max_length)
-        unused = [] if dot_product else ["k_proj", *(["q_proj"] if "random" in kind else [])]
-        for name in unused:
-            delattr(self, name)
         self.tables = nn.ParameterList(
             nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in self._shapes()
         )
@@ -506,6 +504,13 @@ class SynthesizerAttention(Attention):
         if self.options.kind == "dense":
             return [(heads, width, T)]
         return [(heads, width, size) for size in self.factors]
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Those that scores depend on."""
+        if self.options.dot_product:
+            return ("q", "k")
+        return ("q",) if "dense" in self.options.kind else ()
 
     def reset_parameters(self) -> None:
         """Draw fresh parameters, as a new module has them."""
@@ -530,9 +535,15 @@ class SynthesizerAttention(Attention):
         """Queries, keys and values; zeros for those that scores do not depend on."""
         name = f"{type(self).__name__}: inputs"
         v = apply(name, self.v_proj, source)
-        q = apply(name, self.q_proj, x) if hasattr(self, "q_proj") else v.new_zeros(*x.shape[:-1], v.shape[-1])
-        k = apply(name, self.k_proj, source) if hasattr(self, "k_proj") else torch.zeros_like(v)
+        q = apply(name, self.q_proj, x) if "q" in self.projections else v.new_zeros(*x.shape[:-1], v.shape[-1])
+        k = apply(name, self.k_proj, source) if "k" in self.projections else torch.zeros_like(v)
         return q, k, v
+
+    @property
+    def _convs(self) -> tuple[ShortConv, ShortConv, ShortConv]:
+        """Those of values stand in for those that there are not: what they would convolve is of no consequence."""
+        q, k = (getattr(self, f"{name}_conv" if name in self.projections else "v_conv") for name in "qk")
+        return q, k, self.v_conv
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""
