@@ -275,7 +275,7 @@ def _attend(
     length, compute = q.shape[1], sum_dtype(q.dtype)
     (k, v), real, _ = close_up_if([fill(x, key).to(compute) for x in (k, v)], key)
     (q,), _, places = close_up_if([fill(q, query).to(compute)], query)
-    _check_length(_positions(tables, options.kind), counts, q.shape[1], k.shape[1], fresh)
+    _check_length(_positions(tables, options.kind), max(q.shape[1], k.shape[1]))
     place = torch.arange(q.shape[1], device=q.device)
     place = place if fresh else counts.unsqueeze(1) + place
     scores = _synthesize(q.transpose(1, 2), tables, place, k.shape[1], options)
@@ -290,13 +290,10 @@ def _attend(
     return out if places is None else spread(out, places, length)
 
 
-def _check_length(positions: int, counts: Tensor, queries: int, keys: int, fresh: bool) -> None:
-    """Raise ValueError for sequences that reach beyond the learned positions."""
-    if is_traced():
-        return
-    last = queries if fresh or not len(counts) else queries + int(counts.max())
-    if max(last, keys) > positions:
-        raise ValueError(f"synthesizer_attention: synthetic has {positions} positions, got {max(last, keys)} tokens")
+def _check_length(positions: int, tokens: int) -> None:
+    """Raise ValueError for sequences that reach beyond the learned positions; causal queries are among the keys."""
+    if not is_traced() and tokens > positions:
+        raise ValueError(f"synthesizer_attention: synthetic has {positions} positions, got {tokens} tokens")
 
 
 def _synthesize(q: Tensor, tables: Sequence[Tensor], place: Tensor, keys: int, options: Options) -> Tensor:
@@ -418,7 +415,7 @@ def synthesizer_weights(
     cannot={
         "linear time": "every pair of positions has a score of its own",
         "linear memory": "it builds the matrix of scores",
-        "fixed state": "it remembers every value",
+        "fixed state": "it remembers every key and value",
         "permutation": "it learns scores for each position",
     },
 )
