@@ -20,10 +20,14 @@ if TYPE_CHECKING:  # at run time the names come from flowformer.mechanisms
     from flowformer.mechanisms.cosformer import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.flow import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.linear import *  # noqa: F403 - each has an __all__
+    from flowformer.mechanisms.linformer import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.mobile import *  # noqa: F403 - each has an __all__
+    from flowformer.mechanisms.nystromformer import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.performer import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.rfa import *  # noqa: F403 - each has an __all__
+    from flowformer.mechanisms.soft import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.softmax import *  # noqa: F403 - each has an __all__
+    from flowformer.mechanisms.synthesizer import *  # noqa: F403 - each has an __all__
 
 _SHARED = ("LIMITS", "Attention", "Mechanism", "create_attention", "find_attention", "list_attentions")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from flowformer.bench.registry import Function, Shape
-from flowformer.bench.rows.variants import CHANNELS, PLAIN, Variant, find_variant
+from flowformer.bench.rows.variants import PLAIN, Variant, find_variant
 from flowformer.core.backends import backends_of, choose
 from flowformer.core.checks import HEADS, Layout
 from flowformer.mechanisms import Mechanism, find_attention, list_attentions
@@ -96,23 +96,19 @@ def draw_learned(
     """What an operation takes after v, N(0, STD^2), for sequences of up to ``length`` tokens; drawn on the CPU."""
     seeds = itertools.count(SEED)
     count = heads * channels if variant.per_channel else heads
+    of_keys = (channels,) if variant.by_channels else ()
 
     def draw(*sizes: int) -> Tensor:
-        return (STD * random_tensor(_sizes(sizes, channels), next(seeds), dtype)).to(device)
+        return (STD * random_tensor(sizes, next(seeds), dtype)).to(device)
 
-    return variant.learned(draw, length, count)
-
-
-def _sizes(sizes: tuple[int, ...], channels: int) -> tuple[int, ...]:
-    return tuple(channels if size == CHANNELS else size for size in sizes)
+    return variant.learned(draw, length, count, *of_keys)
 
 
 def learned_bytes(variant: Variant, shape: Shape) -> float:
     """Bytes of float32 of what :func:`draw_learned` makes."""
     heads = shape.width if variant.per_channel else shape.heads
-    made = variant.learned(
-        lambda *sizes: torch.empty(_sizes(sizes, shape.channels), device="meta"), shape.length, heads
-    )
+    of_keys = (shape.channels,) if variant.by_channels else ()
+    made = variant.learned(lambda *size: torch.empty(size, device="meta"), shape.length, heads, *of_keys)
     return 4.0 * sum(tensor.numel() for tensor in tree_leaves(made) if tensor is not None)
 
 

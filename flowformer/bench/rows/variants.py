@@ -37,8 +37,8 @@ CHUNK = 32  # tokens of a chunk in the count of operations; implementations may 
 WINDOW = 64
 FACTOR_CHANNELS = 128
 TAPS = 31
-CHANNELS = -1  # a size that stands for the channels of q and k
 FEATURES = 64  # of random features, as many as there are channels in most models
+LINFORMER_RANK, SYNTHESIZER_RANK = 256, 32  # as their modules have them
 Draw = Callable[..., Tensor]  # of sizes
 
 
@@ -58,7 +58,8 @@ class Variant:
         about: What is added to the line for help.
         options: Keyword arguments of the operation, its truth, its step and its state.
         learned: ``(draw, length, heads) -> `` what the operation takes after v and the step after the state: tensors
-            (or tuples of them) that ``draw(*sizes)`` makes, where :data:`CHANNELS` stands for the channels of q and k.
+            (or tuples of them) that ``draw(*sizes)`` makes.
+        by_channels: Whether ``learned`` takes the channels of keys as well.
         per_channel: Whether there are as many heads as channels, where the mechanism has a key for each head.
         decodes: Whether steps are timed: not where a learned tensor is quadratic in the length of the context.
         flops: ``(shape, kind) -> `` floating-point operations.
@@ -67,7 +68,8 @@ class Variant:
     name: str = ""
     about: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
-    learned: Callable[[Draw, int, int], tuple[Any, ...]] = lambda draw, length, heads: ()
+    learned: Callable[..., tuple[Any, ...]] = lambda draw, length, heads: ()
+    by_channels: bool = False
     per_channel: bool = False
     decodes: bool = True
     flops: Callable[[Shape, Kind], float] | None = None
@@ -150,12 +152,24 @@ def _decays(draw: Draw, length: int, heads: int) -> tuple[Any, ...]:
     return (-draw(heads).abs(),)
 
 
-def _projection(draw: Draw, length: int, heads: int) -> tuple[Any, ...]:
-    return (10 * draw(FEATURES, CHANNELS),)  # of deviation 1
+def _features(draw: Draw, length: int, heads: int, channels: int) -> tuple[Any, ...]:
+    return (10 * draw(FEATURES, channels),)  # of deviation 1
+
+
+def _features_by_head(draw: Draw, length: int, heads: int, channels: int) -> tuple[Any, ...]:
+    return (None, 10 * draw(heads, FEATURES // 2, channels))  # a sine and a cosine of each
 
 
 def _projections(draw: Draw, length: int, heads: int) -> tuple[Any, ...]:
-    return (None, 10 * draw(heads, FEATURES // 2, CHANNELS))  # a sine and a cosine of each
+    return ((draw(LINFORMER_RANK, length), draw(LINFORMER_RANK, length)),)
+
+
+def _scores(draw: Draw, length: int, heads: int) -> tuple[Any, ...]:
+    return ((draw(heads, length, SYNTHESIZER_RANK), draw(heads, SYNTHESIZER_RANK, length)),)
+
+
+def _landmarks(draw: Draw, length: int, heads: int, channels: int) -> tuple[Any, ...]:
+    return ((draw(channels, channels), draw(channels), draw(channels)),)
 
 
 _DECAY = {"about": ", decay of each head", "options": {"decay": "learned"}, "learned": _decays}
@@ -168,10 +182,13 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
     "flow": _DECAYING,
     "mobile": _LINEAR,
     "linear": _DECAYING,
-    "performer": (Variant(about=f", {FEATURES} features", learned=_projection),),
-    "rfa": (Variant(about=f", {FEATURES} features", learned=_projections),),
+    "performer": (Variant(about=f", {FEATURES} features", learned=_features, by_channels=True),),
+    "rfa": (Variant(about=f", {FEATURES} features", learned=_features_by_head, by_channels=True),),
     "cosformer": (Variant(options={"max_length": 2**20}),),
     "softmax": (Variant(flops=softmax_flops), Variant("decay", flops=softmax_flops, **_DECAY)),
+    "linformer": (Variant("", f", to {LINFORMER_RANK} rows", learned=_projections),),
+    "soft": (Variant(learned=_landmarks, by_channels=True),),
+    "synthesizer": (Variant("", ", factorized random scores", {"kind": "factorized_random"}, _scores),),
     "aft_full": (
         Variant("", _FREE, learned=_table, decodes=False, flops=full_flops),
         Variant("factors", _TWO, learned=_factors, flops=factor_flops),
