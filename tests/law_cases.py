@@ -105,6 +105,10 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "free": Variant({"window": 40}, _table, quadratic=True),
         "hard": Variant({"window": 3, "hard": True}, _factors),
     },
+    "local": {
+        "blocks": Variant({"window": 4}),
+        "exact": Variant({"window": 3, "look_backward": 2, "exact_window": True}),
+    },
     "aft_conv": {"default": Variant(learned=_filters), "hard": Variant({"hard": True}, _filters)},
 }
 
