@@ -39,12 +39,14 @@ NORM_EPS = 1e-6  # of the output norm; outputs of a mean of many values are smal
 
 @torch.no_grad()
 def set_values(parameter: Tensor, values: Tensor) -> None:
-    """Set a fresh parameter to given values, by functions of ``torch.nn.init``.
+    """Set a fresh parameter or buffer to given values, by functions of ``torch.nn.init``.
 
     transformers replaces those while it loads weights, so that parameters that are loaded keep their values.
     """
-    nn.init.constant_(parameter, math.nan)
-    parameter.copy_(torch.where(parameter.isnan(), values.to(parameter), parameter))
+    floating = parameter.is_floating_point()
+    unset = math.nan if floating else torch.iinfo(parameter.dtype).min
+    nn.init.constant_(parameter, unset)
+    parameter.copy_(torch.where(parameter.isnan() if floating else parameter == unset, values.to(parameter), parameter))
 
 
 class Attention(nn.Module, ABC):
