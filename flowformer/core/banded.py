@@ -1,7 +1,7 @@
 """Softmax attention over a band of key blocks and a few further keys, in memory linear in length.
 
-Queries are cut into blocks. Each block sees a window of consecutive key blocks, and further keys that are picked out one
-by one; a function of positions tells which pairs of them meet. Blocks are worked on a few at a time. Autograd sees
+Queries are cut into blocks. Each block sees a window of consecutive key blocks, and further keys that are picked out
+one by one; a function of positions tells which pairs of them meet. Blocks are worked on a few at a time. Autograd sees
 one node, which keeps its inputs, its output and one number for each query, log sum exp of its scores, and computes the
 scores again in the backward pass, as FlashAttention does (Dao et al., 2022). By these numbers, the outputs over two
 disjoint sets of keys are joined to the one over both, :func:`join`.
@@ -179,7 +179,7 @@ class _Group:
         return x[:, :, self.start * block : (self.end - 1) * block + width].unfold(2, width, block).mT
 
     def _index(self, x: Tensor) -> Tensor:
-        """Places of further keys among the padded ones, for gather, (batch, heads, blocks or 1 times keys, channels)."""
+        """Places of further keys among the padded ones, (batch, heads, blocks or 1 times keys, channels)."""
         assert self.places is not None
         places = self.places.clamp(min=0) + self.plan.band.before * self.plan.band.block
         return places.flatten(2).unsqueeze(-1).expand(*x.shape[:2], -1, x.shape[-1])
@@ -240,7 +240,7 @@ class _Group:
 
 
 def _product(rows: Tensor, further: Tensor) -> Tensor:
-    """rows (batch, heads, blocks, block, n) @ further (batch, heads, blocks or 1, n, m)."""
+    """Multiply rows (batch, heads, blocks, block, n) with further (batch, heads, blocks or 1, n, m)."""
     if further.shape[2] != 1 or rows.shape[2] == 1:
         return rows @ further
     return (rows.flatten(2, 3) @ further.squeeze(2)).unflatten(2, rows.shape[2:4])

@@ -1,7 +1,7 @@
 r"""Local attention: softmax over the keys of a token's own block and of its neighbours, in linear time.
 
-The sequence is cut into blocks of w tokens, and token i sees the keys of its block b(i) = floor(i / w) and of the blocks
-around it:
+The sequence is cut into blocks of w tokens, and token i sees the keys of its block b(i) = floor(i / w) and of the
+blocks around it:
 
     out_i = sum_j softmax_j(q_i . k_j / sqrt(K)) v_j    over b(i) - look_backward <= b(j) <= b(i) + look_forward
 
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flowformer.core.banded import BLOCK, Band, attend_all, banded_attention
 from flowformer.core.checks import (
@@ -29,7 +30,7 @@ from flowformer.core.checks import (
 )
 from flowformer.core.chunks import CHUNK
 from flowformer.core.masks import close_up, fill, spread
-from flowformer.core.precision import no_autocast, state_dtype
+from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Given, run
 from flowformer.core.tracing import is_exporting
 from flowformer.mechanisms.base import Attention
@@ -261,22 +262,26 @@ def _released_in_lra(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, windo
 
     Zeros are appended up to the next multiple of the window, a whole window where the length is one, and count as
     keys. Of the n windows of the sequence, token i sees the tokens i mod n, one of each n: a stride and no
-    neighbourhood. The mask is cut into windows, and so hides other tokens than the padding. Outputs at padding are not
-    zeros.
+    neighbourhood. The mask is cut into windows, and so belongs to other tokens; a query that it hides sees all tokens
+    of its stride, and its output is not zero.
     """
     length = q.shape[1]
     blocks = length // window + 1
     added = blocks * window - length
+    compute = sum_dtype(q.dtype)
     with no_autocast(q.device):
-        # (batch, blocks, window, heads, channels): token a n + b at [b, a].
+        # (batch, blocks, heads, window, channels): token a n + b at [b, :, a].
         Q, K, V = (
-            torch.nn.functional.pad(x, (0, 0, 0, 0, 0, added)).unflatten(1, (window, blocks)).transpose(1, 2)
+            pad(x.to(compute), (0, 0, 0, 0, 0, added)).unflatten(1, (window, blocks)).permute(0, 2, 3, 1, 4)
             for x in (q, k, v)
         )
-        shown = torch.ones(len(q), length, dtype=torch.bool, device=q.device) if mask is None else mask
-        shown = torch.nn.functional.pad(shown, (0, added), value=True).view(-1, 1, 1, window)
-        out = attend_all(*(x.flatten(0, 1) for x in (Q, K, V)), shown)
-        return out.unflatten(0, (-1, blocks)).transpose(1, 2).flatten(1, 2)[:, :length].to(q.dtype)
+        scores = Q @ K.mT / q.shape[-1] ** 0.5
+        if mask is not None:
+            real = pad(mask, (0, added), value=True).view(-1, blocks, 1, window)
+            both = real.unsqueeze(-1) & real.unsqueeze(-2)
+            scores = scores + torch.zeros_like(both, dtype=compute).masked_fill(~both, -1e10)  # as released
+        out = scores.softmax(-1) @ V
+        return out.permute(0, 3, 1, 2, 4).flatten(1, 2)[:, :length].to(q.dtype)
 
 
 def local_attention_step(
