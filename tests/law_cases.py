@@ -109,6 +109,10 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "blocks": Variant({"window": 4}),
         "exact": Variant({"window": 3, "look_backward": 2, "exact_window": True}),
     },
+    "sparse": {
+        "strided": Variant({"stride": 8}),
+        "fixed": Variant({"pattern": "fixed", "stride": 4, "column_sets": 2}),
+    },
     "aft_conv": {"default": Variant(learned=_filters), "hard": Variant({"hard": True}, _filters)},
 }
 

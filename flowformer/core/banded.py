@@ -2,14 +2,15 @@
 
 Queries are cut into blocks. Each block sees a window of consecutive key blocks, and further keys that are picked out
 one by one; a function of positions tells which pairs of them meet. Blocks are worked on a few at a time. Autograd sees
-one node, which keeps its inputs, its output and one number for each query, log sum exp of its scores, and computes the
-scores again in the backward pass, as FlashAttention does (Dao et al., 2022). By these numbers, the outputs over two
+one node, which keeps its inputs, its output and two numbers for each query, the largest of its scores and the sum of
+their exponentials relative to it, and computes the scores again in the backward pass, as FlashAttention does (Dao et
+al., 2022). Two numbers, since the logarithm of the sum is lost beside a score of 1e9. By them, the outputs over two
 disjoint sets of keys are joined to the one over both, :func:`join`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from flowformer.core.tracing import count_chunks, cut, frame, is_exporting, is_t
 
 BLOCK = 512  # queries that are worked on at a time
 KEYS = 256  # and fewer of them where they have to do with more keys than these
-NOTHING = LOG_ZERO / 10  # scores and their log-sums below are of hidden keys
+NOTHING = LOG_ZERO / 10  # the largest score where all keys are hidden; they are far below, and their exponentials 0
 
 # ``seen(i, j)``: which queries at places i see which keys at places j, boolean. i is (1, 1, blocks, block, 1), j
 # (batch or 1, heads or 1, blocks or 1, 1, keys), and so is the result, broadcast. Queries and keys count from the first
@@ -81,15 +82,44 @@ class _Plan(NamedTuple):
         """Keys of a window."""
         return 0 if self.band.seen is None else (self.band.before + 1 + self.band.after) * self.band.block
 
+    def index(self, x: Tensor, places: Tensor) -> Tensor:
+        """Places of further keys in padded ones, for gather: (batch, heads, blocks or 1 times keys, channels)."""
+        places = places.clamp(min=0) + self.band.before * self.band.block
+        return places.flatten(2).unsqueeze(-1).expand(*x.shape[:2], -1, x.shape[-1])
+
+    def pick(self, x: Tensor, places: Tensor) -> Tensor:
+        """Further keys or values (batch, heads, blocks or 1, keys, channels)."""
+        return x.gather(2, self.index(x, places)).unflatten(2, places.shape[2:])
+
+    def pick_shared(self, *tensors: Tensor) -> list[Tensor] | None:
+        """Those that all blocks have in common, where they have."""
+        if self.further is None or self.further.places.shape[2] != 1:
+            return None
+        return [self.pick(x, self.further.places) for x in tensors]
+
     @property
     def keys(self) -> int:
         """Keys that a block has to do with."""
         return max(1, self.width + (0 if self.further is None else self.further.places.shape[-1]))
 
 
+class Attended(NamedTuple):
+    """Softmax attention over some of the keys.
+
+    Attributes:
+        out: (batch, L, heads, V) in the dtype of sums; zeros where nothing is seen.
+        most: The largest score of each query, (batch, L, heads), without gradient.
+        total: The sum of exp(score - most), (batch, L, heads); 0 where nothing is seen.
+    """
+
+    out: Tensor
+    most: Tensor
+    total: Tensor
+
+
 def banded_attention(
     q: Tensor, k: Tensor, v: Tensor, band: Band, further: Further | None = None, *, size: int = BLOCK
-) -> tuple[Tensor, Tensor]:
+) -> Attended:
     """Softmax attention of each query over the keys it sees, scaled by 1 / sqrt(K).
 
     Args:
@@ -99,10 +129,6 @@ def banded_attention(
         band: The windows.
         further: Further keys; a key that is also seen in the window counts twice.
         size: Queries that are worked on at a time.
-
-    Returns:
-        Output (batch, L, heads, V), zeros where nothing is seen, and log sum exp of scores (batch, L, heads), in the
-        dtype of sums.
     """
     length, block = q.shape[1], band.block
     blocks = count_chunks(length, block)
@@ -112,18 +138,22 @@ def banded_attention(
         total = (band.before + blocks + band.after) * block
         K, V = (frame(x.to(compute), band.before * block - band.past, total).transpose(1, 2) for x in (k, v))
         plan = _Plan(band, further, size)
-        if torch.compiler.is_compiling() or is_exporting() or is_transformed():
-            out, log_sum = _forward(plan, Q, K, V)
-        else:
-            out, log_sum = _Banded.apply(plan, Q, K, V)
-        return cut(out.transpose(1, 2), length), cut(log_sum.transpose(1, 2), length)
+        plain = torch.compiler.is_compiling() or is_exporting() or is_transformed()
+        found = _forward(plan, Q, K, V) if plain else _Banded.apply(plan, Q, K, V)
+        return Attended(*(cut(x.transpose(1, 2), length) for x in found))
 
 
-def join(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Join outputs over two disjoint sets of keys, (batch, L, heads, V) and log-sums (batch, L, heads), to one."""
-    log_sum = torch.logaddexp(one[1], other[1])
-    first, second = ((x[1] - log_sum).exp().unsqueeze(-1) for x in (one, other))
-    return one[0] * first + other[0] * second, log_sum
+def join(one: Attended, other: Attended) -> Attended:
+    """Join the attention over two disjoint sets of keys to the one over both."""
+    most = torch.maximum(one.most, other.most)
+    first, second = (x.total * (x.most - most).exp() for x in (one, other))
+    total = first + second
+    out = one.out * first.unsqueeze(-1) + other.out * second.unsqueeze(-1)
+    return Attended(out / _unless_zero(total).unsqueeze(-1), most, total)
+
+
+def _unless_zero(total: Tensor) -> Tensor:
+    return total.masked_fill(total == 0, 1.0)
 
 
 def attend_all(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
@@ -155,7 +185,9 @@ def _hide(scores: Tensor, seen: Tensor) -> Tensor:
 class _Group:
     """Blocks of queries from ``start`` to ``end``, and the keys and values they see."""
 
-    def __init__(self, plan: _Plan, q: Tensor, k: Tensor, v: Tensor, start: int, end: int) -> None:
+    def __init__(
+        self, plan: _Plan, q: Tensor, k: Tensor, v: Tensor, shared: Sequence[Tensor] | None, start: int, end: int
+    ) -> None:
         self.plan, self.start, self.end = plan, start, end
         block = plan.band.block
         self.queries = slice(start * block, end * block)
@@ -163,10 +195,8 @@ class _Group:
         self.K, self.V = self._windows(k), self._windows(v)
         self.places = None
         if plan.further is not None:
-            places = plan.further.places
-            self.places = places if places.shape[2] == 1 else places[:, :, start:end]
-        if self.places is not None:
-            self.further_K, self.further_V = self._pick(k), self._pick(v)
+            self.places = plan.further.places if shared is not None else plan.further.places[:, :, start:end]
+            self.further_K, self.further_V = (plan.pick(x, self.places) for x in (k, v)) if shared is None else shared
 
     def _windows(self, x: Tensor) -> Tensor:
         """(batch, heads, blocks, width, channels)."""
@@ -177,17 +207,6 @@ class _Group:
         if not width:
             return x.new_empty(*x.shape[:2], self.end - self.start, 0, x.shape[-1])
         return x[:, :, self.start * block : (self.end - 1) * block + width].unfold(2, width, block).mT
-
-    def _index(self, x: Tensor) -> Tensor:
-        """Places of further keys among the padded ones, (batch, heads, blocks or 1 times keys, channels)."""
-        assert self.places is not None
-        places = self.places.clamp(min=0) + self.plan.band.before * self.plan.band.block
-        return places.flatten(2).unsqueeze(-1).expand(*x.shape[:2], -1, x.shape[-1])
-
-    def _pick(self, x: Tensor) -> Tensor:
-        """(batch, heads, blocks or 1, keys, channels)."""
-        assert self.places is not None
-        return x.gather(2, self._index(x)).unflatten(2, self.places.shape[2:])
 
     def scores(self) -> Tensor:
         """(batch, heads, blocks, block, width and further keys)."""
@@ -225,7 +244,7 @@ class _Group:
         near, far = weights.split([self.plan.width, weights.shape[-1] - self.plan.width], -1)
         return near @ self.K + _product(far, self.further_K)
 
-    def add(self, whole: Tensor, weights: Tensor, rows: Tensor) -> None:
+    def add(self, whole: Tensor, shared: Tensor | None, weights: Tensor, rows: Tensor) -> None:
         """Add weights^T rows to the tokens that the windows and the further keys were taken from."""
         block, width = self.plan.band.block, self.plan.width
         near, far = weights.split([width, weights.shape[-1] - width], -1)
@@ -233,10 +252,11 @@ class _Group:
             pieces = (near.mT @ rows).unflatten(3, (-1, block))
             for at in range(pieces.shape[3]):
                 whole[:, :, (self.start + at) * block : (self.end + at) * block] += pieces[:, :, :, at].flatten(2, 3)
-        if self.places is not None:
-            shared = self.places.shape[2] == 1
-            found = far.flatten(2, 3).mT @ rows.flatten(2, 3) if shared else (far.mT @ rows).flatten(2, 3)
-            whole.scatter_add_(2, self._index(whole), found.to(whole.dtype))
+        if shared is not None:
+            shared += (far.flatten(2, 3).mT @ rows.flatten(2, 3)).unsqueeze(2)
+        elif self.places is not None:
+            found = (far.mT @ rows).flatten(2, 3)
+            whole.scatter_add_(2, self.plan.index(whole, self.places), found.to(whole.dtype))
 
 
 def _product(rows: Tensor, further: Tensor) -> Tensor:
@@ -246,53 +266,56 @@ def _product(rows: Tensor, further: Tensor) -> Tensor:
     return (rows.flatten(2, 3) @ further.squeeze(2)).unflatten(2, rows.shape[2:4])
 
 
-def _forward(plan: _Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Output (batch, heads, tokens, V) and log-sums (batch, heads, tokens)."""
-    outs, log_sums = [], []
+def _forward(plan: _Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What :class:`Attended` has, with the heads before the tokens."""
+    found, shared = [], plan.pick_shared(k, v)
     for start, end in plan.groups(q):
-        group = _Group(plan, q, k, v, start, end)
+        group = _Group(plan, q, k, v, shared, start, end)
         scores = group.scores()
-        most = scores.amax(-1, keepdim=True).detach().clamp(min=NOTHING)  # hidden scores are far below: exp gives 0
+        most = scores.amax(-1, keepdim=True).detach().clamp(min=NOTHING)
         weights = (scores - most).exp()
         total = weights.sum(-1, keepdim=True)
-        nothing = total == 0
-        total = total.masked_fill(nothing, 1.0)
-        outs.append((group.weigh(weights) / total).flatten(2, 3))
-        log_sums.append((most + total.log()).masked_fill(nothing, LOG_ZERO).flatten(2, 4))
-    return torch.cat(outs, 2), torch.cat(log_sums, 2)
+        out = group.weigh(weights) / _unless_zero(total)
+        found.append((out.flatten(2, 3), most.flatten(2, 4), total.flatten(2, 4)))
+    out, most, total = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
+    return out, most, total
 
 
 class _Banded(torch.autograd.Function):
     """The attention as one node of the graph."""
 
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, log_sum = _forward(plan, q, k, v)
+    def forward(ctx: Any, plan: _Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out, most, total = _forward(plan, q, k, v)
         ctx.plan = plan
-        ctx.save_for_backward(q, k, v, out, log_sum)
-        return out, log_sum
+        ctx.save_for_backward(q, k, v, out, most, total)
+        ctx.mark_non_differentiable(most)
+        return out, most, total
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("banded attention does not support second-order gradients: omit create_graph=True")
-        q, k, v, out, log_sum = ctx.saved_tensors
-        grad_out, grad_log_sum = grads
+        q, k, v, out, most, total = ctx.saved_tensors
+        plan, (grad_out, _, grad_total) = ctx.plan, grads
+        shared = plan.pick_shared(k, v)
         # A key that many blocks see adds up many gradients.
-        wide = q.dtype if ctx.plan.further is None else state_dtype(q.device)
+        wide = q.dtype if plan.further is None else state_dtype(q.device)
         of_q, of_k, of_v = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        # Where nothing is seen, hidden scores stay far below.
-        log_sum = log_sum.clamp(min=NOTHING).unsqueeze(-1)
-        change = grad_log_sum.unsqueeze(-1) - (grad_out * out).sum(-1, keepdim=True)
-        for start, end in ctx.plan.groups(q):
-            group = _Group(ctx.plan, q, k, v, start, end)
-            sums, above, shift = (
-                x[:, :, group.queries].unflatten(2, (end - start, -1)) for x in (log_sum, grad_out, change)
-            )
-            weights = (group.scores() - sums).exp()
+        of_shared = [None, None] if shared is None else [torch.zeros_like(x, dtype=wide) for x in shared]
+        change = (grad_total * total).unsqueeze(-1) - (grad_out * out).sum(-1, keepdim=True)
+        of_queries = (most.unsqueeze(-1), _unless_zero(total).unsqueeze(-1), grad_out, change)
+        for start, end in plan.groups(q):
+            group = _Group(plan, q, k, v, shared, start, end)
+            top, below, above, shift = (x[:, :, group.queries].unflatten(2, (end - start, -1)) for x in of_queries)
+            weights = (group.scores() - top).exp() / below
             of_scores = weights * (group.times_values(above) + shift)
             of_q[:, :, group.queries] = group.times_keys(of_scores).flatten(2, 3)
-            group.add(of_v, weights, above)
-            group.add(of_k, of_scores, group.Q)
+            group.add(of_v, of_shared[1], weights, above)
+            group.add(of_k, of_shared[0], of_scores, group.Q)
+        if plan.further is not None:
+            for whole, found in zip((of_k, of_v), of_shared, strict=True):
+                if found is not None:
+                    whole.scatter_add_(2, plan.index(whole, plan.further.places), found.flatten(2, 3))
         return None, of_q, of_k.to(k.dtype), of_v.to(v.dtype)

@@ -219,7 +219,7 @@ def _local(
     def seen(i: Tensor, j: Tensor) -> Tensor:
         return options.sees(i + first, j + first, causal) & (j >= -first) & (j < most)
 
-    out, _ = banded_attention(q, k, v, band._replace(seen=seen), size=BLOCK)
+    out = banded_attention(q, k, v, band._replace(seen=seen), size=BLOCK).out
     out = fill(out, mask).to(dtype)
     return (out if places is None else spread(out, places, length)), after
 

@@ -27,6 +27,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "aft_local": [{"window": 3}, {"window": 3, "hard": True}],
     "aft_simple": [{}],
     "aft_conv": [{"kernel_size": 5}, {"kernel_size": 5, "hard": True}],
+    "local": [{"window": 3}, {"window": 3, "exact_window": True}, {"window": 4, "released": "local-attention"}],
+    "sparse": [{"stride": 3}, {"stride": 4, "pattern": "fixed", "released": "lra"}],
+    "longformer": [{"window": 4}],
+    "bigbird": [{"block": 2}],
 }
 MODULES = [
     pytest.param(name, options, causal, id=f"{name}-{number}-{'causal' if causal else 'bidirectional'}")
