@@ -38,6 +38,7 @@ class Variant:
         by_token: Whether those are of tokens, (batch, length, heads): then they are an input like q, k and v, and
             ``learned`` gives the others.
         ordered: Whether the variant knows the order of tokens otherwise.
+        bidirectional_only: Whether the causal form is left to tests of the mechanism.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -46,6 +47,7 @@ class Variant:
     decays: bool = False
     by_token: bool = False
     ordered: bool = False
+    bidirectional_only: bool = False
 
 
 def _table(length: int, heads: int) -> tuple[Any, ...]:
@@ -112,6 +114,10 @@ VARIANTS: dict[str, dict[str, Variant]] = {
     "sparse": {
         "strided": Variant({"stride": 8}),
         "fixed": Variant({"pattern": "fixed", "stride": 4, "column_sets": 2}),
+    },
+    "longformer": {
+        "window": Variant({"window": 7}),
+        "global": Variant({"window": 4, "global_tokens": 2}, bidirectional_only=True),
     },
     "aft_conv": {"default": Variant(learned=_filters), "hard": Variant({"hard": True}, _filters)},
 }

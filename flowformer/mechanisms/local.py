@@ -12,7 +12,8 @@ those of the package local-attention (1.11), without rotary positions.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -207,14 +208,14 @@ def _local(
         (q, k, v), mask, places = close_up((q, k, v), mask)
     width = q.shape[1]
     ends = torch.full((len(q),), width, device=q.device) if mask is None else mask.sum(1)
-    after = None if start is None else _last(start, k, v, ends)
+    after = None if start is None else last_tokens(start, k, v, ends)
     most = _at_most(width, options.window) if options.released and mask is None else ends.view(-1, 1, 1, 1, 1)
     first: Any = 0
     band = _blocks(width, causal, options)
     if before is not None:
         k, v = (torch.cat([old.to(new.dtype), new], 1) for old, new in ((before.key, k), (before.value, v)))
         first = before.length.view(-1, 1, 1, 1, 1)
-        band = _window(width, options.reach, 0)._replace(past=options.reach)
+        band = sliding_band(width, options.reach, 0, CHUNK)._replace(past=options.reach)
 
     def seen(i: Tensor, j: Tensor) -> Tensor:
         return options.sees(i + first, j + first, causal) & (j >= -first) & (j < most)
@@ -232,7 +233,7 @@ def _blocks(length: int, causal: bool, options: LocalOptions) -> Band:
     """The windows of a sequence from its first token on."""
     window, ahead = options.window, options.forward(causal)
     if options.exact_window:
-        return _window(length, options.reach, ahead * window)
+        return sliding_band(length, options.reach, ahead * window, CHUNK)
     # Windows of few tokens are put together: small matrices are slow.
     count = max(1, min(SMALLEST, CHUNK) // window)
     if not is_exporting() and length <= count * window and not options.released:
@@ -240,21 +241,42 @@ def _blocks(length: int, causal: bool, options: LocalOptions) -> Band:
     return Band(count * window, -(-options.look_backward // count), -(-ahead // count), None)
 
 
-def _window(length: int, back: int, ahead: int) -> Band:
-    """Sliding windows of keys from ``back`` tokens before a query to ``ahead`` behind it."""
-    block = min(CHUNK, max(SMALLEST, back, ahead))
+def sliding_band(length: int, back: int, ahead: int, chunk: int) -> Band:
+    """Return windows of the keys from ``back`` tokens before each query to ``ahead`` behind; chunk: queries at most."""
+    block = min(chunk, max(SMALLEST, back, ahead))
     block = block if is_exporting() else min(block, length)
     return Band(block, -(-back // block), -(-ahead // block), None)
 
 
-def _last(state: LocalState, k: Tensor, v: Tensor, ends: Tensor) -> LocalState:
-    """The state after the first ``ends`` (batch,) of the keys and values."""
-    places = ends.unsqueeze(1) + torch.arange(state.key.shape[1], device=k.device)
+S = TypeVar("S", bound=tuple[Tensor, Tensor, Tensor])
+
+
+def last_tokens(state: S, k: Tensor, v: Tensor, ends: Tensor) -> S:
+    """Return the state (length, key, value) after the first ``ends`` (batch,) of the keys and values."""
+    length, *recent = state
+    places = ends.unsqueeze(1) + torch.arange(recent[0].shape[1], device=k.device)
     rows = torch.arange(len(k), device=k.device).unsqueeze(1)
-    key, value = (
-        torch.cat([old, new.to(old.dtype)], 1)[rows, places] for old, new in ((state.key, k), (state.value, v))
-    )
-    return LocalState(state.length + ends, key, value)
+    key, value = (torch.cat([old, new.to(old.dtype)], 1)[rows, places] for old, new in zip(recent, (k, v), strict=True))
+    return type(state)(length + ends, key, value)
+
+
+def step_window(q: Tensor, k: Tensor, v: Tensor, state: S, sees: Callable[..., Tensor]) -> tuple[Tensor, S]:
+    """Return the output of one token, which sees the last tokens of a state and itself, and the state after it.
+
+    Args:
+        q: Query (batch, heads, K).
+        k: Key (batch, heads, K).
+        v: Value (batch, heads, V).
+        state: State (length, key, value) before the token.
+        sees: Which keys at positions j (batch, n) a query at position i (batch, 1) sees.
+    """
+    length, *recent = state
+    key, value = (torch.cat([old, new.to(old.dtype).unsqueeze(1)], 1) for old, new in zip(recent, (k, v), strict=True))
+    i, reach = length.unsqueeze(1), recent[0].shape[1]
+    j = i - reach + torch.arange(reach + 1, device=q.device)
+    seen = sees(i, j) & (j >= 0)
+    out = attend_all(q.to(key.dtype).unsqueeze(1), key, value, seen[:, None, None])
+    return out.squeeze(1).to(v.dtype), type(state)(length + 1, key[:, 1:], value[:, 1:])
 
 
 def _released_in_lra(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int) -> Tensor:
@@ -321,14 +343,7 @@ def local_attention_step(
     check_step(op, q, k, v, state, LocalState)
     sizes = (q.shape[0], q.shape[1], q.shape[2], v.shape[2])
     check_state(op, state, init_local_state(*sizes, device=q.device, **options._asdict()))
-    key, value = (
-        torch.cat([old, new.to(old.dtype).unsqueeze(1)], 1) for old, new in ((state.key, k), (state.value, v))
-    )
-    i = state.length.unsqueeze(1)
-    j = i - options.reach + torch.arange(options.reach + 1, device=q.device)
-    seen = options.sees(i, j, True) & (j >= 0)
-    out = attend_all(q.to(key.dtype).unsqueeze(1), key, value, seen[:, None, None])
-    return out.squeeze(1).to(v.dtype), LocalState(state.length + 1, key[:, 1:], value[:, 1:])
+    return step_window(q, k, v, state, lambda i, j: options.sees(i, j, True))
 
 
 def local_weights(q: Tensor, k: Tensor, *, causal: bool = False, **options: Any) -> Rows:
