@@ -38,15 +38,22 @@ class Variant:
         by_token: Whether those are of tokens, (batch, length, heads): then they are an input like q, k and v, and
             ``learned`` gives the others.
         ordered: Whether the variant knows the order of tokens otherwise.
+        drawn: Shapes of the random tensors that the operation takes after v, before the learned ones, for ``heads`` and
+            the channels of keys. They have no gradients. Tensors of integers stand for themselves.
+        by_channels: Whether ``learned`` takes the channels of keys as well.
+        scale: Standard deviation of the learned tensors.
         bidirectional_only: Whether the causal form is left to tests of the mechanism.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
-    learned: Callable[[int, int], tuple[Any, ...]] = lambda length, heads: ()
+    learned: Callable[..., tuple[Any, ...]] = lambda length, heads: ()
     quadratic: bool = False
     decays: bool = False
     by_token: bool = False
     ordered: bool = False
+    drawn: Callable[[int, int], tuple[torch.Size | torch.Tensor, ...]] = lambda heads, channels: ()
+    by_channels: bool = False
+    scale: float = 1.0
     bidirectional_only: bool = False
 
 
@@ -68,6 +75,10 @@ def _heads(length: int, heads: int) -> tuple[Any, ...]:
 
 def _temperatures(length: int, heads: int) -> tuple[Any, ...]:
     return (None, torch.Size((3, heads)))
+
+
+def _blocks(heads: int, channels: int) -> tuple[torch.Tensor, ...]:
+    return (torch.randint(1000, (heads, 50, 2), generator=torch.Generator().manual_seed(0)),)
 
 
 VARIANTS: dict[str, dict[str, Variant]] = {
@@ -107,10 +118,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "free": Variant({"window": 40}, _table, quadratic=True),
         "hard": Variant({"window": 3, "hard": True}, _factors),
     },
-    "local": {
-        "blocks": Variant({"window": 4}),
-        "exact": Variant({"window": 3, "look_backward": 2, "exact_window": True}),
-    },
+    "local": {"blocks": Variant({"window": 4})},
     "sparse": {
         "strided": Variant({"stride": 8}),
         "fixed": Variant({"pattern": "fixed", "stride": 4, "column_sets": 2}),
@@ -119,6 +127,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "window": Variant({"window": 7}),
         "global": Variant({"window": 4, "global_tokens": 2}, bidirectional_only=True),
     },
+    "bigbird": {"blocks": Variant({"block": 4}, drawn=_blocks)},
     "aft_conv": {"default": Variant(learned=_filters), "hard": Variant({"hard": True}, _filters)},
 }
 

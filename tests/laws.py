@@ -26,6 +26,7 @@ from flowformer.core import run as core_run
 from flowformer.core.backends import ENVIRONMENT_VARIABLE, TORCH, Backend, backends_of, explain
 from flowformer.core.scan import scan
 from flowformer.mechanisms import Attention, Mechanism, create_attention, find_attention, list_attentions
+from flowformer.mechanisms.aft.modules import AFT
 
 HEADS, KEY, VALUE = 2, 4, 5
 DIM = 8  # of modules
@@ -88,32 +89,49 @@ class Case(NamedTuple):
     def shapes(self, heads: int = HEADS, key: int = KEY, value: int = VALUE) -> Sequence[tuple[int, ...]]:
         return shapes_of(self.row, heads, key, value)
 
-    def parameters(self, dtype: torch.dtype | None = None, heads: int = HEADS) -> list[Tensor]:
+    def parameters(self, dtype: torch.dtype | None = None, heads: int = HEADS, key: int = KEY) -> list[Tensor]:
         """The learned tensors, those of a pair one after the other; the same at every call."""
-        shapes, _ = self._learned(heads)
+        shapes, _ = self._learned(heads, key)
         given = [shape for shape in shapes if shape is not None]
-        made = [_parameter(shape, seed, dtype or self.dtype) for seed, shape in enumerate(given)]
+        dtype, scale = dtype or self.dtype, self.variant.scale
+        made = [_parameter(shape, seed, dtype, scale) for seed, shape in enumerate(given)]
         if self.variant.decays and not self.variant.by_token:
             made[0] = -0.3 * made[0].abs() - 0.01
         return made
 
-    def _learned(self, heads: int = HEADS) -> tuple[list[torch.Size | None], Any]:
-        shapes = self.variant.learned(self.longest, heads)
+    def _learned(self, heads: int = HEADS, key: int = KEY) -> tuple[list[torch.Size | None], Any]:
+        channels = (key,) if self.variant.by_channels else ()
+        shapes = self.variant.learned(self.longest, heads, *channels)
         return tree_flatten(shapes, is_leaf=lambda shape: isinstance(shape, torch.Size))
 
-    def _arguments_of(self, parameters: Tensors, dtype: torch.dtype) -> tuple[Any, ...]:
-        """Learned tensors as the operation takes them; those of :meth:`parameters` where none are given."""
+    def drawn(self, q: Tensor) -> list[Tensor]:
+        """The random tensors for queries (..., heads, channels); the same at every call."""
+        shapes = self.variant.drawn(*q.shape[-2:])
+        # Numbers that every dtype has: rounded ones would be others, with other hashes.
+        return [
+            shape if isinstance(shape, Tensor) else _parameter(shape, 100 + seed, torch.bfloat16, 1.0).to(q.dtype)
+            for seed, shape in enumerate(shapes)
+        ]
+
+    def _arguments_of(self, parameters: Tensors, q: Tensor) -> tuple[Any, ...]:
+        """Random and learned tensors as the operation takes them; the latter of :meth:`parameters` where not given."""
+        dtype = q.dtype
         first, parameters = parameters[: self.count - 3], parameters[self.count - 3 :]
         shapes, structure = self._learned()
-        given = iter(parameters or self.parameters(dtype))
-        return *first, *tree_unflatten([None if shape is None else next(given) for shape in shapes], structure)
+        heads = q.shape[-2] if self.row.layout.axes.count(",") == 3 else HEADS
+        given = iter(parameters or self.parameters(dtype, heads, q.shape[-1]))
+        return (
+            *first,
+            *self.drawn(q),
+            *tree_unflatten([None if shape is None else next(given) for shape in shapes], structure),
+        )
 
     def op(self, q: Tensor, k: Tensor, v: Tensor, *parameters: Tensor, **arguments: Any) -> Any:
-        learned = self._arguments_of(parameters, q.dtype)
+        learned = self._arguments_of(parameters, q)
         return self.row.operation(q, k, v, *learned, **self.arguments(), **arguments)
 
     def truth(self, q: Tensor, k: Tensor, v: Tensor, *parameters: Tensor, **arguments: Any) -> Tensor:
-        learned = self._arguments_of(parameters, q.dtype)
+        learned = self._arguments_of(parameters, q)
         return self.row.truth(q, k, v, *learned, causal=self.causal, **self.variant.options, **arguments)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Any]:
@@ -122,7 +140,7 @@ class Case(NamedTuple):
         parameters = (*of_token, *parameters)
         chooses = "backend" in inspect.signature(self.row.step).parameters
         options = {**({"backend": self.backend.name} if chooses else {}), **self.variant.options}
-        return self.row.step(q, k, v, state, *self._arguments_of(parameters, q.dtype), **options)
+        return self.row.step(q, k, v, state, *self._arguments_of(parameters, q), **options)
 
     def steps(self, tensors: Tensors, state: Any) -> tuple[Tensor, Any]:
         """Token by token: outputs side by side, and the last state."""
@@ -135,7 +153,7 @@ class Case(NamedTuple):
 
     def fresh(self, batch: int, dtype: torch.dtype | None = None) -> Any:
         dtype = dtype or self.dtype
-        learned = (None,) * (self.count - 3) + self._arguments_of((), dtype)
+        learned = (None,) * (self.count - 3) + self._arguments_of((), torch.empty(HEADS, KEY, dtype=dtype))
         return self.row.init_state(batch, HEADS, KEY, VALUE, *learned, dtype=dtype, **self.variant.options)
 
     def inputs(
@@ -158,9 +176,9 @@ class Case(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def _parameter(shape: torch.Size, seed: int, dtype: torch.dtype) -> Tensor:
+def _parameter(shape: torch.Size, seed: int, dtype: torch.dtype, scale: float) -> Tensor:
     # Of float32, so that float32 and float64 are given the same numbers.
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
 def _backends(row: Mechanism) -> list[Backend]:
@@ -249,6 +267,10 @@ def has_parameters(case: Case) -> bool:
 
 def in_torch(case: Case) -> bool:
     return case.backend is TORCH
+
+
+def is_smooth(case: Case) -> bool:
+    return in_torch(case) and case.row.can("smooth")
 
 
 def at_tokens(mask: Tensor, tensor: Tensor) -> Tensor:
@@ -432,31 +454,31 @@ def narrow(tensors: Tensors) -> list[Tensor]:
     return [*few, *(t.requires_grad_() for t in tensors[3:])]
 
 
-def learning(case: Case) -> list[Tensor]:
-    return [parameter.clone().requires_grad_() for parameter in case.parameters()]
+def learning(case: Case, key: int = KEY) -> list[Tensor]:
+    return [parameter.clone().requires_grad_() for parameter in case.parameters(key=key)]
 
 
 # Finite differences want float64, which only PyTorch computes: what else there is equals the reference's gradients.
-@each(in_torch)
+@each(is_smooth)
 def test_2_gradcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     rechunk(monkeypatch, case, 2, 4)
     for length, sources in [(4, 4), (2, 3)] if case.crosses else [(6, 6)]:
         case = case.up_to(length + sources)
-        assert torch.autograd.gradcheck(case.op, [*narrow(case.inputs(length, sources, batch=1)), *learning(case)])
+        assert torch.autograd.gradcheck(case.op, [*narrow(case.inputs(length, sources, batch=1)), *learning(case, 2)])
 
 
-@each(in_torch)
+@each(is_smooth)
 def test_2_gradcheck_with_padding_and_packing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     rechunk(monkeypatch, case, 2, 6)
     case = case.up_to(5)
-    tensors = [*narrow(case.inputs(5, batch=1)), *learning(case)]
+    tensors = [*narrow(case.inputs(5, batch=1)), *learning(case, 2)]
     mask = torch.tensor([[False, True, True, True, False]])
     assert torch.autograd.gradcheck(functools.partial(case.op, mask=mask), tensors)
     bounds = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
     assert torch.autograd.gradcheck(functools.partial(case.op, cu_seqlens=bounds), tensors)
 
 
-@each(lambda case: has_state(case) and in_torch(case))
+@each(lambda case: has_state(case) and is_smooth(case))
 def test_2_gradcheck_through_states(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     rechunk(monkeypatch, case, 2, 2)
     case = case.up_to(5)
@@ -474,7 +496,7 @@ def test_2_gradcheck_through_states(case: Case, monkeypatch: pytest.MonkeyPatch)
         return [out, *(after[index] for index in floating)]
 
     parts = [state[index].detach().clone().requires_grad_() for index in floating]
-    assert torch.autograd.gradcheck(resume, [*narrow(case.inputs(3, batch=1)), *learning(case), *parts])
+    assert torch.autograd.gradcheck(resume, [*narrow(case.inputs(3, batch=1)), *learning(case, 2), *parts])
 
 
 # -------------------------------------------------------------------------------------------------------- 3: causal
@@ -760,14 +782,19 @@ def one_by_one(case: Case, sequences: Sequence[Tensors]) -> list[Tensor]:
 def with_gradients_of_part(case: Case, tensors: Tensors) -> list[Tensor]:
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     out = case.op(*leaves)
-    return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+    return [out.detach(), *torch.autograd.grad(uneven(out), leaves)]
+
+
+def uneven(out: Tensor) -> Tensor:
+    """A sum over tokens that changes with the length of outputs, and with their direction alone."""
+    return (out.square() + out).sum()
 
 
 def check_packed(case: Case, lengths: Sequence[int]) -> None:
     tensors, bounds, sequences = packed(case, lengths)
     leaves = [*(t.requires_grad_() for t in tensors), *learning(case)]
     out = case.op(*leaves, cu_seqlens=bounds)
-    all_close([out, *torch.autograd.grad(out.square().sum(), leaves)], one_by_one(case, sequences))
+    all_close([out, *torch.autograd.grad(uneven(out), leaves)], one_by_one(case, sequences))
 
 
 @each()
@@ -853,7 +880,7 @@ def module_of(case: Case, monkeypatch: pytest.MonkeyPatch, module_options: Mappi
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, case.backend.name)
     torch.manual_seed(0)
     options: dict[str, Any] = dict(case.variant.options)
-    if case.row.module.learns_positions:
+    if issubclass(case.row.module, AFT) and case.row.module.learns_positions:
         options |= {"position_dim": None if case.variant.quadratic else 2, "position_std": 1.0}
     options |= module_options
     module = create_attention(case.row.name, DIM, HEADS, causal=case.causal, max_length=64, **options)
@@ -1358,7 +1385,8 @@ def test_8_bad_input_is_refused_in_words(case: Case) -> None:
 
 def with_parameters(case: Case) -> Callable[..., Any]:
     """The operation with good parameters, and all else by name."""
-    learned = (*case.inputs(6, dtype=torch.float32)[3:], *case._arguments_of((), torch.float32))
+    tensors = case.inputs(6, dtype=torch.float32)
+    learned = (*tensors[3:], *case._arguments_of((), tensors[0]))
     return lambda q, k, v, **arguments: case.row.operation(q, k, v, *learned, **arguments)
 
 
@@ -1448,7 +1476,7 @@ def memory(case: Case, length: int, channels: int, arguments: Mapping[str, Any])
     tensors = [torch.randn(1, length, *shape) for shape in case.shapes(1, channels, channels)]
     if case.variant.by_token:
         tensors.append(-torch.rand(1, length, 1))
-    leaves = [t.requires_grad_() for t in (*tensors, *(p.clone() for p in case.parameters(torch.float32, heads=1)))]
+    leaves = [t.requires_grad_() for t in (*tensors, *(p.clone() for p in case.parameters(torch.float32, 1, channels)))]
     kept = {}
 
     def keep(tensor: Tensor) -> Tensor:

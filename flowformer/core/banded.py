@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flowformer.core.precision import LOG_ZERO, no_autocast, state_dtype, sum_dtype, without_autocast
+from flowformer.core.sums import sum_over_tokens, times_sum
 from flowformer.core.tracing import count_chunks, cut, frame, is_exporting, is_transformed
 
 BLOCK = 512  # queries that are worked on at a time
@@ -171,8 +172,8 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     compute = sum_dtype(q.dtype)
     with no_autocast(q.device):
         Q, K, V = (x.to(compute).transpose(1, 2) for x in (q / q.shape[-1] ** 0.5, k, v))
-        weights = _hide(Q @ K.mT, seen).softmax(-1) * seen.any(-1, keepdim=True)
-        return (weights @ V).transpose(1, 2)
+        weights = _hide(times_sum(K, Q.mT).mT, seen).softmax(-1) * seen.any(-1, keepdim=True)
+        return sum_over_tokens(weights.mT, V).transpose(1, 2)
 
 
 def _hide(scores: Tensor, seen: Tensor) -> Tensor:
