@@ -42,7 +42,7 @@ class Variant:
             the channels of keys. They have no gradients. Tensors of integers stand for themselves.
         by_channels: Whether ``learned`` takes the channels of keys as well.
         scale: Standard deviation of the learned tensors.
-        bidirectional_only: Whether the causal form is left to tests of the mechanism.
+        only: The only form that it has, ``"causal"`` or ``"bidirectional"``.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Variant:
     drawn: Callable[[int, int], tuple[torch.Size | torch.Tensor, ...]] = lambda heads, channels: ()
     by_channels: bool = False
     scale: float = 1.0
-    bidirectional_only: bool = False
+    only: str = ""
 
 
 def _table(length: int, heads: int) -> tuple[Any, ...]:
@@ -125,7 +125,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
     },
     "longformer": {
         "window": Variant({"window": 7}),
-        "global": Variant({"window": 4, "global_tokens": 2}, bidirectional_only=True),
+        "global": Variant({"window": 4, "global_tokens": 2}, only="bidirectional"),
     },
     "bigbird": {"blocks": Variant({"block": 4}, drawn=_blocks)},
     "aft_conv": {"default": Variant(learned=_filters), "hard": Variant({"hard": True}, _filters)},

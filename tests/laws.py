@@ -201,7 +201,9 @@ def _every_case() -> dict[str, Case]:
         row = find_attention(name)
         for label, variant in variants_of(row).items():
             for form, causal in (("bidirectional", False), ("causal", True))[: 2 if row.can("causal") else 1]:
-                for chosen in _backends(row) if not (causal and variant.bidirectional_only) else ():
+                if variant.only not in ("", form):
+                    continue
+                for chosen in _backends(row):
                     suffix = "" if chosen is TORCH else f"-{chosen.name}"
                     case = Case(row, variant, causal, chosen)
                     if chosen is TORCH or _computes(case):

@@ -221,25 +221,27 @@ def bigbird_weights(
     if released == "lra":
         k = torch.cat([k, k.new_zeros(block - length % block, *k.shape[1:])])
     draws, blocks = random_blocks.long().tolist(), -(-len(k) // block)
-    times = torch.zeros(len(draws), blocks, blocks, dtype=q.dtype, device=q.device)  # how often one sees another
-    for head, rows_of_head in enumerate(draws):
-        for i in range(blocks):
-            listed = {0, i - 1, i, i + 1, blocks - 1} & set(range(blocks))
-            if i in (0, blocks - 1):
-                listed = set(range(blocks))
-            times[head, i, sorted(listed)] = 1
-            for draw in rows_of_head[(i - 1) % len(rows_of_head)] if len(listed) < blocks or released else ():
-                others = sorted(set(range(blocks)) - listed)
-                if released == "huggingface-eval" and i not in (0, blocks - 1):
-                    times[head, i, 0] += 1
-                elif others:
-                    listed.add(others[draw % len(others)])
-                    times[head, i, others[draw % len(others)]] = 1
+
+    def times(i: int, draws: list[int]) -> Tensor:
+        """How often block i sees each block."""
+        if i in (0, blocks - 1):
+            return q.new_ones(blocks)
+        seen, found = {0, i - 1, i, i + 1, blocks - 1}, q.new_zeros(blocks)
+        for draw in draws if released != "huggingface-eval" else ():
+            others = [other for other in range(blocks) if other not in seen]
+            seen |= {others[draw % len(others)]} if others else set()
+        found[sorted(seen)] = 1
+        found[0] += len(draws) if released == "huggingface-eval" else 0
+        return found
 
     def rows(places: Tensor) -> Tensor:
         scores = torch.einsum("ihk,jhk->hij", q[places], k) / q.shape[-1] ** 0.5
+        own, at = (places // block).unique(return_inverse=True)
+        counts = torch.stack(
+            [torch.stack([times(i, of_head[(i - 1) % len(of_head)]) for i in own.tolist()]) for of_head in draws]
+        )
         of_keys = torch.arange(len(k), device=k.device) // block
-        return (scores + times[:, places // block][..., of_keys].log()).softmax(-1)[..., :length]
+        return (scores + counts.log()[:, at][..., of_keys]).softmax(-1)[..., :length]
 
     return rows
 

@@ -163,8 +163,8 @@ def local_attention(
         exact_window: Each token sees ``look_backward * window`` tokens before it and ``look_forward * window`` after
             it, instead of whole blocks.
         released: Reproduce released code, for comparisons with published numbers: ``"local-attention"``, where zeros
-            up to the next multiple of the window count as keys (its ``autopad`` without a mask), or ``"lra"``, which
-            ignores the three options before, see :func:`_released_in_lra`.
+            up to the next multiple of the window count as keys (its ``autopad`` without a mask; refused with one), or
+            ``"lra"``, which ignores the three options before, see :func:`_released_in_lra`.
 
     Returns:
         Output (batch, L, heads, V), zeros at padding; with ``return_state`` also the state.
@@ -175,6 +175,11 @@ def local_attention(
     op = "local_attention"
     options = LocalOptions(window, look_backward, look_forward, exact_window, released)
     options.check(op, bool(causal))
+    if released == "local-attention" and (mask is not None or cu_seqlens is not None):
+        raise ValueError(
+            f"{op}: released='local-attention' takes neither mask nor cu_seqlens: with a mask, that package hides the "
+            "zeros too, as released=None does"
+        )
     given = Given(q, k, v, causal, mask, context_mask, cu_seqlens, initial_state, return_state, backend)
 
     def dense(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: Any) -> Any:
@@ -209,7 +214,7 @@ def _local(
     width = q.shape[1]
     ends = torch.full((len(q),), width, device=q.device) if mask is None else mask.sum(1)
     after = None if start is None else last_tokens(start, k, v, ends)
-    most = _at_most(width, options.window) if options.released and mask is None else ends.view(-1, 1, 1, 1, 1)
+    most = _at_most(width, options.window) if options.released else ends.view(-1, 1, 1, 1, 1)
     first: Any = 0
     band = _blocks(width, causal, options)
     if before is not None:

@@ -64,6 +64,13 @@ def test_second_gradients_are_refused() -> None:
         torch.autograd.grad(ops.local_attention(q, k, v, window=2).sum(), q, create_graph=True)
 
 
+def test_zeros_as_keys_are_refused_where_there_is_padding() -> None:
+    tensors = inputs(6, batch=1)
+    for padding in ({"mask": torch.ones(1, 6, dtype=torch.bool)}, {"cu_seqlens": torch.tensor([0, 2, 6])}):
+        with pytest.raises(ValueError, match="takes neither mask nor cu_seqlens"):
+            ops.local_attention(*tensors, released="local-attention", **padding)
+
+
 @pytest.mark.parametrize(
     ("options", "kind", "says"),
     [

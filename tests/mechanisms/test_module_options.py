@@ -83,7 +83,7 @@ def test_are_listed(name: str) -> None:
 def test_without_them_nothing_is_added_or_drawn(name: str) -> None:
     module = build(name, conv=0, output_norm=False, output_gate=False)
     state = torch.get_rng_state()
-    own = [key for key, _ in module.named_parameters(recurse=False)]
+    own = [key for key, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
     assert [key for key, _ in module.named_children()] == ["q_proj", "k_proj", "v_proj", "out_proj", "dropout"]
     torch.manual_seed(0)
     for width, wide in ((DIM, DIM), (DIM, module.key_width), (DIM, DIM), (DIM, DIM)):

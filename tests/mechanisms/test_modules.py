@@ -53,7 +53,7 @@ def test_is_the_operation_between_projections(name: str, causal: bool) -> None:
         nn.functional.linear(x, p.weight, p.bias).unflatten(-1, (NUM_HEADS, DIM // NUM_HEADS))
         for p in (module.q_proj, module.k_proj, module.v_proj)
     )
-    out = row.operation(q, k, v, causal=causal).flatten(2)
+    out = row.operation(q, k, v, *module.learned(), causal=causal, **module.arguments()).flatten(2)
     close(module(x), nn.functional.linear(out, module.out_proj.weight, module.out_proj.bias))
 
 
@@ -272,7 +272,13 @@ def test_copies_give_the_same(name: str, causal: bool) -> None:
     other.load_state_dict(module.state_dict())
     close(other(x), want, 0)
     own = {parameter for parameter, _ in module.named_parameters(recurse=False)}
-    assert {key.split(".")[0] for key in module.state_dict()} == {"q_proj", "k_proj", "v_proj", "out_proj"} | own
+    drawn = {buffer for buffer, _ in module.named_buffers(recurse=False)}
+    assert {key.split(".")[0] for key in module.state_dict()} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "out_proj",
+    } | own | drawn
     assert not own or issubclass(find_attention(name).module, AFT)
 
 
