@@ -117,6 +117,10 @@ def _landmarks(length: int, heads: int, channels: int) -> tuple[Any, ...]:
     return ((torch.Size((channels, channels)), width, width), torch.Size((heads, 5)))
 
 
+def _blocks(heads: int, channels: int) -> tuple[torch.Tensor, ...]:
+    return (torch.randint(1000, (heads, 50, 2), generator=torch.Generator().manual_seed(0)),)
+
+
 VARIANTS: dict[str, dict[str, Variant]] = {
     "flow": {
         # Those of lra compete over heads, as no others do.
@@ -186,6 +190,16 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "free": Variant({"window": 40}, _table, quadratic=True),
         "hard": Variant({"window": 3, "hard": True}, _factors),
     },
+    "local": {"blocks": Variant({"window": 4})},
+    "sparse": {
+        "strided": Variant({"stride": 8}),
+        "fixed": Variant({"pattern": "fixed", "stride": 4, "column_sets": 2}),
+    },
+    "longformer": {
+        "window": Variant({"window": 7}),
+        "global": Variant({"window": 4, "global_tokens": 2}, only="bidirectional"),
+    },
+    "bigbird": {"blocks": Variant({"block": 4}, drawn=_blocks)},
     "aft_conv": {"default": Variant(learned=_filters), "hard": Variant({"hard": True}, _filters)},
 }
 

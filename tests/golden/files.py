@@ -116,13 +116,16 @@ def compared(golden: Golden, function: Callable[..., Tensor], *names: str) -> Pa
 def errors(golden: Golden, pairs: Pairs) -> dict[str, float]:
     """Return the largest difference of each pair, of the largest recorded element; inf for what is not comparable."""
     missing = dict.fromkeys(golden.recorded - set(pairs), float("inf"))
-    return {**missing, **{name: _error(got, want) for name, (got, want) in pairs.items()}}
+    largest = max((float(want.double().abs().max()) for _, want in pairs.values()), default=0.0)
+    return {**missing, **{name: _error(got, want, largest) for name, (got, want) in pairs.items()}}
 
 
-def _error(got: Tensor, want: Tensor) -> float:
+def _error(got: Tensor, want: Tensor, largest: float) -> float:
     if got.shape != want.shape:
         return float("inf")
     difference, size = (got.double() - want.double()).abs().max(), want.double().abs().max()
+    if size < 1e-15 * want.numel() * largest:  # zero but for rounding, as the gradient of a key's bias
+        size = largest
     error = float(difference / size if size > 0 else difference)
     return error if error == error else float("inf")  # NaN is not close to anything
 

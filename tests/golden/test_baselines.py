@@ -15,19 +15,6 @@ FILES = {path.stem: path for path in sorted(BASELINES.glob("*.safetensors"))}
 
 # Files whose mechanism does not exist yet. A mechanism removes its own.
 NOT_YET = {
-    "bigbird_hf",
-    "bigbird_hf_eval",
-    "bigbird_lra",
-    "local_block",
-    "local_block_causal",
-    "local_exact_window_causal",
-    "local_lookback_causal",
-    "local_lra",
-    "local_neighbours",
-    "longformer_hf",
-    "longformer_hf_local",
-    "longformer_lra",
-    "longformer_lra_causal",
     "reformer_hf_1hash",
     "reformer_hf_1hash_causal",
     "reformer_hf_4hash",
@@ -47,10 +34,6 @@ NOT_YET = {
     "sinkhorn_lra_sinkhorn",
     "sinkhorn_topk",
     "sinkhorn_topk_values_corrected",
-    "sparse_lra_fixed",
-    "sparse_lra_fixed_cls",
-    "sparse_lra_strided",
-    "sparse_openai_masks",
     "yoso_e",
     "yoso_e_v2",
 }

@@ -56,8 +56,9 @@ class Case:
 
     def learned(self, q: Tensor, length: int = 64) -> tuple[Any, ...]:
         """What the operation takes after q, k and v: the same log-decays for the same places of the same sequence."""
+        drawn = self.variant.drawn(*q.shape[-2:])
         if not self.variant.by_token:
-            return self.parameters(length)
+            return *drawn, *self.parameters(length)
         random = torch.Generator().manual_seed(length)
         log_decay = -torch.rand(2, length, HEADS, generator=random, dtype=torch.float64)
         return log_decay[: len(q), : q.shape[1]], *self.parameters(length)
@@ -76,6 +77,7 @@ CASES = {
     for name in list_attentions()
     for label, variant in variants_of(find_attention(name)).items()
     for form in ("bidirectional", "causal")
+    if variant.only in ("", form)
     if find_attention(name).rows and (form == "bidirectional" or find_attention(name).can("causal"))
     if variant.only in ("", form)
 }
