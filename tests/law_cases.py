@@ -38,6 +38,8 @@ class Variant:
         by_token: Whether those are of tokens, (batch, length, heads): then they are an input like q, k and v, and
             ``learned`` gives the others.
         ordered: Whether the variant knows the order of tokens otherwise.
+        drawn: Shapes of the random tensors that the operation takes after v, before the learned ones, for ``heads`` and
+            the channels of keys. They have no gradients.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -46,6 +48,7 @@ class Variant:
     decays: bool = False
     by_token: bool = False
     ordered: bool = False
+    drawn: Callable[[int, int], tuple[torch.Size, ...]] = lambda heads, channels: ()
 
 
 def _table(length: int, heads: int) -> tuple[Any, ...]:

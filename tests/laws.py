@@ -101,19 +101,30 @@ class Case(NamedTuple):
         shapes = self.variant.learned(self.longest, heads)
         return tree_flatten(shapes, is_leaf=lambda shape: isinstance(shape, torch.Size))
 
-    def _arguments_of(self, parameters: Tensors, dtype: torch.dtype) -> tuple[Any, ...]:
-        """Learned tensors as the operation takes them; those of :meth:`parameters` where none are given."""
+    def drawn(self, q: Tensor) -> list[Tensor]:
+        """The random tensors for queries (..., heads, channels); the same at every call."""
+        shapes = self.variant.drawn(*q.shape[-2:])
+        # Numbers that every dtype has: rounded ones would be others, with other hashes.
+        return [_parameter(shape, 100 + seed, torch.bfloat16).to(q.dtype) for seed, shape in enumerate(shapes)]
+
+    def _arguments_of(self, parameters: Tensors, q: Tensor) -> tuple[Any, ...]:
+        """Random and learned tensors as the operation takes them; the latter of :meth:`parameters` where not given."""
+        dtype = q.dtype
         first, parameters = parameters[: self.count - 3], parameters[self.count - 3 :]
         shapes, structure = self._learned()
         given = iter(parameters or self.parameters(dtype))
-        return *first, *tree_unflatten([None if shape is None else next(given) for shape in shapes], structure)
+        return (
+            *first,
+            *self.drawn(q),
+            *tree_unflatten([None if shape is None else next(given) for shape in shapes], structure),
+        )
 
     def op(self, q: Tensor, k: Tensor, v: Tensor, *parameters: Tensor, **arguments: Any) -> Any:
-        learned = self._arguments_of(parameters, q.dtype)
+        learned = self._arguments_of(parameters, q)
         return self.row.operation(q, k, v, *learned, **self.arguments(), **arguments)
 
     def truth(self, q: Tensor, k: Tensor, v: Tensor, *parameters: Tensor, **arguments: Any) -> Tensor:
-        learned = self._arguments_of(parameters, q.dtype)
+        learned = self._arguments_of(parameters, q)
         return self.row.truth(q, k, v, *learned, causal=self.causal, **self.variant.options, **arguments)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Any]:
@@ -122,7 +133,7 @@ class Case(NamedTuple):
         parameters = (*of_token, *parameters)
         chooses = "backend" in inspect.signature(self.row.step).parameters
         options = {**({"backend": self.backend.name} if chooses else {}), **self.variant.options}
-        return self.row.step(q, k, v, state, *self._arguments_of(parameters, q.dtype), **options)
+        return self.row.step(q, k, v, state, *self._arguments_of(parameters, q), **options)
 
     def steps(self, tensors: Tensors, state: Any) -> tuple[Tensor, Any]:
         """Token by token: outputs side by side, and the last state."""
@@ -135,7 +146,7 @@ class Case(NamedTuple):
 
     def fresh(self, batch: int, dtype: torch.dtype | None = None) -> Any:
         dtype = dtype or self.dtype
-        learned = (None,) * (self.count - 3) + self._arguments_of((), dtype)
+        learned = (None,) * (self.count - 3) + self._arguments_of((), torch.empty(HEADS, KEY, dtype=dtype))
         return self.row.init_state(batch, HEADS, KEY, VALUE, *learned, dtype=dtype, **self.variant.options)
 
     def inputs(
@@ -249,6 +260,10 @@ def has_parameters(case: Case) -> bool:
 
 def in_torch(case: Case) -> bool:
     return case.backend is TORCH
+
+
+def is_smooth(case: Case) -> bool:
+    return in_torch(case) and case.row.can("smooth")
 
 
 def at_tokens(mask: Tensor, tensor: Tensor) -> Tensor:
@@ -437,7 +452,7 @@ def learning(case: Case) -> list[Tensor]:
 
 
 # Finite differences want float64, which only PyTorch computes: what else there is equals the reference's gradients.
-@each(in_torch)
+@each(is_smooth)
 def test_2_gradcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     rechunk(monkeypatch, case, 2, 4)
     for length, sources in [(4, 4), (2, 3)] if case.crosses else [(6, 6)]:
@@ -445,7 +460,7 @@ def test_2_gradcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.autograd.gradcheck(case.op, [*narrow(case.inputs(length, sources, batch=1)), *learning(case)])
 
 
-@each(in_torch)
+@each(is_smooth)
 def test_2_gradcheck_with_padding_and_packing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     rechunk(monkeypatch, case, 2, 6)
     case = case.up_to(5)
@@ -456,7 +471,7 @@ def test_2_gradcheck_with_padding_and_packing(case: Case, monkeypatch: pytest.Mo
     assert torch.autograd.gradcheck(functools.partial(case.op, cu_seqlens=bounds), tensors)
 
 
-@each(lambda case: has_state(case) and in_torch(case))
+@each(lambda case: has_state(case) and is_smooth(case))
 def test_2_gradcheck_through_states(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     rechunk(monkeypatch, case, 2, 2)
     case = case.up_to(5)
@@ -760,14 +775,19 @@ def one_by_one(case: Case, sequences: Sequence[Tensors]) -> list[Tensor]:
 def with_gradients_of_part(case: Case, tensors: Tensors) -> list[Tensor]:
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     out = case.op(*leaves)
-    return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+    return [out.detach(), *torch.autograd.grad(uneven(out), leaves)]
+
+
+def uneven(out: Tensor) -> Tensor:
+    """A sum over tokens that changes with the length of outputs, and with their direction alone."""
+    return (out.square() + out).sum()
 
 
 def check_packed(case: Case, lengths: Sequence[int]) -> None:
     tensors, bounds, sequences = packed(case, lengths)
     leaves = [*(t.requires_grad_() for t in tensors), *learning(case)]
     out = case.op(*leaves, cu_seqlens=bounds)
-    all_close([out, *torch.autograd.grad(out.square().sum(), leaves)], one_by_one(case, sequences))
+    all_close([out, *torch.autograd.grad(uneven(out), leaves)], one_by_one(case, sequences))
 
 
 @each()
@@ -1358,7 +1378,8 @@ def test_8_bad_input_is_refused_in_words(case: Case) -> None:
 
 def with_parameters(case: Case) -> Callable[..., Any]:
     """The operation with good parameters, and all else by name."""
-    learned = (*case.inputs(6, dtype=torch.float32)[3:], *case._arguments_of((), torch.float32))
+    tensors = case.inputs(6, dtype=torch.float32)
+    learned = (*tensors[3:], *case._arguments_of((), tensors[0]))
     return lambda q, k, v, **arguments: case.row.operation(q, k, v, *learned, **arguments)
 
 
