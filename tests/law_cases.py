@@ -71,6 +71,10 @@ def _temperatures(length: int, heads: int) -> tuple[Any, ...]:
     return (None, torch.Size((3, heads)))
 
 
+def _rotations(heads: int, channels: int) -> tuple[torch.Size, ...]:
+    return (torch.Size((2, channels, 3)),)
+
+
 VARIANTS: dict[str, dict[str, Variant]] = {
     "flow": {
         **{preset: Variant({"preset": preset}) for preset in ops.PRESETS if preset != "distance"},
@@ -108,6 +112,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "free": Variant({"window": 40}, _table, quadratic=True),
         "hard": Variant({"window": 3, "hard": True}, _factors),
     },
+    "reformer": {"paper": Variant({"chunk_length": 4}, drawn=_rotations)},
     "aft_conv": {"default": Variant(learned=_filters), "hard": Variant({"hard": True}, _filters)},
 }
 
