@@ -72,7 +72,7 @@ def _temperatures(length: int, heads: int) -> tuple[Any, ...]:
 
 
 def _rotations(heads: int, channels: int) -> tuple[torch.Size, ...]:
-    return (torch.Size((2, channels, 3)),)
+    return (torch.Size((2, channels, 2)),)
 
 
 VARIANTS: dict[str, dict[str, Variant]] = {

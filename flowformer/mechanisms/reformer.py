@@ -183,8 +183,8 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rotations: Tens
         plans = _plan_sorted(buckets, options, count)
     q, k, v = q.to(compute), _keys(k.to(compute), options.form), v.to(compute)
     outs, totals = zip(*(_recomputed(q, k, v, plan, options) for plan in plans), strict=True)
-    total = torch.logsumexp(torch.stack(totals), 0)
-    out = sum((part - total).exp().unsqueeze(-1) * one for one, part in zip(outs, totals, strict=True))
+    shares = torch.stack(totals).softmax(0).unsqueeze(-1)
+    out = sum(share * one for share, one in zip(shares, outs, strict=True))
     return fill(torch.as_tensor(out).transpose(1, 2).to(dtype), mask)
 
 
@@ -218,7 +218,8 @@ def hash_tokens(x: Tensor, rotations: Tensor) -> list[Tensor]:
 def _keys(k: Tensor, form: Form) -> Tensor:
     """Keys, divided and scaled."""
     if form.keys == "length":
-        k = torch.nn.functional.normalize(k, dim=-1)
+        size = k.norm(dim=-1, keepdim=True)
+        k = k / size.masked_fill(size == 0, torch.inf)  # a key of zeros has no direction, nor a gradient
     elif form.keys == "rms":
         k = k * torch.rsqrt(k.square().mean(-1, keepdim=True) + RMS_EPS)
     return k * k.shape[-1] ** form.power
@@ -313,9 +314,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, options: Options) -> tu
     if options.causal:
         hidden = hidden | (others > mine)
     scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-    total = scores.logsumexp(-1, keepdim=True)
-    out = (scores - total).exp() @ _pick(v, context)
-    return _pick(out.flatten(2, 3), slots), total.flatten(2).gather(-1, slots)
+    largest = scores.detach().amax(-1, keepdim=True)
+    weights = (scores - largest).exp()
+    total = weights.sum(-1, keepdim=True)  # not in a logarithm with -5e4, of which float32 keeps no fraction
+    out = (weights @ _pick(v, context)) / total
+    return _pick(out.flatten(2, 3), slots), (largest + total.log()).flatten(2).gather(-1, slots)
 
 
 def _pick(x: Tensor, places: Tensor) -> Tensor:
@@ -345,7 +348,8 @@ def reformer_weights(
     kind = FORMS[form]
     if form == "lra":
         raise ValueError("reformer: form 'lra' mixes heads and positions: it has no rows of weights")
-    size = k.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    size = k.norm(dim=-1, keepdim=True)
+    size = torch.where(size > 0, size, torch.inf)
     if kind.keys == "rms":
         size = (k.square().mean(-1, keepdim=True) + RMS_EPS).sqrt()
     buckets = []
