@@ -40,15 +40,19 @@ class Variant:
         ordered: Whether the variant knows the order of tokens otherwise.
         drawn: Shapes of the random tensors that the operation takes after v, before the learned ones, for ``heads`` and
             the channels of keys. They have no gradients.
+        by_channels: Whether ``learned`` takes the channels of keys as well.
+        scale: Standard deviation of the learned tensors.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
-    learned: Callable[[int, int], tuple[Any, ...]] = lambda length, heads: ()
+    learned: Callable[..., tuple[Any, ...]] = lambda length, heads: ()
     quadratic: bool = False
     decays: bool = False
     by_token: bool = False
     ordered: bool = False
     drawn: Callable[[int, int], tuple[torch.Size, ...]] = lambda heads, channels: ()
+    by_channels: bool = False
+    scale: float = 1.0
 
 
 def _table(length: int, heads: int) -> tuple[Any, ...]:

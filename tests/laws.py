@@ -26,6 +26,7 @@ from flowformer.core import run as core_run
 from flowformer.core.backends import ENVIRONMENT_VARIABLE, TORCH, Backend, backends_of, explain
 from flowformer.core.scan import scan
 from flowformer.mechanisms import Attention, Mechanism, create_attention, find_attention, list_attentions
+from flowformer.mechanisms.aft.modules import AFT
 
 HEADS, KEY, VALUE = 2, 4, 5
 DIM = 8  # of modules
@@ -88,17 +89,19 @@ class Case(NamedTuple):
     def shapes(self, heads: int = HEADS, key: int = KEY, value: int = VALUE) -> Sequence[tuple[int, ...]]:
         return shapes_of(self.row, heads, key, value)
 
-    def parameters(self, dtype: torch.dtype | None = None, heads: int = HEADS) -> list[Tensor]:
+    def parameters(self, dtype: torch.dtype | None = None, heads: int = HEADS, key: int = KEY) -> list[Tensor]:
         """The learned tensors, those of a pair one after the other; the same at every call."""
-        shapes, _ = self._learned(heads)
+        shapes, _ = self._learned(heads, key)
         given = [shape for shape in shapes if shape is not None]
-        made = [_parameter(shape, seed, dtype or self.dtype) for seed, shape in enumerate(given)]
+        dtype, scale = dtype or self.dtype, self.variant.scale
+        made = [_parameter(shape, seed, dtype, scale) for seed, shape in enumerate(given)]
         if self.variant.decays and not self.variant.by_token:
             made[0] = -0.3 * made[0].abs() - 0.01
         return made
 
-    def _learned(self, heads: int = HEADS) -> tuple[list[torch.Size | None], Any]:
-        shapes = self.variant.learned(self.longest, heads)
+    def _learned(self, heads: int = HEADS, key: int = KEY) -> tuple[list[torch.Size | None], Any]:
+        channels = (key,) if self.variant.by_channels else ()
+        shapes = self.variant.learned(self.longest, heads, *channels)
         return tree_flatten(shapes, is_leaf=lambda shape: isinstance(shape, torch.Size))
 
     def drawn(self, q: Tensor) -> list[Tensor]:
@@ -112,7 +115,8 @@ class Case(NamedTuple):
         dtype = q.dtype
         first, parameters = parameters[: self.count - 3], parameters[self.count - 3 :]
         shapes, structure = self._learned()
-        given = iter(parameters or self.parameters(dtype))
+        heads = q.shape[-2] if self.row.layout.axes.count(",") == 3 else HEADS
+        given = iter(parameters or self.parameters(dtype, heads, q.shape[-1]))
         return (
             *first,
             *self.drawn(q),
@@ -169,9 +173,9 @@ class Case(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def _parameter(shape: torch.Size, seed: int, dtype: torch.dtype) -> Tensor:
+def _parameter(shape: torch.Size, seed: int, dtype: torch.dtype, scale: float) -> Tensor:
     # Of float32, so that float32 and float64 are given the same numbers.
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
 def _backends(row: Mechanism) -> list[Backend]:
@@ -447,8 +451,8 @@ def narrow(tensors: Tensors) -> list[Tensor]:
     return [*few, *(t.requires_grad_() for t in tensors[3:])]
 
 
-def learning(case: Case) -> list[Tensor]:
-    return [parameter.clone().requires_grad_() for parameter in case.parameters()]
+def learning(case: Case, key: int = KEY) -> list[Tensor]:
+    return [parameter.clone().requires_grad_() for parameter in case.parameters(key=key)]
 
 
 # Finite differences want float64, which only PyTorch computes: what else there is equals the reference's gradients.
@@ -457,14 +461,14 @@ def test_2_gradcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     rechunk(monkeypatch, case, 2, 4)
     for length, sources in [(4, 4), (2, 3)] if case.crosses else [(6, 6)]:
         case = case.up_to(length + sources)
-        assert torch.autograd.gradcheck(case.op, [*narrow(case.inputs(length, sources, batch=1)), *learning(case)])
+        assert torch.autograd.gradcheck(case.op, [*narrow(case.inputs(length, sources, batch=1)), *learning(case, 2)])
 
 
 @each(is_smooth)
 def test_2_gradcheck_with_padding_and_packing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     rechunk(monkeypatch, case, 2, 6)
     case = case.up_to(5)
-    tensors = [*narrow(case.inputs(5, batch=1)), *learning(case)]
+    tensors = [*narrow(case.inputs(5, batch=1)), *learning(case, 2)]
     mask = torch.tensor([[False, True, True, True, False]])
     assert torch.autograd.gradcheck(functools.partial(case.op, mask=mask), tensors)
     bounds = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
@@ -489,7 +493,7 @@ def test_2_gradcheck_through_states(case: Case, monkeypatch: pytest.MonkeyPatch)
         return [out, *(after[index] for index in floating)]
 
     parts = [state[index].detach().clone().requires_grad_() for index in floating]
-    assert torch.autograd.gradcheck(resume, [*narrow(case.inputs(3, batch=1)), *learning(case), *parts])
+    assert torch.autograd.gradcheck(resume, [*narrow(case.inputs(3, batch=1)), *learning(case, 2), *parts])
 
 
 # -------------------------------------------------------------------------------------------------------- 3: causal
@@ -873,7 +877,7 @@ def module_of(case: Case, monkeypatch: pytest.MonkeyPatch, module_options: Mappi
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, case.backend.name)
     torch.manual_seed(0)
     options: dict[str, Any] = dict(case.variant.options)
-    if case.row.module.learns_positions:
+    if issubclass(case.row.module, AFT) and case.row.module.learns_positions:
         options |= {"position_dim": None if case.variant.quadratic else 2, "position_std": 1.0}
     options |= module_options
     module = create_attention(case.row.name, DIM, HEADS, causal=case.causal, max_length=64, **options)
@@ -1469,7 +1473,7 @@ def memory(case: Case, length: int, channels: int, arguments: Mapping[str, Any])
     tensors = [torch.randn(1, length, *shape) for shape in case.shapes(1, channels, channels)]
     if case.variant.by_token:
         tensors.append(-torch.rand(1, length, 1))
-    leaves = [t.requires_grad_() for t in (*tensors, *(p.clone() for p in case.parameters(torch.float32, heads=1)))]
+    leaves = [t.requires_grad_() for t in (*tensors, *(p.clone() for p in case.parameters(torch.float32, 1, channels)))]
     kept = {}
 
     def keep(tensor: Tensor) -> Tensor:
