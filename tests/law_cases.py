@@ -117,6 +117,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "hard": Variant({"window": 3, "hard": True}, _factors),
     },
     "reformer": {"paper": Variant({"chunk_length": 4}, drawn=_rotations)},
+    "sinkhorn": {"top": Variant({"bucket_length": 4, "num_top": 2})},
     "aft_conv": {"default": Variant(learned=_filters), "hard": Variant({"hard": True}, _filters)},
 }
 
