@@ -354,9 +354,7 @@ def reformer_weights(
         size = (k.square().mean(-1, keepdim=True) + RMS_EPS).sqrt()
     buckets = []
     for index in range(rotations.shape[-3]):
-        rotated = torch.einsum(
-            "ihk,hkb->hib", q.detach(), rotations[..., index, :, :].expand(q.shape[1], -1, -1)
-        )
+        rotated = torch.einsum("ihk,hkb->hib", q.detach(), rotations[..., index, :, :].expand(q.shape[1], -1, -1))
         buckets.append(torch.cat([rotated, -rotated], -1).argmax(-1))
     chunks = [_chunks(bucket, chunk_length, causal and not sees_future) for bucket in buckets]
 

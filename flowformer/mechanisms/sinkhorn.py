@@ -1,4 +1,4 @@
-r"""Sparse Sinkhorn attention (Tay, Bahri, Yang, Metzler and Juan, ICML 2020): buckets meet buckets that are sorted to them.
+r"""Sparse Sinkhorn attention (Tay et al., ICML 2020): buckets of tokens meet buckets that are sorted to them.
 
 A sequence is cut into buckets of w tokens. Bucket u attends to itself and to other buckets under weights R, by one
 softmax over both, with scores scaled by 1 / sqrt(K). R is a function of scores of buckets, r_uj = mean(q in u) . mean(k
@@ -10,10 +10,10 @@ in j) / sqrt(K), as in sinkhorn-transformer:
 Keys and values of a bucket that is sorted to another are multiplied by its weight R_uj. Published sinkhorn-transformer
 takes sorted *keys* as values too (bidirectional form): ``values="keys"``.
 
-The causal form sorts buckets that are over to a bucket that begins: r_uj = mean(q up to the first of u) . (sum over j of
-the means of k up to each of its tokens) / sqrt(K), for j < u, and as many null buckets of a learned key and value with
-r = 0. Of every other half of the heads, limits of buckets are one token earlier, and the w - 1 tokens before the first
-limit see one another only.
+The causal form sorts buckets that are over to a bucket that begins, by r_uj = mean(q up to the first token of u) . (sum
+over the tokens of j of mean(k up to the token)) / sqrt(K) for j < u, and as many null buckets as ``num_top``, all of a
+learned key and value, with r = 0. In the second half of the heads, limits of buckets are one token earlier; the w - 1
+tokens before their first limit see one another only.
 """
 
 from __future__ import annotations
@@ -403,10 +403,7 @@ def sinkhorn_weights(
 
     def rows(places: Tensor) -> Tensor:
         u = bucket[:, places]
-        if causal:
-            asking = of_q[head, (u * width - shift).clamp(min=0)]
-        else:
-            asking = of_q[head, u]
+        asking = of_q[head, (u * width - shift).clamp(min=0) if causal else u]
         r = torch.einsum("hrk,hjk->hrj", asking, of_k) / channels**0.5
         scores = torch.einsum("rhk,jhk->hrj", q[places], k) / channels**0.5
         own = bucket.unsqueeze(1) == u.unsqueeze(2)

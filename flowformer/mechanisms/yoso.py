@@ -1,7 +1,7 @@
 r"""YOSO: attention by Bernoulli sampling (Zeng et al., ICML 2021, "You Only Sample (Almost) Once").
 
-Queries and keys of unit length get codes of tau bits, the signs of tau random projections. Two tokens have the same code
-with probability (1 - acos(q . k) / pi)^tau, which takes the place of exp(q . k) in softmax attention:
+Queries and keys of unit length get codes of tau bits, the signs of tau random projections. Two tokens have one code with
+probability (1 - acos(q . k) / pi)^tau, which takes the place of exp(q . k) in softmax attention:
 
     A_ij = (1 - acos(q_i . k_j) / pi)^tau                           the expectation (YOSO-E)
     A_ij = the share of hashes in which q_i and k_j have one code   sampled
@@ -12,8 +12,8 @@ the backward pass once more. Sampled, values are added up in a table with one ro
 
 A has an infinite derivative at q = k. The paper takes (tau / 2) A in its place, ``gradient="surrogate"``: released as
 yoso_v1, and the form of transformers. yoso_v2 of the same authors differentiates A, with 0.98 q . k in place of q . k:
-``gradient="exact"``, the default here, since only this is the gradient of the output. Sampled weights are steps, so that
-they have the surrogate only.
+``gradient="exact"``, the default here, since only this is the gradient of the output. Sampled weights are steps, and
+have the surrogate only.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def all_close(got, want, tolerance=1e-10):
 def both(causal=False, drawn=None, **options):
     """The operation and its truth."""
     return (
-        lambda q, k, v, **masks: function(q, k, v, drawn, causal=causal, **options, **masks)
+        lambda q, k, v, function=function, **masks: function(q, k, v, drawn, causal=causal, **options, **masks)
         for function in (ops.yoso_attention, ROW.truth)
     )
 
@@ -89,7 +90,7 @@ def test_sampled_mean_tends_to_the_expectation():
             pairs = zip(with_gradients(sampled, *tensors), exact, strict=True)
             of_seeds.append([float((one - other).norm() / other.norm()) for one, other in pairs])
         errors.append(torch.tensor(of_seeds).mean(0))
-    for fewer, more in zip(errors, errors[1:], strict=False):
+    for fewer, more in pairwise(errors):
         ratio = fewer / more  # 8^0.5, and its scatter
         assert (ratio > 1.9).all(), errors
         assert (ratio < 4.2).all(), errors
@@ -167,6 +168,6 @@ def test_wrong_options_are_refused():
         ops.yoso_attention(q, k, v, [1.0], **SAMPLED)
     with pytest.raises(ValueError, match="must be 'surrogate'"):
         create_attention("yoso", 8, 2, num_hashes=5, gradient="exact")
+    total = ops.yoso_attention(q.requires_grad_(), k, v).sum()
     with pytest.raises(RuntimeError, match="second-order"):
-        q.requires_grad_()
-        torch.autograd.grad(ops.yoso_attention(q, k, v).sum(), q, create_graph=True)
+        torch.autograd.grad(total, q, create_graph=True)
