@@ -173,7 +173,7 @@ class Case(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def _parameter(shape: torch.Size, seed: int, dtype: torch.dtype, scale: float) -> Tensor:
+def _parameter(shape: torch.Size, seed: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     # Of float32, so that float32 and float64 are given the same numbers.
     return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
 

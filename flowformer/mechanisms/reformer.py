@@ -12,12 +12,13 @@ published mechanism and in :class:`ReformerAttention`; the operation takes other
 
 Chunks of all tokens sorted are not causal: where one ends depends on all tokens, later ones too, and a causal mask of
 scores does not change that. The causal form here keeps buckets apart. Each is cut into chunks from its own first token,
-and a token attends to the tokens before it in its chunk, and to the chunk before it in the same bucket: what it sees is a
-function of the tokens up to itself. ``sees_future=True`` is the published form.
+and a token attends to the tokens before it in its chunk, and to the chunk before it in the same bucket: what it sees is
+a function of the tokens up to itself. ``sees_future=True`` is the published form.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +32,8 @@ from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Given, check_inputs, run
 from flowformer.core.tracing import is_traced, is_transformed
 from flowformer.mechanisms.draws import DrawnAttention
-from flowformer.mechanisms.registry import register
+from flowformer.mechanisms.past import PastState, check_no_packed_state, fresh, init_past_state, recall, step_of
+from flowformer.mechanisms.registry import by_sizes, register
 from flowformer.mechanisms.short_conv import ShortConv
 from flowformer.mechanisms.weights import Rows, rows_of, truth_of
 
@@ -75,14 +77,14 @@ def reformer_attention(
     mask: Tensor | None = None,
     context_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    initial_state: None = None,
+    initial_state: PastState | None = None,
     return_state: bool = False,
     backend: str = "auto",
     form: str = "paper",
     chunk_length: int = 64,
     chunks_after: int = 0,
     sees_future: bool = False,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, PastState]:
     """LSH attention of the Reformer (Kitaev et al., 2020), in time and memory linear in length.
 
     The gradient takes buckets as given. With ``form="lra"`` it is what Long Range Arena released: chunks are of L /
@@ -98,8 +100,8 @@ def reformer_attention(
         mask: (batch, L) boolean, True = real token. Not with ``form="lra"``.
         context_mask: None: there is no cross-attention.
         cu_seqlens: (N + 1,) int32 boundaries of a packed batch of size 1. Not with ``form="lra"``.
-        initial_state: None: there is no state.
-        return_state: False: likewise.
+        initial_state: State to continue from (causal only, without ``sees_future``); batch N for a packed batch.
+        return_state: Return the state after the last token as well (likewise).
         backend: ``"auto"`` or ``"torch"``.
         form: ``"paper"`` (and reformer-pytorch), ``"hf"`` (trax and transformers: keys are divided by their root mean
             square) or ``"lra"``.
@@ -108,26 +110,31 @@ def reformer_attention(
         sees_future: In place of the causal form the published one, in which later tokens move the limits of chunks.
 
     Returns:
-        Output (batch, L, heads, V), zeros at padding.
+        Output (batch, L, heads, V), zeros at padding; with ``return_state`` also the state.
 
     Raises:
         TypeError, ValueError: for invalid arguments.
     """
     op = "reformer_attention"
+    check_no_packed_state(op, cu_seqlens, return_state)
     check_options(op, form, chunk_length, chunks_after, sees_future, causal)
     given = Given(q, k, v, causal, mask, context_mask, cu_seqlens, initial_state, return_state, backend)
     check_inputs(op, given, LAYOUT)
     check_rotations(op, rotations, q)
     if form == "lra" and (mask is not None or cu_seqlens is not None):
         raise ValueError(f"{op}: form 'lra' attends to padding, as released: it must have neither mask nor cu_seqlens")
+    if sees_future and (initial_state is not None or return_state):
+        raise ValueError(f"{op}: sees_future must be False with a state, since later tokens change earlier outputs")
     options = Options(FORMS[form], chunk_length, chunks_after, sees_future, causal)
     attend = _as_released if form == "lra" else _dense
 
-    def dense(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: None) -> Any:
+    def dense(q: Tensor, k: Tensor, v: Tensor, key: Any, query: Tensor | None, state: Any) -> Any:
+        decodes = state is not None and state.key.shape[1] > 0 and q.shape[1] == 1
         with no_autocast(q.device):
-            return attend(q, k, v, key, rotations, options), None
+            of_tokens = functools.partial(_last if decodes else attend, rotations=rotations, options=options)
+            return recall(of_tokens, (q, k, v), key, state, return_state)
 
-    return run(op, given, dense, layout=LAYOUT)
+    return run(op, given, dense, layout=LAYOUT, init_state=fresh(q, v))
 
 
 class Options(NamedTuple):
@@ -186,6 +193,25 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rotations: Tens
     shares = torch.stack(totals).softmax(0).unsqueeze(-1)
     out = sum(share * one for share, one in zip(shares, outs, strict=True))
     return fill(torch.as_tensor(out).transpose(1, 2).to(dtype), mask)
+
+
+def _last(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rotations: Tensor, options: Options) -> Tensor:
+    """Output (batch, 1, heads, V) of the last token in the causal form, from weights of all before it."""
+    dtype, compute = q.dtype, sum_dtype(q.dtype)
+    q, k, v = (fill(x, mask).transpose(1, 2) for x in (q, k, v))
+    real = torch.ones(k.shape[0], 1, k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask[:, None]
+    seen = torch.zeros(k.shape[:3], dtype=compute, device=k.device)
+    for bucket in hash_tokens(q, rotations):
+        same = (bucket == bucket[..., -1:]) & real
+        chunk = (same.cumsum(-1) - 1).clamp(min=0) // options.chunk_length
+        seen += same & (chunk >= chunk[..., -1:] - 1)
+    scores = (q[:, :, -1:].to(compute) @ _keys(k.to(compute), options.form).transpose(-1, -2)).squeeze(-2)
+    if not options.form.sees_itself:
+        itself = torch.arange(k.shape[2], device=k.device) == k.shape[2] - 1
+        scores = scores.masked_fill(itself, ITSELF)
+    scores = (scores + seen.clamp(min=1).log()).masked_fill(seen == 0, torch.finfo(compute).min)
+    out = scores.softmax(-1).unsqueeze(-2) @ v.to(compute)
+    return fill(out.transpose(1, 2).to(dtype), None if mask is None else mask[:, -1:])
 
 
 def _as_released(q: Tensor, k: Tensor, v: Tensor, mask: None, rotations: Tensor, options: Options) -> Tensor:
@@ -411,10 +437,15 @@ def _seen_sorted(chunks: Sequence[Tensor], places: Tensor, last: int, after: int
     operation=reformer_attention,
     truth=truth_of(reformer_weights),
     rows=rows_of("reformer_attention", reformer_weights, LAYOUT),
+    step=step_of(reformer_attention),
+    init_state=by_sizes(init_past_state),
     layout=LAYOUT,
     source="Kitaev, Kaiser and Levskaya, Reformer, ICLR 2020",
     cost="hashes L (2 chunk_length (K + V) + K buckets)",
-    cannot={"permutation": "tokens of one bucket are cut into chunks in the order of their positions"},
+    cannot={
+        "permutation": "tokens of one bucket are cut into chunks in the order of their positions",
+        "fixed state": "it remembers every token, and sorts all of them again",
+    },
 )
 class ReformerAttention(DrawnAttention):
     """LSH attention of the Reformer (Kitaev et al., 2020).

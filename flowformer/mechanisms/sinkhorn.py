@@ -31,7 +31,8 @@ from flowformer.core.precision import LOG_ZERO, no_autocast, state_dtype, sum_dt
 from flowformer.core.run import Given, check_inputs, run
 from flowformer.core.tracing import is_traced, is_transformed
 from flowformer.mechanisms.draws import DrawnAttention
-from flowformer.mechanisms.registry import register
+from flowformer.mechanisms.past import PastState, check_no_packed_state, fresh, init_past_state, recall, step_of
+from flowformer.mechanisms.registry import by_sizes, register
 from flowformer.mechanisms.weights import Rows, rows_of, truth_of
 
 __all__ = ["SinkhornAttention", "sinkhorn_attention"]
@@ -65,7 +66,7 @@ def sinkhorn_attention(
     mask: Tensor | None = None,
     context_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    initial_state: None = None,
+    initial_state: PastState | None = None,
     return_state: bool = False,
     backend: str = "auto",
     bucket_length: int = 64,
@@ -74,7 +75,7 @@ def sinkhorn_attention(
     temperature: float = 0.75,
     iterations: int = 7,
     values: str = "values",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, PastState]:
     """Sparse Sinkhorn attention (Tay et al., 2020), in the form of sinkhorn-transformer.
 
     ``sort="lra_softmax"`` and ``"lra_sinkhorn"`` are what Long Range Arena released: the sum of two attentions, to the
@@ -93,8 +94,8 @@ def sinkhorn_attention(
         mask: (batch, L) boolean, True = real token. Not in the forms of Long Range Arena.
         context_mask: None: there is no cross-attention.
         cu_seqlens: (N + 1,) int32 boundaries of a packed batch of size 1. Not in the forms of Long Range Arena.
-        initial_state: None: there is no state.
-        return_state: False: likewise.
+        initial_state: State to continue from (causal only); batch N for a packed batch.
+        return_state: Return the state after the last token as well (causal only).
         backend: ``"auto"`` or ``"torch"``.
         bucket_length: w, tokens of a bucket; the last one may have fewer.
         sort: ``"top"``, ``"gumbel"``, ``"lra_softmax"`` or ``"lra_sinkhorn"``.
@@ -104,36 +105,39 @@ def sinkhorn_attention(
         values: ``"values"``, or ``"keys"`` for the bidirectional form of sinkhorn-transformer as released.
 
     Returns:
-        Output (batch, L, heads, V), zeros at padding.
+        Output (batch, L, heads, V), zeros at padding; with ``return_state`` also the state.
 
     Raises:
         TypeError, ValueError: for invalid arguments.
     """
     op = "sinkhorn_attention"
+    check_no_packed_state(op, cu_seqlens, return_state)
     options = Options(bucket_length, sort, num_top, temperature, iterations, values)
     check_options(op, options, causal)
     given = Given(q, k, v, causal, mask, context_mask, cu_seqlens, initial_state, return_state, backend)
     check_inputs(op, given, LAYOUT)
     _check_tensors(op, given, options, (null_key, null_value, noise, sort_kernel))
 
-    def dense(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: None) -> Any:
-        with no_autocast(q.device):
+    def attend(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None) -> Tensor:
+        if SORTS[sort] == "lra":
+            assert sort_kernel is not None  # checked
             compute = sum_dtype(q.dtype)
-            if SORTS[sort] == "lra":
-                assert sort_kernel is not None  # checked
-                out = _as_released(*(x.to(compute) for x in (q, k, v, sort_kernel)), options)
-                return out.to(q.dtype), None
-            length, places = q.shape[1], None
-            if key is not None:
-                (q, k, v), key, places = close_up([fill(x, key) for x in (q, k, v)], key)
-            if causal:
-                out = _causal(q, k, v, null_key, null_value, options)
-            else:
-                out = _bidirectional(q, k, v, key, noise, options)
-            out = fill(out.to(q.dtype), key)
-            return (out if places is None else spread(out, places, length)), None
+            return _as_released(*(x.to(compute) for x in (q, k, v, sort_kernel)), options).to(q.dtype)
+        length, places = q.shape[1], None
+        if key is not None:
+            (q, k, v), key, places = close_up([fill(x, key) for x in (q, k, v)], key)
+        if causal:
+            out = _causal(q, k, v, null_key, null_value, options)
+        else:
+            out = _bidirectional(q, k, v, key, noise, options)
+        out = fill(out.to(q.dtype), key)
+        return out if places is None else spread(out, places, length)
 
-    return run(op, given, dense, layout=LAYOUT)
+    def dense(q: Tensor, k: Tensor, v: Tensor, key: Any, query: Tensor | None, state: Any) -> Any:
+        with no_autocast(q.device):
+            return recall(attend, (q, k, v), key, state, return_state)
+
+    return run(op, given, dense, layout=LAYOUT, init_state=fresh(q, v))
 
 
 def check_options(op: str, options: Options, causal: bool) -> None:
@@ -482,6 +486,8 @@ def sinkhorn_truth(q: Tensor, k: Tensor, v: Tensor, *tensors: Any, **arguments: 
     operation=sinkhorn_attention,
     truth=sinkhorn_truth,
     rows=rows_of("sinkhorn_attention", sinkhorn_weights, LAYOUT),
+    step=step_of(sinkhorn_attention),
+    init_state=by_sizes(init_past_state),
     layout=LAYOUT,
     source="Tay et al., Sparse Sinkhorn attention, ICML 2020",
     cost="L (1 + num_top) bucket_length (K + V) + (L / bucket_length)^2 K",
@@ -489,6 +495,7 @@ def sinkhorn_truth(q: Tensor, k: Tensor, v: Tensor, *tensors: Any, **arguments: 
         "permutation": "buckets are cut by position",
         "linear time": "every bucket has a score with every other",
         "linear memory": "every bucket has a score with every other, few as they are",
+        "fixed state": "it remembers every token: any bucket may be sorted to a later one",
     },
 )
 class SinkhornAttention(DrawnAttention):

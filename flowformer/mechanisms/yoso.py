@@ -1,7 +1,7 @@
 r"""YOSO: attention by Bernoulli sampling (Zeng et al., ICML 2021, "You Only Sample (Almost) Once").
 
-Queries and keys of unit length get codes of tau bits, the signs of tau random projections. Two tokens have one code with
-probability (1 - acos(q . k) / pi)^tau, which takes the place of exp(q . k) in softmax attention:
+Queries and keys of unit length get codes of tau bits, the signs of tau random projections. Two tokens have one code
+with probability (1 - acos(q . k) / pi)^tau, which takes the place of exp(q . k) in softmax attention:
 
     A_ij = (1 - acos(q_i . k_j) / pi)^tau                           the expectation (YOSO-E)
     A_ij = the share of hashes in which q_i and k_j have one code   sampled
@@ -18,6 +18,7 @@ have the surrogate only.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -30,7 +31,8 @@ from flowformer.core.masks import fill
 from flowformer.core.precision import no_autocast, state_dtype, sum_dtype, without_autocast
 from flowformer.core.run import Given, check_inputs, run
 from flowformer.mechanisms.draws import DrawnAttention
-from flowformer.mechanisms.registry import register
+from flowformer.mechanisms.past import PastState, check_no_packed_state, fresh, init_past_state, recall, step_of
+from flowformer.mechanisms.registry import by_sizes, register
 from flowformer.mechanisms.weights import Rows, lower, truth_of
 
 __all__ = ["YosoAttention", "yoso_attention"]
@@ -51,12 +53,12 @@ def yoso_attention(
     mask: Tensor | None = None,
     context_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    initial_state: None = None,
+    initial_state: PastState | None = None,
     return_state: bool = False,
     backend: str = "auto",
     hash_code_len: int = 9,
     gradient: str = "exact",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, PastState]:
     """YOSO attention (Zeng et al., 2021): weights are probabilities of collision, or shares of collisions.
 
     Args:
@@ -70,29 +72,34 @@ def yoso_attention(
             ``context_mask``.
         context_mask: (batch, S) boolean, of keys and values in cross-attention.
         cu_seqlens: (N + 1,) int32 boundaries of a packed batch of size 1.
-        initial_state: None: there is no state.
-        return_state: False: likewise.
+        initial_state: State to continue from (causal only); batch N for a packed batch.
+        return_state: Return the state after the last token as well (causal only).
         backend: ``"auto"`` or ``"torch"``.
         hash_code_len: tau, the bits of a code.
         gradient: ``"exact"`` (yoso_v2) or ``"surrogate"`` (yoso_v1, transformers). The sampled form has the latter.
 
     Returns:
-        Output (batch, L, heads, V), each of length 1 over V; zeros at padded queries.
+        Output (batch, L, heads, V), each of length 1 over V; zeros at padded queries; with
+        ``return_state`` also the state.
 
     Raises:
         TypeError, ValueError: for invalid arguments.
     """
     op = "yoso_attention"
+    check_no_packed_state(op, cu_seqlens, return_state)
     check_options(op, hash_code_len, gradient, rotations is not None)
     given = Given(q, k, v, causal, mask, context_mask, cu_seqlens, initial_state, return_state, backend)
     if rotations is not None:
         check_inputs(op, given)
         check_rotations(op, rotations, q, hash_code_len)
 
-    def dense(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: None) -> Any:
-        return _dense(q, k, v, key, query, rotations, causal, hash_code_len, gradient), None
+    def attend(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None) -> Tensor:
+        return _dense(q, k, v, key, query, rotations, causal, hash_code_len, gradient)
 
-    return run(op, given, dense)
+    def dense(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: Any) -> Any:
+        return recall(lambda *tokens: attend(*tokens, query), (q, k, v), key, state, return_state)
+
+    return run(op, given, dense, init_state=fresh(q, v, queries=False))
 
 
 def check_options(op: str, hash_code_len: Any, gradient: Any, sampled: bool) -> None:
@@ -223,25 +230,29 @@ def _blocks(
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """Rows, the keys they see, and their weights and derivatives by cosines, zeros where they see nothing."""
     length, sources = Q.shape[-2], K.shape[-2]
+    past = sources - length  # of causal queries, which are the last tokens
     for start in range(0, length, BLOCK):
         end = min(start + BLOCK, length)
-        rows, keys = slice(start, end), slice(0, end if causal else sources)
+        rows, keys = slice(start, end), slice(0, past + end if causal else sources)
         if codes is None:
             weights, slopes = _of_cosines(Q[..., rows, :] @ K[..., keys, :].transpose(-1, -2), bits, gradient)
         else:
             weights = _collisions(codes, rows, keys, Q.dtype)
             slopes = bits / 2 * weights
-        hidden = _hidden(key, causal, rows, keys, Q.device)
+        hidden = _hidden(key, causal, past, rows, keys, Q.device)
         if hidden is not None:
             weights, slopes = weights.masked_fill(hidden, 0), slopes.masked_fill(hidden, 0)
         yield rows, keys, weights, slopes
 
 
-def _hidden(key: Tensor | None, causal: bool, rows: slice, keys: slice, device: torch.device) -> Tensor | None:
+def _hidden(
+    key: Tensor | None, causal: bool, past: int, rows: slice, keys: slice, device: torch.device
+) -> Tensor | None:
     """What rows do not see, (batch or 1, 1, rows, keys)."""
     hidden = None if key is None else ~key[:, None, None, keys]
     if causal:
-        later = torch.arange(keys.stop, device=device) > torch.arange(rows.start, rows.stop, device=device)[:, None]
+        places = past + torch.arange(rows.start, rows.stop, device=device)
+        later = torch.arange(keys.stop, device=device) > places[:, None]
         hidden = later if hidden is None else hidden | later
     return hidden
 
@@ -336,11 +347,13 @@ def yoso_truth(*tensors: Any, **arguments: Any) -> Tensor:
     "yoso",
     operation=yoso_attention,
     truth=yoso_truth,
+    step=step_of(yoso_attention, queries=False),
+    init_state=by_sizes(functools.partial(init_past_state, queries=False)),
     source="Zeng et al., You only sample (almost) once, ICML 2021",
     cost="L^2 (K + V); sampled: hashes L V",
     cannot={
         "linear time": "the expectation compares every query with every key; the sampled form does not",
-        "state": "the causal form compares a token with all tokens before it",
+        "fixed state": "it remembers every key and value",
     },
 )
 class YosoAttention(DrawnAttention):
