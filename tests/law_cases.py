@@ -121,6 +121,10 @@ def _blocks(heads: int, channels: int) -> tuple[torch.Tensor, ...]:
     return (torch.randint(1000, (heads, 50, 2), generator=torch.Generator().manual_seed(0)),)
 
 
+def _rotations(heads: int, channels: int) -> tuple[torch.Size, ...]:
+    return (torch.Size((2, channels, 2)),)
+
+
 VARIANTS: dict[str, dict[str, Variant]] = {
     "flow": {
         # Those of lra compete over heads, as no others do.
@@ -200,6 +204,8 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "global": Variant({"window": 4, "global_tokens": 2}, only="bidirectional"),
     },
     "bigbird": {"blocks": Variant({"block": 4}, drawn=_blocks)},
+    "reformer": {"paper": Variant({"chunk_length": 4}, drawn=_rotations)},
+    "sinkhorn": {"top": Variant({"bucket_length": 4, "num_top": 2})},
     "aft_conv": {"default": Variant(learned=_filters), "hard": Variant({"hard": True}, _filters)},
 }
 

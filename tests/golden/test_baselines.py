@@ -15,27 +15,8 @@ FILES = {path.stem: path for path in sorted(BASELINES.glob("*.safetensors"))}
 
 # Files whose mechanism does not exist yet. A mechanism removes its own.
 NOT_YET = {
-    "reformer_hf_1hash",
-    "reformer_hf_1hash_causal",
-    "reformer_hf_4hash",
-    "reformer_hf_4hash_causal",
-    "reformer_lra_1hash",
-    "reformer_lra_2hash",
-    "reformer_lsh_1hash",
-    "reformer_lsh_1hash_causal",
-    "reformer_lsh_4hash",
-    "reformer_lsh_4hash_causal",
     "routing",
     "routing_causal",
-    "sinkhorn_causal",
-    "sinkhorn_gumbel",
-    "sinkhorn_gumbel_values_corrected",
-    "sinkhorn_lra",
-    "sinkhorn_lra_sinkhorn",
-    "sinkhorn_topk",
-    "sinkhorn_topk_values_corrected",
-    "yoso_e",
-    "yoso_e_v2",
 }
 
 load_readers()
