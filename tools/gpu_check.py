@@ -504,6 +504,8 @@ def contenders(setup: Setup) -> dict[str, Contender]:
         decayed = functools.partial(by_triton, **decay), functools.partial(reference.flow_attention, **decay)
         rows["flow (Triton)"] = Contender(by_triton, reference.flow_attention)
         rows["flow, decay (Triton)"] = Contender(*decayed)
+        linear = functools.partial(ops.linear_attention, backend="triton")
+        rows["linear (Triton)"] = Contender(linear, reference.linear_attention)
         if missing := fla_missing():
             print(f"linear (fla) is left out: {missing}")
         else:
