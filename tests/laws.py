@@ -1340,9 +1340,18 @@ LARGE = {
 
 @each(dtypes=LARGE)
 def test_7_large_inputs_stay_finite(case: Case, dtype: torch.dtype) -> None:
+    check_large(case, dtype, (1, 2, 31, 32, 33, 63, 64, 65))
+
+
+@each(dtypes=LARGE, of_loops=True)
+def test_7_many_large_inputs_stay_finite(case: Case, dtype: torch.dtype) -> None:
+    check_large(case, dtype, (513,))
+
+
+def check_large(case: Case, dtype: torch.dtype, lengths: Sequence[int]) -> None:
     size, values, upstream = LARGE[dtype]
     case = case.up_to(513)
-    for length in (1, 2, 31, 32, 33, 63, 64, 65, 513):
+    for length in lengths:
         tensors = extremes(case, length, size, dtype, values)
         got, wanted = large(case.op, tensors, upstream), []
         for index, tensor in enumerate(got):

@@ -85,12 +85,19 @@ def with_leaves(arguments: list[Any]) -> list[Any]:
     ]
 
 
-kinds = pytest.mark.parametrize("kind", ["plain", "masked", "packed", "decay", "decay-token"])
 options = pytest.mark.parametrize("options", [CORE, LRA], ids=["core", "lra"])
+# Shapes and gradients by kind of arguments do not depend on options: with the others, of one kind.
+kinds_and_options = pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        pytest.param(kind, given, id=f"{name}-{kind}", marks=[pytest.mark.slow] * (name == "lra" and kind != "plain"))
+        for name, given in (("core", CORE), ("lra", LRA))
+        for kind in ("plain", "masked", "packed", "decay", "decay-token")
+    ],
+)
 
 
-@kinds
-@options
+@kinds_and_options
 def test_operators_of_the_causal_form_are_as_pytorch_wants_them(kind: str, options: tuple[Any, ...]) -> None:
     arguments = causal_arguments(kind)
     torch.library.opcheck(OPERATORS.flow_causal.default, (*with_leaves(arguments), *options))
@@ -100,8 +107,7 @@ def test_operators_of_the_causal_form_are_as_pytorch_wants_them(kind: str, optio
     torch.library.opcheck(OPERATORS.flow_causal_backward.default, (*arguments, *alone, False, *options))
 
 
-@kinds
-@options
+@kinds_and_options
 def test_operators_of_the_bidirectional_form_are_as_pytorch_wants_them(kind: str, options: tuple[Any, ...]) -> None:
     arguments = bidirectional_arguments(kind)
     torch.library.opcheck(OPERATORS.flow_bidirectional.default, (*with_leaves(arguments), *options))

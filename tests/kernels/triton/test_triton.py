@@ -37,6 +37,12 @@ def test_interpreted(file: str, which: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("file", FILES)
+def test_interpreted_slowly(file: str) -> None:
+    assert " passed" in run(str(HERE / file), "-m", "slow")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_compiles_for_an_h100(dtype: str) -> None:
     """Few registers are spilled to memory, and products are in matrix units."""
