@@ -175,7 +175,7 @@ class Cuda(Device):
     @contextmanager
     def session(self) -> Iterator[None]:
         """float32 products and convolutions in float32: PyTorch's default for convolutions is TF32."""
-        parts = (torch.backends.cuda.matmul, torch.backends.cudnn)
+        parts: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
         before = [part.allow_tf32 for part in parts]
         for part in parts:
             part.allow_tf32 = False

@@ -182,7 +182,9 @@ def _contenders(
     reference = Form(row.truth, row.layout, variant)
     per_kind = variant.flops
     count = None if per_kind is None else lambda shape: per_kind(shape, kind)
-    forms: list[tuple[str, dict[str, Any]]] = [(suffix, {"dtype": dtype}) for suffix, dtype in family.dtypes.items()]
+    forms: list[tuple[str, dict[str, Any]]] = [
+        (suffix, {"dtype": dtype, "dtypes": (dtype,)}) for suffix, dtype in family.dtypes.items()
+    ]
     if operation == "causal":
         forms.append(("heads-first", {"layout": "heads-first"}))
     for name, backend, words, device in by_backend(name_of(row, variant), row.operation):
@@ -196,6 +198,5 @@ def _contenders(
         yield made(name=name, about=about)
         if backend and not device:
             for suffix, fields in forms:
-                only = {"dtypes": (fields["dtype"],)} if "dtype" in fields else {}
-                yield made(name=f"{name}-{suffix}", about=f"{about}, {suffix}", **fields, **only)
+                yield made(name=f"{name}-{suffix}", about=f"{about}, {suffix}", **fields)
             forms = []  # the preferred backend alone
