@@ -1,7 +1,9 @@
 """Every registered mechanism is timed, and checked before that; one that is added is too, without a line here."""
 
 import dataclasses
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,50 +83,27 @@ def test_every_mechanism_is_timed_in_all_that_it_can_do(name):
     assert found == wanted | {"vision", "vision-training"}
 
 
-def test_names_in_the_documentation():
-    names = {operation: [] for operation in OPERATIONS}
-    for (operation, name), row in registry.contenders().items():
-        if not row.device:
-            names.setdefault(operation, []).append(name)
-    flow, first = ["flow-native", "flow-native-bf16", "flow-torch"], "-native-heads-first"
-    decay = [name.replace("flow", "flow-decay") for name in flow]
-    peers = ["sdpa", "sdpa-bf16", "published", "performer"]
-    linear, softmax = ["linear", "linear-decay"], ["softmax", "softmax-decay", "synthesizer"]
-    others = [*linear, "mobile", *softmax, *peers]
-    both = [*linear, "linformer", "mobile", "nystromformer", "soft", *softmax, *peers]
-    assert names["bidirectional"] == names["bidirectional-training"] == [*flow, *decay, *both]
-    assert names["causal-training"] == [*flow, *decay, *others]
-    of_flow = [*flow[:2], f"flow{first}", flow[2], *decay[:2], f"flow-decay{first}", decay[2]]
-    assert names["causal"] == [*of_flow, *others]
-    ours = [
-        "aft-full", "aft-full-factors", "aft-conv", "aft-conv-channels", "aft-local-64", "aft-local-64-free",
-        "aft-simple-native", "aft-simple-torch",
-    ]  # fmt: skip
-    assert names["aft-causal"] == [*ours, "aft-simple-cumsum", "cumulative-sums", "direct"]
-    assert names["aft-bidirectional"] == [
-        *ours,
-        *(f"aft-pytorch-{form}" for form in ("full", "local", "simple")),
-        "direct",
-    ]
-    assert names["step"] == [
-        "flow-native", "flow-torch", "flow-decay-native", "flow-decay-torch", "aft-conv", "aft-conv-channels",
-        "aft-full-factors", "aft-local-64", "aft-simple", "linear", "linear-decay", "mobile", "softmax",
-        "softmax-decay", "synthesizer", "sdpa",
-    ]  # fmt: skip
+def test_every_contender_is_in_the_documentation():
+    page = (Path(__file__).parents[3] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z0-9-]+)`", page))
+    assert {name for _, name in registry.contenders()} - named == set()
 
 
 def test_what_is_for_a_gpu_is_not_on_the_cpu_unless_it_is_named():
     named = {(operation, name): row.device for (operation, name), row in registry.contenders().items() if row.device}
     assert set(named.values()) == {"cuda"}
-    found = {operation: [name for at, name in named if at == operation] for operation in registry.OPERATIONS}
-    triton = ["flow-triton", "flow-decay-triton"]
+    found = {operation: {name for at, name in named if at == operation} for operation in registry.OPERATIONS}
+    triton = {"flow-triton", "flow-decay-triton", "linear-triton", "linear-decay-triton", "mobile-triton"}
     for form in ("causal", "causal-training"):
-        assert found[form] == [*triton, "sdpa-flash", "fla-linear"]
+        assert found[form] == {*triton, "sdpa-flash", "fla-linear"}
+        assert found[f"aft-{form}"] == {"aft-simple-triton"}
     for form in ("bidirectional", "bidirectional-training"):
-        assert found[form] == [*triton, "sdpa-flash"]
-    assert found["step"] == triton
-    for form in ("language-training", "language-step", "vision", "vision-training"):
-        assert found[form] == ["flow-triton"]
+        assert found[form] == {*triton, "sdpa-flash"}
+        assert found[f"aft-{form}"] == {"aft-simple-triton"}
+    assert found["step"] == {"flow-triton", "flow-decay-triton"}
+    for form in ("language-training", "vision", "vision-training"):
+        assert found[form] == {"flow-triton", "linear-triton", "mobile-triton", "aft-simple-triton"}
+    assert found["language-step"] == {"flow-triton"}
     for device, there in (("cpu", False), ("cuda", True)):
         ((_, rows),) = Plan(operations=("causal",), device=device).rows()
         assert ("flow-triton" in [row.name for row in rows]) == there
@@ -195,7 +174,8 @@ def test_backend_that_is_added_is_timed(monkeypatch):
     for op in ("linear_attention", "flow_attention_step"):
         monkeypatch.setitem(backends._IMPLEMENTATIONS, op, {**backends._IMPLEMENTATIONS.get(op, {}), "quick": None})
     found = registry.contenders()
-    linear = [name for operation, name in found if operation == "causal-training" and name.startswith("linear")]
+    ours = [name for (at, name), row in found.items() if at == "causal-training" and not row.device]
+    linear = [name for name in ours if name.startswith("linear")]
     quick = ["quick", "quick-bf16", "torch"]
     assert linear == [*(f"linear-{name}" for name in quick), *(f"linear-decay-{name}" for name in quick)]
     assert ("step", "flow-quick") in found
