@@ -140,8 +140,8 @@ class SynthesizerAttention(Attention):
 
     def learned(self, x: Tensor | None = None) -> tuple[Synthetic]:
         """The table, or the pair of factors."""
-        tables = tuple(self.tables)
-        return (tables if len(tables) > 1 else tables[0],)
+        first, *others = self.tables
+        return ((first, *others) if others else first,)
 
     def arguments(self) -> dict[str, Any]:
         """Options of the operation."""
