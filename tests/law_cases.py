@@ -5,7 +5,6 @@ A mechanism that is not named here is checked in one variant, without options or
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -95,21 +94,12 @@ def _no_gate(length: int, heads: int, channels: int) -> tuple[Any, ...]:
     return (None, *_features_by_head(length, heads, channels))
 
 
-def _projection(length: int, heads: int) -> tuple[Any, ...]:
-    return (torch.Size((3, length)),)
-
-
 def _projections_by_head(length: int, heads: int) -> tuple[Any, ...]:
     return ((torch.Size((heads, 3, length)), torch.Size((heads, 3, length))),)
 
 
 def _tables_by_head(length: int, heads: int) -> tuple[Any, ...]:
     return (torch.Size((heads, length, length)),)
-
-
-def _dense_factors(length: int, heads: int, channels: int) -> tuple[Any, ...]:
-    root = math.isqrt(length) + 1
-    return ((torch.Size((heads, channels, root)), torch.Size((heads, channels, root))),)
 
 
 def _landmarks(length: int, heads: int, channels: int) -> tuple[Any, ...]:
@@ -178,14 +168,12 @@ VARIANTS: dict[str, dict[str, Variant]] = {
     # Of the size that projections to rank 256 have in a new module: with 1, scores at length 65,536 are in
     # the hundreds, where rounding a score to float32 changes its exponential by 3e-5.
     "linformer": {
-        "shared": Variant(learned=_projection, scale=0.036),
         "by-head": Variant(learned=_projections_by_head, scale=0.036),
     },
     "nystromformer": {"conv": Variant({"num_landmarks": 4, "value_conv": 5}, _filters)},
-    # With dot products, which make outputs depend on keys; tests/mechanisms/test_synthesizer.py has the others.
+    # With dot products, which make outputs depend on keys; tests/mechanisms/test_synthesizer.py has the other kinds.
     "synthesizer": {
         "random": Variant({"kind": "random"}, _tables_by_head, quadratic=True),
-        "factorized-dense": Variant({"kind": "factorized_dense"}, _dense_factors, by_channels=True),
     },
     "soft": {"conv": Variant({"num_landmarks": 4, "value_conv": 5, "iterations": 8}, _landmarks, by_channels=True)},
     "aft_full": {"factors": Variant(learned=_factors), "free": Variant(learned=_table, quadratic=True)},

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from flowformer.core.checks import Layout, check_bidirectional, check_choice, check_sizes
+from flowformer.core.inverses import pseudo_inverse
 from flowformer.core.masks import close_up_if, fill, spread
 from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Given, run
@@ -219,25 +220,6 @@ def _attend(
         mixed = torch.where(landmarks.exact, V[:, :, : mixed.shape[2]], mixed)
     out = times_sum(of_landmarks(times_sum(Q, landmarks.k.mT)), mixed)
     return (out if taps is None else out + convolve_values(V, taps)).transpose(1, 2)
-
-
-def pseudo_inverse(A: Tensor, used: Tensor | None, iterations: int, couple: bool) -> Tensor:
-    """Return the iterate for matrices A (batch, heads, m, m), of which ``used`` (batch, m) rows and columns matter.
-
-    The others are those of the identity, which the iterations do not mix with the rest.
-    """
-    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    columns = A.sum(-2)
-    if used is not None:
-        both = used[:, None, :, None] & used[:, None, None, :]
-        A = torch.where(both, A, eye)
-        columns = (A * used[:, None, :, None]).sum(-2)
-    largest = columns.max() if couple and len(A) else columns.amax(-1, keepdim=True).unsqueeze(-1)
-    Z = A.mT / largest.clamp(min=torch.finfo(A.dtype).tiny)
-    for _ in range(iterations):
-        AZ = A @ Z
-        Z = 0.25 * Z @ (13 * eye - AZ @ (15 * eye - AZ @ (7 * eye - AZ)))
-    return Z
 
 
 # --------------------------------------------------------------------------------------------------------- the truth

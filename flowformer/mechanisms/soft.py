@@ -37,6 +37,7 @@ from flowformer.core.checks import (
     check_sizes,
     describe,
 )
+from flowformer.core.inverses import newton, newton_by_limit, scale_of_batch
 from flowformer.core.masks import close_up_if, fill, spread
 from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Given, run
@@ -248,50 +249,10 @@ def _inverse_by(iterations: int, ridge: float, start: str, gradient: str) -> Cal
 
     def inverse(A: Tensor) -> Tensor:
         A = A + ridge * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-        scale = _scale_of_batch(A) if start == "batch" else 1.8 / A.sum(-1).amax(-1)[..., None, None].square()
-        if gradient == "released":
-            return _ReleasedInverse.apply(A, scale, iterations)
-        return newton(A, scale, iterations)
+        scale = scale_of_batch(A) if start == "batch" else 1.8 / A.sum(-1).amax(-1)[..., None, None].square()
+        return (newton_by_limit if gradient == "released" else newton)(A, scale, iterations)
 
     return inverse
-
-
-def _scale_of_batch(A: Tensor) -> Tensor:
-    """2 / (largest row sum of all)^2, halved up to ten times while a column of I - scale A A sums up to over 1.01."""
-    if not len(A):
-        return A.new_ones(())
-    scale, eye = 2 / A.sum(-1).max().square(), torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    for _ in range(10):
-        far = (eye - scale * A @ A).detach().abs().sum(-2).max() > 1.01
-        scale = torch.where(far, scale / 2, scale)
-    return scale
-
-
-def newton(A: Tensor, scale: Tensor, iterations: int) -> Tensor:
-    """Newton's iterations towards the inverse of A, from ``scale`` A."""
-    X = scale * A
-    for _ in range(iterations):
-        X = 2 * X - X @ A @ X
-    return X
-
-
-class _ReleasedInverse(torch.autograd.Function):
-    """:func:`newton` with the gradient that its limit has."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(A: Tensor, scale: Tensor, iterations: int) -> Tensor:
-        return newton(A, scale, iterations)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
-        ctx.save_for_backward(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (X,), (grad,) = ctx.saved_tensors, grads
-        return -X.mT @ grad @ X.mT, None, None
 
 
 # --------------------------------------------------------------------------------------------------------- the truth
@@ -337,8 +298,8 @@ def soft_weights(
     marks = normed * (1 + torch.erf(normed / 2**0.5)) / 2
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
-        square = sum((x[..., c].unsqueeze(-1) - y[..., c].unsqueeze(-2)) ** 2 for c in range(width))
-        return (-square / 2).exp()
+        squares = ((x[..., c].unsqueeze(-1) - y[..., c].unsqueeze(-2)) ** 2 for c in range(width))
+        return (-sum(squares, torch.zeros_like(x[..., :1])) / 2).exp()
 
     A = kernel(marks, marks) + ridge * torch.eye(marks.shape[1], dtype=q.dtype, device=q.device)
     X = 1.8 * A / A.sum(-1).amax(-1)[:, None, None] ** 2
