@@ -117,7 +117,8 @@ def test_names_in_the_documentation():
     ]
     assert names["step"] == [
         "flow-native", "flow-torch", "flow-decay-native", "flow-decay-torch", "aft-conv", "aft-conv-channels",
-        "aft-full-factors", "aft-local-64", "aft-simple", "linear", "linear-decay", "mobile", "softmax",
+        "aft-full-factors", "aft-local-64", "aft-simple", "cosformer", "linear", "linear-decay",
+        "mobile", "performer", "rfa", "softmax",
         "softmax-decay", "sdpa",
     ]  # fmt: skip
 
