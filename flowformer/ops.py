@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # at run time the names come from flowformer.mechanisms
     from flowformer.mechanisms.performer import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.rfa import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.softmax import *  # noqa: F403 - each has an __all__
+    from flowformer.mechanisms.yoso import *  # noqa: F403 - each has an __all__
 
 _SHARED = ("LIMITS", "Attention", "Mechanism", "create_attention", "find_attention", "list_attentions")
 

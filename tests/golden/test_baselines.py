@@ -71,8 +71,6 @@ NOT_YET = {
     "synthesizer_lra_factorized_random_causal",
     "synthesizer_lra_random",
     "synthesizer_lra_random_plus_dot",
-    "yoso_e",
-    "yoso_e_v2",
 }
 
 load_readers()

@@ -96,6 +96,7 @@ def test_names_in_the_documentation():
         "rfa",
         "softmax",
         "softmax-decay",
+        "yoso",
         "sdpa",
         "sdpa-bf16",
         "published",
