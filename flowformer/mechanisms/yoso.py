@@ -23,12 +23,13 @@ from flowformer.core.precision import no_autocast, sum_dtype, without_autocast
 from flowformer.core.run import Given, check_inputs, run
 from flowformer.mechanisms.draws import DrawnAttention
 from flowformer.mechanisms.registry import register
-from flowformer.mechanisms.weights import Rows, lower, truth_of
+from flowformer.mechanisms.weights import Rows, truth_of
 
 __all__ = ["YosoAttention", "yoso_attention"]
 
 TINY = 1e-12  # the least length, torch.nn.functional.normalize
 MOST_BITS = 20  # tables have 2^bits rows
+NOT_CAUSAL = "none is published, and its state would hold every key"
 
 
 def yoso_attention(
@@ -54,8 +55,8 @@ def yoso_attention(
         q: Queries (batch, L, heads, K).
         k: Keys (batch, S, heads, K).
         v: Values (batch, S, heads, V).
-        planes: Normal vectors of random hyperplanes, (hashes, bits, K), for a sample; not causal.
-        causal: Output t sees positions up to t only. Requires L == S.
+        planes: Normal vectors of random hyperplanes, (hashes, bits, K), for a sample.
+        causal: Refused: there is no causal form. Here so that mechanisms are exchangeable.
         mask: (batch, L) boolean, True = real token; of keys and values too where L == S and there is no
             ``context_mask``.
         context_mask: (batch, S) boolean, of keys and values in cross-attention.
@@ -78,10 +79,10 @@ def yoso_attention(
     _check_options(op, bits, cosine_scale, surrogate)
     given = Given(q, k, v, causal, mask, context_mask, cu_seqlens, initial_state, return_state, backend)
     check_inputs(op, given)
+    if causal:
+        raise ValueError(f"{op}: there is no causal form, since {NOT_CAUSAL}")
     if planes is not None:
         check_table(f"{op}: planes", planes, "hashes, bits, channels", (None, bits, q.shape[-1]), q.device)
-        if causal:
-            raise ValueError(f"{op}: a sample has no causal form, since its tables would be kept for each token")
 
     def dense(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: Any) -> Any:
         dtype = q.dtype
@@ -89,7 +90,7 @@ def yoso_attention(
             Q, K = (_unit(fill(x, m).to(sum_dtype(dtype))) for x, m in ((q, query), (k, key)))
             V = fill(v, key).to(Q.dtype)
             if planes is None:
-                out = _expected(Q, K, V, key, causal, bits, cosine_scale, surrogate)
+                out = _expected(Q, K, V, key, bits, cosine_scale, surrogate)
             else:
                 out = _sampled(Q, K, V, key, planes)
             return fill(_unit(out), query).to(dtype), None
@@ -132,14 +133,11 @@ class _Surrogate(torch.autograd.Function):
         return grads_out[0] * found * (ctx.bits / 2), None
 
 
-def _expected(
-    Q: Tensor, K: Tensor, V: Tensor, key: Tensor | None, causal: bool, bits: int, scale: float, surrogate: bool
-) -> Tensor:
+def _expected(Q: Tensor, K: Tensor, V: Tensor, key: Tensor | None, bits: int, scale: float, surrogate: bool) -> Tensor:
     cosines = scale * (Q.transpose(1, 2) @ K.permute(0, 2, 3, 1))
     A: Any = _Surrogate.apply(cosines, bits) if surrogate else _collisions(cosines, bits)
     if key is not None:
         A = A.masked_fill(~key[:, None, None, :], 0)
-    A = A.tril() if causal else A
     return (A @ V.transpose(1, 2)).transpose(1, 2)
 
 
@@ -217,7 +215,7 @@ def yoso_weights(
             return (of_queries.unsqueeze(3) == of_keys.unsqueeze(2)).all(-1).to(q.dtype).mean(0)
         cosines = cosine_scale * torch.einsum("ihk,jhk->hij", q[places], k)
         found = (1 - cosines.clamp(-1, 1).arccos() / math.pi) ** bits
-        return lower(found, places) if causal else found
+        return found
 
     return rows
 
@@ -229,9 +227,9 @@ def yoso_weights(
     source="Zeng et al., You only sample (almost) once, ICML 2021",
     cost="L^2 (K + V); sampled, L hashes (bits K + V)",
     cannot={
-        "state": "it meets every key again at each step",
-        "linear time": "every query meets every key; a sample, which has no causal form, is linear",
-        "linear memory": "every query meets every key; a sample, which has no causal form, is linear",
+        "causal": NOT_CAUSAL,
+        "linear time": "in the expectation every query meets every key; a sample is linear",
+        "linear memory": "in the expectation every query meets every key; a sample is linear",
     },
 )
 class YosoAttention(DrawnAttention):
@@ -241,7 +239,7 @@ class YosoAttention(DrawnAttention):
         dim: Channels of input and output.
         num_heads: Heads.
         hashes: Random hashes of a sample, drawn once; 0 for the expectation. The paper has 16 to 128, drawn at each
-            call, for which :meth:`redraw` may be called. Not for causal modules.
+            call, for which :meth:`redraw` may be called.
         bits: As in :func:`yoso_attention`.
         cosine_scale: Likewise.
         surrogate: Likewise.
@@ -265,8 +263,6 @@ class YosoAttention(DrawnAttention):
         super().__init__(dim, num_heads, **options)
         if hashes != 0:
             check_sizes(hashes=hashes)
-        if hashes and self.causal:
-            raise ValueError("hashes require causal=False, since a sample has no causal form")
         _check_options("YosoAttention", bits, cosine_scale, surrogate)
         self.hashes = hashes
         self.options = {"bits": bits, "cosine_scale": cosine_scale, "surrogate": surrogate}

@@ -95,10 +95,13 @@ def test_bad_options_are_refused(options, error, says) -> None:
         YosoAttention(12, 2, **options)
 
 
-def test_samples_are_not_causal() -> None:
-    with pytest.raises(ValueError, match="a sample has no causal form"):
+def test_there_is_no_causal_form() -> None:
+    with pytest.raises(ValueError, match="there is no causal form, since none is published"):
         ops.yoso_attention(*inputs(5), planes(3), bits=4, causal=True)
-    with pytest.raises(ValueError, match="hashes require causal=False"):
-        YosoAttention(12, 2, hashes=3, causal=True)
+    with pytest.raises(ValueError, match="has no causal form, since none is published"):
+        YosoAttention(12, 2, causal=True)
+
+
+def test_planes_fit_channels_and_bits() -> None:
     with pytest.raises(ValueError, match=r"planes must be \(hashes, 9, 6\), got \(3, 4, 6\)"):
         ops.yoso_attention(*inputs(5), planes(3))
