@@ -214,8 +214,7 @@ def yoso_weights(
             of_queries, of_keys = ((torch.einsum("ihk,nbk->nhib", x, planes) > 0) for x in (q[places], k))
             return (of_queries.unsqueeze(3) == of_keys.unsqueeze(2)).all(-1).to(q.dtype).mean(0)
         cosines = cosine_scale * torch.einsum("ihk,jhk->hij", q[places], k)
-        found = (1 - cosines.clamp(-1, 1).arccos() / math.pi) ** bits
-        return found
+        return (1 - cosines.clamp(-1, 1).arccos() / math.pi) ** bits
 
     return rows
 

@@ -54,10 +54,10 @@ def distance(hashes: int) -> float:
 
 
 def test_sample_converges_to_the_expectation_with_its_gradients() -> None:
-    found = [distance(hashes) for hashes in (8, 128, 2048)]
+    found = [distance(hashes) for hashes in (8, 64, 512)]
     for few, many in pairwise(found):
-        assert many < few / 2  # 16 times as many: 4 times less by theory
-    assert found[-1] < 0.15
+        assert many < few / 2  # 8 times as many: a root of 8 times less by theory
+    assert found[-1] < 0.25
 
 
 def test_surrogate_changes_gradients_alone() -> None:
