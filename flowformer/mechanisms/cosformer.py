@@ -130,8 +130,8 @@ def cosformer_attention(
     def dense(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: Any) -> Any:
         longest = _longest(op, q, k, query, key, max_length, state)
 
-        def whole(*given: Any) -> Tensor:
-            return _bidirectional(*given, longest, eps)
+        def whole(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None) -> Tensor:
+            return _bidirectional(q, k, v, key, query, longest, eps)
 
         return scanned(block, whole, causal, (longest,))(q, k, v, key, query, state)
 
@@ -239,7 +239,8 @@ def cosformer_attention_step(
     op = "cosformer_attention_step"
     _check(op, eps, max_length)
     check_step(op, q, k, v, state, CosformerState)
-    check_state(op, state, init_cosformer_state(*q.shape, v.shape[-1], device=q.device))
+    batch, heads, channels = q.shape
+    check_state(op, state, init_cosformer_state(batch, heads, channels, v.shape[-1], device=q.device))
     if max_length is None:
         raise ValueError(f"{op}: a state requires max_length, since all weights depend on it")
     _refuse_longer(op, state.length + 1, max_length)

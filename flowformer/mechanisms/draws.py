@@ -39,7 +39,9 @@ class DrawnAttention(Attention):
 
     def __init__(self, dim: int, num_heads: int, *, seed: int | None = None, **options: Any) -> None:
         super().__init__(dim, num_heads, **options)
-        self._given, self.seed = seed, _resolve(seed)
+        self._given = seed
+        # A module without memory is filled later, and takes no number from the generator.
+        self.seed = _resolve(0 if seed is None and self.out_proj.weight.is_meta else seed)
 
     @abstractmethod
     def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
@@ -70,8 +72,13 @@ class DrawnAttention(Attention):
             set_values(self.get_buffer(name), tensor)
 
     def _draw(self) -> dict[str, Tensor]:
-        with torch.device("cpu"):  # another default device may be set
-            return self.draw(torch.Generator().manual_seed(self.seed))
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            with torch.device("cpu"):  # another default device may be set
+                return self.draw(torch.Generator().manual_seed(self.seed))
+        finally:
+            torch.set_default_dtype(default)
 
 
 def _resolve(seed: int | None) -> int:

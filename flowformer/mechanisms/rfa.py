@@ -414,7 +414,7 @@ class RFAAttention(DrawnAttention):
             "RFAAttention", kind=kind, feature_scale=feature_scale, norm_eps=norm_eps, bound=bound, least=least
         )
         self.num_features, self.gate, self.tau, self.orthogonal = num_features, gate, tau, orthogonal
-        factory = {"device": options.get("device"), "dtype": options.get("dtype")}
+        factory: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
         self.scales = nn.Parameter(torch.ones(num_heads, self.head_dim, **factory))
         if gate:
             self.forget_proj = nn.Linear(dim, num_heads, **factory)

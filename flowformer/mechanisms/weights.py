@@ -75,13 +75,18 @@ def _same(learned: tuple[Any, ...], row: int, places: Tensor) -> tuple[Any, ...]
 
 
 def truth_of(
-    weights: Weights, *, gate: Callable[[Tensor], Tensor] | None = None, of_sequence: Callable[..., Any] = _same
+    weights: Weights,
+    *,
+    gate: Callable[[Tensor], Tensor] | None = None,
+    finish: Callable[[Tensor], Tensor] | None = None,
+    of_sequence: Callable[..., Any] = _same,
 ) -> Callable[..., Tensor]:
     """Return the float64 reference of a mechanism: its rows of weights times the values.
 
     Args:
         weights: The mechanism's rows of weights.
         gate: What outputs are multiplied by, as a function of the queries.
+        finish: What becomes of outputs in the end, where a mechanism is not linear in its values.
         of_sequence: Learned tensors for one sequence, of (all of them, its row of the batch, its places in there).
 
     Returns:
@@ -105,7 +110,8 @@ def truth_of(
         def attend(q: Tensor, k: Tensor, v: Tensor, row: int, places: Tensor) -> Tensor:
             rows = weights(q, k, *of_sequence(learned, row, places), causal=causal, **options)
             out = torch.cat([_weigh(rows(places), v) for places in _places_in_turn(len(q), q.device)])
-            return out if gate is None else gate(q) * out
+            out = out if gate is None else gate(q) * out
+            return out if finish is None else finish(out)
 
         return _per_sequence(attend, q.double(), k.double(), v.double(), mask, context_mask, cu_seqlens)
 

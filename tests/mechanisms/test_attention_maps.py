@@ -40,9 +40,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = defaultdict(
         "aft_conv": [{"kernel_size": 5}, {"kernel_size": 5, "hard": True}],
     },
 )
+WITH_ROWS = [name for name in list_attentions() if find_attention(name).rows]
 MODULES = [
     pytest.param(name, options, causal, id=f"{name}-{number}-{'causal' if causal else 'bidirectional'}")
-    for name in list_attentions()
+    for name in WITH_ROWS
     for number, options in enumerate(OPTIONS[name])
     for causal in ((False, True) if find_attention(name).can("causal") else (False,))
 ]
@@ -87,7 +88,7 @@ def test_rows_times_values_are_what_the_output_projection_sees(name, options, ca
     assert weights[0, :, :, :4].count_nonzero() == 0
 
 
-@pytest.mark.parametrize("name", [name for name in list_attentions() if find_attention(name).can("cross")])
+@pytest.mark.parametrize("name", [name for name in WITH_ROWS if find_attention(name).can("cross")])
 @pytest.mark.parametrize("sources", [9, 14])
 def test_rows_of_cross_attention(name: str, sources: int) -> None:
     module = build(name, OPTIONS[name][0], False)
@@ -115,7 +116,7 @@ def test_rows_of_images(hard: bool) -> None:
         torch.testing.assert_close(add_up(module, weights, flat, flat, rows), want, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", list_attentions())
+@pytest.mark.parametrize("name", WITH_ROWS)
 def test_a_packed_batch_is_its_sequences(name: str) -> None:
     module = build(name, OPTIONS[name][0], find_attention(name).can("causal"))
     one, other = torch.randn(1, 9, DIM).double(), torch.randn(1, 5, DIM).double()
