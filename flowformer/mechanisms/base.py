@@ -70,6 +70,8 @@ class Attention(nn.Module, ABC):
         mechanism: The row of the registry.
         learns_positions: Whether the module has parameters for each position, and so an argument ``max_length``, which
             :func:`flowformer.create_attention` passes on.
+        bounds_causal: Whether a causal module needs to know the longest sequence although it has no such parameters; it
+            then has the argument ``max_length``, which is passed on where ``causal``.
         further_options: Names of options that the constructor takes as ``**overrides``.
         axes: The axes of an input before its channels.
 
@@ -95,6 +97,7 @@ class Attention(nn.Module, ABC):
 
     mechanism: ClassVar[Mechanism]
     learns_positions: ClassVar[bool] = False
+    bounds_causal: ClassVar[bool] = False
     further_options: ClassVar[tuple[str, ...]] = ()
     axes: str = "batch, length"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flowformer.core.banded import BLOCK, Band, Further, attend_all, banded_attention
-from flowformer.core.checks import HEADS, check_integer, check_sizes, describe
+from flowformer.core.checks import HEADS, check_dense, check_integer, check_sizes, describe
 from flowformer.core.masks import close_up, fill, spread
 from flowformer.core.run import Given, run
 from flowformer.core.tracing import count_chunks
@@ -112,6 +112,7 @@ def _check_options(op: str, block: Any, released: Any) -> None:
 
 def _check_random(op: str, random_blocks: Any, q: Tensor) -> None:
     wanted = f"{op}: random_blocks must be a tensor (heads, rows, random blocks) of integers, {q.shape[2]} heads"
+    check_dense(f"{op}: random_blocks", random_blocks)
     if not isinstance(random_blocks, Tensor) or random_blocks.is_floating_point() or random_blocks.is_complex():
         raise TypeError(f"{wanted}, got {describe(random_blocks)}")
     sizes = random_blocks.shape

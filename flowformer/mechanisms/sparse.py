@@ -416,7 +416,7 @@ def sparse_weights(
     cannot={
         "permutation": "strides are of positions",
         "linear time": "a token of each stride is seen, however long the sequence",
-        "fixed state": "a token of each stride is seen, however long ago",
+        "fixed state": "it remembers every key and value: a token of each stride is seen, however long ago",
     },
 )
 class SparseAttention(Attention):

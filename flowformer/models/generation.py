@@ -341,7 +341,8 @@ def _check_eos(eos_token_id: int | Collection[int] | None, model: LanguageModel)
 def _check_positions(model: LanguageModel, longest: int, max_new_tokens: int) -> None:
     """Refuse more tokens than there are learned positions for; the last one chosen is not read."""
     attentions = [block.attention for block in model.decoder.layers]
-    limits = [cast("int", attention.max_length) for attention in attentions if attention.learns_positions]
+    bounded = [one for one in attentions if one.learns_positions or one.bounds_causal]
+    limits = [cast("int", attention.max_length) for attention in bounded if attention.max_length is not None]
     if isinstance(model.position, LearnedPositions):
         limits.append(model.position.num_embeddings)
     needed = longest + max_new_tokens - 1

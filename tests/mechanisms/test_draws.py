@@ -107,6 +107,18 @@ def test_nothing_else_redraws(drawn):
     assert same(module, drawn(8, 2, seed=3))
 
 
+def test_reset_draws_as_the_constructor_does(drawn):
+    torch.manual_seed(0)
+    fresh = drawn(8, 2)
+    module, given = drawn(8, 2), drawn(8, 2, seed=3)
+    torch.manual_seed(0)
+    module.reset_parameters()
+    assert same(module, fresh)
+    given.redraw(4)
+    given.reset_parameters()
+    assert same(given, drawn(8, 2, seed=3))
+
+
 def test_other_dtype_and_device(drawn):
     module = drawn(8, 2, seed=3)
     rounded = copy.deepcopy(module).to(torch.bfloat16)

@@ -107,7 +107,7 @@ def swap_attention(
         modules: Pattern of the names of the modules to replace, such as ``"*.self_attn"`` or ``"decoder.*"``.
         num_heads: Heads, which divide the width of the projections; as many as there were if absent.
         spatial_reduction: In PVT-v2, ``"keep"`` has queries look at a reduced map as before, ``"drop"`` at all tokens.
-            If absent it is dropped for mechanisms in linear time, and kept for others.
+            If absent it is kept for mechanisms with cross-attention not in linear time, and dropped for others.
         img_size: In timm's models, pixels of the largest images, (height, width) or one number for both;
             those of the model if absent. For mechanisms that learn positions.
         **options: Options of the mechanism's module; ``max_length`` where it learns positions and ``img_size`` does
@@ -137,7 +137,8 @@ def swap_attention(
     _check_reduction(spatial_reduction, sources, mechanism)
     if multiheads and img_size is not None:
         raise ValueError(f"swap_attention: img_size does not tell the tokens of {multiheads[0][0][0]}: give max_length")
-    keep = not mechanism.can("linear time") if spatial_reduction is None else spatial_reduction == "keep"
+    costly = mechanism.can("cross") and not mechanism.can("linear time")
+    keep = costly if spatial_reduction is None else spatial_reduction == "keep"
     swaps: list[_Swap | MultiheadSwap] = []
     for names, old in multiheads:
         swaps.append(MultiheadSwap.build(model, names, old, mechanism, num_heads, options))
@@ -420,7 +421,13 @@ def _copy(source: _Source, attention: Attention) -> tuple[list[str], dict[str, i
     anew = ("q_proj", "k_proj") if isinstance(attention, AFTConv) else ()
     copied, gone = set(), {}
     for name, (linear, part, parts) in source.kind.parts.items():
-        old, projection = getattr(source.module, linear), getattr(attention, name)
+        old, projection = getattr(source.module, linear), getattr(attention, name, None)
+        rows = f"[{_ROWS[name]}]" if parts > 1 else ""
+        if projection is None:  # as of keys that are the queries
+            whole = {what: getattr(old, what) for what in ("weight", "bias")}
+            lost = {what: tensor for what, tensor in whole.items() if tensor is not None}
+            gone |= {f"{source.name}.{linear}.{what}{rows}": t.numel() // parts for what, t in lost.items()}
+            continue
         if name in anew:
             nn.init.trunc_normal_(projection.weight, std=NEW_STD)
         for what in ("weight", "bias"):
@@ -428,7 +435,6 @@ def _copy(source: _Source, attention: Attention) -> tuple[list[str], dict[str, i
             if whole is None:
                 projection.register_parameter(what, None)
             elif name in anew or goal is None:
-                rows = f"[{_ROWS[name]}]" if parts > 1 else ""
                 gone[f"{source.name}.{linear}.{what}{rows}"] = whole.numel() // parts
                 if goal is not None and what == "bias":
                     goal.zero_()
