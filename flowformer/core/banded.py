@@ -104,6 +104,12 @@ class _Plan(NamedTuple):
         return max(1, self.width + (0 if self.further is None else self.further.places.shape[-1]))
 
 
+def count_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return how many tokens of (batch, length, ...) are real, (batch,); (1,) without a mask."""
+    # As a tensor, so that a traced graph holds for any length.
+    return torch.arange(x.shape[1], device=x.device)[-1:] + 1 if mask is None else mask.sum(1)
+
+
 class Attended(NamedTuple):
     """Softmax attention over some of the keys.
 

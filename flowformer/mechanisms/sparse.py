@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.core.banded import BLOCK, Attended, Band, Further, attend_all, banded_attention, join
+from flowformer.core.banded import BLOCK, Attended, Band, Further, attend_all, banded_attention, count_tokens, join
 from flowformer.core.checks import HEADS, check_fresh_state, check_sizes, check_state, check_step
 from flowformer.core.chunks import CHUNK
 from flowformer.core.masks import close_up, fill, spread
@@ -201,8 +201,7 @@ def _sparse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
     length, dtype, places = q.shape[1], q.dtype, None
     if mask is not None:
         (q, k, v), mask, places = close_up((q, k, v), mask)
-    ends = torch.full((len(q),), q.shape[1], device=q.device) if mask is None else mask.sum(1)
-    ends = ends.view(-1, 1, 1, 1, 1)
+    ends = count_tokens(q, mask).view(-1, 1, 1, 1, 1)
     earlier = options.backward_only(causal)
     if options.released == "lra-cls":
         out = _with_first(q, k, v, ends, options)
