@@ -182,6 +182,19 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
         return sum_over_tokens(weights.mT, V).transpose(1, 2)
 
 
+def attend_at_once(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Attended:
+    """Softmax attention with all scores at a time; arguments as of :func:`attend_all`, for L queries."""
+    compute = sum_dtype(q.dtype)
+    with no_autocast(q.device):
+        Q, K, V = (x.to(compute).transpose(1, 2) for x in (q / q.shape[-1] ** 0.5, k, v))
+        scores = _hide(Q @ K.mT, seen)
+        most = scores.amax(-1, keepdim=True).detach().clamp(min=NOTHING)
+        weights = (scores - most).exp()
+        total = weights.sum(-1, keepdim=True)
+        out = (weights @ V) / _unless_zero(total)
+        return Attended(out.transpose(1, 2), most.squeeze(-1).transpose(1, 2), total.squeeze(-1).transpose(1, 2))
+
+
 def _hide(scores: Tensor, seen: Tensor) -> Tensor:
     return scores.masked_fill(~seen, LOG_ZERO)
 
@@ -268,7 +281,7 @@ class _Group:
 
 def _product(rows: Tensor, further: Tensor) -> Tensor:
     """Multiply rows (batch, heads, blocks, block, n) with further (batch, heads, blocks or 1, n, m)."""
-    if further.shape[2] != 1 or rows.shape[2] == 1:
+    if further.shape[2] != 1:
         return rows @ further
     return (rows.flatten(2, 3) @ further.squeeze(2)).unflatten(2, rows.shape[2:4])
 
