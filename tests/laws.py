@@ -912,11 +912,6 @@ def one_by_one(case: Case, sequences: Sequence[Tensors]) -> list[Tensor]:
     return [*(torch.cat(part, 1) for part in of_tokens), *(torch.stack(part).sum(0) for part in learned)]
 
 
-def both(out: Tensor) -> Tensor:
-    """Squares and values: the squares alone of outputs of length 1 have no gradient."""
-    return (out.square() + out).sum()
-
-
 def with_gradients_of_part(case: Case, tensors: Tensors) -> list[Tensor]:
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     out = case.op(*leaves)

@@ -104,6 +104,12 @@ class _Plan(NamedTuple):
         return max(1, self.width + (0 if self.further is None else self.further.places.shape[-1]))
 
 
+def count_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return how many tokens of (batch, length, ...) are real, (batch,); (1,) without a mask."""
+    # As a tensor, so that a traced graph holds for any length.
+    return torch.arange(x.shape[1], device=x.device)[-1:] + 1 if mask is None else mask.sum(1)
+
+
 class Attended(NamedTuple):
     """Softmax attention over some of the keys.
 
@@ -174,6 +180,19 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
         Q, K, V = (x.to(compute).transpose(1, 2) for x in (q / q.shape[-1] ** 0.5, k, v))
         weights = _hide(times_sum(K, Q.mT).mT, seen).softmax(-1) * seen.any(-1, keepdim=True)
         return sum_over_tokens(weights.mT, V).transpose(1, 2)
+
+
+def attend_at_once(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Attended:
+    """Softmax attention with all scores at a time; arguments as of :func:`attend_all`, for L queries."""
+    compute = sum_dtype(q.dtype)
+    with no_autocast(q.device):
+        Q, K, V = (x.to(compute).transpose(1, 2) for x in (q / q.shape[-1] ** 0.5, k, v))
+        scores = _hide(Q @ K.mT, seen)
+        most = scores.amax(-1, keepdim=True).detach().clamp(min=NOTHING)
+        weights = (scores - most).exp()
+        total = weights.sum(-1, keepdim=True)
+        out = (weights @ V) / _unless_zero(total)
+        return Attended(out.transpose(1, 2), most.squeeze(-1).transpose(1, 2), total.squeeze(-1).transpose(1, 2))
 
 
 def _hide(scores: Tensor, seen: Tensor) -> Tensor:
@@ -262,7 +281,7 @@ class _Group:
 
 def _product(rows: Tensor, further: Tensor) -> Tensor:
     """Multiply rows (batch, heads, blocks, block, n) with further (batch, heads, blocks or 1, n, m)."""
-    if further.shape[2] != 1 or rows.shape[2] == 1:
+    if further.shape[2] != 1:
         return rows @ further
     return (rows.flatten(2, 3) @ further.squeeze(2)).unflatten(2, rows.shape[2:4])
 

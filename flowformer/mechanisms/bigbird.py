@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flowformer.core.banded import BLOCK, Band, Further, attend_all, banded_attention
-from flowformer.core.checks import HEADS, check_integer, check_sizes, describe
+from flowformer.core.banded import BLOCK, Band, Further, attend_all, banded_attention, count_tokens
+from flowformer.core.checks import HEADS, check_dense, check_integer, check_sizes, describe
 from flowformer.core.masks import close_up, fill, spread
 from flowformer.core.run import Given, run
 from flowformer.core.tracing import count_chunks
@@ -95,7 +95,7 @@ def bigbird_attention(
             added = block - length % block if released == "lra" else 0
             q, k, v = (pad(x, (0, 0, 0, 0, 0, added)) for x in (q, k, v))
             shown = None if key is None else pad(key, (0, added), value=True)
-            ends = torch.full((1,), q.shape[1], device=q.device)
+            ends = count_tokens(q, None)
         out = _bigbird(q, k, v, _Blocks(random_blocks, ends, block, released, shown))[:, : q.shape[1]]
         if places is not None:
             return spread(fill(out, key).to(dtype), places, length), None
@@ -112,6 +112,7 @@ def _check_options(op: str, block: Any, released: Any) -> None:
 
 def _check_random(op: str, random_blocks: Any, q: Tensor) -> None:
     wanted = f"{op}: random_blocks must be a tensor (heads, rows, random blocks) of integers, {q.shape[2]} heads"
+    check_dense(f"{op}: random_blocks", random_blocks)
     if not isinstance(random_blocks, Tensor) or random_blocks.is_floating_point() or random_blocks.is_complex():
         raise TypeError(f"{wanted}, got {describe(random_blocks)}")
     sizes = random_blocks.shape
@@ -173,7 +174,7 @@ class _Blocks(NamedTuple):
         i = torch.arange(blocks, device=self.ends.device)
         first, last = torch.zeros_like(i), self.counts - 1
         known = [torch.where((i - x).abs() > 1, x, -1) for x in (first, last)]  # else they are neighbours
-        heads, batch = self.random.shape[0], len(self.ends)
+        heads, batch = self.random.shape[0], self.ends.shape[0]
         listed = torch.stack([x.expand(batch, heads, blocks) for x in (*known, *self.drawn(blocks))], -1).unsqueeze(-1)
         tokens = listed * self.size + torch.arange(self.size, device=i.device)
         return Further(torch.where(listed < 0, -1, tokens).flatten(-2), lambda i, j: self.real(j))
@@ -185,7 +186,7 @@ class _Blocks(NamedTuple):
     def global_tokens(self) -> Tensor:
         """Places of the tokens of the first and the last block, (batch or 1, n), -1 for none."""
         inside, last = torch.arange(self.size, device=self.ends.device), self.counts.view(-1, 1) - 1
-        places = torch.cat([inside.expand(len(last), -1), last * self.size + inside], 1)
+        places = torch.cat([inside.expand(last.shape[0], -1), last * self.size + inside], 1)
         once = torch.cat([torch.ones_like(last, dtype=torch.bool), last > 0], 1).repeat_interleave(self.size, 1)
         return places.masked_fill((places >= self.ends.unsqueeze(1)) | ~once, -1)
 
@@ -198,8 +199,8 @@ def _bigbird(q: Tensor, k: Tensor, v: Tensor, blocks: _Blocks) -> Tensor:
     count = count_chunks(q.shape[1], blocks.size)
     band = Band(blocks.size, 1, 1, blocks.near)
     out = banded_attention(q, k, v, band, blocks.further(count), size=BLOCK).out
-    members = blocks.global_tokens().expand(len(q), -1)
-    rows = torch.arange(len(q), device=q.device).unsqueeze(1)
+    members = blocks.global_tokens()
+    rows = torch.arange(q.shape[0], device=q.device).unsqueeze(1)
     seen = blocks.real(torch.arange(q.shape[1], device=q.device).view(1, 1, 1, 1, -1)).squeeze(2)
     found = attend_all(q[rows, members.clamp(min=0)], k, v, seen)
     # A row more takes what is of no token.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flowformer.core.banded import BLOCK, Band, attend_all, banded_attention
+from flowformer.core.banded import BLOCK, Band, attend_all, banded_attention, count_tokens
 from flowformer.core.checks import (
     HEADS,
     check_flag,
@@ -212,7 +212,7 @@ def _local(
     if mask is not None:
         (q, k, v), mask, places = close_up((q, k, v), mask)
     width = q.shape[1]
-    ends = torch.full((len(q),), width, device=q.device) if mask is None else mask.sum(1)
+    ends = count_tokens(q, mask)
     after = None if start is None else last_tokens(start, k, v, ends)
     most = _at_most(width, options.window) if options.released else ends.view(-1, 1, 1, 1, 1)
     first: Any = 0
@@ -260,7 +260,7 @@ def last_tokens(state: S, k: Tensor, v: Tensor, ends: Tensor) -> S:
     """Return the state (length, key, value) after the first ``ends`` (batch,) of the keys and values."""
     length, *recent = state
     places = ends.unsqueeze(1) + torch.arange(recent[0].shape[1], device=k.device)
-    rows = torch.arange(len(k), device=k.device).unsqueeze(1)
+    rows = torch.arange(k.shape[0], device=k.device).unsqueeze(1)
     key, value = (torch.cat([old, new.to(old.dtype)], 1)[rows, places] for old, new in zip(recent, (k, v), strict=True))
     return type(state)(length + ends, key, value)
 

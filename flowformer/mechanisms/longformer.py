@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flowformer.core.banded import BLOCK, Further, attend_all, banded_attention
+from flowformer.core.banded import BLOCK, Further, attend_all, banded_attention, count_tokens
 from flowformer.core.checks import (
     HEADS,
     check_fresh_state,
@@ -208,7 +208,7 @@ def _longformer(
         tensors, mask, places = close_up(tensors, mask)
     q, k, v, *own = tensors
     width = q.shape[1]
-    ends = torch.full((len(q),), width, device=q.device) if mask is None else mask.sum(1)
+    ends = count_tokens(q, mask)
     after = None if start is None else last_tokens(start, k, v, ends)
     members = _members(own[3] if len(own) > 3 else None, options.global_tokens, ends, width)
     (back, ahead), most = options.sides(causal), ends.view(-1, 1, 1, 1, 1)
@@ -241,7 +241,7 @@ def _members(chosen: Tensor | None, count: int, ends: Tensor, width: int) -> Ten
     if chosen is None:
         if not count:
             return None
-        place = place[:count].expand(len(ends), -1)
+        place = place[:count].expand(ends.shape[0], -1)
         return place.masked_fill(place >= ends.unsqueeze(1), -1)
     chosen = chosen & (place < ends.unsqueeze(1))
     order = torch.where(chosen, place, width).sort(1).values
@@ -253,7 +253,7 @@ def _members(chosen: Tensor | None, count: int, ends: Tensor, width: int) -> Ten
 def _replace_global(out: Tensor, own: Any, members: Tensor, ends: Tensor, causal: bool) -> Tensor:
     """Outputs (batch, L, heads, V), with those of global tokens over all keys."""
     q, k, v = own
-    rows = torch.arange(len(q), device=q.device).unsqueeze(1)
+    rows = torch.arange(q.shape[0], device=q.device).unsqueeze(1)
     place = torch.arange(q.shape[1], device=q.device)
     seen = (place < ends.view(-1, 1, 1, 1)).expand(-1, 1, members.shape[1], -1)
     if causal:

@@ -17,7 +17,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowformer.core.banded import BLOCK, Attended, Band, Further, attend_all, banded_attention, join
+from flowformer.core.banded import (
+    BLOCK,
+    Attended,
+    Band,
+    Further,
+    attend_all,
+    attend_at_once,
+    banded_attention,
+    count_tokens,
+    join,
+)
 from flowformer.core.checks import HEADS, check_fresh_state, check_sizes, check_state, check_step
 from flowformer.core.chunks import CHUNK
 from flowformer.core.masks import close_up, fill, spread
@@ -201,8 +211,7 @@ def _sparse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
     length, dtype, places = q.shape[1], q.dtype, None
     if mask is not None:
         (q, k, v), mask, places = close_up((q, k, v), mask)
-    ends = torch.full((len(q),), q.shape[1], device=q.device) if mask is None else mask.sum(1)
-    ends = ends.view(-1, 1, 1, 1, 1)
+    ends = count_tokens(q, mask).view(-1, 1, 1, 1, 1)
     earlier = options.backward_only(causal)
     if options.released == "lra-cls":
         out = _with_first(q, k, v, ends, options)
@@ -286,9 +295,12 @@ def _strided(
             return seen if itself else seen & (i != j)
         return seen & (j <= i if itself else j < i)
 
-    block = CHUNK if is_exporting() else min(CHUNK, strides)
     places = torch.arange(strides, device=q.device).view(1, 1, 1, -1)
-    found = banded_attention(q, k, v, Band(block, 0, 0, None), Further(places, seen), size=max(1, BLOCK // stride))
+    if is_exporting():  # blocks of strides are of a length that PyTorch's export cannot tell from others
+        found = attend_at_once(q, k, v, seen(places.unsqueeze(-1), places.unsqueeze(-2)).squeeze(2))
+    else:
+        band = Band(min(CHUNK, strides), 0, 0, None)
+        found = banded_attention(q, k, v, band, Further(places, seen), size=max(1, BLOCK // stride))
     return Attended(*(cut(x.unflatten(2, (stride, heads)).flatten(1, 2), length) for x in found))
 
 
@@ -416,7 +428,7 @@ def sparse_weights(
     cannot={
         "permutation": "strides are of positions",
         "linear time": "a token of each stride is seen, however long the sequence",
-        "fixed state": "a token of each stride is seen, however long ago",
+        "fixed state": "it remembers every key and value: a token of each stride is seen, however long ago",
     },
 )
 class SparseAttention(Attention):

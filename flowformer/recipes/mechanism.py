@@ -34,6 +34,8 @@ def check_attention(
         if key not in known and not (own_heads and key == "num_heads"):
             raise ValueError(f"{name} has no option {key!r}{nearest(key, known)}; available: {', '.join(known)}")
     own = {key: options[key] for key in options if key != "num_heads"}
+    if "seed" in known:  # else it would be drawn
+        own = {"seed": 0, **own}
     try:
         check_sizes(num_heads=options.get("num_heads", 4))
         with torch.device("meta"):  # no memory, and no random numbers

@@ -25,7 +25,7 @@ def arguments(name: str, batch: int = 2) -> tuple[list[Tensor], list[Any], dict[
     row = find_attention(name)
     variant = next(iter(variants_of(row).values()))
     tensors = [torch.ones(batch, 5, *shape) for shape in shapes_of(row, 2, 4, 4)]
-    return tensors, [_ones(shape) for shape in variant.learned(5, 2)], dict(variant.options)
+    return tensors, [*variant.drawn(2, 4), *(_ones(shape) for shape in variant.learned(5, 2))], dict(variant.options)
 
 
 def _ones(shape: Any) -> Any:
@@ -66,7 +66,9 @@ def test_masks_boundaries_and_learned_tensors_that_are_not_dense(name: str) -> N
     if learned:
         parts = learned[0] if isinstance(learned[0], tuple) else (learned[0],)
         sparse = tuple(part.to_sparse() for part in parts)
-        with pytest.raises(TypeError, match=r"(position_bias|filters) must be a dense tensor, got layout torch.sparse"):
+        with pytest.raises(
+            TypeError, match=r"(position_bias|filters|random_blocks) must be a dense tensor, got layout torch.sparse"
+        ):
             call(name, tensors, [sparse if isinstance(learned[0], tuple) else sparse[0]], options)
 
 

@@ -10,7 +10,9 @@ from .files import Golden, Pairs, compared, reads
 from .kernels import PROJECTIONS, between_kernels
 
 
-@reads("local_block", "local_neighbours", "local_lookback", "local_exact_window")
+@reads(
+    "local_block", "local_block_causal", "local_neighbours", "local_lookback_causal", "local_exact_window_causal"
+)  # fmt: skip
 def local(golden: Golden) -> Pairs:
     options = golden.options
     attend = partial(

@@ -20,7 +20,7 @@ def none(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([0 * tensor.sum() for tensor in tensors]).sum()
 
 
-@reads("longformer_hf")
+@reads("longformer_hf", "longformer_hf_local")
 def longformer_hf(golden: Golden) -> Pairs:
     heads, window = golden.options["heads"], golden.options["attention_window"]
     kinds = golden.tensors["attention_mask"]  # -10000 padding, 0 local, 10000 global
@@ -37,7 +37,7 @@ def longformer_hf(golden: Golden) -> Pairs:
     return compared(golden, run, "x", *names)
 
 
-@reads("longformer_lra")
+@reads("longformer_lra", "longformer_lra_causal")
 def longformer_lra(golden: Golden) -> Pairs:
     attend = partial(
         ops.longformer_attention,

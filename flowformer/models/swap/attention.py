@@ -107,7 +107,7 @@ def swap_attention(
         modules: Pattern of the names of the modules to replace, such as ``"*.self_attn"`` or ``"decoder.*"``.
         num_heads: Heads, which divide the width of the projections; as many as there were if absent.
         spatial_reduction: In PVT-v2, ``"keep"`` has queries look at a reduced map as before, ``"drop"`` at all tokens.
-            If absent it is dropped for mechanisms in linear time, and kept for others.
+            If absent it is kept for mechanisms with cross-attention not in linear time, and dropped for others.
         img_size: In timm's models, pixels of the largest images, (height, width) or one number for both;
             those of the model if absent. For mechanisms that learn positions.
         **options: Options of the mechanism's module; ``max_length`` where it learns positions and ``img_size`` does
@@ -137,7 +137,8 @@ def swap_attention(
     _check_reduction(spatial_reduction, sources, mechanism)
     if multiheads and img_size is not None:
         raise ValueError(f"swap_attention: img_size does not tell the tokens of {multiheads[0][0][0]}: give max_length")
-    keep = not mechanism.can("linear time") if spatial_reduction is None else spatial_reduction == "keep"
+    costly = mechanism.can("cross") and not mechanism.can("linear time")
+    keep = costly if spatial_reduction is None else spatial_reduction == "keep"
     swaps: list[_Swap | MultiheadSwap] = []
     for names, old in multiheads:
         swaps.append(MultiheadSwap.build(model, names, old, mechanism, num_heads, options))
