@@ -19,11 +19,15 @@ if TYPE_CHECKING:  # at run time the names come from flowformer.mechanisms
     from flowformer.mechanisms.aft import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.flow import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.linear import *  # noqa: F403 - each has an __all__
+    from flowformer.mechanisms.linformer import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.mobile import *  # noqa: F403 - each has an __all__
+    from flowformer.mechanisms.nystromformer import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.past import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.reformer import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.sinkhorn import *  # noqa: F403 - each has an __all__
+    from flowformer.mechanisms.soft import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.softmax import *  # noqa: F403 - each has an __all__
+    from flowformer.mechanisms.synthesizer import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.yoso import *  # noqa: F403 - each has an __all__
 
 _SHARED = ("LIMITS", "Attention", "Mechanism", "create_attention", "find_attention", "list_attentions")

@@ -5,6 +5,7 @@ A mechanism that is not named here is checked in one variant, without options or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -79,6 +80,28 @@ def _rotations(heads: int, channels: int) -> tuple[torch.Size, ...]:
     return (torch.Size((2, channels, 2)),)
 
 
+def _projection(length: int, heads: int) -> tuple[Any, ...]:
+    return (torch.Size((3, length)),)
+
+
+def _projections_by_head(length: int, heads: int) -> tuple[Any, ...]:
+    return ((torch.Size((heads, 3, length)), torch.Size((heads, 3, length))),)
+
+
+def _tables_by_head(length: int, heads: int) -> tuple[Any, ...]:
+    return (torch.Size((heads, length, length)),)
+
+
+def _dense_factors(length: int, heads: int, channels: int) -> tuple[Any, ...]:
+    root = math.isqrt(length) + 1
+    return ((torch.Size((heads, channels, root)), torch.Size((heads, channels, root))),)
+
+
+def _landmarks(length: int, heads: int, channels: int) -> tuple[Any, ...]:
+    width = torch.Size((channels,))
+    return ((torch.Size((channels, channels)), width, width), torch.Size((heads, 5)))
+
+
 VARIANTS: dict[str, dict[str, Variant]] = {
     "flow": {
         **{preset: Variant({"preset": preset}) for preset in ops.PRESETS if preset != "distance"},
@@ -110,6 +133,19 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         # eps bounds what is divided by: with 1e-6 and relu, outputs of few heads and channels are beyond float16.
         "relu": Variant({"feature_map": "relu", "eps": 1e-2}),
     },
+    # Of the size that projections to rank 256 have in a new module: with 1, scores at length 65,536 are in
+    # the hundreds, where rounding a score to float32 changes its exponential by 3e-5.
+    "linformer": {
+        "shared": Variant(learned=_projection, scale=0.036),
+        "by-head": Variant(learned=_projections_by_head, scale=0.036),
+    },
+    "nystromformer": {"conv": Variant({"num_landmarks": 4, "value_conv": 5}, _filters)},
+    # With dot products, which make outputs depend on keys; tests/mechanisms/test_synthesizer.py has the others.
+    "synthesizer": {
+        "random": Variant({"kind": "random"}, _tables_by_head, quadratic=True),
+        "factorized-dense": Variant({"kind": "factorized_dense"}, _dense_factors, by_channels=True),
+    },
+    "soft": {"conv": Variant({"num_landmarks": 4, "value_conv": 5, "iterations": 8}, _landmarks, by_channels=True)},
     "aft_full": {"factors": Variant(learned=_factors), "free": Variant(learned=_table, quadratic=True)},
     "aft_local": {
         "factors": Variant({"window": 3}, _factors),

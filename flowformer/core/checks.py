@@ -33,6 +33,18 @@ def describe(tensor: Any) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
+def check_bidirectional(op: str, causal: Any, reason: str) -> None:
+    """Raise a ValueError where the causal form is asked for of an operation that has none, for a reason."""
+    if causal is True:
+        raise ValueError(f"{op}: there is no causal form, since {reason}: pass causal=False")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise a ValueError for an option that is none of the given strings."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
 def check_integer(name: str, value: Any) -> None:
     """Raise a TypeError for an option that is no whole number."""
     if not isinstance(value, Integral) or isinstance(value, bool):

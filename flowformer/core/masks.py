@@ -23,6 +23,22 @@ def fill(x: Tensor, mask: Tensor | None, value: float = 0.0) -> Tensor:
     return x.masked_fill(~mask.view(*mask.shape, *(1,) * (x.ndim - mask.ndim)), value)
 
 
+def attending(key: Tensor | None, query: Tensor | None) -> Tensor | None:
+    """Return which queries have an output, (batch, L): the real ones, of rows with a real key; ``None`` for all.
+
+    Where there is only a mask of keys the result is (batch, 1).
+    """
+    if key is None:
+        return query
+    some = key.flatten(1).any(1).view(-1, *(1,) * (key.ndim - 1))
+    return some.expand(key.shape[0], 1) if query is None else query & some
+
+
+def close_up_if(tensors: Sequence[Tensor], mask: Tensor | None) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+    """Apply :func:`close_up` if there is a mask."""
+    return (list(tensors), None, None) if mask is None else close_up(tensors, mask)
+
+
 class _Bucket(NamedTuple):
     """Sequences of like length out of a packed batch, as the padded batch they make."""
 

@@ -131,8 +131,10 @@ class Attention(nn.Module, ABC):
         self.dim, self.num_heads, self.causal = dim, num_heads, causal
         self.head_dim = dim // num_heads if head_dim is None else head_dim
         inner, factory = self.num_heads * self.head_dim, {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(dim, inner, bias=bias, **factory)
-        self.k_proj = nn.Linear(dim, self.key_width, bias=bias, **factory)
+        if "q" in self.projections:
+            self.q_proj = nn.Linear(dim, inner, bias=bias, **factory)
+        if "k" in self.projections:
+            self.k_proj = nn.Linear(dim, self.key_width, bias=bias, **factory)
         self.v_proj = nn.Linear(dim, inner, bias=bias, **factory)
         self.out_proj = nn.Linear(inner, dim, bias=bias, **factory)
         self.dropout = nn.Dropout(dropout)
@@ -142,8 +144,10 @@ class Attention(nn.Module, ABC):
         if output_gate:
             self.gate_proj = nn.Linear(dim, inner, bias=bias, **factory)
         if conv:
-            self.q_conv = ShortConv(inner, conv, causal=causal, **factory)
-            self.k_conv = ShortConv(self.key_width, conv, causal=causal, **factory)
+            if "q" in self.projections:
+                self.q_conv = ShortConv(inner, conv, causal=causal, **factory)
+            if "k" in self.projections:
+                self.k_conv = ShortConv(self.key_width, conv, causal=causal, **factory)
             self.v_conv = ShortConv(inner, conv, causal=causal, **factory)
 
     def reset_parameters(self) -> None:
@@ -153,6 +157,15 @@ class Attention(nn.Module, ABC):
                 getattr(self, name).reset_parameters()
 
     # ------------------------------------------------------------------------ what a mechanism may override
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Which of ``"q"`` and ``"k"`` have a projection, and a convolution with ``conv``, of their own; v always has.
+
+        The constructor asks for it: what it depends on is set before. A class without one overrides ``_project`` and
+        ``_convs``.
+        """
+        return ("q", "k")
 
     @property
     def key_width(self) -> int:

@@ -33,7 +33,7 @@ from flowformer.core.run import Given, check_inputs, run
 from flowformer.mechanisms.draws import DrawnAttention
 from flowformer.mechanisms.past import PastState, check_no_packed_state, fresh, init_past_state, recall, step_of
 from flowformer.mechanisms.registry import by_sizes, register
-from flowformer.mechanisms.weights import Rows, lower, truth_of
+from flowformer.mechanisms.weights import Rows, lower, rows_of, truth_of
 
 __all__ = ["YosoAttention", "yoso_attention"]
 
@@ -347,6 +347,7 @@ def yoso_truth(*tensors: Any, **arguments: Any) -> Tensor:
     "yoso",
     operation=yoso_attention,
     truth=yoso_truth,
+    rows=rows_of("yoso_attention", yoso_weights),
     step=step_of(yoso_attention, queries=False),
     init_state=by_sizes(functools.partial(init_past_state, queries=False)),
     source="Zeng et al., You only sample (almost) once, ICML 2021",

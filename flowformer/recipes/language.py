@@ -120,8 +120,8 @@ class LanguageRecipe(StepRecipe):
         )
         with torch.no_grad():
             for block in cast("LanguageModel", model).decoder.layers:
-                for projection in (block.attention.q_proj, block.attention.k_proj):
-                    projection.weight.mul_(self.query_key_gain)
+                for name in block.attention.projections:
+                    getattr(block.attention, f"{name}_proj").weight.mul_(self.query_key_gain)
         return model
 
 

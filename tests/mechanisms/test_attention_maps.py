@@ -12,6 +12,7 @@ import flowformer
 from flowformer.mechanisms import create_attention, find_attention, list_attentions
 from flowformer.mechanisms.aft.modules import AFT
 from flowformer.mechanisms.maps import attention_rows, flow_maps, has_flows, model_maps
+from flowformer.mechanisms.yoso import YosoAttention
 from flowformer.models.language import LanguageModel
 from flowformer.models.timeseries import SeriesClassifier
 from flowformer.models.vision import VisionModel
@@ -23,6 +24,13 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "mobile": [{}, {"normalize": True, "competition": "heads"}],
     "linear": [{"eps": 0.1}],
     "softmax": [{"bias": False}],
+    "linformer": [{"rank": 5}, {"rank": 5, "share_heads": False, "share_values": True}],
+    "nystromformer": [{"num_landmarks": 4, "value_conv": 3}],
+    "synthesizer": [{}, {"kind": "dense", "dot_product": False}],
+    "reformer": [{"chunk_length": 4, "num_hashes": 2, "num_buckets": 4}, {"form": "hf", "num_hashes": 2}],
+    "sinkhorn": [{"bucket_length": 4}, {"bucket_length": 4, "num_top": 2}],
+    "yoso": [{}, {"num_hashes": 20, "hash_code_len": 3}],
+    "soft": [{"num_landmarks": 4, "value_conv": 3}],
     "aft_full": [{}, {"position_dim": None}],
     "aft_local": [{"window": 3}, {"window": 3, "hard": True}],
     "aft_simple": [{}],
@@ -32,7 +40,7 @@ MODULES = [
     pytest.param(name, options, causal, id=f"{name}-{number}-{'causal' if causal else 'bidirectional'}")
     for name in list_attentions()
     for number, options in enumerate(OPTIONS[name])
-    for causal in (False, True)
+    for causal in ((False, True) if find_attention(name).can("causal") else (False,))
 ]
 
 
@@ -56,7 +64,10 @@ def before_projection(module: Any, *inputs: Tensor, **arguments: Any) -> Tensor:
 
 def add_up(module: Any, weights: Tensor, x: Tensor, source: Tensor, rows: list[int]) -> Tensor:
     values = module.v_proj(source).unflatten(-1, (weights.shape[1], -1))
-    out = torch.einsum("bhrs,bshv->brhv", weights, values).flatten(2)
+    out = torch.einsum("bhrs,bshv->brhv", weights, values)
+    if isinstance(module, YosoAttention):
+        out = nn.functional.normalize(out, dim=-1)
+    out = out.flatten(2)
     return module.q_proj(x[:, rows]).sigmoid() * out if isinstance(module, AFT) else out
 
 
@@ -105,7 +116,7 @@ def test_rows_of_images(hard: bool) -> None:
 
 @pytest.mark.parametrize("name", list_attentions())
 def test_a_packed_batch_is_its_sequences(name: str) -> None:
-    module = build(name, OPTIONS[name][0], True)
+    module = build(name, OPTIONS[name][0], find_attention(name).can("causal"))
     one, other = torch.randn(1, 9, DIM).double(), torch.randn(1, 5, DIM).double()
     bounds = torch.tensor([0, 9, 14], dtype=torch.int32)
     packed = torch.cat([one, other], 1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowformer import FlowMultiheadAttention, create_model, list_attentions
-from flowformer.mechanisms import AFTConv
+from flowformer.mechanisms import AFTConv, find_attention
 from flowformer.models.decoder import Decoder
 from flowformer.models.encoder import Encoder, EncoderBlock
 from flowformer.models.swap.multihead import DropInMultiheadAttention
@@ -102,11 +102,13 @@ def _flow(**options: Any) -> nn.MultiheadAttention:
 
 
 def _drop_in(mechanism: str) -> Callable[..., nn.MultiheadAttention]:
-    lengths = {"max_length": LENGTH} if mechanism in ("aft_full", "aft_local") else {}
+    lengths = {"max_length": LENGTH} if find_attention(mechanism).module.learns_positions else {}
     return lambda **options: DropInMultiheadAttention(DIM, 2, mechanism=mechanism, **lengths, **options)
 
 
-KINDS = {name: _drop_in(name) for name in list_attentions() if name not in ("flow", "aft_conv")} | {"flow": _flow}
+KINDS = {name: _drop_in(name) for name in list_attentions() if name not in ("flow", "aft_conv", "reformer", "soft")} | {
+    "flow": _flow
+}
 
 
 @each_filler

@@ -65,7 +65,7 @@ def test_a_training_step_of_a_model_waits_for_nothing(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "causal"), FORMS)
 def test_a_mechanism_waits_for_nothing(name: str, causal: bool) -> None:
-    attention = create_attention(name, 16, 4, causal=causal, max_length=LENGTH, device="meta")
+    attention = create_attention(name, 16, 4, causal=causal, max_length=2 * LENGTH + 1, device="meta")
     x = torch.zeros(2, LENGTH, 16, device="meta", requires_grad=True)
     for mask in (None, torch.ones(2, LENGTH, dtype=torch.bool, device="meta")):
         attention(x, mask=mask).sum().backward()

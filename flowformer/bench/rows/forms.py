@@ -87,13 +87,15 @@ def draw_learned(variant: Variant, length: int, heads: int, channels: int, dtype
     """What an operation takes after v, N(0, STD^2), for sequences of up to ``length`` tokens."""
     seeds = itertools.count(SEED)
     count = heads * channels if variant.per_channel else heads
-    return variant.learned(lambda *size: STD * random_tensor(size, next(seeds), dtype), length, count)
+    of_keys = (channels,) if variant.by_channels else ()
+    return variant.learned(lambda *size: STD * random_tensor(size, next(seeds), dtype), length, count, *of_keys)
 
 
 def learned_bytes(variant: Variant, shape: Shape) -> float:
     """Bytes of float32 of what :func:`draw_learned` makes."""
     heads = shape.width if variant.per_channel else shape.heads
-    made = variant.learned(lambda *size: torch.empty(size, device="meta"), shape.length, heads)
+    of_keys = (shape.channels,) if variant.by_channels else ()
+    made = variant.learned(lambda *size: torch.empty(size, device="meta"), shape.length, heads, *of_keys)
     return 4.0 * sum(tensor.numel() for tensor in tree_leaves(made))
 
 

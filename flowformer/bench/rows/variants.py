@@ -37,6 +37,7 @@ CHUNK = 32  # tokens of a chunk in the count of operations; implementations may 
 WINDOW = 64
 FACTOR_CHANNELS = 128
 TAPS = 31
+LINFORMER_RANK, SYNTHESIZER_RANK = 256, 32  # as their modules have them
 Draw = Callable[..., Tensor]  # of sizes
 
 
@@ -57,6 +58,7 @@ class Variant:
         options: Keyword arguments of the operation, its truth, its step and its state.
         learned: ``(draw, length, heads) -> `` what the operation takes after v and the step after the state: tensors
             (or tuples of them) that ``draw(*sizes)`` makes.
+        by_channels: Whether ``learned`` takes the channels of keys as well.
         per_channel: Whether there are as many heads as channels, where the mechanism has a key for each head.
         decodes: Whether steps are timed: not where a learned tensor is quadratic in the length of the context.
         flops: ``(shape, kind) -> `` floating-point operations.
@@ -65,7 +67,8 @@ class Variant:
     name: str = ""
     about: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
-    learned: Callable[[Draw, int, int], tuple[Any, ...]] = lambda draw, length, heads: ()
+    learned: Callable[..., tuple[Any, ...]] = lambda draw, length, heads: ()
+    by_channels: bool = False
     per_channel: bool = False
     decodes: bool = True
     flops: Callable[[Shape, Kind], float] | None = None
@@ -148,6 +151,22 @@ def _decays(draw: Draw, length: int, heads: int) -> tuple[Any, ...]:
     return (-draw(heads).abs(),)
 
 
+def _projections(draw: Draw, length: int, heads: int) -> tuple[Any, ...]:
+    return ((draw(LINFORMER_RANK, length), draw(LINFORMER_RANK, length)),)
+
+
+def _scores(draw: Draw, length: int, heads: int) -> tuple[Any, ...]:
+    return ((draw(heads, length, SYNTHESIZER_RANK), draw(heads, SYNTHESIZER_RANK, length)),)
+
+
+def _rotations(draw: Draw, length: int, heads: int, channels: int) -> tuple[Any, ...]:
+    return (draw(8, channels, 16),)  # hashes and half of the buckets, as its module has them
+
+
+def _landmarks(draw: Draw, length: int, heads: int, channels: int) -> tuple[Any, ...]:
+    return ((draw(channels, channels), draw(channels), draw(channels)),)
+
+
 _DECAY = {"about": ", decay of each head", "options": {"decay": "learned"}, "learned": _decays}
 _LINEAR = (Variant(flops=linear_flops),)
 _DECAYING = (*_LINEAR, Variant("decay", flops=linear_flops, **_DECAY))
@@ -159,6 +178,10 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
     "mobile": _LINEAR,
     "linear": _DECAYING,
     "softmax": (Variant(flops=softmax_flops), Variant("decay", flops=softmax_flops, **_DECAY)),
+    "linformer": (Variant("", f", to {LINFORMER_RANK} rows", learned=_projections),),
+    "reformer": (Variant("", ", 8 hashes", learned=_rotations, by_channels=True),),
+    "soft": (Variant(learned=_landmarks, by_channels=True),),
+    "synthesizer": (Variant("", ", factorized random scores", {"kind": "factorized_random"}, _scores),),
     "aft_full": (
         Variant("", _FREE, learned=_table, decodes=False, flops=full_flops),
         Variant("factors", _TWO, learned=_factors, flops=factor_flops),

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from flowformer.core.checks import CHANNELS, check_dense, check_flag, check_fresh_state, describe
-from flowformer.core.masks import spread
+from flowformer.core.masks import close_up_if, spread
 from flowformer.core.precision import LOG_ZERO, sum_dtype
 from flowformer.core.run import Given
 from flowformer.core.tracing import is_exporting
 from flowformer.mechanisms.aft.images import image_means
 from flowformer.mechanisms.aft.means import Past
-from flowformer.mechanisms.aft.run import close_up_if, finish_step, run_gated, start_step
+from flowformer.mechanisms.aft.run import finish_step, run_gated, start_step
 from flowformer.mechanisms.aft.simple import init_aft_simple_state
 from flowformer.mechanisms.aft.windows import BLOCK, CHUNK, Windows, causal_means, step_window, two_sided_means
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowformer.core.checks import CHANNELS, check_fresh_state
-from flowformer.core.masks import fill, spread
+from flowformer.core.masks import close_up_if, fill, spread
 from flowformer.core.precision import LOG_ZERO
 from flowformer.core.run import Given
 from flowformer.core.tracing import may_look
@@ -17,7 +17,6 @@ from flowformer.mechanisms.aft.run import (
     PositionBias,
     check_bias,
     check_places,
-    close_up_if,
     find_start,
     run_gated,
     start_step,

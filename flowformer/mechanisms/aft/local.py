@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowformer.core.checks import CHANNELS, check_flag, describe
-from flowformer.core.masks import spread
+from flowformer.core.masks import close_up_if, spread
 from flowformer.core.precision import LOG_ZERO, no_autocast
 from flowformer.core.run import Given
 from flowformer.core.tracing import count_chunks, is_exporting, may_look
@@ -18,7 +18,6 @@ from flowformer.mechanisms.aft.run import (
     PositionBias,
     check_bias,
     check_places,
-    close_up_if,
     find_start,
     finish_step,
     run_gated,

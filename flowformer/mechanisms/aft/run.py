@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from flowformer.core.checks import Layout, check_dense, check_state, check_step, describe
-from flowformer.core.masks import close_up, fill
+from flowformer.core.masks import attending, fill
 from flowformer.core.precision import LOG_ZERO, no_autocast, sum_dtype
 from flowformer.core.run import Dense, Given, run
 from flowformer.core.tracing import is_traced
@@ -38,17 +38,9 @@ def run_gated(op: str, given: Given, means: Dense, layout: Layout, init_state: C
             K, V = fill(k.to(compute), key, LOG_ZERO), fill(v, key).to(compute)
             mean, state = means(q, K, V, key, query, state)
             gate = fill(q, query).to(compute).sigmoid()
-            return fill((gate * mean).to(q.dtype), _alive(key, query)), state
+            return fill((gate * mean).to(q.dtype), attending(key, query)), state
 
     return run(op, given, dense, init_state=init_state, layout=layout)
-
-
-def _alive(key: Tensor | None, query: Tensor | None) -> Tensor | None:
-    """Which queries have an output: the real ones, of rows with a real key."""
-    if key is None:
-        return query
-    some = key.flatten(1).any(1).view(-1, *(1,) * (key.ndim - 1))
-    return some.expand(key.shape[0], 1) if query is None else query & some
 
 
 def start_step(
@@ -113,8 +105,3 @@ def find_start(op: str, bias: Bias, counts: Tensor, tokens: int, *, fresh: bool)
     least, most = (int(x) for x in counts.aminmax()) if len(counts) else (0, 0)
     check_places(op, bias, most + tokens)
     return (least if least == most else counts), least
-
-
-def close_up_if(tensors: Sequence[Tensor], mask: Tensor | None) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """Apply :func:`flowformer.core.masks.close_up` if there is a mask."""
-    return (list(tensors), None, None) if mask is None else close_up(tensors, mask)

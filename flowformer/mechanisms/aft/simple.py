@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from flowformer.core.checks import CHANNELS, check_fresh_state
-from flowformer.core.masks import spread
+from flowformer.core.masks import close_up_if, spread
 from flowformer.core.precision import LOG_ZERO, state_dtype
 from flowformer.core.run import Given
 from flowformer.core.tracing import log_add
 from flowformer.mechanisms.aft.means import Past, summarise
-from flowformer.mechanisms.aft.run import close_up_if, finish_step, run_gated, start_step
+from flowformer.mechanisms.aft.run import finish_step, run_gated, start_step
 from flowformer.mechanisms.aft.windows import BLOCK, CHUNK, Windows, causal_means
 
 

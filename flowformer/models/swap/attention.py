@@ -420,7 +420,13 @@ def _copy(source: _Source, attention: Attention) -> tuple[list[str], dict[str, i
     anew = ("q_proj", "k_proj") if isinstance(attention, AFTConv) else ()
     copied, gone = set(), {}
     for name, (linear, part, parts) in source.kind.parts.items():
-        old, projection = getattr(source.module, linear), getattr(attention, name)
+        old, projection = getattr(source.module, linear), getattr(attention, name, None)
+        rows = f"[{_ROWS[name]}]" if parts > 1 else ""
+        if projection is None:  # as of keys that are the queries
+            whole = {what: getattr(old, what) for what in ("weight", "bias")}
+            lost = {what: tensor for what, tensor in whole.items() if tensor is not None}
+            gone |= {f"{source.name}.{linear}.{what}{rows}": t.numel() // parts for what, t in lost.items()}
+            continue
         if name in anew:
             nn.init.trunc_normal_(projection.weight, std=NEW_STD)
         for what in ("weight", "bias"):
@@ -428,7 +434,6 @@ def _copy(source: _Source, attention: Attention) -> tuple[list[str], dict[str, i
             if whole is None:
                 projection.register_parameter(what, None)
             elif name in anew or goal is None:
-                rows = f"[{_ROWS[name]}]" if parts > 1 else ""
                 gone[f"{source.name}.{linear}.{what}{rows}"] = whole.numel() // parts
                 if goal is not None and what == "bias":
                     goal.zero_()

@@ -130,7 +130,8 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
         dim, weight = self.embed_dim, self.out_proj.weight
         with torch.device("meta"):  # draws no random numbers
             attention = create_attention(self.mechanism, dim, self.num_heads, **self.options)
-        widths = [tuple(getattr(attention, projection).weight.shape) for projection in _PROJECTIONS]
+        found = [getattr(attention, projection, None) for projection in _PROJECTIONS]
+        widths = [None if layer is None else tuple(layer.weight.shape) for layer in found]
         if type(attention).forward is not Attention.forward or any(width != (dim, dim) for width in widths):
             raise ValueError(
                 f"{type(self).__name__}: {self.mechanism} attention does not have the four projections of "

@@ -71,7 +71,7 @@ def test_right_results_pass_and_wrong_ones_do_not(row):
 @pytest.mark.parametrize("name", list_attentions())
 def test_every_mechanism_is_timed_in_all_that_it_can_do(name):
     row, start = find_attention(name), name.replace("_", "-")
-    found = {operation for operation, contender in registry.contenders() if contender.startswith(start)}
+    found = {operation for operation, contender in registry.contenders() if f"{contender}-".startswith(f"{start}-")}
     prefix = "" if has_heads(row.layout) else "aft-"
     wanted = {f"{prefix}bidirectional", f"{prefix}bidirectional-training"}
     if row.can("causal"):
@@ -87,19 +87,12 @@ def test_names_in_the_documentation():
         names.setdefault(operation, []).append(name)
     flow, first = ["flow-native", "flow-native-bf16", "flow-torch"], "-native-heads-first"
     decay = [name.replace("flow", "flow-decay") for name in flow]
-    others = [
-        "linear",
-        "linear-decay",
-        "mobile",
-        "softmax",
-        "softmax-decay",
-        "sdpa",
-        "sdpa-bf16",
-        "published",
-        "performer",
-    ]
-    every = [*flow, *decay, *others]
-    assert names["causal-training"] == names["bidirectional"] == names["bidirectional-training"] == every
+    peers = ["sdpa", "sdpa-bf16", "published", "performer"]
+    linear, softmax = ["linear", "linear-decay"], ["softmax", "softmax-decay", "synthesizer"]
+    others = [*linear, "mobile", *softmax, *peers]
+    both = [*linear, "linformer", "mobile", "nystromformer", "soft", *softmax, *peers]
+    assert names["bidirectional"] == names["bidirectional-training"] == [*flow, *decay, *both]
+    assert names["causal-training"] == [*flow, *decay, *others]
     of_flow = [*flow[:2], f"flow{first}", flow[2], *decay[:2], f"flow-decay{first}", decay[2]]
     assert names["causal"] == [*of_flow, *others]
     ours = [
@@ -115,7 +108,7 @@ def test_names_in_the_documentation():
     assert names["step"] == [
         "flow-native", "flow-torch", "flow-decay-native", "flow-decay-torch", "aft-conv", "aft-conv-channels",
         "aft-full-factors", "aft-local-64", "aft-simple", "linear", "linear-decay", "mobile", "softmax",
-        "softmax-decay", "sdpa",
+        "softmax-decay", "synthesizer", "sdpa",
     ]  # fmt: skip
 
 

@@ -51,7 +51,8 @@ def change_attention(monkeypatch, change):
 
 def test_there_is_each_model_with_each_backend():
     names = {operation: [row.name for row in ROWS if row.operation == operation] for operation in OPERATIONS}
-    ours, others = ["flow-native", "flow-torch", "aft-conv", "aft-full", "aft-local"], ["linear", "mobile", "softmax"]
+    ours = ["flow-native", "flow-torch", "aft-conv", "aft-full", "aft-local"]
+    others = ["linear", "mobile", "softmax", "synthesizer"]
     assert names["language-training"] == [*ours, "aft-simple-native", "aft-simple-torch", *others]
     assert names["language-step"] == [*ours, "aft-simple", *others, "sdpa"]
 
@@ -142,7 +143,8 @@ def test_models_are_alike_but_for_their_attention():
     built = {attention: language.build(attention, SHAPE) for attention in MODELS}
     assert torch.equal(torch.get_rng_state(), before)
     own = dict(built["softmax"].named_parameters())
-    others = {"aft_full": 12, "aft_local": 12, "aft_conv": 30}  # position biases; filters, their scales, narrow keys
+    # Position biases; filters, their scales, narrow keys; scores.
+    others = {"aft_full": 12, "aft_local": 12, "aft_conv": 30, "synthesizer": 6}
     for attention, model in built.items():
         assert len(model.decoder.layers) == 6
         assert (model.dim, model.vocab_size, model.scale) == (16, 256, 4)

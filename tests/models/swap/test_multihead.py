@@ -9,16 +9,21 @@ import torch
 from torch import nn
 
 import flowformer
+from flowformer.mechanisms import find_attention
 from flowformer.models.swap.multihead import DropInMultiheadAttention
 
 BATCH, LENGTH, SOURCE, DIM, HEADS = 2, 7, 5, 16, 4
-MECHANISMS = [name for name in flowformer.list_attentions() if name != "aft_conv"]
+MECHANISMS = [
+    name for name in flowformer.list_attentions() if name not in ("aft_conv", "reformer", "soft")
+]  # four projections
+FORMS = [(name, causal) for name in MECHANISMS for causal in (False, True)
+         if not causal or find_attention(name).can("causal")]  # fmt: skip
 LENGTHS = {"max_length": 12}
 
 
 def build(mechanism: str = "softmax", **options) -> DropInMultiheadAttention:
     torch.manual_seed(0)
-    if mechanism in ("aft_full", "aft_local"):
+    if find_attention(mechanism).module.learns_positions:
         options = {**LENGTHS, **options}
     module = DropInMultiheadAttention(DIM, HEADS, dtype=torch.float64, mechanism=mechanism, **options)
     return enlarge(module)
@@ -160,12 +165,10 @@ def test_state_dicts_load_both_ways(options):
 # ------------------------------------------------------------------------------------------------------ every mechanism
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.parametrize(("mechanism", "causal"), FORMS)
 def test_every_mechanism_is_what_its_own_module_computes(mechanism, causal):
     ours = build(mechanism, batch_first=True)
-    options = LENGTHS if mechanism in ("aft_full", "aft_local") else {}
-    own = flowformer.create_attention(mechanism, DIM, HEADS, causal=causal, **options).double()
+    own = flowformer.create_attention(mechanism, DIM, HEADS, causal=causal, **LENGTHS).double()
     weights = dict(zip(("q_proj.weight", "k_proj.weight", "v_proj.weight"), ours.in_proj_weight.chunk(3), strict=True))
     weights |= dict(zip(("q_proj.bias", "k_proj.bias", "v_proj.bias"), ours.in_proj_bias.chunk(3), strict=True))
     weights |= {f"out_proj.{name}": parameter for name, parameter in ours.out_proj.named_parameters()}
@@ -182,25 +185,33 @@ def test_every_mechanism_is_what_its_own_module_computes(mechanism, causal):
 def test_copies_and_files_go_on_alike(mechanism):
     ours = build(mechanism, batch_first=True).float()
     x = rand(BATCH, LENGTH, DIM).float()
-    want = ours(x, x, x, is_causal=True)[0]
+    forms = [causal for name, causal in FORMS if name == mechanism]
+    want = ours(x, x, x, is_causal=forms[-1])[0]
     buffer = io.BytesIO()
     torch.save(ours, buffer)
     buffer.seek(0)
     for again in (copy.deepcopy(ours), torch.load(buffer, weights_only=False)):
-        torch.testing.assert_close(again(x, x, x, is_causal=True)[0], want, rtol=0, atol=0)
+        torch.testing.assert_close(again(x, x, x, is_causal=forms[-1])[0], want, rtol=0, atol=0)
         enlarge(again)
         again.double()
         fresh = build(mechanism, batch_first=True)
         fresh.load_state_dict(again.state_dict())
         y = x.double()
-        for causal in (False, True):
+        for causal in forms:
             torch.testing.assert_close(again(y, y, y, is_causal=causal)[0], fresh(y, y, y, is_causal=causal)[0])
         with torch.no_grad():
             for parameter in again.parameters():
                 parameter.fill_(torch.nan)
         again.reset_parameters()
         assert again(y, y, y)[0].isfinite().all()
-    torch.testing.assert_close(ours(x, x, x, is_causal=True)[0], want, rtol=0, atol=0)
+    torch.testing.assert_close(ours(x, x, x, is_causal=forms[-1])[0], want, rtol=0, atol=0)
+
+
+def test_a_mechanism_without_keys_is_refused_unless_it_has_them():
+    with pytest.raises(ValueError, match=r"soft attention does not have the four projections .*'k_proj': None"):
+        build("soft")
+    ours, x = build("soft", batch_first=True, shared_qk=False), rand(BATCH, LENGTH, DIM)
+    assert ours(x, x, x)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("mechanism", ["aft_local", "mobile"])

@@ -12,12 +12,13 @@ from torch import nn
 
 import flowformer
 from flowformer import AFTConv, swap_attention
+from flowformer.mechanisms import find_attention
 from flowformer.models.swap import SwappedAttention, SwappedSpatialAttention
 
 timm = pytest.importorskip("timm")
 
 MECHANISMS = flowformer.list_attentions()
-LEARN_POSITIONS = ("aft_full", "aft_local")
+LEARN_POSITIONS = [name for name in MECHANISMS if find_attention(name).module.learns_positions]
 VIT = {"img_size": 64, "depth": 2, "embed_dim": 32, "num_heads": 4, "num_classes": 5}
 PVT = {"depths": (1, 1, 1, 2), "embed_dims": (8, 16, 16, 32), "num_heads": (1, 2, 2, 4), "num_classes": 5}
 
@@ -268,7 +269,7 @@ def test_another_resolution(attention):
     if attention not in LEARN_POSITIONS:
         assert model(images(128)).shape == (2, 5)
         return
-    with pytest.raises(ValueError, match="position_bias has 17 positions, got 65 tokens"):
+    with pytest.raises(ValueError, match="has 17 positions, got 65 tokens"):
         model(images(128))
     model = vit(dynamic_img_size=True)
     swap_attention(model, attention, img_size=(128, 96))
