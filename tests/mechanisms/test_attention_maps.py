@@ -50,6 +50,8 @@ def build(name: str, options: dict[str, Any], causal: bool) -> Any:
     module = create_attention(name, DIM, heads, causal=causal, max_length=20, **options).double()
     for parameter in module.parameters():  # filters of AFT-conv begin as zeros
         nn.init.normal_(parameter, std=0.5)
+    if hasattr(module, "null_value"):  # which no token has
+        nn.init.zeros_(module.null_value)
     return module
 
 
