@@ -88,9 +88,10 @@ def test_names_in_the_documentation():
     flow, first = ["flow-native", "flow-native-bf16", "flow-torch"], "-native-heads-first"
     decay = [name.replace("flow", "flow-decay") for name in flow]
     peers = ["sdpa", "sdpa-bf16", "published", "performer"]
-    linear, softmax = ["linear", "linear-decay"], ["softmax", "softmax-decay", "synthesizer"]
-    others = [*linear, "mobile", *softmax, *peers]
-    both = [*linear, "linformer", "mobile", "nystromformer", "soft", *softmax, *peers]
+    linear, softmax = ["linear", "linear-decay"], ["softmax", "softmax-decay", "synthesizer", "yoso"]
+    sorting = ["reformer", "sinkhorn"]
+    others = [*linear, "mobile", *sorting, *softmax, *peers]
+    both = [*linear, "linformer", "mobile", "nystromformer", *sorting, "soft", *softmax, *peers]
     assert names["bidirectional"] == names["bidirectional-training"] == [*flow, *decay, *both]
     assert names["causal-training"] == [*flow, *decay, *others]
     of_flow = [*flow[:2], f"flow{first}", flow[2], *decay[:2], f"flow-decay{first}", decay[2]]
@@ -107,8 +108,8 @@ def test_names_in_the_documentation():
     ]
     assert names["step"] == [
         "flow-native", "flow-torch", "flow-decay-native", "flow-decay-torch", "aft-conv", "aft-conv-channels",
-        "aft-full-factors", "aft-local-64", "aft-simple", "linear", "linear-decay", "mobile", "softmax",
-        "softmax-decay", "synthesizer", "sdpa",
+        "aft-full-factors", "aft-local-64", "aft-simple", "linear", "linear-decay", "mobile", "reformer",
+        "sinkhorn", "softmax", "softmax-decay", "synthesizer", "yoso", "sdpa",
     ]  # fmt: skip
 
 
