@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any
 
@@ -18,7 +19,8 @@ class DrawnAttention(Attention):
     """Base class of modules with random tensors that are not learned.
 
     They are drawn once, on the CPU and in float32, and kept as buffers: the same seed gives the same numbers on every
-    device, they are part of the state dict, and only :meth:`redraw` replaces them. A subclass implements :meth:`draw`,
+    device, they are part of the state dict, and only :meth:`redraw` and :meth:`reset_parameters` replace them. A
+    subclass implements :meth:`draw`,
     and calls :meth:`register_drawn` at the end of its constructor; its :meth:`learned` passes them to the operation.
 
     Attributes:
@@ -37,7 +39,9 @@ class DrawnAttention(Attention):
 
     def __init__(self, dim: int, num_heads: int, *, seed: int | None = None, **options: Any) -> None:
         super().__init__(dim, num_heads, **options)
-        self.seed = _resolve(seed)
+        self._given = seed
+        # A module without memory is filled later, and takes no number from the generator.
+        self.seed = _resolve(0 if seed is None and self.out_proj.weight.is_meta else seed)
 
     @abstractmethod
     def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
@@ -61,14 +65,20 @@ class DrawnAttention(Attention):
             self.get_buffer(name).copy_(tensor)
 
     def reset_parameters(self) -> None:
-        """Re-initialize all parameters, and return to the random tensors of :attr:`seed`."""
+        """Re-initialize all parameters, and draw the random tensors as the constructor does."""
         super().reset_parameters()
+        self.seed = _resolve(self._given)
         for name, tensor in self._draw().items():
             set_values(self.get_buffer(name), tensor)
 
     def _draw(self) -> dict[str, Tensor]:
-        with torch.device("cpu"):  # another default device may be set
-            return self.draw(torch.Generator().manual_seed(self.seed))
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            with torch.device("cpu"):  # another default device may be set
+                return self.draw(torch.Generator().manual_seed(self.seed))
+        finally:
+            torch.set_default_dtype(default)
 
 
 def _resolve(seed: int | None) -> int:
@@ -79,3 +89,22 @@ def _resolve(seed: int | None) -> int:
     if not 0 <= seed <= LARGEST_SEED:
         raise ValueError(f"seed must be from 0 to {LARGEST_SEED}, got {seed}")
     return int(seed)
+
+
+def orthogonal_gaussian(features: int, channels: int, generator: torch.Generator, *, scaled: bool = True) -> Tensor:
+    """Return (features, channels) whose rows are orthogonal in blocks of ``channels``, and each row Gaussian by itself.
+
+    Args:
+        features: Rows.
+        channels: Columns.
+        generator: Of random numbers.
+        scaled: Give rows the norms of Gaussian vectors, drawn anew; otherwise sqrt(channels).
+    """
+    blocks = [
+        torch.linalg.qr(torch.randn(channels, channels, generator=generator)).Q.T
+        for _ in range(-(-features // channels))
+    ]
+    rows = torch.cat(blocks)[:features]
+    if not scaled:
+        return rows * math.sqrt(channels)
+    return rows * torch.randn(features, channels, generator=generator).norm(dim=1, keepdim=True)
