@@ -33,7 +33,7 @@ from flowformer.core.run import Given, check_inputs, run
 from flowformer.mechanisms.draws import DrawnAttention
 from flowformer.mechanisms.past import PastState, check_no_packed_state, fresh, init_past_state, recall, step_of
 from flowformer.mechanisms.registry import by_sizes, register
-from flowformer.mechanisms.weights import Rows, lower, truth_of
+from flowformer.mechanisms.weights import Rows, lower, rows_of, truth_of
 
 __all__ = ["YosoAttention", "yoso_attention"]
 
@@ -97,7 +97,7 @@ def yoso_attention(
         return _dense(q, k, v, key, query, rotations, causal, hash_code_len, gradient)
 
     def dense(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: Any) -> Any:
-        return recall(lambda *tokens: attend(*tokens, query), (q, k, v), key, state, return_state)
+        return recall(functools.partial(attend, query=query), (q, k, v), key, state, return_state)
 
     return run(op, given, dense, init_state=fresh(q, v, queries=False))
 
@@ -263,7 +263,7 @@ def _hidden(
 class _Tables(torch.autograd.Function):
     """sum_j A_ij v_j for sampled A, by a table with a row for each code: linear in length.
 
-    The backward pass is the paper's (section 3.2): sums of v_jc k_j by code, one channel c of the values at a time.
+    The backward pass is the paper's: sums of v_jc k_j by code, one channel c of the values at a time.
     """
 
     @staticmethod
@@ -274,9 +274,10 @@ class _Tables(torch.autograd.Function):
             K, V = (x.masked_fill(~key[:, None, :, None], 0) for x in (K, V))
         ctx.save_for_backward(Q, K, V, *codes)
         ctx.given = key, bits
-        return sum(_through(V, of_keys, of_queries, bits) for of_queries, of_keys in zip(*codes, strict=True)) / len(
-            codes[0]
-        )
+        out = V.new_zeros(*Q.shape[:-1], V.shape[-1])
+        for of_queries, of_keys in zip(*codes, strict=True):
+            out += _through(V, of_keys, of_queries, bits)
+        return out / len(codes[0])
 
     @staticmethod
     @without_autocast
@@ -347,6 +348,7 @@ def yoso_truth(*tensors: Any, **arguments: Any) -> Tensor:
     "yoso",
     operation=yoso_attention,
     truth=yoso_truth,
+    rows=rows_of("yoso_attention", yoso_weights),
     step=step_of(yoso_attention, queries=False),
     init_state=by_sizes(functools.partial(init_past_state, queries=False)),
     source="Zeng et al., You only sample (almost) once, ICML 2021",

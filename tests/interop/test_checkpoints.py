@@ -193,7 +193,7 @@ def test_parts_and_older_files_are_read(tokens, tmp_path):
 @pytest.mark.parametrize("attention", CAUSAL)
 def test_another_attention_keeps_everything_else(attention, tokens):
     theirs = gpt2()
-    options = {"kernel_size": 3} if attention == "aft_conv" else {}
+    options = {"aft_conv": {"kernel_size": 3}, "reformer": {"shared_qk": False}}.get(attention, {})
     ours = load_gpt2(theirs, attention=attention, attention_options=options)
     state, wanted = ours.state_dict(), gpt2_state_dict(theirs.state_dict())
     kept = {name for name, tensor in wanted.items() if name in state and state[name].shape == tensor.shape}

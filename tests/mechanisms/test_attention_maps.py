@@ -13,6 +13,7 @@ import flowformer
 from flowformer.mechanisms import create_attention, find_attention, list_attentions
 from flowformer.mechanisms.aft.modules import AFT
 from flowformer.mechanisms.maps import attention_rows, flow_maps, has_flows, model_maps
+from flowformer.mechanisms.yoso import YosoAttention
 from flowformer.models.language import LanguageModel
 from flowformer.models.timeseries import SeriesClassifier
 from flowformer.models.vision import VisionModel
@@ -29,6 +30,9 @@ OPTIONS: dict[str, list[dict[str, Any]]] = defaultdict(
         "linformer": [{"rank": 5}, {"rank": 5, "share_heads": False, "share_values": True}],
         "nystromformer": [{"num_landmarks": 4, "value_conv": 3}],
         "synthesizer": [{}, {"kind": "dense", "dot_product": False}],
+        "reformer": [{"chunk_length": 4, "num_hashes": 2, "num_buckets": 4}, {"form": "hf", "num_hashes": 2}],
+        "sinkhorn": [{"bucket_length": 4}, {"bucket_length": 4, "num_top": 2}],
+        "yoso": [{}, {"num_hashes": 20, "hash_code_len": 3}],
         "soft": [{"num_landmarks": 4, "value_conv": 3}],
         "local": [{"window": 3}, {"window": 3, "exact_window": True}],
         "sparse": [{"stride": 3}, {"stride": 4, "pattern": "fixed", "released": "lra"}],
@@ -55,6 +59,8 @@ def build(name: str, options: dict[str, Any], causal: bool) -> Any:
     module = create_attention(name, DIM, heads, causal=causal, max_length=20, **options).double()
     for parameter in module.parameters():  # filters of AFT-conv begin as zeros
         nn.init.normal_(parameter, std=0.5)
+    if hasattr(module, "null_value"):  # which no token has
+        nn.init.zeros_(module.null_value)
     return module
 
 
@@ -69,7 +75,10 @@ def before_projection(module: Any, *inputs: Tensor, **arguments: Any) -> Tensor:
 
 def add_up(module: Any, weights: Tensor, x: Tensor, source: Tensor, rows: list[int]) -> Tensor:
     values = module.v_proj(source).unflatten(-1, (weights.shape[1], -1))
-    out = torch.einsum("bhrs,bshv->brhv", weights, values).flatten(2)
+    out = torch.einsum("bhrs,bshv->brhv", weights, values)
+    if isinstance(module, YosoAttention):
+        out = nn.functional.normalize(out, dim=-1)
+    out = out.flatten(2)
     return module.q_proj(x[:, rows]).sigmoid() * out if isinstance(module, AFT) else out
 
 

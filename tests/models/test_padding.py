@@ -106,7 +106,7 @@ def _drop_in(mechanism: str) -> Callable[..., nn.MultiheadAttention]:
     return lambda **options: DropInMultiheadAttention(DIM, 2, mechanism=mechanism, **lengths, **options)
 
 
-KINDS = {name: _drop_in(name) for name in list_attentions() if name not in ("flow", "aft_conv", "soft")} | {
+KINDS = {name: _drop_in(name) for name in list_attentions() if name not in ("flow", "aft_conv", "reformer", "soft")} | {
     "flow": _flow
 }
 

@@ -168,6 +168,10 @@ def _scores(draw: Draw, length: int, heads: int) -> tuple[Any, ...]:
     return ((draw(heads, length, SYNTHESIZER_RANK), draw(heads, SYNTHESIZER_RANK, length)),)
 
 
+def _rotations(draw: Draw, length: int, heads: int, channels: int) -> tuple[Any, ...]:
+    return (draw(8, channels, 16),)  # hashes and half of the buckets, as its module has them
+
+
 def _landmarks(draw: Draw, length: int, heads: int, channels: int) -> tuple[Any, ...]:
     return ((draw(channels, channels), draw(channels), draw(channels)),)
 
@@ -187,6 +191,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
     "cosformer": (Variant(options={"max_length": 2**20}),),
     "softmax": (Variant(flops=softmax_flops), Variant("decay", flops=softmax_flops, **_DECAY)),
     "linformer": (Variant("", f", to {LINFORMER_RANK} rows", learned=_projections),),
+    "reformer": (Variant("", ", 8 hashes", learned=_rotations, by_channels=True),),
     "soft": (Variant(learned=_landmarks, by_channels=True),),
     "synthesizer": (Variant("", ", factorized random scores", {"kind": "factorized_random"}, _scores),),
     "aft_full": (

@@ -29,6 +29,7 @@ from flowformer.mechanisms.weights import rows_of, truth_of
     cost="hashes L (2 chunk_length (K + V) + K buckets)",
     cannot={
         "permutation": "tokens of one bucket are cut into chunks in the order of their positions",
+        "smooth": "buckets are steps of the queries, whose gradients take them as given",
         "fixed state": "it remembers every token, and sorts all of them again",
     },
 )
@@ -66,18 +67,15 @@ class ReformerAttention(DrawnAttention):
         shared_qk: bool = True,
         **options: Any,
     ) -> None:
+        check_flag("shared_qk", shared_qk)
+        self.shared_qk = shared_qk  # the base class asks for it
         super().__init__(dim, num_heads, **options)
         check_sizes(num_hashes=num_hashes, num_buckets=num_buckets)
         if num_buckets % 2:
             raise ValueError(f"num_buckets must be even, got {num_buckets}")
         check_options("reformer attention", form, chunk_length, chunks_after, sees_future, self.causal)
-        check_flag("shared_qk", shared_qk)
         self.num_hashes, self.num_buckets, self.chunk_length = num_hashes, num_buckets, chunk_length
-        self.form, self.chunks_after, self.sees_future, self.shared_qk = form, chunks_after, sees_future, shared_qk
-        if shared_qk:
-            del self.k_proj
-            if self.conv:
-                del self.k_conv
+        self.form, self.chunks_after, self.sees_future = form, chunks_after, sees_future
         self.register_drawn()
 
     def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
@@ -94,6 +92,11 @@ class ReformerAttention(DrawnAttention):
         """Options of the operation."""
         options = {"form": self.form, "chunk_length": self.chunk_length, "chunks_after": self.chunks_after}
         return {**options, "sees_future": self.sees_future}
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Queries have one, and keys unless they are the queries."""
+        return ("q",) if self.shared_qk else ("q", "k")
 
     def _project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if not self.shared_qk:

@@ -116,7 +116,9 @@ def sinkhorn_attention(
         if SORTS[sort] == "lra":
             assert sort_kernel is not None  # checked
             compute = sum_dtype(q.dtype)
-            return _as_released(*(x.to(compute) for x in (q, k, v, sort_kernel)), options).to(q.dtype)
+            return _as_released(q.to(compute), k.to(compute), v.to(compute), sort_kernel.to(compute), options).to(
+                q.dtype
+            )
         length, places = q.shape[1], None
         if key is not None:
             (q, k, v), key, places = close_up([fill(x, key) for x in (q, k, v)], key)
@@ -293,8 +295,8 @@ def _causal(
     outs = []
     for shift, some in enumerate((slice(0, heads // 2), slice(heads // 2, heads))):
         if some.start < some.stop:
-            of_heads = (x[:, :, some] for x in (q, k, v))
-            outs.append(_causal_half(*of_heads, null_key[some], null_value[some], shift, options))
+            Q, K, V = (x[:, :, some] for x in (q, k, v))
+            outs.append(_causal_half(Q, K, V, null_key[some], null_value[some], shift, options))
     return torch.cat(outs, 2)
 
 
@@ -357,7 +359,7 @@ def _as_released(q: Tensor, k: Tensor, v: Tensor, sort_kernel: Tensor, options: 
         r = r - r.logsumexp(1, keepdim=True)
         shares = r.clamp(-1, 1).exp().reshape(logits.shape)
     factor = shares.sum(-1).transpose(1, 2)[..., None, None]  # (batch, heads, buckets, 1, 1)
-    summed = (x.sum(2, keepdim=True) * factor for x in (K, V))
+    summed_k, summed_v = (x.sum(2, keepdim=True) * factor for x in (K, V))
     nothing = torch.zeros((), dtype=torch.bool, device=q.device)
-    out = _attend(Q, K, V, nothing) + _attend(Q, *summed, nothing)
+    out = _attend(Q, K, V, nothing) + _attend(Q, summed_k, summed_v, nothing)
     return out.permute(0, 3, 2, 1, 4).flatten(1, 2)

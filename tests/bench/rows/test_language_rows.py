@@ -52,7 +52,7 @@ def change_attention(monkeypatch, change):
 def test_there_is_each_model_with_each_backend():
     names = {operation: [row.name for row in ROWS if row.operation == operation] for operation in OPERATIONS}
     ours = ["flow-native", "flow-torch", "aft-conv", "aft-full", "aft-local"]
-    others = ["linear", "mobile", "softmax", "synthesizer"]
+    others = ["linear", "mobile", "reformer", "sinkhorn", "softmax", "synthesizer", "yoso"]
     assert names["language-training"] == [*ours, "aft-simple-native", "aft-simple-torch", *others]
     assert names["language-step"] == [*ours, "aft-simple", *others, "sdpa"]
 

@@ -64,7 +64,7 @@ def change_model(monkeypatch, change):
 def test_there_is_each_model():
     names = {operation: [row.name for row in ROWS if row.operation == operation] for operation in OPERATIONS}
     assert names["vision"] == names["vision-training"]
-    others = ["linear", "linformer", "mobile", "nystromformer", "soft", "synthesizer"]
+    others = ["linear", "linformer", "mobile", "nystromformer", "reformer", "sinkhorn", "soft", "synthesizer", "yoso"]
     aft = ["aft-conv", "aft-full", "aft-local", *(f"aft-simple-{name}" for name in BACKENDS)]
     assert names["vision"] == ["softmax", *(f"flow-{name}" for name in BACKENDS), *aft, *others]
     assert [row.name for row in ROWS if not row.ours] == ["softmax", "softmax"]

@@ -13,7 +13,9 @@ from flowformer.mechanisms import find_attention
 from flowformer.models.swap.multihead import DropInMultiheadAttention
 
 BATCH, LENGTH, SOURCE, DIM, HEADS = 2, 7, 5, 16, 4
-MECHANISMS = [name for name in flowformer.list_attentions() if name not in ("aft_conv", "soft")]  # four projections
+MECHANISMS = [
+    name for name in flowformer.list_attentions() if name not in ("aft_conv", "reformer", "soft")
+]  # four projections
 FORMS = [(name, causal) for name in MECHANISMS for causal in (False, True)
          if not causal or find_attention(name).can("causal")]  # fmt: skip
 LENGTHS = {"max_length": 12}
