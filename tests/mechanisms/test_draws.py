@@ -9,7 +9,7 @@ import torch
 
 from flowformer import create_model
 from flowformer.mechanisms.draws import DrawnAttention
-from flowformer.mechanisms.linear import linear_attention, linear_weights
+from flowformer.mechanisms.linear.operation import linear_attention, linear_weights
 from flowformer.mechanisms.registry import register, unregister
 from flowformer.mechanisms.weights import truth_of
 
