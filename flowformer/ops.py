@@ -17,10 +17,14 @@ from flowformer.mechanisms.weights import FlowMaps
 
 if TYPE_CHECKING:  # at run time the names come from flowformer.mechanisms
     from flowformer.mechanisms.aft import *  # noqa: F403 - each has an __all__
+    from flowformer.mechanisms.bigbird import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.flow import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.linear import *  # noqa: F403 - each has an __all__
+    from flowformer.mechanisms.local import *  # noqa: F403 - each has an __all__
+    from flowformer.mechanisms.longformer import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.mobile import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.softmax import *  # noqa: F403 - each has an __all__
+    from flowformer.mechanisms.sparse import *  # noqa: F403 - each has an __all__
 
 _SHARED = ("LIMITS", "Attention", "Mechanism", "create_attention", "find_attention", "list_attentions")
 
