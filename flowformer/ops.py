@@ -17,10 +17,13 @@ from flowformer.mechanisms.weights import FlowMaps
 
 if TYPE_CHECKING:  # at run time the names come from flowformer.mechanisms
     from flowformer.mechanisms.aft import *  # noqa: F403 - each has an __all__
+    from flowformer.mechanisms.bigbird import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.cosformer import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.flow import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.linear import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.linformer import *  # noqa: F403 - each has an __all__
+    from flowformer.mechanisms.local import *  # noqa: F403 - each has an __all__
+    from flowformer.mechanisms.longformer import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.mobile import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.nystromformer import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.past import *  # noqa: F403 - each has an __all__
@@ -30,6 +33,7 @@ if TYPE_CHECKING:  # at run time the names come from flowformer.mechanisms
     from flowformer.mechanisms.sinkhorn import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.soft import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.softmax import *  # noqa: F403 - each has an __all__
+    from flowformer.mechanisms.sparse import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.synthesizer import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.yoso import *  # noqa: F403 - each has an __all__
 

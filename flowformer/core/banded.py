@@ -83,14 +83,14 @@ class _Plan(NamedTuple):
         """Keys of a window."""
         return 0 if self.band.seen is None else (self.band.before + 1 + self.band.after) * self.band.block
 
-    def index(self, x: Tensor, places: Tensor) -> Tensor:
+    def index_of(self, x: Tensor, places: Tensor) -> Tensor:
         """Places of further keys in padded ones, for gather: (batch, heads, blocks or 1 times keys, channels)."""
         places = places.clamp(min=0) + self.band.before * self.band.block
         return places.flatten(2).unsqueeze(-1).expand(*x.shape[:2], -1, x.shape[-1])
 
     def pick(self, x: Tensor, places: Tensor) -> Tensor:
         """Further keys or values (batch, heads, blocks or 1, keys, channels)."""
-        return x.gather(2, self.index(x, places)).unflatten(2, places.shape[2:])
+        return x.gather(2, self.index_of(x, places)).unflatten(2, places.shape[2:])
 
     def pick_shared(self, *tensors: Tensor) -> list[Tensor] | None:
         """Those that all blocks have in common, where they have."""
@@ -276,7 +276,7 @@ class _Group:
             shared += (far.flatten(2, 3).mT @ rows.flatten(2, 3)).unsqueeze(2)
         elif self.places is not None:
             found = (far.mT @ rows).flatten(2, 3)
-            whole.scatter_add_(2, self.plan.index(whole, self.places), found.to(whole.dtype))
+            whole.scatter_add_(2, self.plan.index_of(whole, self.places), found.to(whole.dtype))
 
 
 def _product(rows: Tensor, further: Tensor) -> Tensor:
@@ -337,5 +337,5 @@ class _Banded(torch.autograd.Function):
         if plan.further is not None:
             for whole, found in zip((of_k, of_v), of_shared, strict=True):
                 if found is not None:
-                    whole.scatter_add_(2, plan.index(whole, plan.further.places), found.flatten(2, 3))
+                    whole.scatter_add_(2, plan.index_of(whole, plan.further.places), found.flatten(2, 3))
         return None, of_q, of_k.to(k.dtype), of_v.to(v.dtype)

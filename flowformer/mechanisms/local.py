@@ -13,7 +13,7 @@ those of the package local-attention (1.11), without rotary positions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,12 +58,11 @@ class LocalOptions(NamedTuple):
     def check(self, op: str, causal: bool) -> None:
         """Raise for values of another type or out of range."""
         check_sizes(**{f"{op}: window": self.window})
-        for name in ("look_backward", "look_forward"):
-            value = getattr(self, name)
-            if value is not None or name == "look_backward":
-                check_integer(f"{op}: {name}", value)
-                if value < 0:
-                    raise ValueError(f"{op}: {name} must be at least 0, got {value}")
+        ahead = 0 if self.look_forward is None else self.look_forward
+        for name, value in (("look_backward", self.look_backward), ("look_forward", ahead)):
+            check_integer(f"{op}: {name}", value)
+            if value < 0:
+                raise ValueError(f"{op}: {name} must be at least 0, got {value}")
         if causal and self.look_forward:
             raise ValueError(f"{op}: look_forward must be 0 or None in the causal form, got {self.look_forward}")
         check_flag(f"{op}: exact_window", self.exact_window)
@@ -253,10 +252,7 @@ def sliding_band(length: int, back: int, ahead: int, chunk: int) -> Band:
     return Band(block, -(-back // block), -(-ahead // block), None)
 
 
-S = TypeVar("S", bound=tuple[Tensor, Tensor, Tensor])
-
-
-def last_tokens(state: S, k: Tensor, v: Tensor, ends: Tensor) -> S:
+def last_tokens(state: Any, k: Tensor, v: Tensor, ends: Tensor) -> Any:
     """Return the state (length, key, value) after the first ``ends`` (batch,) of the keys and values."""
     length, *recent = state
     places = ends.unsqueeze(1) + torch.arange(recent[0].shape[1], device=k.device)
@@ -265,7 +261,7 @@ def last_tokens(state: S, k: Tensor, v: Tensor, ends: Tensor) -> S:
     return type(state)(length + ends, key, value)
 
 
-def step_window(q: Tensor, k: Tensor, v: Tensor, state: S, sees: Callable[..., Tensor]) -> tuple[Tensor, S]:
+def step_window(q: Tensor, k: Tensor, v: Tensor, state: Any, sees: Callable[..., Tensor]) -> tuple[Tensor, Any]:
     """Return the output of one token, which sees the last tokens of a state and itself, and the state after it.
 
     Args:
@@ -356,6 +352,7 @@ def local_weights(q: Tensor, k: Tensor, *, causal: bool = False, **options: Any)
     chosen = LocalOptions(**options)
     length, window = len(k), chosen.window
     back, ahead = chosen.look_backward * window, chosen.forward(causal) * window
+    blocks = 1
     if chosen.released:
         blocks = length // window + 1 if chosen.released == "lra" else -(-length // window)
         k = torch.cat([k, k.new_zeros(blocks * window - length, *k.shape[1:])])

@@ -205,7 +205,8 @@ def _longformer(
     length, dtype, places = tensors[0].shape[1], tensors[0].dtype, None
     if mask is not None:
         tensors = tuple(fill(x, mask) for x in tensors)
-        tensors, mask, places = close_up(tensors, mask)
+        closed, mask, places = close_up(tensors, mask)
+        tensors = tuple(closed)
     q, k, v, *own = tensors
     width = q.shape[1]
     ends = count_tokens(q, mask)

@@ -308,8 +308,7 @@ def _alternate(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, earlier: bool, opt
     heads = q.shape[2]
     outs = [_nearby(q[:, :, ::2], k[:, :, ::2], v[:, :, ::2], ends, earlier, options).out]
     if heads > 1:
-        odd = (x[:, :, 1::2] for x in (q, k, v))
-        outs.append(_strided(*odd, ends, earlier, options, itself=True).out)
+        outs.append(_strided(q[:, :, 1::2], k[:, :, 1::2], v[:, :, 1::2], ends, earlier, options, itself=True).out)
     order = torch.arange(heads, device=q.device)
     return torch.cat(outs, 2).index_select(2, torch.cat([order[::2], order[1::2]]).argsort())
 
