@@ -43,8 +43,8 @@ class Variant:
         by_token: Whether those are of tokens, (batch, length, heads): then they are an input like q, k and v, and
             ``learned`` gives the others.
         ordered: Whether the variant knows the order of tokens otherwise.
-        same_loops: Whether it runs the loops of another variant, with other equations of a token in them. Laws of
-            loops (many tokens, sizes of chunks and blocks, memory) and other long ones are slow for it.
+        same_loops: Whether it runs the loops of another variant, of this or another mechanism, with other equations of a
+            token in them. Laws of loops (many tokens, sizes of chunks and blocks, memory) and other long ones are slow for it.
         only: The only form that it has, ``"causal"`` or ``"bidirectional"``.
     """
 
@@ -145,15 +145,17 @@ VARIANTS: dict[str, dict[str, Variant]] = {
     },
     "performer": {
         "default": Variant(learned=_features, by_channels=True),
-        "relu": Variant({"kernel": "relu", "projected": False, "scale": 1.0}),
+        "relu": Variant({"kernel": "relu", "projected": False, "scale": 1.0}, same_loops=True),
     },
     "rfa": {
-        "default": Variant(learned=_no_gate, by_channels=True),
-        "gate": Variant(learned=_features_by_head, by_channels=True, decays=True, by_token=True, only="causal"),
+        "default": Variant(learned=_no_gate, by_channels=True, same_loops=True),
+        "gate": Variant(
+            learned=_features_by_head, by_channels=True, decays=True, by_token=True, only="causal", same_loops=True
+        ),
     },
     "cosformer": {
         "bounded": Variant(for_length=lambda length: {"max_length": length}, ordered=True),
-        "default": Variant(ordered=True, only="bidirectional"),
+        "default": Variant(ordered=True, only="bidirectional", same_loops=True),
     },
     "mobile": {
         "default": Variant(),
@@ -185,13 +187,13 @@ VARIANTS: dict[str, dict[str, Variant]] = {
     "local": {"blocks": Variant({"window": 4})},
     "sparse": {
         "strided": Variant({"stride": 8}),
-        "fixed": Variant({"pattern": "fixed", "stride": 4, "column_sets": 2}),
+        "fixed": Variant({"pattern": "fixed", "stride": 4, "column_sets": 2}, same_loops=True),
     },
     "longformer": {
-        "window": Variant({"window": 7}),
-        "global": Variant({"window": 4, "global_tokens": 2}, only="bidirectional"),
+        "window": Variant({"window": 7}, same_loops=True),
+        "global": Variant({"window": 4, "global_tokens": 2}, only="bidirectional", same_loops=True),
     },
-    "bigbird": {"blocks": Variant({"block": 4}, drawn=_blocks)},
+    "bigbird": {"blocks": Variant({"block": 4}, drawn=_blocks, same_loops=True)},
     "reformer": {"paper": Variant({"chunk_length": 4}, drawn=_rotations)},
     "sinkhorn": {"top": Variant({"bucket_length": 4, "num_top": 2})},
     "aft_conv": {"default": Variant(learned=_filters), "hard": Variant({"hard": True}, _filters)},

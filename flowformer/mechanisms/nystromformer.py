@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from flowformer.core.checks import Layout, check_bidirectional, check_choice, check_sizes
-from flowformer.core.inverses import pseudo_inverse
+from flowformer.mechanisms.inverses import pseudo_inverse
 from flowformer.core.masks import close_up_if, fill, spread
 from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Given, run

@@ -37,7 +37,7 @@ from flowformer.core.checks import (
     check_sizes,
     describe,
 )
-from flowformer.core.inverses import newton, newton_by_limit, scale_of_batch
+from flowformer.mechanisms.inverses import newton, newton_by_limit, scale_of_batch
 from flowformer.core.masks import close_up_if, fill, spread
 from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Given, run

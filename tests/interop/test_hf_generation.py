@@ -118,9 +118,8 @@ def test_the_old_name_of_a_cache():
 # ------------------------------------------------------------------------------------------------ generation
 
 
-# A cache has one code for all mechanisms: what transformers does with it differs between these modes, and in the
-# others for those with a state of fixed size (flow) and one that grows (softmax).
-EVERYWHERE, SHOWN = ("greedy", "beams"), ("flow", "softmax")
+# A cache has one code for all mechanisms: all modes for a state of fixed size (flow) and one that grows (softmax).
+EVERYWHERE, SHOWN = ("greedy",), ("flow", "softmax")
 GENERATIONS = [
     pytest.param(attention, mode, marks=() if mode in EVERYWHERE or attention in SHOWN else pytest.mark.slow)
     for attention in CAUSAL

@@ -57,6 +57,7 @@ def test_equals_the_reference(name: str, causal: bool) -> None:
     close(run(ops.flow_attention, tensors, torch.float32, **options), want, 1e-5)
 
 
+OTHER_HALVES = [(None, False), ("head", False), ("head", True), ("token", True)]
 OTHERS = {"rescale": True, "clamp": None, "flow_eps": 1e-6}
 
 
@@ -74,8 +75,10 @@ def test_cross_attention(length: int, sources: int, options: dict[str, Any]) -> 
     both(inputs(length, sources, batch=2), mask=masks[0], context_mask=masks[1], **options)
 
 
-@FORMS
-@DECAYS
+@pytest.mark.parametrize(
+    ("decay", "causal"),
+    [(None, True), ("token", False), *(pytest.param(decay, causal, marks=SLOW) for decay, causal in OTHER_HALVES)],
+)
 def test_half_precision(decay: str | None, causal: bool) -> None:
     both(inputs(40, decay=decay), torch.float16, causal=causal)
 
@@ -98,7 +101,7 @@ def test_padding_anywhere_and_what_is_in_it(decay: str | None, causal: bool) -> 
 
 
 @FORMS
-@pytest.mark.parametrize("decay", [None, "token"])
+@pytest.mark.parametrize("decay", [pytest.param(None, marks=SLOW), "token"])
 def test_packed_sequences(decay: str | None, causal: bool) -> None:
     bounds = torch.tensor([0, 3, 3, 40, 41, 50], dtype=torch.int32)
     both(inputs(50, decay=decay), cu_seqlens=bounds, causal=causal)
@@ -127,7 +130,7 @@ def test_resumes_from_a_state(decay: str | None, options: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [(1, 1), pytest.param(80, 3, marks=SLOW), pytest.param(3, 130, marks=SLOW), (130, 70)]
+    ("key", "value"), [(1, 1), *(pytest.param(*sizes, marks=SLOW) for sizes in ((80, 3), (3, 130), (130, 70)))]
 )
 def test_channels(key: int, value: int) -> None:
     for decay, causal in (("head", True), (None, False)):
@@ -226,7 +229,7 @@ def test_any_layout_and_an_empty_batch(causal: bool) -> None:
     assert ops.flow_attention(*(t[:0] for t in tensors), **given).shape == (0, 40, HEADS, 5)
 
 
-@FORMS
+@pytest.mark.parametrize("causal", [pytest.param(False, marks=SLOW), True])
 @pytest.mark.parametrize("decay", [pytest.param(None, marks=SLOW), "token"])
 def test_compiles_into_one_graph(decay: str | None, causal: bool) -> None:
     tensors = inputs(40, decay=decay)
@@ -242,7 +245,7 @@ def test_compiles_into_one_graph(decay: str | None, causal: bool) -> None:
 # Of opcheck, where it runs an operator compiled, and where PyTorch loads what that takes.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@FORMS
+@pytest.mark.parametrize("causal", [pytest.param(False, marks=SLOW), True])
 def test_operators(causal: bool) -> None:
     tensors = [t.float().requires_grad_() for t in inputs(20, decay="token")]
     options = ("sigmoid", 1.0, 1e-6, 0.0, "sequence", True, False)

@@ -102,7 +102,7 @@ def test_half_precision(case: str, causal: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["linear", "aft_simple"])
-@pytest.mark.parametrize(("length", "sources"), [(37, 70), (1, 50), (50, 1)])
+@pytest.mark.parametrize(("length", "sources"), [(37, 70), pytest.param(1, 50, marks=pytest.mark.slow)])
 def test_cross_attention(name: str, length: int, sources: int) -> None:
     both(OPERATIONS[name], inputs(name, length, sources))
     masks = torch.rand(2, length) < 0.7, torch.rand(2, sources) < 0.7
@@ -110,7 +110,7 @@ def test_cross_attention(name: str, length: int, sources: int) -> None:
 
 
 # With one channel of keys, outputs of linear attention do not depend on queries: their gradients are rounding alone.
-@pytest.mark.parametrize("sizes", [(2, 1), (80, 3), (3, 130)])
+@pytest.mark.parametrize("sizes", [(2, 1), *(pytest.param(s, marks=pytest.mark.slow) for s in ((80, 3), (3, 130)))])
 def test_channels(sizes: tuple[int, int]) -> None:
     for case, causal in (("linear-head", True), ("linear", False), ("mobile", True)):
         operation, tensors, options = given(case, 40, sizes=sizes)
@@ -158,24 +158,28 @@ def test_any_layout_and_an_empty_batch(name: str, causal: bool) -> None:
 # Of opcheck, where it runs an operator compiled, and where PyTorch loads what that takes.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_operators() -> None:
+@pytest.mark.parametrize(
+    "case",
+    ["causal", "aft", *(pytest.param(c, marks=pytest.mark.slow) for c in ("bidirectional", "weights", "aft means"))],
+)
+def test_operators(case: str) -> None:
     q, k, v = (t.float().requires_grad_() for t in inputs("linear", 20))
     found = torch.rand(3, 1, 20, HEADS).unbind()
     decay, weight, scale = -found[0].requires_grad_(), found[1].requires_grad_(), (found[2] + 0.5).requires_grad_()
     keys, memory = torch.rand(1, HEADS, 4).double(), torch.rand(1, HEADS, 4, 5).double()
-    operators = torch.ops.flowformer
-    torch.library.opcheck(operators.attend_triton, (q, k, v, None, None, decay, None, None, 2, 1e-6))
-    torch.library.opcheck(operators.attend_causal_triton, (q, k, v, None, decay, None, None, keys, memory, 2, 1e-6))
-    nothing = torch.zeros(0, dtype=torch.float64)
-    torch.library.opcheck(
-        operators.attend_causal_triton, (q, k, v, None, None, weight, scale, nothing, memory, 0, None)
-    )
-    q, k, v = (t.float().requires_grad_() for t in inputs("aft_simple", 20))
-    torch.library.opcheck(operators.aft_causal_triton, (q, k, v, None, None, None))
-    torch.library.opcheck(operators.aft_means_triton, (k, v, None))
+    nothing, operators = torch.zeros(0, dtype=torch.float64), torch.ops.flowformer
+    a, b, c = (t.float().requires_grad_() for t in inputs("aft_simple", 20))
+    operator, given = {
+        "causal": (operators.attend_causal_triton, (q, k, v, None, decay, None, None, keys, memory, 2, 1e-6)),
+        "bidirectional": (operators.attend_triton, (q, k, v, None, None, decay, None, None, 2, 1e-6)),
+        "weights": (operators.attend_causal_triton, (q, k, v, None, None, weight, scale, nothing, memory, 0, None)),
+        "aft": (operators.aft_causal_triton, (a, b, c, None, None, None)),
+        "aft means": (operators.aft_means_triton, (b, c, None)),
+    }[case]
+    torch.library.opcheck(operator, given)
 
 
-@MECHANISMS
+@pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
 def test_compiles_into_one_graph(name: str) -> None:
     tensors = inputs(name, 40)
 

@@ -124,7 +124,7 @@ def test_steps_and_the_sequence_have_the_same_state(options: dict[str, Any]) -> 
 def conserved_outgoing(q: Tensor, k: Tensor, **options: Any) -> Tensor:
     chosen = ops.mobile_options(clamp=None, **options)
     Q, K = (mobile.features(x, None, chosen.feature_map) for x in (q, k))
-    return mobile._sinks_and_sources(Q, K, None, chosen)[1]
+    return mobile.gates_and_logits(Q, K, None, chosen)[1]
 
 
 @pytest.mark.parametrize("feature_map", ["sigmoid", "relu"])
