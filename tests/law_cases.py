@@ -43,8 +43,9 @@ class Variant:
         by_token: Whether those are of tokens, (batch, length, heads): then they are an input like q, k and v, and
             ``learned`` gives the others.
         ordered: Whether the variant knows the order of tokens otherwise.
-        same_loops: Whether it runs the loops of another variant, of this or another mechanism, with other equations of a
-            token in them. Laws of loops (many tokens, sizes of chunks and blocks, memory) and other long ones are slow for it.
+        same_loops: Whether it runs the loops of another variant, of this or another mechanism, with other equations of
+            a token in them. Laws of loops (many tokens, sizes of chunks and blocks, memory) and other long ones are
+            slow for it.
         only: The only form that it has, ``"causal"`` or ``"bidirectional"``.
     """
 

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from flowformer.core.checks import Layout, check_bidirectional, check_choice, check_sizes
-from flowformer.mechanisms.inverses import pseudo_inverse
 from flowformer.core.masks import close_up_if, fill, spread
 from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Given, run
@@ -31,6 +30,7 @@ from flowformer.core.segments import segment_means
 from flowformer.core.sums import sum_over_tokens, times_sum
 from flowformer.core.tracing import frame
 from flowformer.mechanisms.base import Attention
+from flowformer.mechanisms.inverses import pseudo_inverse
 from flowformer.mechanisms.registry import register
 from flowformer.mechanisms.value_conv import check_filters, check_value_conv, convolve_values, filter_rows
 from flowformer.mechanisms.weights import Rows, rows_of, truth_of

@@ -37,13 +37,13 @@ from flowformer.core.checks import (
     check_sizes,
     describe,
 )
-from flowformer.mechanisms.inverses import newton, newton_by_limit, scale_of_batch
 from flowformer.core.masks import close_up_if, fill, spread
 from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Given, run
 from flowformer.core.segments import segment_means
 from flowformer.core.sums import sum_over_tokens, times_sum
 from flowformer.mechanisms.base import Attention
+from flowformer.mechanisms.inverses import newton, newton_by_limit, scale_of_batch
 from flowformer.mechanisms.registry import register
 from flowformer.mechanisms.short_conv import ShortConv
 from flowformer.mechanisms.value_conv import check_filters, check_value_conv, convolve_values, filter_rows
