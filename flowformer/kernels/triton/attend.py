@@ -97,7 +97,8 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, mask: Any, log_decay: Any, weight: 
     from flowformer.kernels.triton import linear
 
     keys, memory, feature_map, eps = rest
-    given = linear.Inputs(*with_adjacent_channels(q, k, v), mask, mask, log_decay, weight, scale, feature_map, eps)
+    q, k, v = with_adjacent_channels(q, k, v)
+    given = linear.Inputs(q, k, v, mask, mask, log_decay, weight, scale, feature_map, eps)
     out, totals, after = linear.forward(given, linear.State(None if eps is None else keys, memory), True)
     return out, *_shaped(after, keys, memory), *_present(q, totals)
 
@@ -178,7 +179,8 @@ def _fake_both(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...
 def _both(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
     from flowformer.kernels.triton import linear
 
-    out, totals, _ = linear.forward(linear.Inputs(*with_adjacent_channels(q, k, v), *rest), None, False)
+    q, k, v = with_adjacent_channels(q, k, v)
+    out, totals, _ = linear.forward(linear.Inputs(q, k, v, *rest), None, False)
     return out, *_present(q, totals)
 
 

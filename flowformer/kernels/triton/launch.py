@@ -323,7 +323,7 @@ def attend(
     """Write outputs; return their products with ``other``, (heads, length), where there is one: see the kernel."""
     D, M = q.shape[-1], v.shape[-1]
     block, compiled = _tile("attend", dot, D, M)
-    block = min(block, padded(M))
+    block = min(block, padded(M), block if totals is None else 32)  # sums take registers
     blocks = triton.cdiv(M, block)
     products = None if other is None else of.dummy.new_empty(blocks, of.heads, of.length)
     beside = out if other is None else other

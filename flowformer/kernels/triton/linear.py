@@ -16,7 +16,7 @@ t_i = -a_i (g_i . out_i) that of T_i. So the gradients of features are the same 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -201,7 +201,8 @@ class _Local:
                 parts.add_(found, alpha=-1 if back else 1)
 
         for turn, (back, strict) in enumerate(self.sinks):
-            options = {"add": turn > 0, "last": turn == len(self.sinks) - 1, "reverse": back, "strict": strict}
+            options: dict[str, Any] = {"add": turn > 0, "reverse": back, "strict": strict}
+            options["last"] = turn == len(self.sinks) - 1
             pairs = None if known.of_sums is None else Pairs(known.of_sums[None], one[None], states.keys(back))
             found = launch.gradient(
                 of, q, k, grad_out, v, states.ours(back), one if known.scale is None else known.scale, grads[0],
@@ -209,7 +210,7 @@ class _Local:
             )  # fmt: skip
             gather(found, back)
         for turn, (back, strict) in enumerate(self.sources):
-            options = {"add": turn > 0, "last": turn == len(self.sources) - 1, "reverse": back, "strict": strict}
+            options = {"add": turn > 0, "reverse": back, "strict": strict, "last": turn == len(self.sources) - 1}
             pairs = None if known.of_sums is None else Pairs(one[None], known.of_sums[None], states.queries(back))
             found = launch.gradient(
                 of, k, q, v, grad_out, states.theirs(back), one if known.weight is None else known.weight, grads[1],
@@ -223,8 +224,9 @@ class _Local:
             of_weight = of_weight if weighed is None else of_weight + weighed
         before = states.before()
         decays = None if parts is None else by_tokens(of, states.starts(before), parts)
+        of_q, of_k, of_v = (grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
         return Gradients(
-            *(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)), decays,
+            of_q, of_k, of_v, decays,
             None if known.weight is None else _by_tokens(of_weight, of), _by_tokens(known.of_scale, of), before,
         )  # fmt: skip
 
@@ -354,7 +356,8 @@ class _Global:
         launch.gradient(self.sinks, q, q, grad_out, grad_out, ours, scale, grads[0], None, past, **options)
         launch.gradient(self.sources, k, k, v, v, theirs, weight, grads[1], None, future, **options)
         of_scale = _by_tokens(known.of_scale, self.sinks)
-        return Gradients(*grads, None, _by_tokens(of_weight, self.sources), of_scale, None)
+        of_q, of_k, of_v = grads
+        return Gradients(of_q, of_k, of_v, None, _by_tokens(of_weight, self.sources), of_scale, None)
 
 
 def forward(given: Inputs, state: State | None, causal: bool) -> tuple[Tensor, Tensor | None, State | None]:

@@ -83,6 +83,7 @@ def attend(
         at, there, real = tokens_of(mask + b * L, chunk, L, C, MASKED)
         Q = load_tokens(q, at, real, qt, d, inside, MAP)
         y = multiply(Q, S, DOT)
+        found = tl.zeros([C], tl.float32)
         if SUMS:
             key = tl.load(keys + (head * chunks + chunk if LOCAL else head) * D + d, inside, 0.0)
             found = tl.sum(Q * key[None, :], 1)

@@ -260,6 +260,15 @@ def test_operators(causal: bool) -> None:
         )
 
 
+def test_gradients_of_the_state_alone() -> None:
+    grads = []
+    for backend, dtype in (("torch", torch.float64), ("triton", torch.float32)):
+        leaves = [t.to(dtype).requires_grad_() for t in inputs(20)]
+        _, state = ops.flow_attention(*leaves, causal=True, return_state=True, backend=backend)
+        grads.append(torch.autograd.grad(state.memory.square().sum() + state.sums.sum(), leaves))
+    close(list(grads[1]), list(grads[0]), 1e-5)
+
+
 def test_too_many_channels_are_refused() -> None:
     q = torch.randn(1, 5, 2, 257)
     with pytest.raises(ValueError, match="256 channels at most, got 257"):

@@ -86,6 +86,16 @@ def test_resumes_from_a_state(case: str) -> None:
     resumed(operation, tensors, 33, **options)
 
 
+@pytest.mark.parametrize("name", ["linear", "mobile", "aft_simple"])
+def test_gradients_of_the_state_alone(name: str) -> None:
+    grads = []
+    for backend, dtype in (("torch", torch.float64), ("triton", torch.float32)):
+        leaves = [t.to(dtype).requires_grad_() for t in inputs(name, 20)]
+        _, state = OPERATIONS[name](*leaves, causal=True, return_state=True, backend=backend)
+        grads.append(torch.autograd.grad(state[-1].square().sum(), leaves, materialize_grads=True))
+    close(list(grads[1][1:]), list(grads[0][1:]), 1e-5)
+
+
 @FORMS
 @pytest.mark.parametrize("case", ["linear-token", "mobile", "aft_simple"])
 def test_packed_sequences(case: str, causal: bool) -> None:

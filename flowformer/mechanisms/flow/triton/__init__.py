@@ -195,7 +195,7 @@ def _keep_causal(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _differentiate_causal(ctx: Any, grad_out: Tensor | None, *grad_state: Tensor | None) -> Any:
     refuse_second_gradients("Triton")
     *given, out, flows = ctx.saved_tensors
-    grad_out = torch.zeroslike_decays(out) if grad_out is None else grad_out
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     wanted = any(ctx.needs_input_grad[4:6])  # of the log-decays, and of the count before
     grads = torch.ops.flowformer.flow_causal_triton_backward(
         *given, out, flows, grad_out, *grad_state[:4], wanted, *ctx.options
