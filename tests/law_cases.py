@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from flowformer import ops
 from flowformer.mechanisms import Mechanism, find_attention, list_attentions
@@ -207,6 +208,20 @@ PLAIN = {"default": Variant()}
 def variants_of(row: Mechanism) -> Mapping[str, Variant]:
     """The ways to call a mechanism, by name."""
     return VARIANTS.get(row.name, PLAIN)
+
+
+def tensors_after_v(
+    variant: Variant, make: Callable[[torch.Size], torch.Tensor], *, batch: int, length: int, heads: int, channels: int
+) -> list[Any]:
+    """The log-decays of tokens, random and learned tensors that an operation takes after v, of shapes by ``make``."""
+    of_tokens = [-make(torch.Size((batch, length, heads)))] if variant.by_token else []
+    learned = variant.learned(length, heads, *((channels,) if variant.by_channels else ()))
+    others = tree_map(
+        lambda found: make(found) if isinstance(found, torch.Size) else found,
+        (*variant.drawn(heads, channels), *learned),
+        is_leaf=lambda found: isinstance(found, torch.Size),
+    )
+    return [*of_tokens, *others]
 
 
 def shapes_of(row: Mechanism, heads: int, key: int, value: int) -> tuple[Sizes, Sizes, Sizes]:

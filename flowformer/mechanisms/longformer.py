@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flowformer.core.banded import BLOCK, Further, attend_all, banded_attention, count_tokens
 from flowformer.core.checks import (
     HEADS,
+    check_dense,
     check_fresh_state,
     check_integer,
     check_mask,
@@ -183,6 +184,7 @@ def _check_global(op: str, given: Given, *own: Tensor | None) -> tuple[Tensor, .
     names = ("q_global", "k_global", "v_global")
     for name, part, like in zip(names, own, given[:3], strict=False):
         wanted = describe(like)
+        check_dense(f"{op}: {name}", part)
         if part is not None and (not isinstance(part, Tensor) or describe(part) != wanted):
             raise (ValueError if isinstance(part, Tensor) else TypeError)(
                 f"{op}: {name} must be {wanted} like {name[0]}, got {describe(part)}"

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowformer.core.checks import check_optional_sizes, check_sizes, describe
+from flowformer.core.checks import check_dense, check_optional_sizes, check_sizes, describe
 from flowformer.core.masks import fill
 from flowformer.core.precision import no_autocast, state_dtype, sum_dtype, without_autocast
 from flowformer.core.run import Given, check_inputs, run
@@ -87,6 +87,7 @@ def yoso_attention(
     """
     op = "yoso_attention"
     check_no_packed_state(op, cu_seqlens, return_state)
+    check_dense(f"{op}: rotations", rotations)
     check_options(op, hash_code_len, gradient, rotations is not None)
     given = Given(q, k, v, causal, mask, context_mask, cu_seqlens, initial_state, return_state, backend)
     if rotations is not None:

@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from law_cases import shapes_of, tensors_after_v, variants_of
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from flowformer import ops
 from flowformer.kernels.native.kernels import kernels
+from flowformer.mechanisms import find_attention, list_attentions
 
 HEADS, CHANNELS, IMAGE = (torch.randn(2, 6, 2, 4), torch.randn(2, 6, 8), torch.randn(2, 3, 4, 8))
-BIAS = torch.randn(6, 6)
 
-CALLS: dict[str, tuple[str, tuple[Any, ...]]] = {
-    **{
-        op: (op, (HEADS,) * 3) for op in ("flow_attention", "linear_attention", "mobile_attention", "softmax_attention")
-    },
-    "aft_simple": ("aft_simple", (CHANNELS,) * 3),
-    "aft_full": ("aft_full", (CHANNELS, CHANNELS, CHANNELS, BIAS)),
-    "aft_full with factors": ("aft_full", (CHANNELS, CHANNELS, CHANNELS, (BIAS, BIAS))),
-    "aft_local": ("aft_local", (CHANNELS, CHANNELS, CHANNELS, BIAS, 3)),
-    "aft_conv": ("aft_conv", (CHANNELS, CHANNELS[..., :2], CHANNELS, torch.randn(2, 3))),
-    "aft_conv of images": ("aft_conv", (IMAGE, IMAGE[..., :2], IMAGE, torch.randn(2, 3, 3))),
+
+class Call(NamedTuple):
+    """Arguments of an operation, and whether it has both forms for them."""
+
+    op: str
+    arguments: tuple[Any, ...]
+    options: Mapping[str, Any] = MappingProxyType({})
+    both: bool = True
+
+
+def call_of(name: str) -> Call:
+    """A call of a mechanism's operation, in its first variant."""
+    row = find_attention(name)
+    variant = next(iter(variants_of(row).values()))
+    tensors = [torch.randn(2, 6, *shape) for shape in shapes_of(row, 2, 4, 4)]
+    further = tensors_after_v(variant, torch.randn, batch=2, length=6, heads=2, channels=4)
+    options = {**variant.options, **variant.for_length(6), "causal": variant.only == "causal"}
+    both = row.can("causal") and not variant.only
+    return Call(row.operation.__name__, (*tensors, *further), options, both)
+
+
+CALLS = {
+    **{name: call_of(name) for name in list_attentions()},
+    "aft_full with a table": Call("aft_full", (CHANNELS, CHANNELS, CHANNELS, torch.randn(6, 6))),
+    "aft_conv of images": Call("aft_conv", (IMAGE, IMAGE[..., :2], IMAGE, torch.randn(2, 3, 3)), both=False),
 }
 WITH_KERNELS = ("flow_attention", "aft_simple")
 
@@ -34,25 +53,23 @@ def no_choice_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FLOWFORMER_BACKEND", raising=False)
 
 
-def change(argument: Any, dtype: torch.dtype) -> Any:
-    if isinstance(argument, tuple):
-        return tuple(change(part, dtype) for part in argument)
-    return argument.to(dtype) if isinstance(argument, Tensor) else argument
+def change(arguments: Any, dtype: torch.dtype) -> Any:
+    return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, arguments)
 
 
 @pytest.mark.parametrize("call", CALLS)
 def test_every_operation_is_explained(call: str) -> None:
-    op, arguments = CALLS[call]
+    op, arguments, options, both = CALLS[call]
     for dtype, sums in ((torch.float32, "float32"), (torch.bfloat16, "float32"), (torch.float64, "float64")):
-        told = ops.explain(op, *change(arguments, dtype))
+        told = ops.explain(op, *change(arguments, dtype), **options)
         native = op in WITH_KERNELS and dtype != torch.float64 and kernels() is not None
         assert (told.op, told.backend, told.sums) == (op, "native" if native else "torch", sums)
         if op not in WITH_KERNELS:
             assert told.why == f"plain PyTorch, since {op} has no native kernels"
-        assert ops.explain(getattr(ops, op), *change(arguments, dtype)) == told
-    assert ops.explain(op, *arguments, backend="torch").why == "requested by the backend argument"
-    if "images" not in call:
-        assert ops.explain(op, *arguments, causal=True).op == op
+        assert ops.explain(getattr(ops, op), *change(arguments, dtype), **options) == told
+    assert ops.explain(op, *arguments, **options, backend="torch").why == "requested by the backend argument"
+    if both:
+        assert ops.explain(op, *arguments, **{**options, "causal": True}).op == op
 
 
 def test_every_operation_that_chooses_is_tested() -> None:
@@ -62,14 +79,14 @@ def test_every_operation_that_chooses_is_tested() -> None:
         for name, function in functions.items()
         if inspect.isfunction(function) and "backend" in inspect.signature(function).parameters
     ]
-    assert {op for op, _ in CALLS.values()} == {name for name in choose if not name.endswith("_step")}
+    assert {call.op for call in CALLS.values()} == {name for name in choose if not name.endswith("_step")}
 
 
 def test_nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("sigmoid", "exp", "matmul"):
         monkeypatch.setattr(Tensor, name, None)
-    for op, arguments in CALLS.values():
-        ops.explain(op, *arguments)
+    for op, arguments, options, _ in CALLS.values():
+        ops.explain(op, *arguments, **options)
 
 
 def test_a_step_is_explained() -> None:

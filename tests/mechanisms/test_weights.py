@@ -49,23 +49,26 @@ class Case:
         )
         if self.variant.decays and not self.variant.by_token:
             return -made[0].abs(), *made[1:]
-        return (*self.drawn(), *made)
+        return made
 
     def drawn(self) -> list[Tensor]:
-        shapes = self.variant.drawn(HEADS, KEY)
-        return [torch.randn(shape, generator=torch.Generator().manual_seed(1)).double() for shape in shapes]
+        random = torch.Generator().manual_seed(1)
+        return [
+            found if isinstance(found, Tensor) else torch.randn(found, generator=random, dtype=torch.float64)
+            for found in self.variant.drawn(HEADS, KEY)
+        ]
 
     def options(self, length: int) -> dict[str, Any]:
         return {**self.variant.options, **self.variant.for_length(length)}
 
     def learned(self, q: Tensor, length: int = 64) -> tuple[Any, ...]:
         """What the operation takes after q, k and v: the same log-decays for the same places of the same sequence."""
-        drawn = self.variant.drawn(*q.shape[-2:])
+        others = (*self.drawn(), *self.parameters(length))
         if not self.variant.by_token:
-            return *drawn, *self.parameters(length)
+            return others
         random = torch.Generator().manual_seed(length)
         log_decay = -torch.rand(2, length, HEADS, generator=random, dtype=torch.float64)
-        return log_decay[: len(q), : q.shape[1]], *self.parameters(length)
+        return log_decay[: len(q), : q.shape[1]], *others
 
     def rows(self, q: Tensor, k: Tensor, rows: Any, length: int = 64, **arguments: Any) -> Tensor:
         given = {"causal": self.causal, **self.options(length), **arguments}

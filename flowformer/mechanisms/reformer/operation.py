@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from flowformer.core.checks import Layout, check_flag, check_integer, check_sizes, describe
+from flowformer.core.checks import Layout, check_dense, check_flag, check_integer, check_sizes, describe
 from flowformer.core.masks import fill
 from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Given, check_inputs, run
@@ -160,6 +160,7 @@ def check_options(
 
 def check_rotations(op: str, rotations: Any, q: Tensor) -> None:
     """Raise unless rotations are of the queries' channels and heads, on their device."""
+    check_dense(f"{op}: rotations", rotations)
     heads, channels = q.shape[2:]
     wanted = f"(hashes, {channels}, buckets / 2) or ({heads}, hashes, {channels}, buckets / 2) on {q.device}"
     fits = isinstance(rotations, Tensor) and rotations.ndim in (3, 4) and rotations.is_floating_point()

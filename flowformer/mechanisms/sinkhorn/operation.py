@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flowformer.core.checks import Layout, check_number, check_sizes, describe
+from flowformer.core.checks import Layout, check_dense, check_number, check_sizes, describe
 from flowformer.core.masks import close_up, fill, spread
 from flowformer.core.precision import LOG_ZERO, no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Given, check_inputs, run
@@ -164,6 +164,7 @@ def _check_tensors(op: str, given: Given, options: Options, tensors: tuple[Any, 
     wanted = {"null_key": given.causal, "null_value": given.causal}
     wanted |= {"noise": options.sort == "gumbel", "sort_kernel": released}
     for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
+        check_dense(f"{op}: {name}", tensor)
         if tensor is None and (not wanted[name] or name.startswith("null")):
             continue
         if not wanted[name]:

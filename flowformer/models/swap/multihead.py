@@ -7,6 +7,7 @@ real token.
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from flowformer.core.masks import fill
 from flowformer.core.precision import FLOAT_DTYPES, is_autocasting
 from flowformer.core.tracing import is_traced
 from flowformer.mechanisms.base import Attention
-from flowformer.mechanisms.registry import create_attention
+from flowformer.mechanisms.registry import create_attention, find_attention
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -55,8 +56,9 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
         dtype: Of the parameters.
         mechanism: One of :func:`flowformer.list_attentions`, with four projections of ``embed_dim`` channels: all but
             ``"aft_conv"``.
-        **options: Options of the mechanism's module, and ``max_length`` where it learns positions; ``conv``,
-            ``output_norm`` and ``output_gate`` are refused, for which PyTorch's module has no weights.
+        **options: Options of the mechanism's module, and ``max_length`` where it learns positions, or takes it where
+            causal (then calls of both forms are of at most so many tokens); ``conv``, ``output_norm`` and
+            ``output_gate`` are refused, for which PyTorch's module has no weights.
 
     Raises:
         TypeError: for an option that the mechanism does not have.
@@ -128,8 +130,11 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
     def _build_attention(self) -> Attention:
         """The mechanism's module without its projections."""
         dim, weight = self.embed_dim, self.out_proj.weight
+        # Any call may be causal: a causal module that needs to know the longest sequence is told it.
+        causal = find_attention(self.mechanism).module.bounds_causal
+        build = partial(create_attention, self.mechanism, dim, self.num_heads, causal=causal, **self.options)
         with torch.device("meta"):  # draws no random numbers
-            attention = create_attention(self.mechanism, dim, self.num_heads, **self.options)
+            attention = build()
         found = [getattr(attention, projection, None) for projection in _PROJECTIONS]
         widths = [None if layer is None else tuple(layer.weight.shape) for layer in found]
         if type(attention).forward is not Attention.forward or any(width != (dim, dim) for width in widths):
@@ -140,7 +145,7 @@ class DropInMultiheadAttention(nn.MultiheadAttention):
             )
         if _strip(attention).state_dict():
             with weight.device:
-                attention = _strip(create_attention(self.mechanism, dim, self.num_heads, **self.options))
+                attention = _strip(build())
         return attention.to(weight.dtype)
 
     def reset_parameters(self) -> None:

@@ -18,13 +18,17 @@ MECHANISMS = [
 ]  # four projections
 FORMS = [(name, causal) for name in MECHANISMS for causal in (False, True)
          if not causal or find_attention(name).can("causal")]  # fmt: skip
-LENGTHS = {"max_length": 12}
+
+
+def lengths(mechanism: str) -> dict[str, int]:
+    """The longest sequence, where the mechanism's module takes it."""
+    module = find_attention(mechanism).module
+    return {"max_length": 12} if module.learns_positions or module.bounds_causal else {}
 
 
 def build(mechanism: str = "softmax", **options) -> DropInMultiheadAttention:
     torch.manual_seed(0)
-    if find_attention(mechanism).module.learns_positions:
-        options = {**LENGTHS, **options}
+    options = {**lengths(mechanism), **options}
     module = DropInMultiheadAttention(DIM, HEADS, dtype=torch.float64, mechanism=mechanism, **options)
     return enlarge(module)
 
@@ -168,7 +172,7 @@ def test_state_dicts_load_both_ways(options):
 @pytest.mark.parametrize(("mechanism", "causal"), FORMS)
 def test_every_mechanism_is_what_its_own_module_computes(mechanism, causal):
     ours = build(mechanism, batch_first=True)
-    own = flowformer.create_attention(mechanism, DIM, HEADS, causal=causal, **LENGTHS).double()
+    own = find_attention(mechanism).module(DIM, HEADS, causal=causal, **lengths(mechanism)).double()
     weights = dict(zip(("q_proj.weight", "k_proj.weight", "v_proj.weight"), ours.in_proj_weight.chunk(3), strict=True))
     weights |= dict(zip(("q_proj.bias", "k_proj.bias", "v_proj.bias"), ours.in_proj_bias.chunk(3), strict=True))
     weights |= {f"out_proj.{name}": parameter for name, parameter in ours.out_proj.named_parameters()}
