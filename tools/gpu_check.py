@@ -181,10 +181,9 @@ class Case(NamedTuple):
     setup: Setup
     backend: str = "auto"
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Arguments of the operation and of its reference."""
-        return {"causal": self.causal, **self.variant.options}
+    def options(self, length: int) -> dict[str, Any]:
+        """Options for sequences of up to ``length`` tokens, or of the length of checks if that is more."""
+        return {**self.variant.options, **self.variant.for_length(max(length, self.setup.length))}
 
     @property
     def count(self) -> int:
@@ -194,15 +193,25 @@ class Case(NamedTuple):
     def parameters(self, length: int) -> list[Tensor]:
         """The learned tensors, of float32 numbers."""
         shapes, _ = self._learned(length)
-        made = [normal(shape, seed) for seed, shape in enumerate(shape for shape in shapes if shape is not None)]
+        there = (shape for shape in shapes if shape is not None)
+        made = [(self.variant.scale * normal(shape, seed)).float().double() for seed, shape in enumerate(there)]
         if self.variant.decays and not self.variant.by_token:
             made[0] = -made[0].abs() / 4
         return made
 
     def _learned(self, length: int) -> tuple[list[Any], Any]:
         """Shapes of the learned tensors, ``None`` for one that is absent, and the structure that holds them."""
-        shapes = self.variant.learned(length, self.setup.heads)
+        channels = (self.setup.key,) if self.variant.by_channels else ()
+        shapes = self.variant.learned(length, self.setup.heads, *channels)
         return tree_flatten(shapes, is_leaf=lambda shape: isinstance(shape, torch.Size))
+
+    def drawn(self, like: Tensor) -> list[Tensor]:
+        """The random tensors that are not learned, for queries (..., heads, channels) and where they are."""
+        # Numbers that every dtype has: rounded ones would be others, with other hashes.
+        return [
+            shape.to(like.device) if isinstance(shape, Tensor) else normal(shape, 100 + seed).bfloat16().to(like)
+            for seed, shape in enumerate(self.variant.drawn(*like.shape[-2:]))
+        ]
 
     def inputs(self, length: int, sources: int | None = None, batch: int = 2) -> list[Tensor]:
         """q, k, v, log-decays of tokens and the learned tensors: float64, on the CPU, of float32 numbers."""
@@ -220,11 +229,12 @@ class Case(NamedTuple):
         shapes, structure = self._learned(max(length, 1))
         given = iter(tensors[self.count :])
         leaves = [None if shape is None else next(given) for shape in shapes]
-        return *tensors[3 : self.count], *tree_unflatten(leaves, structure)
+        return *tensors[3 : self.count], *self.drawn(tensors[0]), *tree_unflatten(leaves, structure)
 
     def _call(self, function: Callable[..., Any], tensors: Tensors, **arguments: Any) -> Any:
-        learned = self.learned(tensors, tensors[0].shape[1])
-        return function(*tensors[:3], *learned, **self.options, **arguments)
+        length = tensors[0].shape[1]
+        learned = self.learned(tensors, length)
+        return function(*tensors[:3], *learned, causal=self.causal, **self.options(length), **arguments)
 
     def op(self, *tensors: Tensor, **arguments: Any) -> Any:
         """The operation on q, k, v and the learned tensors."""
@@ -237,7 +247,8 @@ class Case(NamedTuple):
 
     def step(self, tensors: Tensors, state: Any) -> tuple[Tensor, Any]:
         """One token, of tensors without the axis of length."""
-        return self.row.step(*tensors[:3], state, *self.learned(tensors, self.setup.length), **self.variant.options)
+        length = self.setup.length
+        return self.row.step(*tensors[:3], state, *self.learned(tensors, length), **self.options(length))
 
 
 def normal(shape: Sequence[int], seed: int) -> Tensor:
@@ -246,19 +257,28 @@ def normal(shape: Sequence[int], seed: int) -> Tensor:
 
 
 def cases(setup: Setup, names: Sequence[str]) -> Iterator[Case]:
-    """Every form of every variant of the mechanisms: first by the backends that run only on request."""
+    """Every form of the variants of the mechanisms: first by the backends that run only on request.
+
+    Mechanisms in plain PyTorch alone come last, in their first variant: time goes first to kernels.
+    """
     every = []
-    for name in names:
-        row = find_attention(name)
-        for label, variant in variants_of(row).items():
+    for row in sorted(map(find_attention, names), key=lambda row: not has_kernels(row)):
+        variants = list(variants_of(row).items())
+        for label, variant in variants if has_kernels(row) else variants[:1]:
             for form, causal in (("bidirectional", False), ("causal", True))[: 2 if row.can("causal") else 1]:
-                every.append(Case(f"{name} {label} {form}", row, variant, causal, setup))
+                if variant.only in ("", form):
+                    every.append(Case(f"{row.name} {label} {form}", row, variant, causal, setup))
     for case in every:
         for backend in backends_of(case.row.operation.__name__):
             asked = case._replace(name=f"{case.name} {backend.name}", backend=backend.name)
             if backend.by_request and computes(asked):
                 yield asked
     yield from every
+
+
+def has_kernels(row: Any) -> bool:
+    """Whether an operation has backends besides plain PyTorch."""
+    return len(backends_of(row.operation.__name__)) > 1
 
 
 def computes(case: Case) -> bool:
