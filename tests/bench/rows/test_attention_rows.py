@@ -77,7 +77,11 @@ def test_all_that_operations_take_is_moved_to_a_device():
             given = Sequences(SHAPE, torch.float32)
             here, there = (tree_leaves(one.learned(variant)) for one in (given, given.to("meta")))
             assert [leaf is None for leaf in here] == [leaf is None for leaf in there]
-            assert all(leaf.is_meta and leaf.dtype == own.dtype for own, leaf in zip(here, there, strict=True) if own is not None)
+            assert all(
+                leaf.is_meta and leaf.dtype == own.dtype
+                for own, leaf in zip(here, there, strict=True)
+                if own is not None
+            )
 
 
 def test_integers_are_given_as_they_are_and_have_no_gradients():
@@ -87,7 +91,9 @@ def test_integers_are_given_as_they_are_and_have_no_gradients():
         return v * filters.sum() + draws.sum()
 
     variant = Variant(learned=lambda draw, length, heads: (draw(heads), draw(heads).int(), None))
-    call = bind(Form(attend, variant=variant), (Sequences(SHAPE, torch.float32),), causal=False, training=True, double=True)
+    call = bind(
+        Form(attend, variant=variant), (Sequences(SHAPE, torch.float32),), causal=False, training=True, double=True
+    )
     out, *gradients = call.run()
     assert out.dtype == torch.float64
     assert [one.shape for one in gradients] == [out.shape, (SHAPE.heads,)]  # of v and the filters
