@@ -79,9 +79,9 @@ GPU = Setup(
     train_lengths=(4_096, 16_384, 65_536),
 )  # fmt: skip
 DRY = Setup(
-    device="cpu", heads=2, key=4, value=5, length=20, long=700, steps=3,
+    device="cpu", heads=2, key=4, value=5, length=20, long=700, steps=2,
     lengths=(40,), shape=(1, 2), channels=(8,),
-    model="flowformer_gpt_nano", tokens=64, train_length=32, train_lengths=(64,), train_seconds=0.1,
+    model="flowformer_gpt_nano", tokens=64, train_length=32, train_lengths=(64,), train_seconds=0.05,
 )  # fmt: skip
 
 
