@@ -61,6 +61,7 @@ class Setup(NamedTuple):
     value: int
     length: int  # of checks against the reference
     long: int  # of checks for drift
+    steps: int  # that follow a state
     lengths: tuple[int, ...]  # of times
     shape: tuple[int, int]  # batch and heads of times
     channels: tuple[int, ...]  # of a head, in times
@@ -72,15 +73,15 @@ class Setup(NamedTuple):
 
 
 GPU = Setup(
-    device="cuda", heads=3, key=32, value=40, length=400, long=65_536,
+    device="cuda", heads=3, key=32, value=40, length=400, long=65_536, steps=20,
     lengths=(1_024, 4_096, 16_384, 65_536), shape=(8, 16), channels=(64, 128),
     model="flowformer_gpt2", tokens=16_384, train_length=1_024, train_seconds=36.0,
     train_lengths=(4_096, 16_384, 65_536),
 )  # fmt: skip
 DRY = Setup(
-    device="cpu", heads=2, key=4, value=5, length=20, long=700,
+    device="cpu", heads=2, key=4, value=5, length=20, long=700, steps=2,
     lengths=(40,), shape=(1, 2), channels=(8,),
-    model="flowformer_gpt_nano", tokens=64, train_length=32, train_lengths=(64,), train_seconds=0.1,
+    model="flowformer_gpt_nano", tokens=64, train_length=32, train_lengths=(64,), train_seconds=0.05,
 )  # fmt: skip
 
 
@@ -181,10 +182,9 @@ class Case(NamedTuple):
     setup: Setup
     backend: str = "auto"
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Arguments of the operation and of its reference."""
-        return {"causal": self.causal, **self.variant.options}
+    def options(self, length: int) -> dict[str, Any]:
+        """Options for sequences of up to ``length`` tokens, or of the length of checks if that is more."""
+        return {**self.variant.options, **self.variant.for_length(max(length, self.setup.length))}
 
     @property
     def count(self) -> int:
@@ -194,15 +194,25 @@ class Case(NamedTuple):
     def parameters(self, length: int) -> list[Tensor]:
         """The learned tensors, of float32 numbers."""
         shapes, _ = self._learned(length)
-        made = [normal(shape, seed) for seed, shape in enumerate(shape for shape in shapes if shape is not None)]
+        there = (shape for shape in shapes if shape is not None)
+        made = [(self.variant.scale * normal(shape, seed)).float().double() for seed, shape in enumerate(there)]
         if self.variant.decays and not self.variant.by_token:
             made[0] = -made[0].abs() / 4
         return made
 
     def _learned(self, length: int) -> tuple[list[Any], Any]:
         """Shapes of the learned tensors, ``None`` for one that is absent, and the structure that holds them."""
-        shapes = self.variant.learned(length, self.setup.heads)
+        channels = (self.setup.key,) if self.variant.by_channels else ()
+        shapes = self.variant.learned(length, self.setup.heads, *channels)
         return tree_flatten(shapes, is_leaf=lambda shape: isinstance(shape, torch.Size))
+
+    def drawn(self, like: Tensor) -> list[Tensor]:
+        """The random tensors that are not learned, for queries (..., heads, channels) and where they are."""
+        # Numbers that every dtype has: rounded ones would be others, with other hashes.
+        return [
+            shape.to(like.device) if isinstance(shape, Tensor) else normal(shape, 100 + seed).bfloat16().to(like)
+            for seed, shape in enumerate(self.variant.drawn(*like.shape[-2:]))
+        ]
 
     def inputs(self, length: int, sources: int | None = None, batch: int = 2) -> list[Tensor]:
         """q, k, v, log-decays of tokens and the learned tensors: float64, on the CPU, of float32 numbers."""
@@ -220,11 +230,12 @@ class Case(NamedTuple):
         shapes, structure = self._learned(max(length, 1))
         given = iter(tensors[self.count :])
         leaves = [None if shape is None else next(given) for shape in shapes]
-        return *tensors[3 : self.count], *tree_unflatten(leaves, structure)
+        return *tensors[3 : self.count], *self.drawn(tensors[0]), *tree_unflatten(leaves, structure)
 
     def _call(self, function: Callable[..., Any], tensors: Tensors, **arguments: Any) -> Any:
-        learned = self.learned(tensors, tensors[0].shape[1])
-        return function(*tensors[:3], *learned, **self.options, **arguments)
+        length = tensors[0].shape[1]
+        learned = self.learned(tensors, length)
+        return function(*tensors[:3], *learned, causal=self.causal, **self.options(length), **arguments)
 
     def op(self, *tensors: Tensor, **arguments: Any) -> Any:
         """The operation on q, k, v and the learned tensors."""
@@ -237,7 +248,8 @@ class Case(NamedTuple):
 
     def step(self, tensors: Tensors, state: Any) -> tuple[Tensor, Any]:
         """One token, of tensors without the axis of length."""
-        return self.row.step(*tensors[:3], state, *self.learned(tensors, self.setup.length), **self.variant.options)
+        length = self.setup.length
+        return self.row.step(*tensors[:3], state, *self.learned(tensors, length), **self.options(length))
 
 
 def normal(shape: Sequence[int], seed: int) -> Tensor:
@@ -246,19 +258,28 @@ def normal(shape: Sequence[int], seed: int) -> Tensor:
 
 
 def cases(setup: Setup, names: Sequence[str]) -> Iterator[Case]:
-    """Every form of every variant of the mechanisms: first by the backends that run only on request."""
+    """Every form of the variants of the mechanisms: first by the backends that run only on request.
+
+    Mechanisms in plain PyTorch alone come last, in their first variant: time goes first to kernels.
+    """
     every = []
-    for name in names:
-        row = find_attention(name)
-        for label, variant in variants_of(row).items():
+    for row in sorted(map(find_attention, names), key=lambda row: not has_kernels(row)):
+        variants = list(variants_of(row).items())
+        for label, variant in variants if has_kernels(row) else variants[:1]:
             for form, causal in (("bidirectional", False), ("causal", True))[: 2 if row.can("causal") else 1]:
-                every.append(Case(f"{name} {label} {form}", row, variant, causal, setup))
+                if variant.only in ("", form):
+                    every.append(Case(f"{row.name} {label} {form}", row, variant, causal, setup))
     for case in every:
         for backend in backends_of(case.row.operation.__name__):
             asked = case._replace(name=f"{case.name} {backend.name}", backend=backend.name)
             if backend.by_request and computes(asked):
                 yield asked
     yield from every
+
+
+def has_kernels(row: Any) -> bool:
+    """Whether an operation has backends besides plain PyTorch."""
+    return len(backends_of(row.operation.__name__)) > 1
 
 
 def computes(case: Case) -> bool:
@@ -359,14 +380,14 @@ def check_packing(case: Case) -> dict[str, Any]:
 
 
 def check_steps(case: Case) -> dict[str, Any]:
-    """Half of a sequence at once, and 20 tokens one by one from its state."""
+    """Half of a sequence at once, and some tokens one by one from its state."""
     tensors = case.inputs(case.setup.length)
     on_device = [t.to(case.setup.device, torch.float32) for t in tensors]
-    split, stop = case.setup.length // 2, case.setup.length // 2 + 20
+    split, stop = case.setup.length // 2, case.setup.length // 2 + case.setup.steps
     of_tokens, learned = on_device[: case.count], on_device[case.count :]
     out, state = case.op(*(t[:, :split] for t in of_tokens), *learned, return_state=True)
     outs = [out]
-    for token in range(split, min(stop, case.setup.length)):
+    for token in range(split, stop):
         out, state = case.step([*(t[:, token] for t in of_tokens), *learned], state)
         outs.append(out.unsqueeze(1))
     got = torch.cat(outs, 1).double().cpu()
@@ -433,10 +454,10 @@ def check_module(case: Case) -> dict[str, Any]:
     if case.causal:
         state, outs = module.init_state(2), []
         with torch.no_grad():
-            for token in x[:, :20].to(setup.device, torch.float32).unbind(1):
+            for token in x[:, : setup.steps].to(setup.device, torch.float32).unbind(1):
                 out, state = module.step(token, state)
                 outs.append(out)
-        got, want = [*got, torch.stack(outs, 1).double().cpu()], [*want, want[0][:, :20]]
+        got, want = [*got, torch.stack(outs, 1).double().cpu()], [*want, want[0][:, : setup.steps]]
     return compare(got, want, 2 * TOLERANCE[torch.float32])  # of projections too
 
 
@@ -446,9 +467,10 @@ def of_dtype(of: Sequence[Case], dtype: torch.dtype) -> list[Case]:
 
 
 def correctness(setup: Setup, names: Sequence[str]) -> list[Job]:
-    """The most telling checks first."""
+    """The most telling checks first; those of mechanisms in plain PyTorch alone after all others."""
     every = list(cases(setup, names))
     linear = [case for case in every if case.row.can("linear time", "linear memory") and not case.variant.quadratic]
+    linear = [case for case in linear if not case.variant.same_loops]  # sums drift in loops
     first = [case for case in every if case.variant is next(iter(variants_of(case.row).values()))]
     checks: list[tuple[str, Callable[[Case], dict[str, Any]], Sequence[Case]]] = [
         ("float32", functools.partial(check_dtypes, dtype=torch.float32), every),
@@ -470,7 +492,10 @@ def correctness(setup: Setup, names: Sequence[str]) -> list[Job]:
         ("drift", check_drift, [case for case in linear if case in first]),
         ("drift", check_drift, [case for case in linear if case not in first]),
     ]
-    return [Job(f"{case.name}: {kind}", functools.partial(check, case)) for kind, check, of in checks for case in of]
+    jobs = [
+        (case, Job(f"{case.name}: {kind}", functools.partial(check, case))) for kind, check, of in checks for case in of
+    ]
+    return [job for _, job in sorted(jobs, key=lambda pair: not has_kernels(pair[0].row))]
 
 
 # --------------------------------------------------------------------------------------------------------------- times
@@ -828,6 +853,7 @@ def build(name: str, attention: str, length: int) -> Any:
     return create_model(name, vocab_size=256, max_length=length, attention=attention)
 
 
+@functools.cache
 def check_model(setup: Setup, attention: str, text: Text) -> dict[str, Any]:
     """Loss and gradients of a small model in float32, against float64 on the CPU; the loss in autocast, coarsely."""
     torch.manual_seed(1)

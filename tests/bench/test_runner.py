@@ -9,6 +9,7 @@ import torch
 from flowformer.bench import registry, runner, timing
 from flowformer.bench.check import Checker, WrongResultError, error_of
 from flowformer.bench.registry import Shape
+from flowformer.bench.rows import language
 from flowformer.bench.rows.published import flow_attention as published
 from flowformer.bench.runner import Plan
 from flowformer.mechanisms import find_attention
@@ -79,9 +80,10 @@ def test_published_formulas_are_the_reference(causal):
     )
 
 
-def test_every_contender_is_right_or_says_why_not(small):
+def test_every_contender_is_right_or_says_why_not(small, monkeypatch):
+    monkeypatch.setattr(language, "LAYERS", 1)  # tests/bench/rows has whole models
     records = []
-    runner.run(Plan(lengths=(40,), limits=False, **small), records.append)
+    runner.run(Plan(lengths=(40,), limits=False, repeats=2, **small), records.append)
     found = [record for record in records if record["record"] == "point"]
     assert {record["operation"] for record in found} == set(registry.OPERATIONS) - {"toy"}
     for record in found:

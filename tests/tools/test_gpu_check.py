@@ -16,6 +16,7 @@ from law_cases import variants_of
 
 from flowformer import list_attentions, ops
 from flowformer.bench.device import Cuda
+from flowformer.core.backends import backends_of
 from flowformer.mechanisms import find_attention
 
 
@@ -47,9 +48,11 @@ def test_every_operation_is_checked_and_every_part_has_run(finished: Path) -> No
     assert {line["part"] for line in lines} == {"machine", "correctness", "times", "training"}
     for name in list_attentions():
         row = find_attention(name)
-        for variant in variants_of(row):
-            for form in ("bidirectional", "causal") if row.can("causal") else ("bidirectional",):
-                of = {line["name"] for line in lines if line.get("name", "").startswith(f"{name} {variant} {form}: ")}
+        kernels = len(backends_of(row.operation.__name__)) > 1
+        for label, variant in list(variants_of(row).items())[: None if kernels else 1]:
+            forms = ("bidirectional", "causal") if row.can("causal") else ("bidirectional",)
+            for form in [form for form in forms if variant.only in ("", form)]:
+                of = {line["name"] for line in lines if line.get("name", "").startswith(f"{name} {label} {form}: ")}
                 kinds = {one.rpartition(": ")[2] for one in of}
                 assert kinds >= {"float64", "float32", "bfloat16", "float16", "padding", "packing"}
     timed = {line["name"]: line for line in lines if line["part"] == "times"}
@@ -57,6 +60,13 @@ def test_every_operation_is_checked_and_every_part_has_run(finished: Path) -> No
     trained = next(line for line in lines if line["part"] == "training")
     assert trained["tokens_per_s"] > 0
     assert 0 < trained["curve"][-1]["bits_per_byte"] < 9
+
+
+def test_kernels_are_checked_before_what_is_in_plain_pytorch(finished: Path) -> None:
+    names = [line["name"].split()[0] for line in lines_of(finished) if line["part"] == "correctness"]
+    kernels = [len(backends_of(find_attention(name).operation.__name__)) > 1 for name in names]
+    assert kernels == sorted(kernels, reverse=True)
+    assert {True, False} == set(kernels)
 
 
 def test_a_second_run_measures_only_what_is_missing(

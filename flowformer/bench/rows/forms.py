@@ -157,7 +157,9 @@ class Sequences:
             if self._host is None:
                 drawn = draw_learned(variant, shape.length, shape.heads, shape.channels, self._dtype)
             else:
-                drawn = tree_map(lambda leaf: leaf.to(self.v.device), self._host.learned(variant))
+                drawn = tree_map(
+                    lambda leaf: None if leaf is None else leaf.to(self.v.device), self._host.learned(variant)
+                )
             self._learned[key] = drawn
         return self._learned[key]
 
@@ -194,19 +196,20 @@ class Form:
         return q.flatten(-2), k[..., 0].contiguous() if one_key else k.flatten(-2), v.flatten(-2)
 
     def prepare(self, given: Sequences) -> tuple[Function, tuple[Tensor, ...]]:
-        """A function of tensors and ``causal``, and the tensors: q, k, v and what is learned."""
+        """A function of tensors and ``causal``, and the tensors: q, k, v and what is learned, but for integers."""
         tensors, learned = self.arrange(given.q, given.k, given.v), given.learned(self.variant)
         if not learned and not self.variant.options:
             return self.function, tensors
         leaves, structure = tree_flatten(learned)
-        present = [leaf is not None for leaf in leaves]
+        floating = [leaf is not None and leaf.is_floating_point() for leaf in leaves]
 
         def run(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor, causal: bool) -> Any:
             each = iter(rest)
-            learned = tree_unflatten([next(each) if there else None for there in present], structure)
+            filled = [next(each) if given else leaf for given, leaf in zip(floating, leaves, strict=True)]
+            learned = tree_unflatten(filled, structure)
             return self.function(q, k, v, *learned, causal=causal, **self.variant.options)
 
-        return run, (*tensors, *(leaf for leaf in leaves if leaf is not None))
+        return run, (*tensors, *(leaf for given, leaf in zip(floating, leaves, strict=True) if given))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
         """The output for q, k, v (batch, length, heads, channels), shaped like v."""

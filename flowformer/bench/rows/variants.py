@@ -39,6 +39,7 @@ FACTOR_CHANNELS = 128
 TAPS = 31
 FEATURES = 64  # of random features, as many as there are channels in most models
 LINFORMER_RANK, SYNTHESIZER_RANK = 256, 32  # as their modules have them
+RANDOM_BLOCKS = (128, 3)  # rows, and random blocks of each, as in the module of BigBird
 Draw = Callable[..., Tensor]  # of sizes
 
 
@@ -58,7 +59,7 @@ class Variant:
         about: What is added to the line for help.
         options: Keyword arguments of the operation, its truth, its step and its state.
         learned: ``(draw, length, heads) -> `` what the operation takes after v and the step after the state: tensors
-            (or tuples of them) that ``draw(*sizes)`` makes.
+            (or tuples of them) that ``draw(*sizes)`` makes. Those of integers are random numbers, without gradients.
         by_channels: Whether ``learned`` takes the channels of keys as well.
         per_channel: Whether there are as many heads as channels, where the mechanism has a key for each head.
         decodes: Whether steps are timed: not where a learned tensor is quadratic in the length of the context.
@@ -172,6 +173,10 @@ def _rotations(draw: Draw, length: int, heads: int, channels: int) -> tuple[Any,
     return (draw(8, channels, 16),)  # hashes and half of the buckets, as its module has them
 
 
+def _random_blocks(draw: Draw, length: int, heads: int) -> tuple[Any, ...]:
+    return ((1e6 * draw(heads, *RANDOM_BLOCKS).float()).abs().int(),)  # random integers, whatever is drawn
+
+
 def _landmarks(draw: Draw, length: int, heads: int, channels: int) -> tuple[Any, ...]:
     return ((draw(channels, channels), draw(channels), draw(channels)),)
 
@@ -191,6 +196,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
     "cosformer": (Variant(options={"max_length": 2**20}),),
     "softmax": (Variant(flops=softmax_flops), Variant("decay", flops=softmax_flops, **_DECAY)),
     "linformer": (Variant("", f", to {LINFORMER_RANK} rows", learned=_projections),),
+    "bigbird": (Variant(about=f", {RANDOM_BLOCKS[1]} random blocks", learned=_random_blocks),),
     "reformer": (Variant("", ", 8 hashes", learned=_rotations, by_channels=True),),
     "soft": (Variant(learned=_landmarks, by_channels=True),),
     "synthesizer": (Variant("", ", factorized random scores", {"kind": "factorized_random"}, _scores),),

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from flowformer.bench import registry, runner
 from flowformer.bench.check import Checker, WrongResultError
 from flowformer.bench.registry import Shape
-from flowformer.bench.rows.attention import FAMILIES
-from flowformer.bench.rows.forms import Form, has_heads
-from flowformer.bench.rows.variants import Kind, linear_flops
+from flowformer.bench.rows.attention import FAMILIES, bind
+from flowformer.bench.rows.forms import Form, Sequences, has_heads
+from flowformer.bench.rows.variants import Kind, Variant, linear_flops, variants_of
 from flowformer.bench.runner import Plan
 from flowformer.core import backends
 from flowformer.core.backends import Backend
@@ -68,6 +69,34 @@ def test_right_results_pass_and_wrong_ones_do_not(row):
     assert check(row).error <= registry.OPERATIONS[row.operation].tolerances[row.dtype]
     with pytest.raises(WrongResultError, match=f"{row.name} is wrong in {row.operation}"):
         check(dataclasses.replace(row, function=changed(row)))
+
+
+def test_all_that_operations_take_is_moved_to_a_device():
+    for row in map(find_attention, list_attentions()):
+        for variant in variants_of(row):
+            given = Sequences(SHAPE, torch.float32)
+            here, there = (tree_leaves(one.learned(variant)) for one in (given, given.to("meta")))
+            assert [leaf is None for leaf in here] == [leaf is None for leaf in there]
+            assert all(
+                leaf.is_meta and leaf.dtype == own.dtype
+                for own, leaf in zip(here, there, strict=True)
+                if own is not None
+            )
+
+
+def test_integers_are_given_as_they_are_and_have_no_gradients():
+    def attend(q, k, v, filters, draws, absent, *, causal):
+        assert draws.dtype == torch.int32
+        assert absent is None
+        return v * filters.sum() + draws.sum()
+
+    variant = Variant(learned=lambda draw, length, heads: (draw(heads), draw(heads).int(), None))
+    call = bind(
+        Form(attend, variant=variant), (Sequences(SHAPE, torch.float32),), causal=False, training=True, double=True
+    )
+    out, *gradients = call.run()
+    assert out.dtype == torch.float64
+    assert [one.shape for one in gradients] == [out.shape, (SHAPE.heads,)]  # of v and the filters
 
 
 @pytest.mark.parametrize("name", list_attentions())

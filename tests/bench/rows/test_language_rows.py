@@ -49,12 +49,20 @@ def change_attention(monkeypatch, change):
     monkeypatch.setattr(language, "build", changed)
 
 
+def names_of(row, function):
+    """Names of a mechanism's contenders: one for each backend, where there are several to choose from."""
+    name, own = row.name.replace("_", "-"), [row.name for row in backend.backends_of(function.__name__)]
+    own = [backend for backend in own if backend in BACKENDS]
+    return [f"{name}-{backend}" for backend in own] if len(own) > 1 else [name]
+
+
 def test_there_is_each_model_with_each_backend():
     names = {operation: [row.name for row in ROWS if row.operation == operation] for operation in OPERATIONS}
-    ours = ["flow-native", "flow-torch", "aft-conv", "aft-full", "aft-local"]
-    others = ["linear", "mobile", "reformer", "sinkhorn", "softmax", "synthesizer", "yoso"]
-    assert names["language-training"] == [*ours, "aft-simple-native", "aft-simple-torch", *others]
-    assert names["language-step"] == [*ours, "aft-simple", *others, "sdpa"]
+    found = [find_attention(name) for name in ["flow", *sorted(set(MODELS) - {"flow"})]]
+    assert names["language-training"] == [name for row in found for name in names_of(row, row.operation)]
+    assert names["language-step"] == [*(name for row in found for name in names_of(row, row.step)), "sdpa"]
+    assert {"flow-native", "flow-torch", "aft-simple-native", "softmax"} <= set(names["language-training"])
+    assert {"flow-native", "flow-torch", "aft-simple", "softmax"} <= set(names["language-step"])
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.operation}-{row.name}")
@@ -74,7 +82,7 @@ def test_what_is_right_is_let_in_and_what_is_wrong_is_not(row, monkeypatch):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_truth_owes_nothing_to_the_operation(operation, attention, monkeypatch):
     mechanism = find_attention(attention)
-    row = next(row for row in ROWS if row.operation == operation and attention.replace("_", "-") in row.name)
+    row = next(row for row in ROWS if row.operation == operation and row.function.attention == attention)
     if row.unavailable(text()):
         pytest.skip(row.unavailable(text()))
 
@@ -143,17 +151,15 @@ def test_models_are_alike_but_for_their_attention():
     built = {attention: language.build(attention, SHAPE) for attention in MODELS}
     assert torch.equal(torch.get_rng_state(), before)
     own = dict(built["softmax"].named_parameters())
-    # Position biases; filters, their scales, narrow keys; scores.
-    others = {"aft_full": 12, "aft_local": 12, "aft_conv": 30, "synthesizer": 6}
     for attention, model in built.items():
         assert len(model.decoder.layers) == 6
         assert (model.dim, model.vocab_size, model.scale) == (16, 256, 4)
-        same = [
-            name
-            for name, parameter in model.named_parameters()
-            if name in own and own[name].shape == parameter.shape and torch.equal(own[name], parameter)
-        ]
-        assert len(list(model.parameters())) - len(same) == others.get(attention, 0), attention
+        mine = dict(model.named_parameters())
+        shared = {name for name in mine if name in own and own[name].shape == mine[name].shape}
+        assert all(torch.equal(own[name], mine[name]) for name in shared), attention
+        # Position biases, filters, narrow keys, gates and such; and where queries are the keys, no projection of them.
+        assert all(".attention." in name for name in {*own, *mine} - shared), attention
+        assert all(f"decoder.blocks.{layer}.attention.v_proj.weight" in shared for layer in range(6)), attention
     assert all(
         block.attention.filters.std() > 0.03 for block in built["aft_conv"].decoder.layers
     )  # as images have them

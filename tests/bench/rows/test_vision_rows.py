@@ -20,7 +20,10 @@ timm = pytest.importorskip("timm")
 
 registry.load()
 BACKENDS = tuple(row.name for row in list_backends() if not row.by_request)
-SHAPE = Shape(48, batch=2, heads=2, channels=8, value_channels=8)
+# With 8 channels for a head, noise of 6e-8 in what linear layers give moves the float64 scores around YOSO (7e-7) by up
+# to 4 times as much as those around softmax: its weights are steep where a query is next to parallel to a key. With 16
+# channels it moves both alike (2e-7).
+SHAPE = Shape(48, batch=2, heads=2, channels=16, value_channels=16)
 OPERATIONS = ("vision", "vision-training")
 ROWS = [row for row in registry.contenders().values() if row.operation in OPERATIONS and not row.device]
 EACH_ROW = pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.operation}-{row.name}")
@@ -64,9 +67,11 @@ def change_model(monkeypatch, change):
 def test_there_is_each_model():
     names = {operation: [row.name for row in ROWS if row.operation == operation] for operation in OPERATIONS}
     assert names["vision"] == names["vision-training"]
-    others = ["linear", "linformer", "mobile", "nystromformer", "reformer", "sinkhorn", "soft", "synthesizer", "yoso"]
-    aft = ["aft-conv", "aft-full", "aft-local", *(f"aft-simple-{name}" for name in BACKENDS)]
-    assert names["vision"] == ["softmax", *(f"flow-{name}" for name in BACKENDS), *aft, *others]
+    ours = [row.function.attention for row in ROWS if row.operation == "vision" and row.ours]
+    assert list(dict.fromkeys(ours)) == ["flow", *sorted(set(list_attentions()) - {"flow", "softmax"})]
+    for name in ("flow", "aft-simple"):  # they have backends to choose from
+        assert [row for row in names["vision"] if row.startswith(name)] == [f"{name}-{one}" for one in BACKENDS]
+    assert len(names["vision"]) == len(list_attentions()) + 2 * (len(BACKENDS) - 1)
     assert [row.name for row in ROWS if not row.ours] == ["softmax", "softmax"]
 
 
@@ -121,11 +126,11 @@ def test_the_filters_of_aft_conv_are_checked():
     model = vision.build("aft_conv", SHAPE)
     attention = model.blocks[0].attn.attention
     assert isinstance(attention, flowformer.AFTConv)
-    assert (attention.num_heads, attention.kernel_size) == (16, (11, 11))
+    assert (attention.num_heads, attention.kernel_size) == (32, (11, 11))
     assert attention.filters.std() > 0.03
     _, *gradients = run(registry.contenders()["vision-training", "aft-conv"])
     assert [tuple(one.shape) for one in gradients] == [
-        (16, 768), (1000, 16), (64, 16), (16, 121), *[(16, 16)] * 4,
+        (32, 768), (1000, 32), (128, 32), (32, 121), *[(32, 32)] * 4,
     ]  # fmt: skip
 
 
@@ -154,7 +159,7 @@ def test_models_are_alike_but_for_their_attention():
         block = models[attention].blocks[1].attn.attention
         joined = torch.cat([block.q_proj.weight, block.k_proj.weight, block.v_proj.weight])
         assert torch.equal(joined, own["blocks.1.attn.qkv.weight"])
-        assert joined.std() > 0.2  # attention is no mean
+        assert joined.std() > 0.15  # attention is no mean
     assert models["flow"].blocks[0].attn.attention.preset == "vision"
 
 
