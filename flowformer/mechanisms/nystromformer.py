@@ -174,7 +174,8 @@ def _from_the_front(
     tokens = mask.unflatten(1, (m, -1)).sum(2)
     counts = tokens.to(q.dtype) + (0.0 if bool(mask.all()) else COUNT_EPS)
     of_queries, of_keys = ((x.unflatten(1, (m, -1)).sum(2) / counts[:, :, None, None]).transpose(1, 2) for x in (q, k))
-    return _attend(q, k, v, mask, Landmarks(of_queries, of_keys, tokens > 0, None), taps, *how)[:, total - length :]
+    out = _attend(q, k, v, mask, Landmarks(of_queries, of_keys, tokens > 0, None), taps, *how)
+    return fill(out, mask)[:, total - length :]
 
 
 # --------------------------------------------------------------------------------------------------------- attention

@@ -73,6 +73,16 @@ def test_segments_of_positions_and_from_the_front_are_those_of_tokens_without_pa
         torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("start", ["matrix", "batch"])
+@pytest.mark.parametrize("segments", ["tokens", "positions", "front"])
+def test_a_row_of_padding_alone_is_zeros(tensors: list[Tensor], segments: str, start: str) -> None:
+    mask = torch.tensor([[True], [False]]).expand(2, 128)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    out = ops.nystromformer_attention(*leaves, mask=mask, num_landmarks=8, segments=segments, start=start)
+    assert not out[1].any()
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), leaves))
+
+
 def test_module_adds_its_convolution() -> None:
     torch.manual_seed(0)
     module = NystromformerAttention(12, 3, num_landmarks=4, value_conv=5).double()
