@@ -144,7 +144,8 @@ def test_wrong_options_are_refused():
     q, k, v = inputs(12)
     good = rotations(2, 4, 3)
     for options, kind, says in (
-        ({"form": "trax"}, ValueError, "form must be paper, hf, lra, got 'trax'"),
+        ({"form": "trax"}, ValueError, "form must be one of 'paper', 'hf', 'lra', got 'trax'"),
+        ({"form": []}, ValueError, r"form must be one of .*, got \[\]"),
         ({"chunk_length": 0}, ValueError, "chunk_length must be positive"),
         ({"chunks_after": 2}, ValueError, "chunks_after must be 0 or 1"),
         ({"causal": True, "chunks_after": 1}, ValueError, "chunks_after must be 0 in the causal form"),

@@ -134,7 +134,12 @@ def test_module_owns_nulls_noise_and_sort_network():
 def test_wrong_options_are_refused():
     q, k, v = inputs(12)
     for options, kind, says in (
-        ({"sort": "quick"}, ValueError, "sort must be top, gumbel, lra_softmax, lra_sinkhorn, got 'quick'"),
+        (
+            {"sort": "quick"},
+            ValueError,
+            "sort must be one of 'top', 'gumbel', 'lra_softmax', 'lra_sinkhorn', got 'quick'",
+        ),
+        ({"sort": []}, ValueError, r"sort must be one of .*, got \[\]"),
         ({"bucket_length": 0}, ValueError, "bucket_length must be positive"),
         ({"num_top": 1.5}, TypeError, "num_top must be a whole number"),
         ({"temperature": 0}, ValueError, "temperature must be positive, got 0"),

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from flowformer.core.checks import Layout, check_dense, check_flag, check_integer, check_sizes, describe
+from flowformer.core.checks import Layout, check_choice, check_dense, check_flag, check_integer, check_sizes, describe
 from flowformer.core.masks import fill
 from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Given, check_inputs, run
@@ -145,8 +145,7 @@ def check_options(
     op: str, form: Any, chunk_length: Any, chunks_after: Any, sees_future: Any, causal: bool = False
 ) -> None:
     """Raise for an unknown form, a chunk of no token, or options that a form does not have."""
-    if form not in FORMS:
-        raise ValueError(f"{op}: form must be {', '.join(FORMS)}, got {form!r}")
+    check_choice(f"{op}: form", form, tuple(FORMS))
     check_sizes(**{f"{op}: chunk_length": chunk_length})
     check_integer(f"{op}: chunks_after", chunks_after)
     check_flag(f"{op}: sees_future", sees_future)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flowformer.core.checks import Layout, check_dense, check_number, check_sizes, describe
+from flowformer.core.checks import Layout, check_choice, check_dense, check_number, check_sizes, describe
 from flowformer.core.masks import close_up, fill, spread
 from flowformer.core.precision import LOG_ZERO, no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Given, check_inputs, run
@@ -138,8 +138,7 @@ def sinkhorn_attention(
 
 def check_options(op: str, options: Options, causal: bool) -> None:
     """Raise for options out of range, or that a form does not have."""
-    if options.sort not in SORTS:
-        raise ValueError(f"{op}: sort must be {', '.join(SORTS)}, got {options.sort!r}")
+    check_choice(f"{op}: sort", options.sort, tuple(SORTS))
     sizes = {"bucket_length": options.bucket_length, "num_top": options.num_top, "iterations": options.iterations}
     check_sizes(**{f"{op}: {name}": size for name, size in sizes.items()})
     check_number(f"{op}: temperature", options.temperature)
