@@ -175,7 +175,8 @@ def _from_the_front(
     counts = tokens.to(q.dtype) + (0.0 if bool(mask.all()) else COUNT_EPS)
     of_queries, of_keys = ((x.unflatten(1, (m, -1)).sum(2) / counts[:, :, None, None]).transpose(1, 2) for x in (q, k))
     out = _attend(q, k, v, mask, Landmarks(of_queries, of_keys, tokens > 0, None), taps, *how)
-    return fill(out, mask)[:, total - length :]
+    # Padded queries of other rows have outputs, as released.
+    return out[:, total - length :].masked_fill(~mask.any(1).view(-1, 1, 1, 1), 0)
 
 
 # --------------------------------------------------------------------------------------------------------- attention
