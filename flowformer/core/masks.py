@@ -47,16 +47,21 @@ class _Bucket(NamedTuple):
     mask: Tensor  # (n, width)
 
 
-def _buckets(cu_seqlens: Tensor) -> list[_Bucket]:
-    """Group sequences, longest first, for as long as the group's padding stays below one half."""
+def _buckets(cu_seqlens: Tensor, apart: bool = False) -> list[_Bucket]:
+    """Group sequences, longest first, while the group's padding stays below one half.
+
+    If ``apart``, each sequence by itself, without the empty ones.
+    """
     bounds = cu_seqlens.tolist()
     lengths = [b - a for a, b in pairwise(bounds)]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     groups: list[list[int]] = []
     tokens = 0
     for row in order:
+        if apart and not lengths[row]:
+            continue
         tokens += lengths[row]
-        if not groups or 2 * tokens < lengths[groups[-1][0]] * (len(groups[-1]) + 1):
+        if apart or not groups or 2 * tokens < lengths[groups[-1][0]] * (len(groups[-1]) + 1):
             groups.append([])
             tokens = lengths[row]
         groups[-1].append(row)
@@ -72,8 +77,9 @@ def _buckets(cu_seqlens: Tensor) -> list[_Bucket]:
 
 
 def run_packed(
-    dense: Callable[..., tuple[Tensor, Any]], tensors: Sequence[Tensor], cu_seqlens: Tensor, initial_state: Any = None
-) -> tuple[Tensor, Any]:
+    dense: Callable[..., tuple[Tensor, Any]], tensors: Sequence[Tensor], cu_seqlens: Tensor, initial_state: Any = None,
+    *, apart: bool = False,
+) -> tuple[Tensor, Any]:  # fmt: skip
     """Run an operation on every sequence of a packed batch.
 
     Args:
@@ -81,14 +87,18 @@ def run_packed(
         tensors: Each (1, total length, ...).
         cu_seqlens: (N + 1,), checked.
         initial_state: State of batch N, or ``None``.
+        apart: Whether each sequence must be run by itself, since padding or other rows would change its output; of an
+            operation without a state.
 
     Returns:
         Output (1, total length, ...) and the state of batch N (``None`` where the operation returns none).
     """
     if is_traced():
+        if apart:
+            raise ValueError("a packed batch of an operation whose outputs depend on padding cannot be traced")
         return _run_packed_in_a_graph(dense, tensors, cu_seqlens, initial_state)
     outs, places, states, rows = [], [], [], []
-    for bucket in _buckets(cu_seqlens):
+    for bucket in _buckets(cu_seqlens, apart):
         state = initial_state
         if initial_state is not None:
             index = torch.tensor(bucket.rows, device=cu_seqlens.device)

@@ -76,6 +76,7 @@ def run(
     options: Sequence[Any] = (),
     of_tokens: Sequence[Tensor] = (),
     only_torch: str = "",
+    apart: bool = False,
 ) -> Any:
     """Run an operation with the chosen backend, or with ``dense`` in plain PyTorch.
 
@@ -88,6 +89,7 @@ def run(
         options: What a backend's implementation is given besides a :class:`Checked`.
         of_tokens: What else there is of each token, (batch, length, ...): ``dense`` takes it after the state.
         only_torch: Why other backends cannot compute this; empty where they can.
+        apart: Whether ``dense`` takes packed sequences one by one: see :func:`flowformer.core.masks.run_packed`.
 
     Returns:
         The output, or the output and the state.
@@ -115,7 +117,7 @@ def run(
             q, k, v, *others, mask, state = given
             return dense(q, k, v, mask, mask, state, *others)
 
-        out, state = run_packed(padded, (q, k, v, *of_tokens), cu_seqlens, state)
+        out, state = run_packed(padded, (q, k, v, *of_tokens), cu_seqlens, state, apart=apart)
     return (out, state) if return_state else out
 
 

@@ -101,7 +101,7 @@ def bigbird_attention(
             return spread(fill(out, key).to(dtype), places, length), None
         return fill(out[:, :length], key).to(dtype), None
 
-    return run(op, given, dense, layout=LAYOUT)
+    return run(op, given, dense, layout=LAYOUT, apart=released is not None)
 
 
 def _check_options(op: str, block: Any, released: Any) -> None:

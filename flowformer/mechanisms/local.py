@@ -119,10 +119,17 @@ def init_local_state(
     check_fresh_state(op, batch, dtype, heads=heads, key_channels=key_channels, value_channels=value_channels)
     chosen = LocalOptions(**options)
     chosen.check(op, True)
+    return LocalState(*empty_window(batch, chosen.reach, heads, key_channels, value_channels, device))
+
+
+def empty_window(
+    batch: int, reach: int, heads: int, key_channels: int, value_channels: int, device: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a count of tokens, 0, and the last ``reach`` keys and values before the first token: zeros in float64."""
     device = torch.device("cpu") if device is None else torch.device(device)
-    key = torch.zeros(batch, chosen.reach, heads, key_channels, dtype=state_dtype(device), device=device)
+    key = torch.zeros(batch, reach, heads, key_channels, dtype=state_dtype(device), device=device)
     length = torch.zeros(batch, dtype=torch.int64, device=device)
-    return LocalState(length, key, key.new_zeros(*key.shape[:3], value_channels))
+    return length, key, key.new_zeros(*key.shape[:3], value_channels)
 
 
 def local_attention(
@@ -188,7 +195,7 @@ def local_attention(
         return _local(q, k, v, key, causal, before, state if return_state else None, options)
 
     return run(
-        op, given, dense, layout=LAYOUT,
+        op, given, dense, layout=LAYOUT, apart=released is not None,
         init_state=lambda batch: init_local_state(
             batch, q.shape[2], q.shape[3], v.shape[3], device=q.device, **options._asdict()
         ),

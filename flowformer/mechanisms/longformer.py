@@ -29,11 +29,10 @@ from flowformer.core.checks import (
 )
 from flowformer.core.chunks import CHUNK
 from flowformer.core.masks import close_up, fill, spread
-from flowformer.core.precision import state_dtype
 from flowformer.core.run import Given, check_inputs, run
 from flowformer.core.tracing import is_traced, is_transformed
 from flowformer.mechanisms.base import Attention
-from flowformer.mechanisms.local import last_tokens, sliding_band, step_window
+from flowformer.mechanisms.local import empty_window, last_tokens, sliding_band, step_window
 from flowformer.mechanisms.registry import register
 from flowformer.mechanisms.weights import Rows, lower, rows_of, truth_of
 
@@ -93,11 +92,7 @@ def init_longformer_state(
     chosen = LongformerOptions(**options)
     chosen.check(op)
     _check_state_use(op, chosen.global_tokens > 0)
-    device = torch.device("cpu") if device is None else torch.device(device)
-    reach = chosen.sides(True)[0]
-    key = torch.zeros(batch, reach, heads, key_channels, dtype=state_dtype(device), device=device)
-    length = torch.zeros(batch, dtype=torch.int64, device=device)
-    return LongformerState(length, key, key.new_zeros(*key.shape[:3], value_channels))
+    return LongformerState(*empty_window(batch, chosen.sides(True)[0], heads, key_channels, value_channels, device))
 
 
 def _check_state_use(op: str, has_global: bool) -> None:

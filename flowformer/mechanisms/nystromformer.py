@@ -124,7 +124,7 @@ def nystromformer_attention(
             return out.to(v.dtype).contiguous(), None
 
     given = Given(q, k, v, causal, mask, context_mask, cu_seqlens, initial_state, return_state, backend)
-    return run(op, given, dense, layout=LAYOUT)
+    return run(op, given, dense, layout=LAYOUT, apart=segments != "tokens" or start == "batch")
 
 
 def _check_options(of: str, num_landmarks: int, iterations: int, segments: str, start: str) -> None:

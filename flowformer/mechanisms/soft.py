@@ -137,7 +137,7 @@ def soft_attention(
     given = Given(q, k, v, causal, mask, context_mask, cu_seqlens, initial_state, return_state, backend)
     if is_image and isinstance(k, Tensor) and q.shape != k.shape:
         raise ValueError(f"{op}: q and k of images must have one shape, got {describe(q)} and {describe(k)}")
-    return run(op, given, dense, layout=IMAGES if is_image else LAYOUT)
+    return run(op, given, dense, layout=IMAGES if is_image else LAYOUT, apart=start == "batch")
 
 
 def _check_options(of: str, num_landmarks: Any, iterations: Any, ridge: Any, start: Any, gradient: Any) -> None:

@@ -80,6 +80,10 @@ class SparseOptions(NamedTuple):
             )
         if self.released == "lra-cls" and causal:
             raise ValueError(f"{op}: released='lra-cls' has no causal form, got causal=True")
+        if self.pattern == "strided" and (self.columns, self.column_sets) != (1, 1):
+            raise ValueError(
+                f"{op}: columns and column_sets require pattern='fixed', got {self.columns} and {self.column_sets}"
+            )
 
     def backward_only(self, causal: bool) -> bool:
         """Whether tokens see no later ones."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from flowformer import create_attention, ops
 from flowformer.mechanisms import find_attention
+from flowformer.mechanisms.reformer import operation
 
 ROW = find_attention("reformer")
 
@@ -79,6 +80,11 @@ def test_published_causal_form_sees_the_future_and_ours_does_not():
     assert torch.equal(attend(*after)[:, :40], attend(*before)[:, :40])
     moved = (attend(*after, sees_future=True) - attend(*before, sees_future=True))[:, :40].abs().amax((-1, -2)) > 1e-3
     assert moved.double().mean() > 0.3
+
+
+def test_empty_buckets_have_no_chunks():
+    bucket = torch.randint(0, 1000, (1, 2, 20), generator=torch.Generator().manual_seed(0))
+    assert operation._plan_apart(bucket, 4, 1000).own.shape[2] <= 20
 
 
 @pytest.mark.parametrize("causal", [False, True])

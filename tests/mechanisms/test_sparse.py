@@ -68,7 +68,12 @@ def test_steps_of_other_patterns_go_on_from_a_state(options: dict[str, Any]) -> 
         ({"pattern": "axial"}, ValueError, "pattern must be one of strided, fixed, got 'axial'"),
         ({"combine": "both"}, ValueError, "combine must be one of merged, alternate, got 'both'"),
         ({"stride": 0}, ValueError, "stride must be positive, got 0"),
-        ({"stride": 4, "columns": 3, "column_sets": 2}, ValueError, "at most stride 4, got 3 times 2"),
+        (
+            {"pattern": "fixed", "stride": 4, "columns": 3, "column_sets": 2},
+            ValueError,
+            "at most stride 4, got 3 times 2",
+        ),
+        ({"columns": 2}, ValueError, "columns and column_sets require pattern='fixed', got 2 and 1"),
         ({"pattern": "fixed", "combine": "alternate"}, ValueError, "requires pattern='strided'"),
         ({"released": "lra", "column_sets": 2}, ValueError, "takes combine='merged', column_sets=1, got 'merged', 2"),
         ({"released": "lra-cls", "causal": True}, ValueError, "released='lra-cls' has no causal form"),

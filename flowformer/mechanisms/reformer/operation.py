@@ -292,7 +292,7 @@ def _plan_sorted(buckets: Sequence[Tensor], options: Options, count: int) -> lis
 def _plan_apart(bucket: Tensor, chunk: int, count: int) -> Plan:
     """Chunks within each of ``count`` buckets; a token's place in its chunk depends on the tokens before it only."""
     length = bucket.shape[-1]
-    chunks = (length + count * (chunk - 1)) // chunk  # the most that there can be
+    chunks = (length + min(count, length) * (chunk - 1)) // chunk  # the most that there can be
     order = bucket.sort(stable=True).indices
     in_order = bucket.gather(-1, order)
     sizes = bucket.new_zeros(*bucket.shape[:2], count + 1).scatter_add(-1, bucket, torch.ones_like(bucket))
