@@ -90,12 +90,6 @@ def test_padding_anywhere_and_what_is_in_it(decay: str | None, causal: bool) -> 
     mask[0, :3], mask[1, 30:] = False, False
     tensors = inputs(45, decay=decay, batch=2)
     both(tensors, mask=mask, causal=causal)
-    filled = [
-        t.float() if t.ndim < 3 else t.float().masked_fill(~mask.view(2, 45, *(1,) * (t.ndim - 2)), torch.nan)
-        for t in tensors
-    ]
-    given = {"mask": mask, "causal": causal, "backend": "triton"}
-    assert torch.equal(ops.flow_attention(*filled, **given), ops.flow_attention(*(t.float() for t in tensors), **given))
     none = torch.zeros(2, 45, dtype=torch.bool)
     assert not ops.flow_attention(*(t.float() for t in tensors), causal=causal, mask=none, backend="triton").any()
 
@@ -103,8 +97,8 @@ def test_padding_anywhere_and_what_is_in_it(decay: str | None, causal: bool) -> 
 @FORMS
 @pytest.mark.parametrize("decay", [pytest.param(None, marks=SLOW), "token"])
 def test_packed_sequences(decay: str | None, causal: bool) -> None:
-    bounds = torch.tensor([0, 3, 3, 40, 41, 50], dtype=torch.int32)
-    both(inputs(50, decay=decay), cu_seqlens=bounds, causal=causal)
+    bounds = torch.tensor([0, 3, 3, 36, 37], dtype=torch.int32)  # within a chunk, none, more than one, one
+    both(inputs(37, decay=decay), cu_seqlens=bounds, causal=causal)
 
 
 @FORMS
