@@ -329,7 +329,7 @@ def all_close(got: Tensors, want: Tensors, tolerance: float | None = None) -> No
 # The truth is the same for every backend, and float64 inputs are the same for every dtype they are rounded to.
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _truth_of_inputs(case: Case, length: int, sources: int, dtype: torch.dtype) -> Tensor:
     return case.truth(*case.inputs(length, sources, dtype=dtype))
 
@@ -394,33 +394,46 @@ def test_1_half_precision_of_many_tokens_is_worth_its_inputs(case: Case, dtype: 
     check_half(case, dtype, (600,))
 
 
-def long_inputs(case: Case) -> list[Tensor]:
-    return case.inputs(65_536, batch=1, dtype=torch.float32)
+def long_run(case: Case, length: int, dtype: torch.dtype, gradients: bool) -> list[Tensor]:
+    """Outputs of random tokens and of equal tokens, whose sums drift first, and their gradients."""
+    token = [t.expand(-1, length, *t.shape[2:]) for t in case.inputs(1, batch=1, dtype=torch.float32)]
+    pairs = zip(case.inputs(length, batch=1, dtype=torch.float32), token, strict=True)
+    leaves = [torch.cat(pair).to(dtype).requires_grad_(gradients) for pair in pairs]
+    out = case.op(*leaves)
+    results = [out.detach()]
+    if gradients:
+        results += torch.autograd.grad(out, leaves, torch.cat([weights_like(out[:1]), torch.ones_like(out[1:])]))
+    # Equal tokens compete in vain: their gradients of q and k are nothing but rounding.
+    return [row for index, t in enumerate(results) for row in (t if index in (0, 3) else t[:1])]
 
 
 @functools.lru_cache(maxsize=1)  # of one mechanism, for all of its backends
-def long_in_float64(case: Case, gradients: bool) -> list[Tensor]:
-    tensors = [t.double() for t in long_inputs(case)]
-    return with_gradients(case.op, *tensors) if gradients else [case.op(*tensors)]
+def long_run_in_float64(case: Case, length: int, gradients: bool) -> list[Tensor]:
+    return long_run(case, length, torch.float64, gradients)
 
 
-def float32_is_float64(case: Case, gradients: bool) -> None:
-    case = case.up_to(65_536)
-    tensors = long_inputs(case)
-    got = with_gradients(case.op, *tensors) if gradients else [case.op(*tensors)]
-    all_close(got, long_in_float64(case.in_torch, gradients), TOLERANCE[torch.float32])
+def float32_is_float64(case: Case, length: int, gradients: bool) -> None:
+    case = case.up_to(length)
+    got = long_run(case, length, torch.float32, gradients)
+    all_close(got, long_run_in_float64(case.in_torch, length, gradients), TOLERANCE[torch.float32])
 
 
 # Against float64, which is held to the reference below, slowly; gradients of what is scanned slowly too.
 @each(is_fast, of_loops=True)
 def test_1_float32_at_length_65536(case: Case) -> None:
-    float32_is_float64(case, gradients=not is_scanned(case))
+    float32_is_float64(case, 65_536, gradients=not is_scanned(case))
 
 
 @pytest.mark.slow
 @each(is_scanned)
 def test_2_float32_gradients_at_length_65536(case: Case) -> None:
-    float32_is_float64(case, gradients=True)
+    float32_is_float64(case, 65_536, gradients=True)
+
+
+@pytest.mark.slow
+@each(is_fast)
+def test_1_float32_at_length_300000(case: Case) -> None:
+    float32_is_float64(case, 300_000, gradients=True)
 
 
 def is_first_of_its_kind(case: Case) -> bool:
@@ -440,42 +453,6 @@ def test_1_float32_and_float64_at_length_65536_equal_reference(case: Case, monke
     truth = case.truth(*tensors)
     for dtype in {torch.float32, torch.float64}.intersection(case.dtypes):
         close(case.op(*(t.to(dtype) for t in tensors)), truth)
-
-
-def of_constant_input(case: Case, dtype: torch.dtype, gradients: bool) -> list[Tensor]:
-    # Of v alone, since equal tokens compete in vain: the gradients of q and k are nothing but rounding.
-    token = case.inputs(1, batch=1, dtype=torch.float32)
-    q, k, v, *others = (t.to(dtype).expand(-1, case.longest, *t.shape[2:]) for t in token)
-    out = case.op(q, k, v.requires_grad_(gradients), *others)
-    return [out.detach(), *(torch.autograd.grad(out.sum(), v) if gradients else ())]
-
-
-@functools.lru_cache(maxsize=1)  # of one mechanism, for all of its backends
-def of_constant_input_in_float64(case: Case, gradients: bool) -> list[Tensor]:
-    return of_constant_input(case, torch.float64, gradients)
-
-
-def check_drift(case: Case, length: int, gradients: bool = True) -> None:
-    case = case.up_to(length)
-    got, want = (
-        of_constant_input(case, torch.float32, gradients),
-        of_constant_input_in_float64(case.in_torch, gradients),
-    )
-    all_close(got, want, TOLERANCE[torch.float32])
-
-
-@each(is_fast, of_loops=True)
-def test_1_sums_of_constant_input_do_not_drift(case: Case) -> None:
-    if is_scanned(case):
-        check_drift(case, 65_536, gradients=False)
-    else:
-        check_drift(case, 300_000)
-
-
-@pytest.mark.slow
-@each(is_scanned)
-def test_1_scanned_sums_of_constant_input_do_not_drift(case: Case) -> None:
-    check_drift(case, 300_000)
 
 
 # ---------------------------------------------------------------------------------------------------- 2: gradients
@@ -584,7 +561,9 @@ def test_2_gradients_equal_difference_quotients(case: Case, monkeypatch: pytest.
     check_gradients_with_padding_and_packing(case, along_a_direction, monkeypatch)
 
 
-@each(is_smooth, of_loops=True)
+# The same from element to element: slow, since a wrong element shows in any random direction too.
+@pytest.mark.slow
+@each(is_smooth)
 def test_2_gradcheck(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     check_gradients(case, torch.autograd.gradcheck, monkeypatch)
 
@@ -600,7 +579,8 @@ def test_2_gradients_through_states_equal_difference_quotients(case: Case, monke
     check_gradients_through_states(case, along_a_direction, monkeypatch)
 
 
-@each(lambda case: has_state(case) and is_smooth(case), of_loops=True)
+@pytest.mark.slow
+@each(lambda case: has_state(case) and is_smooth(case))
 def test_2_gradcheck_through_states(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     check_gradients_through_states(case, torch.autograd.gradcheck, monkeypatch)
 
@@ -632,8 +612,8 @@ def check_gradients_through_states(case: Case, check: Checker, monkeypatch: pyte
 def test_3_outputs_do_not_know_the_future(case: Case, dtype: torch.dtype) -> None:
     length = 600  # crosses chunks of 32 and 64, and the block of 512
     case = case.up_to(length)
-    # One row of a batch for each place and size.
-    rows = [(t, scale) for t in (0, 1, 31, 32, 62, 63, 64, 300, 511, 512, 560) for scale in (1.0, 1e4)]
+    # One row of a batch for each place and size: what later inputs overflow, and what they only round.
+    rows = [(t, 1e4) for t in (0, 31, 32, 63, 64, 511, 512)] + [(t, 1.0) for t in (1, 63, 300, 560)]
     one = case.inputs(length, batch=1, dtype=dtype)
     future = case.inputs(length, batch=len(rows), seed=1, dtype=dtype)
     before = case.op(*(t.expand(len(rows), *t.shape[1:]) for t in one))
@@ -721,7 +701,7 @@ def works_in_pieces(case: Case) -> bool:
 # In PyTorch: the chunks of the native kernels have the size that they were compiled with.
 @each(works_in_pieces, of_loops=True)
 def test_4_chunk_and_block_do_not_matter(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = case.inputs(70)
+    tensors = case.inputs(40)
 
     def run() -> tuple[list[Tensor], Any]:
         return (
@@ -732,7 +712,7 @@ def test_4_chunk_and_block_do_not_matter(case: Case, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as other_sizes:
         rechunk(other_sizes, case, 3, 9)
         other = made(case, tensors)
-    for chunk, block in ((1, 1), (7, 20), (16, 32), (64, 64), (1000, 1000)):
+    for chunk, block in ((1, 1), (7, 20), (16, 32), (1000, 1000)):
         with monkeypatch.context() as sizes:
             ran = rechunk(sizes, case, chunk, block)
             got, state = run()
@@ -762,9 +742,9 @@ def test_4_token_by_token(case: Case) -> None:
 
 @each(has_state, dtypes=[torch.float32, torch.bfloat16, torch.float16])
 def test_4_token_by_token_in_other_dtypes(case: Case, dtype: torch.dtype) -> None:
-    tensors = case.inputs(100, dtype=dtype)
+    tensors = case.inputs(64, dtype=dtype)
     got, _ = case.steps(tensors, case.fresh(2, dtype))
-    want = truth_of_inputs(case, 100, dtype=dtype)
+    want = truth_of_inputs(case, 64, dtype=dtype)
     assert got.dtype == dtype
     # What the whole sequence at once is held to; in half precision, one rounding of the result.
     close(got, want, TOLERANCE.get(dtype, torch.finfo(dtype).eps))
@@ -933,14 +913,16 @@ def check_packed(case: Case, lengths: Sequence[int]) -> None:
     all_close([out, *torch.autograd.grad(uneven(out), leaves)], one_by_one(case, sequences))
 
 
+@pytest.mark.parametrize("lengths", [[5, 1, 0, 130, 64, 3, 0], [1], [0, 33, 0, 0, 65, 2]], ids=str)
 @each()
-def test_5_packed_equals_one_by_one(case: Case) -> None:
-    check_packed(case, [5, 1, 0, 130, 64, 3, 0])
+def test_5_packed_equals_one_by_one(case: Case, lengths: list[int]) -> None:
+    check_packed(case, lengths)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(lengths=st.lists(st.integers(0, 70), min_size=1, max_size=6).filter(any))
-@each(of_loops=True)
+@each()
 def test_5_packed_equals_one_by_one_for_any_lengths(case: Case, lengths: list[int]) -> None:
     check_packed(case, lengths)
 
@@ -1159,11 +1141,11 @@ def with_module_state(
 def test_4_modules_resumed_and_token_by_token(
     case: Case, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, x = module_of(case, monkeypatch, options), tokens_of(case, 30)
+    module, x = module_of(case, monkeypatch, options), tokens_of(case, 12)
     _, start = module(tokens_of(case, 2, seed=1), return_state=True)
     start = tree_map(torch.Tensor.detach, start)
     kept = tree_map(torch.clone, start)
-    runs = [functools.partial(module_in_pieces, lengths=lengths) for lengths in ([30], [1, 29], [2, 1, 1, 26])]
+    runs = [functools.partial(module_in_pieces, lengths=lengths) for lengths in ([12], [1, 11], [2, 1, 1, 8])]
     for state in (None, start):
         (parts, grads), *others = (with_module_state(module, x, run, state) for run in (*runs, module_by_steps))
         largest = max(float(grad.abs().max()) for grad in grads)
@@ -1343,7 +1325,7 @@ LARGE = {
 
 @each(dtypes=LARGE)
 def test_7_large_inputs_stay_finite(case: Case, dtype: torch.dtype) -> None:
-    check_large(case, dtype, (1, 2, 31, 32, 33, 63, 64, 65))
+    check_large(case, dtype, (1, 2, 33, 65))  # a chunk of native kernels and one token more; of PyTorch
 
 
 @each(dtypes=LARGE, of_loops=True)
@@ -1378,7 +1360,7 @@ def is_beyond(dtype: torch.dtype, truth: Tensor) -> Tensor:
 
 @each(has_state)
 def test_7_large_inputs_stay_finite_token_by_token(case: Case) -> None:
-    tensors = extremes(case, 30, 1e4, torch.float32, 1e4)
+    tensors = extremes(case, 12, 1e4, torch.float32, 1e4)
     out, state = case.steps(tensors, case.fresh(len(tensors[0]), torch.float32))
     for kind, rows in enumerate(out.split(2)):
         assert rows.isfinite().all(), f"kind {kind}"
@@ -1389,6 +1371,8 @@ def million(case: Case) -> Tensor:
     case = case.up_to(1_000_000)
     thousand = case.inputs(1_000, batch=1, dtype=torch.float32)
     tensors = [t.repeat(1, 1_000, *(1,) * (t.ndim - 2)) for t in thousand]
+    # Of one head, and log-decays with it.
+    tensors = [t[:, :, :1] if t.ndim == 4 or index == 3 else t for index, t in enumerate(tensors)]
     return case.op(*(t[..., :2] for t in tensors))
 
 
@@ -1644,7 +1628,7 @@ def memory(case: Case, length: int, channels: int, arguments: Mapping[str, Any])
 def test_9_memory_is_linear_in_length(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     if has_own_blocks(case):
         rechunk(monkeypatch, case, 32, 64)  # rows of an L x L table, a block at a time, are to be few beside channels
-    length, channels = 2048, 32
+    length, channels = 1024, 32
     case = case.up_to(2 * length)
     size = 4 * length * channels
     calls: list[dict[str, Any]] = [
@@ -1654,7 +1638,7 @@ def test_9_memory_is_linear_in_length(case: Case, monkeypatch: pytest.MonkeyPatc
     ]
     once, kept_once = memory(case, length, channels, {})
     for largest, kept in ((once, kept_once), *(memory(case, length, channels, arguments) for arguments in calls)):
-        # L x K x V would be 32 times the size of q, L x L 64 times.
+        # L x K x V would be 32 times the size of q, L x L too.
         assert size <= largest <= 3 * size
         assert kept <= 15 * size
     twice, kept_twice = memory(case, 2 * length, channels, {})
