@@ -274,7 +274,7 @@ print(most() - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux how much memory it took")
 @both_forms
 def test_working_space_is_linear_in_length(causal: bool) -> None:
-    length = 2**18
+    length = 2**16
     size_kib = length * 32 * 4 // 1024
     got = int(run_python(MEMORY, length, causal))
     # q, k, v, the output, what comes back of it and three gradients are eight; L x K x V would be 32 more.
