@@ -164,8 +164,7 @@ def test_passes_do_not_move_centroids():
 def test_updates_are_those_of_k_means(shared):
     module, x = build(shared_qk=shared), tokens()
     with torch.no_grad():
-        module.centroids[0, 0] = -10 * module.centroids[0, 1]  # nearest to many
-        module.centroids[0, 1] = 0.0  # to few or none
+        module.centroids[1, 1] = module.centroids[1, ::2].mean(0)  # between the others: nearest to none
     before = module.centroids.clone()
     layers = (module.q_proj,) if shared else (module.q_proj, module.k_proj)
     directions = torch.cat([normalize(layer(x).unflatten(-1, (2, 4)), dim=-1) for layer in layers], 1)
@@ -174,6 +173,7 @@ def test_updates_are_those_of_k_means(shared):
     for head in range(2):
         for cluster in range(3):
             members = directions[:, :, head][nearest[:, :, head] == cluster]
+            assert bool(len(members)) == ((head, cluster) != (1, 1))
             old = before[head, cluster]
             want = 0.9 * old + 0.1 * normalize(members.sum(0), dim=0) if len(members) else old
             torch.testing.assert_close(module.centroids[head, cluster], want)
