@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # at run time the names come from flowformer.mechanisms
     from flowformer.mechanisms.performer import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.reformer import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.rfa import *  # noqa: F403 - each has an __all__
+    from flowformer.mechanisms.routing import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.sinkhorn import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.soft import *  # noqa: F403 - each has an __all__
     from flowformer.mechanisms.softmax import *  # noqa: F403 - each has an __all__

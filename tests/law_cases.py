@@ -113,6 +113,10 @@ def _blocks(heads: int, channels: int) -> tuple[torch.Tensor, ...]:
     return (torch.randint(1000, (heads, 50, 2), generator=torch.Generator().manual_seed(0)),)
 
 
+def _centroids(heads: int, channels: int) -> tuple[torch.Size, ...]:
+    return (torch.Size((heads, 3, channels)),)
+
+
 def _rotations(heads: int, channels: int) -> tuple[torch.Size, ...]:
     return (torch.Size((2, channels, 2)),)
 
@@ -197,6 +201,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
     },
     "bigbird": {"blocks": Variant({"block": 4}, drawn=_blocks, same_loops=True)},
     "reformer": {"paper": Variant({"chunk_length": 4}, drawn=_rotations)},
+    "routing": {"default": Variant({"window": 8}, drawn=_centroids)},
     "sinkhorn": {"top": Variant({"bucket_length": 4, "num_top": 2})},
     "aft_conv": {"default": Variant(learned=_filters), "hard": Variant({"hard": True}, _filters)},
 }

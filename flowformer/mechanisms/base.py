@@ -165,8 +165,8 @@ class Attention(nn.Module, ABC):
     def projections(self) -> tuple[str, ...]:
         """Which of ``"q"`` and ``"k"`` have a projection, and a convolution with ``conv``, of their own; v always has.
 
-        The constructor asks for it: what it depends on is set before. A class without one overrides ``_project`` and
-        ``_convs``.
+        Without one of their own, keys are the queries. The constructor asks for it: what it depends on is set before. A
+        class without queries overrides ``_project`` and ``_convs``.
         """
         return ("q", "k")
 
@@ -310,13 +310,14 @@ class Attention(nn.Module, ABC):
 
     def _project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, not yet split."""
-        pairs = ((self.q_proj, x), (self.k_proj, source), (self.v_proj, source))
-        q, k, v = (apply(f"{type(self).__name__}: inputs", layer, given) for layer, given in pairs)
-        return q, k, v
+        what = f"{type(self).__name__}: inputs"
+        q = apply(what, self.q_proj, x)
+        k = apply(what, self.k_proj, source) if "k" in self.projections else q
+        return q, k, apply(what, self.v_proj, source)
 
     @property
     def _convs(self) -> tuple[ShortConv, ShortConv, ShortConv]:
-        return self.q_conv, self.k_conv, self.v_conv
+        return self.q_conv, self.k_conv if "k" in self.projections else self.q_conv, self.v_conv
 
     def _open(self, what: str, state: Any, sequences: int, device: torch.device) -> tuple[Recent, Any]:
         """What a state holds for the convolutions, and for the operation, which checks its part."""

@@ -27,7 +27,6 @@ from torch.nn.functional import conv2d, gelu, layer_norm
 
 from flowformer.core.checks import (
     Layout,
-    apply,
     check_bidirectional,
     check_choice,
     check_dense,
@@ -45,7 +44,6 @@ from flowformer.core.sums import sum_over_tokens, times_sum
 from flowformer.mechanisms.base import Attention
 from flowformer.mechanisms.inverses import newton, newton_by_limit, scale_of_batch
 from flowformer.mechanisms.registry import register
-from flowformer.mechanisms.short_conv import ShortConv
 from flowformer.mechanisms.value_conv import check_filters, check_value_conv, convolve_values, filter_rows
 from flowformer.mechanisms.weights import Rows, rows_of, truth_of
 
@@ -468,15 +466,3 @@ class SoftAttention(Attention):
     def arguments(self) -> dict[str, Any]:
         """Options of the operation."""
         return dict(self.own)
-
-    def _project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values; keys are the queries where they are shared."""
-        if not self.shared_qk:
-            return super()._project(x, source)
-        name = f"{type(self).__name__}: inputs"
-        q, v = apply(name, self.q_proj, x), apply(name, self.v_proj, source)
-        return q, q, v
-
-    @property
-    def _convs(self) -> tuple[ShortConv, ShortConv, ShortConv]:
-        return self.q_conv, self.q_conv if self.shared_qk else self.k_conv, self.v_conv

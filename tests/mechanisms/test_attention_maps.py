@@ -31,6 +31,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = defaultdict(
         "nystromformer": [{"num_landmarks": 4, "value_conv": 3}],
         "synthesizer": [{}, {"kind": "dense", "dot_product": False}],
         "reformer": [{"chunk_length": 4, "num_hashes": 2, "num_buckets": 4}, {"form": "hf", "num_hashes": 2}],
+        "routing": [{"window": 3, "num_clusters": 2}, {"window": 3, "num_clusters": 2, "shared_qk": True}],
         "sinkhorn": [{"bucket_length": 4}, {"bucket_length": 4, "num_top": 2}],
         "yoso": [{}, {"num_hashes": 20, "hash_code_len": 3}],
         "soft": [{"num_landmarks": 4, "value_conv": 3}],

@@ -21,7 +21,7 @@ SIZES = ((3, 7), (1, 2), (2, 130), (1, 512), (5, 64))
 FORMS = [(name, causal) for name in list_attentions() for causal in (False, True)
          if not causal or find_attention(name).can("causal")]  # fmt: skip
 # These plan their buckets for the length that is traced.
-ONE_LENGTH = [form for form in FORMS if form[0] in ("reformer", "sinkhorn")]
+ONE_LENGTH = [form for form in FORMS if form[0] in ("reformer", "routing", "sinkhorn")]
 ANY_LENGTH = [form for form in FORMS if form not in ONE_LENGTH]
 QUICK = [("linear", False), ("linear", True), ("softmax", True)]
 each_form = pytest.mark.parametrize(

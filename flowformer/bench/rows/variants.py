@@ -40,6 +40,7 @@ TAPS = 31
 FEATURES = 64  # of random features, as many as there are channels in most models
 LINFORMER_RANK, SYNTHESIZER_RANK = 256, 32  # as their modules have them
 RANDOM_BLOCKS = (128, 3)  # rows, and random blocks of each, as in the module of BigBird
+CLUSTERS, CLUSTER_WINDOW = 8, 64  # as in the module of routing attention
 Draw = Callable[..., Tensor]  # of sizes
 
 
@@ -173,6 +174,10 @@ def _rotations(draw: Draw, length: int, heads: int, channels: int) -> tuple[Any,
     return (draw(8, channels, 16),)  # hashes and half of the buckets, as its module has them
 
 
+def _centroids(draw: Draw, length: int, heads: int, channels: int) -> tuple[Any, ...]:
+    return (draw(heads, CLUSTERS, channels),)
+
+
 def _random_blocks(draw: Draw, length: int, heads: int) -> tuple[Any, ...]:
     return ((1e6 * draw(heads, *RANDOM_BLOCKS).float()).abs().int(),)  # random integers, whatever is drawn
 
@@ -198,6 +203,9 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
     "linformer": (Variant("", f", to {LINFORMER_RANK} rows", learned=_projections),),
     "bigbird": (Variant(about=f", {RANDOM_BLOCKS[1]} random blocks", learned=_random_blocks),),
     "reformer": (Variant("", ", 8 hashes", learned=_rotations, by_channels=True),),
+    "routing": (
+        Variant(about=f", {CLUSTERS} clusters of {CLUSTER_WINDOW} tokens", learned=_centroids, by_channels=True),
+    ),
     "soft": (Variant(learned=_landmarks, by_channels=True),),
     "synthesizer": (Variant("", ", factorized random scores", {"kind": "factorized_random"}, _scores),),
     "aft_full": (

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowformer.core.checks import apply, check_flag, check_sizes
+from flowformer.core.checks import check_flag, check_sizes
 from flowformer.mechanisms.draws import DrawnAttention
 from flowformer.mechanisms.past import init_past_state, step_of
 from flowformer.mechanisms.reformer.operation import FORMS, LAYOUT, check_options, reformer_attention
 from flowformer.mechanisms.reformer.weights import reformer_weights
 from flowformer.mechanisms.registry import by_sizes, register
-from flowformer.mechanisms.short_conv import ShortConv
 from flowformer.mechanisms.weights import rows_of, truth_of
 
 
@@ -97,14 +96,3 @@ class ReformerAttention(DrawnAttention):
     def projections(self) -> tuple[str, ...]:
         """Queries have one, and keys unless they are the queries."""
         return ("q",) if self.shared_qk else ("q", "k")
-
-    def _project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if not self.shared_qk:
-            return super()._project(x, source)
-        name = f"{type(self).__name__}: inputs"
-        q, v = apply(name, self.q_proj, x), apply(name, self.v_proj, source)
-        return q, q, v
-
-    @property
-    def _convs(self) -> tuple[ShortConv, ShortConv, ShortConv]:
-        return super()._convs if not self.shared_qk else (self.q_conv, self.q_conv, self.v_conv)

@@ -31,6 +31,7 @@ from flowformer.core.masks import fill
 from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Given, check_inputs, run
 from flowformer.core.tracing import is_traced, is_transformed
+from flowformer.mechanisms.buckets import cut_apart, pick
 from flowformer.mechanisms.past import PastState, check_no_packed_state, fresh, recall
 
 ITSELF = -5e4  # score of a token with itself, of reformer-pytorch; transformers has -1e5, which gives the same weights
@@ -291,24 +292,10 @@ def _plan_sorted(buckets: Sequence[Tensor], options: Options, count: int) -> lis
 
 def _plan_apart(bucket: Tensor, chunk: int, count: int) -> Plan:
     """Chunks within each of ``count`` buckets; a token's place in its chunk depends on the tokens before it only."""
-    length = bucket.shape[-1]
-    chunks = (length + min(count, length) * (chunk - 1)) // chunk  # the most that there can be
-    order = bucket.sort(stable=True).indices
-    in_order = bucket.gather(-1, order)
-    sizes = bucket.new_zeros(*bucket.shape[:2], count + 1).scatter_add(-1, bucket, torch.ones_like(bucket))
-    of_bucket = (sizes + chunk - 1) // chunk
-    first_chunk = of_bucket.cumsum(-1) - of_bucket
-    rank = torch.arange(length, device=bucket.device) - (sizes.cumsum(-1) - sizes).gather(-1, in_order)
-    slot = first_chunk.gather(-1, in_order) * chunk + rank
-    slot = slot.masked_fill(in_order == count, chunks * chunk)  # padding has none
-    nowhere = bucket.new_full((*bucket.shape[:2], chunks * chunk + 1), length)
-    own = nowhere.scatter(-1, slot, order)[..., :-1].unflatten(-1, (chunks, chunk))
-    starts = torch.zeros_like(own[..., 0], dtype=torch.bool)
-    at = first_chunk[..., :count].clamp(max=chunks - 1)
-    starts = starts.int().scatter_add(-1, at, (sizes[..., :count] > 0).int()) > 0
-    before = torch.cat([own[:, :, :1], own[:, :, :-1]], 2).masked_fill(starts.unsqueeze(-1), length)
-    slots = torch.zeros_like(order).scatter(-1, order, slot.clamp(max=chunks * chunk - 1))
-    return Plan(own, torch.cat([before, own], -1), slots)
+    cut = cut_apart(bucket, chunk, count)
+    own = cut.places
+    before = torch.cat([own[:, :, :1], own[:, :, :-1]], 2).masked_fill(cut.starts.unsqueeze(-1), bucket.shape[-1])
+    return Plan(own, torch.cat([before, own], -1), cut.slots)
 
 
 # ------------------------------------------------------------------------------------------------- one hash
@@ -326,7 +313,7 @@ def _recomputed(q: Tensor, k: Tensor, v: Tensor, plan: Plan, options: Options) -
 def _attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, options: Options) -> tuple[Tensor, Tensor]:
     """Outputs (batch, heads, length, V) of one hash, and logarithms of the sums of weights (batch, heads, length)."""
     length, (own, context, slots) = q.shape[2], plan
-    scores = _pick(q, own) @ _pick(k, context).transpose(-1, -2)
+    scores = pick(q, own) @ pick(k, context).transpose(-1, -2)
     mine, others = own.unsqueeze(-1), context.unsqueeze(-2)
     if not options.form.sees_itself:
         scores = scores.masked_fill(mine == others, ITSELF)
@@ -337,14 +324,5 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, options: Options) -> tu
     largest = scores.detach().amax(-1, keepdim=True)
     weights = (scores - largest).exp()
     total = weights.sum(-1, keepdim=True)  # not in a logarithm with -5e4, of which float32 keeps no fraction
-    out = (weights @ _pick(v, context)) / total
-    return _pick(out.flatten(2, 3), slots), (largest + total.log()).flatten(2).gather(-1, slots)
-
-
-def _pick(x: Tensor, places: Tensor) -> Tensor:
-    """Tokens of x (batch, heads, length, channels) at places (batch, heads, ...); any one where there is none."""
-    batch, heads, length, channels = x.shape
-    row = torch.arange(batch * heads, device=x.device).view(batch, heads, *(1,) * (places.ndim - 2)) * length
-    flat = (row + places.clamp(max=length - 1)).flatten()
-    # index_select, not indexing: its gradient is added in one pass.
-    return x.reshape(-1, channels).index_select(0, flat).unflatten(0, places.shape)
+    out = (weights @ pick(v, context)) / total
+    return pick(out.flatten(2, 3), slots), (largest + total.log()).flatten(2).gather(-1, slots)
