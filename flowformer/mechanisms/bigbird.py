@@ -19,7 +19,7 @@ from flowformer.core.banded import BLOCK, Band, Further, attend_all, banded_atte
 from flowformer.core.checks import HEADS, check_dense, check_integer, check_sizes, describe
 from flowformer.core.masks import close_up, fill, spread
 from flowformer.core.run import Given, run
-from flowformer.core.tracing import count_chunks
+from flowformer.core.tracing import count_chunks, is_exporting
 from flowformer.mechanisms.draws import DrawnAttention
 from flowformer.mechanisms.registry import register
 from flowformer.mechanisms.weights import Rows, rows_of, truth_of
@@ -96,7 +96,8 @@ def bigbird_attention(
             q, k, v = (pad(x, (0, 0, 0, 0, 0, added)) for x in (q, k, v))
             shown = None if key is None else pad(key, (0, added), value=True)
             ends = count_tokens(q, None)
-        out = _bigbird(q, k, v, _Blocks(random_blocks, ends, block, released, shown))[:, : q.shape[1]]
+        size = block if is_exporting() else min(block, q.shape[1])  # a larger block holds no more
+        out = _bigbird(q, k, v, _Blocks(random_blocks, ends, size, released, shown))[:, : q.shape[1]]
         if places is not None:
             return spread(fill(out, key).to(dtype), places, length), None
         return fill(out[:, :length], key).to(dtype), None

@@ -194,12 +194,12 @@ def local_attention(
         before = None if initial_state is None else state
         return _local(q, k, v, key, causal, before, state if return_state else None, options)
 
-    return run(
-        op, given, dense, layout=LAYOUT, apart=released is not None,
-        init_state=lambda batch: init_local_state(
-            batch, q.shape[2], q.shape[3], v.shape[3], device=q.device, **options._asdict()
-        ),
-    )  # fmt: skip
+    def fresh(batch: int) -> LocalState:
+        return init_local_state(batch, q.shape[2], q.shape[3], v.shape[3], device=q.device, **options._asdict())
+
+    # A state is as long as the window, however short the sequence: there is none where it is not asked for.
+    has_state = initial_state is not None or return_state is not False
+    return run(op, given, dense, layout=LAYOUT, apart=released is not None, init_state=fresh if has_state else None)
 
 
 def _local(
@@ -242,14 +242,17 @@ def _at_most(length: int, window: int) -> int:
 
 def _blocks(length: int, causal: bool, options: LocalOptions) -> Band:
     """The windows of a sequence from its first token on."""
-    window, ahead = options.window, options.forward(causal)
+    window, back, ahead = options.window, options.look_backward, options.forward(causal)
+    if not is_exporting():  # no further than there are tokens
+        back, ahead = (min(blocks, -(-length // window)) for blocks in (back, ahead))
     if options.exact_window:
-        return sliding_band(length, options.reach, ahead * window, CHUNK)
+        reach = (blocks * window if is_exporting() else min(blocks * window, length) for blocks in (back, ahead))
+        return sliding_band(length, *reach, CHUNK)
     # Windows of few tokens are put together: small matrices are slow.
     count = max(1, min(SMALLEST, CHUNK) // window)
     if not is_exporting() and length <= count * window and not options.released:
         return Band(length, 0, 0, None)
-    return Band(count * window, -(-options.look_backward // count), -(-ahead // count), None)
+    return Band(count * window, -(-back // count), -(-ahead // count), None)
 
 
 def sliding_band(length: int, back: int, ahead: int, chunk: int) -> Band:

@@ -30,7 +30,7 @@ from flowformer.core.checks import (
 from flowformer.core.chunks import CHUNK
 from flowformer.core.masks import close_up, fill, spread
 from flowformer.core.run import Given, check_inputs, run
-from flowformer.core.tracing import is_traced, is_transformed
+from flowformer.core.tracing import is_exporting, is_traced, is_transformed
 from flowformer.mechanisms.base import Attention
 from flowformer.mechanisms.local import empty_window, last_tokens, sliding_band, step_window
 from flowformer.mechanisms.registry import register
@@ -168,7 +168,9 @@ def longformer_attention(
         sizes = batch, q.shape[2], q.shape[3], v.shape[3]
         return init_longformer_state(*sizes, device=q.device, **options._asdict())
 
-    return run(op, given, dense, layout=LAYOUT, init_state=fresh, of_tokens=own)
+    # A state is as long as the window, however short the sequence: there is none where it is not asked for.
+    has_state = initial_state is not None or return_state is not False
+    return run(op, given, dense, layout=LAYOUT, init_state=fresh if has_state else None, of_tokens=own)
 
 
 def _check_global(op: str, given: Given, *own: Tensor | None) -> tuple[Tensor, ...]:
@@ -211,7 +213,8 @@ def _longformer(
     members = _members(own[3] if len(own) > 3 else None, options.global_tokens, ends, width)
     (back, ahead), most = options.sides(causal), ends.view(-1, 1, 1, 1, 1)
     first: Any = 0
-    band = sliding_band(width, back, ahead, CHUNK)
+    reach = (back, ahead) if is_exporting() or before is not None else (min(back, width), min(ahead, width))
+    band = sliding_band(width, *reach, CHUNK)
     if before is not None:
         keys, values = (torch.cat([old.to(new.dtype), new], 1) for old, new in ((before.key, k), (before.value, v)))
         first, band = before.length.view(-1, 1, 1, 1, 1), band._replace(past=back)

@@ -275,7 +275,8 @@ def _nearby(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, earlier: bool, option
     """The tokens at less than a stride."""
     block = min(CHUNK, max(SMALLEST, options.stride))
     block = block if is_exporting() else min(block, q.shape[1])
-    around = -(-(options.stride - 1) // block)
+    reach = options.stride - 1 if is_exporting() else min(options.stride - 1, q.shape[1])
+    around = -(-reach // block)
 
     def near(i: Tensor, j: Tensor) -> Tensor:
         return options.near(i, j, earlier) & (j >= 0) & (j < ends)
@@ -287,7 +288,8 @@ def _strided(
     q: Tensor, k: Tensor, v: Tensor, ends: Tensor, earlier: bool, options: SparseOptions, *, itself: bool
 ) -> Attended:
     """The tokens at multiples of the stride, with the token itself or without it."""
-    length, heads, stride = q.shape[1], q.shape[2], options.stride
+    length, heads = q.shape[1], q.shape[2]
+    stride = options.stride if is_exporting() else min(options.stride, length)  # no two tokens are further apart
     strides = count_chunks(length, stride)
     # Tokens with the same remainder meet: remainders become heads, (batch, strides, stride heads, channels).
     q, k, v = (frame(x, 0, strides * stride).unflatten(1, (strides, stride)).flatten(2, 3) for x in (q, k, v))

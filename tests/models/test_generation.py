@@ -14,8 +14,10 @@ from flowformer.models.generation import next_probabilities, stream_tokens
 from flowformer.models.language import LanguageModel
 
 CAUSAL = [name for name in list_attentions() if find_attention(name).can("causal")]
-# Steps of these compute all tokens so far again: two of their tests are slow.
-STEPPING = [pytest.param(name, marks=[pytest.mark.slow] * (name in ("reformer", "routing", "sinkhorn"))) for name in CAUSAL]
+# Sorts, of all tokens so far or of clusters, take long: two of their tests are slow.
+STEPPING = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in ("reformer", "routing", "sinkhorn"))) for name in CAUSAL
+]
 VOCABULARY, LENGTH = 31, 24
 SMALL = {"dim": 16, "num_layers": 2, "num_heads": 2, "max_length": LENGTH}
 OPTIONS = {

@@ -174,6 +174,7 @@ def check_rotations(op: str, rotations: Any, q: Tensor) -> None:
 def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rotations: Tensor, options: Options) -> Tensor:
     """Outputs of a padded batch."""
     dtype, compute = q.dtype, sum_dtype(q.dtype)
+    options = options._replace(chunk_length=min(options.chunk_length, q.shape[1]))  # a longer one holds no more
     q, k, v = (fill(x, mask).transpose(1, 2) for x in (q, k, v))
     buckets = hash_tokens(q, rotations)
     count = 2 * rotations.shape[-1]

@@ -115,7 +115,7 @@ class RoutingAttention(DrawnAttention):
         """
         check_number("weight", weight, at_least=0)
         tokens, real = self._routed(x, mask)
-        return weight * distortion(tokens, self.centroids, real)
+        return weight * distortion(tokens, self.get_buffer("centroids"), real)
 
     @torch.no_grad()
     def update_centroids(self, x: Tensor, *, mask: Tensor | None = None, decay: float = DECAY) -> None:
@@ -133,7 +133,8 @@ class RoutingAttention(DrawnAttention):
         """
         check_number("decay", decay, at_least=0, at_most=1)
         tokens, real = self._routed(x, mask)
-        self.centroids.copy_(move_centroids(tokens, self.centroids, real, decay))
+        centroids = self.get_buffer("centroids")
+        centroids.copy_(move_centroids(tokens, centroids, real, decay))
 
     def _routed(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Queries and keys (batch, heads, tokens, K), and which of them are real."""

@@ -113,8 +113,8 @@ def routing_attention(
         return fill(out.transpose(1, 2).to(q.dtype), query), after
 
     def init_state(batch: int) -> RoutingState:
-        sizes = (*q.shape[2:], v.shape[-1], centroids.shape[1])
-        return init_routing_state(batch, *sizes, device=q.device, window=window)
+        heads, channels, clusters = q.shape[2], q.shape[3], centroids.shape[1]
+        return init_routing_state(batch, heads, channels, v.shape[-1], clusters, device=q.device, window=window)
 
     # Without the state of as many tokens as clusters have where there is no need of it.
     return run(op, given, dense, init_state=init_state if has_state else None)

@@ -82,8 +82,9 @@ def routing_attention_step(
     check_causal_options(op, window, shared_qk, sees_future)
     check_step(op, q, k, v, state, RoutingState)
     check_centroids(op, centroids, q)
-    sizes = (q.shape[0], *q.shape[1:], v.shape[-1], centroids.shape[1])
-    check_state(op, state, init_routing_state(*sizes, device=q.device, window=window))
+    batch, heads, channels, clusters = *q.shape, centroids.shape[1]
+    fresh = init_routing_state(batch, heads, channels, v.shape[-1], clusters, device=q.device, window=window)
+    check_state(op, state, fresh)
     with no_autocast(q.device):
         cluster = nearest(q.unsqueeze(2), centroids)
         joins = cluster == torch.arange(centroids.shape[1], device=q.device)

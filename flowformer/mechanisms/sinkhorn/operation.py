@@ -18,6 +18,7 @@ tokens before their first limit see one another only.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -224,11 +225,12 @@ def _take(x: Tensor, places: Tensor) -> Tensor:
     return x.flatten(0, 2).index_select(0, (row + places).flatten()).unflatten(0, places.shape)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
-    """Softmax attention of each bucket to its own keys, those that are sorted to it included."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, more: Tensor | None = None) -> Tensor:
+    """Softmax attention of each bucket to its keys, those sorted to it included; ``more`` is added to scores."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        scores = scores if more is None else scores + more
         return scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1) @ v
 
     if is_traced() or is_transformed() or not any(x.requires_grad for x in (q, k, v)):
@@ -245,8 +247,8 @@ def _bidirectional(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, noise: Tensor | None, options: Options
 ) -> Tensor:
     """Outputs for tokens that come before padding."""
-    compute, wide, width = sum_dtype(q.dtype), state_dtype(q.device), options.bucket_length
-    length = q.shape[1]
+    compute, wide, length = sum_dtype(q.dtype), state_dtype(q.device), q.shape[1]
+    width = min(options.bucket_length, length)  # a longer bucket holds no more
     real = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device) if mask is None else mask
     real = _cut(real[..., None, None].to(compute), width)[..., 0] > 0  # (batch, 1, buckets, width)
     Q, K, V = (_cut(x.to(compute), width) for x in (q, k, v))
@@ -304,7 +306,8 @@ def _causal_half(
     q: Tensor, k: Tensor, v: Tensor, null_key: Tensor, null_value: Tensor, shift: int, options: Options
 ) -> Tensor:
     """Outputs where limits of buckets are ``shift`` tokens earlier, and the bucket before the first limit is alone."""
-    compute, width, length, top = sum_dtype(q.dtype), options.bucket_length, q.shape[1], options.num_top
+    compute, length, top = sum_dtype(q.dtype), q.shape[1], options.num_top
+    width = min(options.bucket_length, length + 1)  # a longer bucket holds no more but in null buckets
     Q, K, V = (_cut(x.to(compute), width, shift) for x in (q, k, v))
     buckets = Q.shape[2]
     scores = _causal_scores(q, k, shift, width) / options.temperature
@@ -323,8 +326,11 @@ def _causal_half(
     if shift:  # what was put before the first token
         first = (place == 0).view(-1, 1, 1) & (torch.arange(width, device=q.device) < shift)
         own = own | first
-    hidden = torch.cat([before, own], -1)
-    return _join(_attend(Q, torch.cat([sorted_k, K], -2), torch.cat([sorted_v, V], -2), hidden), length, shift)
+    hidden, more = torch.cat([before, own], -1), None
+    if width < options.bucket_length:  # there is one bucket, and all that is sorted to it are null buckets
+        more = torch.zeros((top + 1) * width, dtype=compute, device=q.device)
+        more[: top * width] = math.log(options.bucket_length / width)
+    return _join(_attend(Q, torch.cat([sorted_k, K], -2), torch.cat([sorted_v, V], -2), hidden, more), length, shift)
 
 
 def _causal_scores(q: Tensor, k: Tensor, shift: int, width: int) -> Tensor:
