@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -24,6 +25,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that start long processes come first: at the end, one worker would be waiting for the other."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_collection_finish() -> None:
+    """A million objects of modules and tests stay: going through them would take each `gc.collect` half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
