@@ -198,8 +198,9 @@ def test_inputs_are_the_same_numbers_on_every_device():
 def rows_for_a_gpu():
     """Contenders, but for AFT's: those look at values, but for AFT-simple's bidirectional form."""
     quick = {
-        ("causal", "flow-torch"), ("causal", "sdpa-flash"), ("causal-training", "linear-decay-torch"), ("step", "softmax"),
-        ("aft-bidirectional-training", "aft-simple-torch"), ("step", "sdpa"), ("step", "flow-decay-torch"),
+        ("causal", "flow-torch"), ("causal", "sdpa-flash"), ("causal-training", "linear-decay-torch"),
+        ("step", "softmax"), ("aft-bidirectional-training", "aft-simple-torch"), ("step", "sdpa"),
+        ("step", "flow-decay-torch"),
         ("language-step", "sdpa"), ("language-training", "softmax"), ("vision", "aft-simple-torch"),
     }  # fmt: skip
     for place, row in registry.contenders().items():

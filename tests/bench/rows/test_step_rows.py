@@ -43,7 +43,8 @@ def test_random_context_is_not_read_by_mechanisms_with_a_fixed_state(monkeypatch
     monkeypatch.setattr(step, "CHECK_LENGTH", 3)
     monkeypatch.setattr(step, "random_cache", None)
     for row in registry.contenders().values():
-        if row.operation == "step" and row.name in ("flow-torch", "linear-torch", "mobile", "aft-simple", "aft-local-64"):
+        names = ("flow-torch", "linear-torch", "mobile", "aft-simple", "aft-local-64")
+        if row.operation == "step" and row.name in names:
             assert step.step(row.function, token()).state_bytes
 
 
