@@ -368,9 +368,9 @@ _STEP = f"{_TENSORS}, {_NUMBERS}, Tensor? keys, Tensor memory"
 
 
 def _check_step(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
-    op, (*numbers, keys, memory), options = "attend_step_native", rest[:5], rest[5:]
+    op, (log_decay, weight, scale, keys, memory), options = "attend_step_native", rest[:5], rest[5:]
     check_inputs(op, q, k, v, 3, same_length=True)
-    _check_numbers(op, *numbers, q, k)
+    _check_numbers(op, log_decay, weight, scale, q, k)
     _check_options(op, *options)
     if options[1] is not None:
         check_whole(op, keys=keys, memory=memory)
