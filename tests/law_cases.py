@@ -47,6 +47,7 @@ class Variant:
         same_loops: Whether it runs the loops of another variant, of this or another mechanism, with other equations of
             a token in them. Laws of loops (many tokens, sizes of chunks and blocks, memory) and other long ones are
             slow for it.
+        same_loops_in: Backends in which it does so, whatever it does in others.
         only: The only form that it has, ``"causal"`` or ``"bidirectional"``.
     """
 
@@ -61,6 +62,7 @@ class Variant:
     by_token: bool = False
     ordered: bool = False
     same_loops: bool = False
+    same_loops_in: tuple[str, ...] = ()
     only: str = ""
 
 
@@ -164,10 +166,10 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "default": Variant(ordered=True, only="bidirectional", same_loops=True),
     },
     "mobile": {
-        "default": Variant(),
+        "default": Variant(same_loops_in=("native",)),  # those of linear attention
         "normalized": Variant({"normalize": True}, same_loops=True),
         "no-competition": Variant({"competition": None}, same_loops=True),
-        "heads": Variant({"competition": "heads", "normalize": True}),
+        "heads": Variant({"competition": "heads", "normalize": True}, same_loops_in=("native",)),
         "no-allocation": Variant({"allocation": False}, same_loops=True),
         "no-clamp": Variant({"clamp": None}, same_loops=True),
         # eps bounds what is divided by: with 1e-6 and relu, outputs of few heads and channels are beyond float16.

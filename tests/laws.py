@@ -234,7 +234,8 @@ def each(
     chosen = {name: case for name, case in CASES.items() if wanted(case)}
 
     def marks(case: Case) -> Sequence[pytest.MarkDecorator]:
-        return [pytest.mark.slow] if of_loops and case.variant.same_loops else []
+        same_loops = case.variant.same_loops or case.backend.name in case.variant.same_loops_in
+        return [pytest.mark.slow] if of_loops and same_loops else []
 
     if dtypes is None:
         cases = [pytest.param(case, id=name, marks=marks(case)) for name, case in chosen.items()]
