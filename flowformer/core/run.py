@@ -146,7 +146,7 @@ def run_dense(
 
 
 def scanned(block: Step, whole: Callable[..., Tensor], causal: bool, learned: Sequence[Tensor | None] = ()) -> Dense:
-    """Return the plain PyTorch form of a mechanism in linear time.
+    """Return the form of a mechanism in linear time that runs block by block, as plain PyTorch does.
 
     Args:
         block: The causal form on a block of tokens (q, k, v, mask, ...): see :func:`flowformer.core.scan.scan`.
@@ -163,3 +163,20 @@ def scanned(block: Step, whole: Callable[..., Tensor], causal: bool, learned: Se
         return whole(q, k, v, key, query, *others), None
 
     return dense
+
+
+def at_once(block: Step, whole: Callable[..., Tensor], causal: bool, learned: Sequence[Tensor | None] = ()) -> Dense:
+    """Return the form that has all tokens in one block; arguments as of :func:`scanned`."""
+
+    def dense(
+        q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: Any, *others: Tensor
+    ) -> Any:
+        if causal:
+            return block((q, k, v, key, *others), state, *learned)
+        return whole(q, k, v, key, query, *others), None
+
+    return dense
+
+
+# :func:`scanned` or :func:`at_once`: how a backend goes through tokens.
+Walk = Callable[..., Dense]

@@ -31,7 +31,7 @@ from flowformer.core.chunks import CHUNK, pad_to_chunks
 from flowformer.core.feature_products import Products, fresh_past, products_in_chunks, token_products
 from flowformer.core.masks import fill
 from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
-from flowformer.core.run import Checked, Given, run, run_dense, scanned
+from flowformer.core.run import Checked, Dense, Given, Walk, run, run_dense, scanned
 from flowformer.core.tracing import cut, may_look
 from flowformer.mechanisms.weights import Rows, lower
 
@@ -115,42 +115,41 @@ def cosformer_attention(
     if causal and max_length is None and (initial_state is not None or return_state):
         raise ValueError(f"{op}: a state requires max_length, since all weights depend on it")
 
+    given = Given(q, k, v, causal, mask, context_mask, cu_seqlens, initial_state, return_state, backend)
     products = functools.partial(products_in_chunks, chunk=CHUNK)
+    return run(
+        op, given, _dense(products, scanned, causal, eps, max_length, CHUNK),
+        init_state=lambda batch: _fresh(batch, q, v), options=(eps, max_length),
+    )  # fmt: skip
+
+
+def attend_by(
+    products: Products, walk: Walk, given: Checked, eps: float, max_length: int | None
+) -> tuple[Tensor, CosformerState | None]:
+    """Either form, with sums over keys by a backend: the output, and the state after it."""
+    if given.causal and given.state is None:
+        given = given._replace(state=_fresh(given.sequences, given.q, given.v))
+    return run_dense(_dense(products, walk, given.causal, eps, max_length), given)
+
+
+def _dense(products: Products, walk: Walk, causal: bool, eps: float, max_length: int | None, chunk: int = 1) -> Dense:
+    """Both forms; ``chunk`` is what divides the tokens that ``products`` take."""
 
     def block(tokens: Sequence[Any], state: CosformerState, longest: Tensor) -> tuple[Tensor, CosformerState]:
         *tokens, mask = tokens
-        padded, mask = pad_to_chunks(tokens, mask, CHUNK)
+        padded, mask = pad_to_chunks(tokens, mask, chunk)
         out, state = _causal(padded, mask, state, longest, eps, products)
         return cut(out, tokens[0].shape[1]), state
 
     def dense(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: Any) -> Any:
-        longest = _longest(op, q, k, query, key, max_length, state)
+        longest = _longest("cosformer_attention", q, k, query, key, max_length, state)
 
         def whole(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None) -> Tensor:
             return _bidirectional(q, k, v, key, query, longest, eps, products)
 
-        return scanned(block, whole, causal, (longest,))(q, k, v, key, query, state)
+        return walk(block, whole, causal, (longest,))(q, k, v, key, query, state)
 
-    given = Given(q, k, v, causal, mask, context_mask, cu_seqlens, initial_state, return_state, backend)
-    return run(op, given, dense, init_state=lambda batch: _fresh(batch, q, v), options=(eps, max_length))
-
-
-def attend_by(
-    products: Products, given: Checked, eps: float, max_length: int | None
-) -> tuple[Tensor, CosformerState | None]:
-    """Either form, with sums over keys by a backend: the output, and the state after it."""
-
-    def dense(
-        q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: Any
-    ) -> tuple[Tensor, CosformerState | None]:
-        longest = _longest("cosformer_attention", q, k, query, key, max_length, state)
-        if state is None:
-            return _bidirectional(q, k, v, key, query, longest, eps, products), None
-        return _causal((q, k, v), key, state, longest, eps, products)
-
-    if given.causal and given.state is None:
-        given = given._replace(state=_fresh(given.sequences, given.q, given.v))
-    return run_dense(dense, given)
+    return dense
 
 
 def _fresh(batch: int, q: Tensor, v: Tensor) -> CosformerState:

@@ -40,7 +40,7 @@ from flowformer.core.feature_products import (
 )
 from flowformer.core.masks import fill
 from flowformer.core.precision import LOG_ZERO, no_autocast, state_dtype
-from flowformer.core.run import Checked, Given, check_inputs, run, run_dense, scanned
+from flowformer.core.run import Checked, Dense, Given, Walk, check_inputs, run, run_dense, scanned
 from flowformer.core.tracing import cut
 from flowformer.mechanisms.performer.options import PerformerOptions, check_projection, performer_options
 
@@ -146,67 +146,70 @@ def performer_attention(
     if over_all and (initial_state is not None or return_state):
         raise ValueError(f"{op}: maximum='all' has no state, since the maximum is over later keys too")
 
-    def block(tokens: Sequence[Any], state: PerformerState, projection: Any, largest: Any) -> Any:
-        *tokens, mask = tokens
-        padded, mask = pad_to_chunks(tokens, mask, CHUNK)
-        out, state = _causal(padded, mask, state, projection, largest, options, _in_chunks)
-        return cut(out, tokens[0].shape[1]), state
+    products = functools.partial(products_in_chunks, chunk=CHUNK)
+    return run(
+        op, given, _dense(products, _in_chunks, scanned, causal, projection, options, CHUNK),
+        init_state=lambda batch: _fresh(batch, q, v, projection, options), options=(projection, options),
+    )  # fmt: skip
 
-    def whole(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None) -> Tensor:
-        products = functools.partial(products_in_chunks, chunk=CHUNK)
-        return _bidirectional(q, k, v, key, query, projection, options, products)
 
-    def dense(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: Any) -> Any:
-        largest = _largest_of_all(k, key, projection, options) if over_all else None
-        return scanned(block, whole, causal, (projection, largest))(q, k, v, key, query, state)
+def attend_by(
+    products: Products, walk: Walk, given: Checked, projection: Tensor | None, options: PerformerOptions
+) -> tuple[Tensor, PerformerState | None]:
+    """Either form, with sums over keys by a backend: the output, and the state after it."""
 
-    def fresh(batch: int) -> PerformerState:
-        return _fresh(batch, q, v, projection, options)
+    def scaled(Q: Tensor, K: Tensor, V: Tensor, past: Past, scale: tuple[Tensor, Tensor] | None) -> Any:
+        if scale is None:
+            return products(Q, K, V, past)
+        scales, before = scale
+        return products(Q, K, V, past, torch.cat([before.unsqueeze(1), scales[:, :-1]], 1) - scales)
 
-    return run(op, given, dense, init_state=fresh, options=(projection, options))
+    if given.causal and given.state is None:
+        given = given._replace(state=_fresh(given.sequences, given.q, given.v, projection, options))
+    return run_dense(_dense(products, scaled, walk, given.causal, projection, options), given)
+
+
+# On Q, K, V, the past, and scales: that of each token, (batch, tokens, heads), and that of the past, (batch, heads).
+# K, and what is summed, is relative to them. The same results as of Products.
+ScaledProducts = Callable[..., tuple[Tensor, Tensor, Past]]
 
 
 def _in_chunks(
     Q: Tensor, K: Tensor, V: Tensor, past: Past, scale: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Past]:
-    """Sums over the keys up to each query of a block, in plain PyTorch.
-
-    Args:
-        Q: Features of queries (batch, tokens, heads, m).
-        K: Features of keys, relative to their scales.
-        V: Values.
-        past: Sums over earlier tokens.
-        scale: That of each token, (batch, tokens, heads), and that of the past, (batch, heads).
-    """
+    """:data:`ScaledProducts` in plain PyTorch."""
     decay = None
     if scale is not None:
         decay = rising_scale(scale[0].transpose(1, 2), scale[1], Q.shape[1] // CHUNK)
     return block_products(Q, K, V, past, CHUNK, decay)
 
 
-def attend_by(
-    products: Products, given: Checked, projection: Tensor | None, options: PerformerOptions
-) -> tuple[Tensor, PerformerState | None]:
-    """Either form, with sums over keys by a backend: the output, and the state after it."""
+def _dense(
+    products: Products,
+    scaled: ScaledProducts,
+    walk: Walk,
+    causal: bool,
+    projection: Tensor | None,
+    options: PerformerOptions,
+    chunk: int = 1,
+) -> Dense:
+    """Both forms; ``chunk`` is what divides the tokens that ``scaled`` takes."""
 
-    def by_scale(Q: Tensor, K: Tensor, V: Tensor, past: Past, scale: tuple[Tensor, Tensor] | None) -> Any:
-        if scale is None:
-            return products(Q, K, V, past)
-        scales, before = scale
-        return products(Q, K, V, past, torch.cat([before.unsqueeze(1), scales[:, :-1]], 1) - scales)
+    def block(tokens: Sequence[Any], state: PerformerState, projection: Any, largest: Any) -> Any:
+        *tokens, mask = tokens
+        padded, mask = pad_to_chunks(tokens, mask, chunk)
+        out, state = _causal(padded, mask, state, projection, largest, options, scaled)
+        return cut(out, tokens[0].shape[1]), state
 
-    def dense(
-        q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: Any
-    ) -> tuple[Tensor, PerformerState | None]:
-        if state is None:
-            return _bidirectional(q, k, v, key, query, projection, options, products), None
-        over_all = options.exponential and options.maximum == "all"
+    def whole(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None) -> Tensor:
+        return _bidirectional(q, k, v, key, query, projection, options, products)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: Any) -> Any:
+        over_all = causal and options.exponential and options.maximum == "all"
         largest = _largest_of_all(k, key, projection, options) if over_all else None
-        return _causal((q, k, v), key, state, projection, largest, options, by_scale)
+        return walk(block, whole, causal, (projection, largest))(q, k, v, key, query, state)
 
-    if given.causal and given.state is None:
-        given = given._replace(state=_fresh(given.sequences, given.q, given.v, projection, options))
-    return run_dense(dense, given)
+    return dense
 
 
 def _fresh(batch: int, q: Tensor, v: Tensor, projection: Tensor | None, options: PerformerOptions) -> PerformerState:
@@ -313,9 +316,9 @@ def _causal(
     projection: Tensor | None,
     of_all: Tensor | None,
     options: PerformerOptions,
-    products: Callable[..., tuple[Tensor, Tensor, Past]],
+    products: ScaledProducts,
 ) -> tuple[Tensor, PerformerState]:
-    """Outputs of tokens, and the state after them; ``products`` as :func:`_in_chunks`."""
+    """Outputs of tokens, and the state after them."""
     q, k, v = tokens
     with no_autocast(q.device):
         Q, unit = _queries(q, mask, projection, options)

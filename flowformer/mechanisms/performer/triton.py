@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from flowformer.core.backends import implements
-from flowformer.core.run import Checked
+from flowformer.core.run import Checked, at_once
 from flowformer.kernels.triton.attend import products
 from flowformer.mechanisms.performer.operation import PerformerState, attend_by
 
@@ -19,4 +19,4 @@ from flowformer.mechanisms.performer.operation import PerformerState, attend_by
 @implements("performer_attention", "triton")
 def attend(given: Checked, *options: Any) -> tuple[Tensor, PerformerState | None]:
     """Either form of Performer attention: the output, and the state after it."""
-    return attend_by(functools.partial(products, "performer_attention"), given, *options)
+    return attend_by(functools.partial(products, "performer_attention"), at_once, given, *options)

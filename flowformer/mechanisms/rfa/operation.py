@@ -37,7 +37,7 @@ from flowformer.core.decay import clip_log_decay
 from flowformer.core.feature_products import Products, fresh_past, products_in_chunks, token_products
 from flowformer.core.masks import fill
 from flowformer.core.precision import FLOAT_DTYPES, no_autocast, state_dtype, sum_dtype
-from flowformer.core.run import Checked, Given, check_inputs, run, run_dense, scanned
+from flowformer.core.run import Checked, Dense, Given, Walk, check_inputs, run, run_dense, scanned
 from flowformer.core.tracing import cut
 from flowformer.mechanisms.decay import log_gammas
 from flowformer.mechanisms.weights import Rows, lower
@@ -220,38 +220,38 @@ def rfa_attention(
         raise ValueError(f"{op}: a gate requires causal=True, since it forgets what came before")
 
     products = functools.partial(products_in_chunks, chunk=CHUNK)
-
-    def block(tokens: Sequence[Any], state: RFAState, projection: Tensor) -> tuple[Tensor, RFAState]:
-        q, k, v, mask, *gates = tokens
-        padded, mask = pad_to_chunks((q, k, v, *gates), mask, CHUNK)
-        out, state = _causal(padded, mask, state, projection, options, products)
-        return cut(out, q.shape[1]), state
-
-    def whole(q: Tensor, k: Tensor, v: Tensor, key: Any, query: Any) -> Tensor:
-        return _bidirectional(q, k, v, key, query, projection, options, products)
-
     return run(
-        op, given, scanned(block, whole, causal, (projection,)),
+        op, given, _dense(products, scanned, causal, projection, options, CHUNK),
         init_state=lambda batch: _fresh(batch, v, projection, kind),
         of_tokens=() if log_gate is None else (log_gate,), options=(log_gate, projection, options),
     )  # fmt: skip
 
 
 def attend_by(
-    products: Products, given: Checked, log_gate: Tensor | None, projection: Tensor, options: RFAOptions
+    products: Products, walk: Walk, given: Checked, log_gate: Tensor | None, projection: Tensor, options: RFAOptions
 ) -> tuple[Tensor, RFAState | None]:
     """Either form, with sums over keys by a backend: the output, and the state after it."""
-
-    def dense(
-        q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: Any, *gates: Tensor
-    ) -> tuple[Tensor, RFAState | None]:
-        if state is None:
-            return _bidirectional(q, k, v, key, query, projection, options, products), None
-        return _causal((q, k, v, *gates), key, state, projection, options, products)
-
     if given.causal and given.state is None:
         given = given._replace(state=_fresh(given.sequences, given.v, projection, options.kind))
+    dense = _dense(products, walk, given.causal, projection, options)
     return run_dense(dense, given, () if log_gate is None else (log_gate,))
+
+
+def _dense(
+    products: Products, walk: Walk, causal: bool, projection: Tensor, options: RFAOptions, chunk: int = 1
+) -> Dense:
+    """Both forms; ``chunk`` is what divides the tokens that ``products`` take."""
+
+    def block(tokens: Sequence[Any], state: RFAState, projection: Tensor) -> tuple[Tensor, RFAState]:
+        q, k, v, mask, *gates = tokens
+        padded, mask = pad_to_chunks((q, k, v, *gates), mask, chunk)
+        out, state = _causal(padded, mask, state, projection, options, products)
+        return cut(out, q.shape[1]), state
+
+    def whole(q: Tensor, k: Tensor, v: Tensor, key: Any, query: Any) -> Tensor:
+        return _bidirectional(q, k, v, key, query, projection, options, products)
+
+    return walk(block, whole, causal, (projection,))
 
 
 def _fresh(batch: int, v: Tensor, projection: Tensor, kind: str) -> RFAState:
