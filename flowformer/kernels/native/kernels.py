@@ -23,10 +23,18 @@ class Kernels(NamedTuple):
     bidirectional_forward: Any
     bidirectional_backward: Any
     step: Any
+    attend_causal_forward: Any
+    attend_causal_backward: Any
+    attend_forward: Any
+    attend_backward: Any
+    attend_step: Any
     aft_causal_forward: Any
     aft_causal_backward: Any
     aft_bidirectional_forward: Any
     aft_bidirectional_backward: Any
+
+
+_ARGUMENTS = {"step": 14, "attend_step": 12}  # addresses; of all others the call's alone
 
 
 def kernels() -> Kernels | None:
@@ -45,7 +53,7 @@ def _kernels(library: build.Library, level: str) -> Kernels:
     for name in Kernels._fields[1:]:
         function = getattr(library.handle, f"flowformer_{name}_{level}")
         function.restype = ctypes.c_int
-        function.argtypes = [ctypes.c_void_p] * (14 if name == "step" else 1)
+        function.argtypes = [ctypes.c_void_p] * _ARGUMENTS.get(name, 1)
         functions.append(function)
     return Kernels(level, *functions)
 

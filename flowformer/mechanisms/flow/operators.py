@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,80 +21,22 @@ from flowformer.kernels.native.arguments import (
     check_part,
     check_whole,
 )
-from flowformer.kernels.native.kernels import (
-    View,
-    address,
-    contiguous,
-    empty_like,
-    run,
-    view,
+from flowformer.kernels.native.calls import (
+    FlowCall,
+    StepCall,
+    Tokens,
+    empty_gradients,
+    empty_log_decay_gradient,
+    empty_out,
+    like_log_decay,
+    number_view,
+    state_addresses,
+    tokens_of,
 )
+from flowformer.kernels.native.kernels import address, contiguous, empty_like, run, view
 from flowformer.mechanisms.flow.equations import FEATURE_MAPS
 
-# ---------------------------------------------------------------------------- the C interface, as source/call.h has it
-
-
-class _Side(ctypes.Structure):
-    _fields_ = (("rows", ctypes.c_void_p), ("places", ctypes.c_void_p))
-
-
-class _State(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("count", "sums", "log_normaliser", "memory"))
-
-
-_NUMBERS = (
-    *((name, ctypes.c_int64) for name in ("half", "feature_map", "competition", "allocation")),
-    *((name, ctypes.c_double) for name in ("clamp", "eps", "flow_eps")),
-)
-
-
-class _FlowCall(ctypes.Structure):
-    _fields_ = (
-        *((name, View) for name in ("q", "k", "v", "out", "log_decay")),
-        *((name, View) for name in ("grad_out", "grad_q", "grad_k", "grad_v", "grad_log_decay")),
-        *((name, _Side) for name in ("sinks", "sources")),
-        *((name, _State) for name in ("before", "after", "grad_before", "grad_after")),
-        *((name, ctypes.c_int64) for name in ("sequences", "heads", "key_channels", "value_channels", "threads")),
-        ("rescale", ctypes.c_int64),
-        *_NUMBERS,
-    )
-
-
-class _StepCall(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "key_channels", "value_channels", "threads")),
-        ("decay_of_rows", ctypes.c_int64),
-        *_NUMBERS,
-    )
-
-
 # ------------------------------------------------------------------------------------------- from tensors to the calls
-
-
-def _state(parts: Sequence[Tensor | None]) -> _State:
-    return _State(*map(address, parts))
-
-
-class _Tokens(NamedTuple):
-    """Which tokens the sequences have, see Side in call.h."""
-
-    rows: Tensor
-    places: Tensor | None
-
-    def side(self) -> _Side:
-        return _Side(address(self.rows), address(self.places))
-
-
-def _tokens(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> _Tokens:
-    if cu_seqlens is not None:
-        bounds = cu_seqlens.long()
-        return _Tokens(torch.stack([torch.zeros_like(bounds[1:]), bounds[:-1], bounds.diff()], 1), None)
-    batch = torch.arange(x.shape[0], device=x.device)  # whatever the default device is
-    if mask is None:
-        return _Tokens(torch.stack([batch, torch.zeros_like(batch), torch.full_like(batch, x.shape[1])], 1), None)
-    counts = mask.sum(1)
-    rows = torch.stack([batch, counts.cumsum(0) - counts, counts], 1)
-    return _Tokens(rows, mask.nonzero()[:, 1].to(torch.int32))
 
 
 _COMPETITIONS = {None: 0, "sequence": 1, "heads": 2}
@@ -125,29 +66,12 @@ def _numbers(
     }
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, sinks: _Tokens, sources: _Tokens, options: Sequence[Any]) -> _FlowCall:
+def _call(q: Tensor, k: Tensor, v: Tensor, sinks: Tokens, sources: Tokens, options: Sequence[Any]) -> FlowCall:
     """The call without its outputs. It holds addresses: what it is made of must live until it has run."""
-    return _FlowCall(
+    return FlowCall(
         q=view(q), k=view(k), v=view(v), sinks=sinks.side(), sources=sources.side(), sequences=len(sinks.rows),
         rescale=options[-1], **_numbers(q.shape, v.shape[-1], q.dtype, options, torch.get_num_threads()),
     )  # fmt: skip
-
-
-def _decay_view(log_decay: Tensor | None) -> View:
-    """The view of log-decays (heads,) or (batch, length, heads); of one that is null without any."""
-    if log_decay is None:
-        return View()
-    *tokens, of_heads = log_decay.stride()
-    return View(log_decay.data_ptr(), *(tokens or (0, 0)), of_heads)
-
-
-def _gradients(q: Tensor, k: Tensor, v: Tensor, zero: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for the gradients. Those of q and k grow in several passes: they are float32 until they are done."""
-    return (
-        empty_like(q, zero, torch.float32),
-        empty_like(k, zero, torch.float32),
-        empty_like(v, zero),
-    )
 
 
 # ------------------------------------------------------------------------------------------------------- the operators
@@ -244,10 +168,10 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Te
     log_decay, before, options = rest[0], contiguous(*rest[1:5]), rest[5:]
     out, after = empty_like(v, mask is not None), _new_state(q, v, cu_seqlens)
     q, k, v = adjacent(q), adjacent(k), adjacent(v)
-    tokens = _tokens(q, mask, cu_seqlens)
+    tokens = tokens_of(q, mask, cu_seqlens)
     call = _call(q, k, v, tokens, tokens, options)
-    call.log_decay = _decay_view(log_decay)
-    call.out, call.before, call.after = view(out), _state(before), _state(after)
+    call.log_decay = number_view(log_decay)
+    call.out, call.before, call.after = view(out), state_addresses(before), state_addresses(after)
     run("causal_forward", call)
     return out, *after
 
@@ -273,39 +197,27 @@ def _causal_backward(
     check_bounds("flow_causal_backward", cu_seqlens, q.shape[1])
     log_decay, before, grad_out = rest[0], contiguous(*rest[1:5]), rest[5]
     grad_after, of_decay, options = contiguous(*rest[6:10]), rest[10], rest[11:]
-    dtype, grads = q.dtype, _gradients(q, k, v, mask is not None)
+    dtype, grads = q.dtype, empty_gradients(q, k, v, mask is not None)
     q, k, v, grad_out = adjacent(q), adjacent(k), adjacent(v), adjacent(grad_out)
-    tokens = _tokens(q, mask, cu_seqlens)
+    tokens = tokens_of(q, mask, cu_seqlens)
     grad_before = _new_state(q, v, cu_seqlens)
     call = _call(q, k, v, tokens, tokens, options)
     call.grad_q, call.grad_k, call.grad_v = map(view, grads)
-    call.grad_out, call.before = view(grad_out), _state(before)
-    call.grad_after, call.grad_before = _state(grad_after), _state(grad_before)
-    call.log_decay = _decay_view(log_decay)
-    grad_log_decay = _grad_log_decay(log_decay, q) if of_decay else None
-    call.grad_log_decay = _decay_view(grad_log_decay)
+    call.grad_out, call.before = view(grad_out), state_addresses(before)
+    call.grad_after, call.grad_before = state_addresses(grad_after), state_addresses(grad_before)
+    call.log_decay = number_view(log_decay)
+    grad_log_decay = empty_log_decay_gradient(log_decay, q) if of_decay else None
+    call.grad_log_decay = number_view(grad_log_decay)
     run("causal_backward", call)
     grads = (*(grad.to(dtype) for grad in grads), *grad_before)
-    return *grads, _like_log_decay(grad_log_decay, log_decay, q)
-
-
-def _grad_log_decay(log_decay: Tensor | None, q: Tensor) -> Tensor | None:
-    """Memory for the gradient of log-decays, by token in any case."""
-    return None if log_decay is None else q.new_zeros(q.shape[:3], dtype=torch.float32)
-
-
-def _like_log_decay(grad: Tensor | None, log_decay: Tensor | None, q: Tensor) -> Tensor:
-    """The gradient in the shape of log-decays; zeros where it is not wanted, nothing where there are none."""
-    if log_decay is None or grad is None:
-        return q.new_zeros(0 if log_decay is None else log_decay.shape, dtype=torch.float32)
-    return grad if log_decay.ndim == 3 else grad.sum((0, 1), dtype=torch.float64).float()
+    return *grads, like_log_decay(grad_log_decay, log_decay, q)
 
 
 @torch.library.register_fake("flowformer::flow_causal_backward")
 def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, *rest: Any) -> Any:
     _check_causal_backward(q, k, v, mask, cu_seqlens, *rest)
     grads = tuple(empty_like(x, False) for x in (q, k, v))
-    return *grads, *_new_state(q, v, cu_seqlens), _like_log_decay(None, rest[0], q)
+    return *grads, *_new_state(q, v, cu_seqlens), like_log_decay(None, rest[0], q)
 
 
 @_operator("flow_bidirectional", _BIDIRECTIONAL, "Tensor")
@@ -317,25 +229,19 @@ def _bidirectional(
     _check_bidirectional(op, q, k, v, key_mask, query_mask, cu_seqlens, log_decay)
     check_bounds(op, cu_seqlens, q.shape[1])
     check_one_mask(op, log_decay, key_mask, query_mask)
-    out = _empty_out(q, v, query_mask is not None)
+    out = empty_out(q, v, query_mask is not None)
     q, k, v = adjacent(q), adjacent(k), adjacent(v)
-    sinks, sources = _tokens(q, query_mask, cu_seqlens), _tokens(k, key_mask, cu_seqlens)
+    sinks, sources = tokens_of(q, query_mask, cu_seqlens), tokens_of(k, key_mask, cu_seqlens)
     call = _call(q, k, v, sinks, sources, options)
-    call.out, call.log_decay = view(out), _decay_view(log_decay)
+    call.out, call.log_decay = view(out), number_view(log_decay)
     run("bidirectional_forward", call)
     return out
-
-
-def _empty_out(q: Tensor, v: Tensor, zero: bool) -> Tensor:
-    if q.shape[1] == v.shape[1]:
-        return empty_like(v, zero)
-    return empty_like(q[..., :1].expand(*q.shape[:3], v.shape[3]), zero)
 
 
 @torch.library.register_fake("flowformer::flow_bidirectional")
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     _check_bidirectional("flow_bidirectional", q, k, v, *rest[:4])
-    return _empty_out(q, v, False)
+    return empty_out(q, v, False)
 
 
 @_operator(
@@ -352,27 +258,27 @@ def _bidirectional_backward(
     check_bounds(op, cu_seqlens, q.shape[1])
     check_one_mask(op, log_decay, key_mask, query_mask)
     dtype = q.dtype
-    grad_q, grad_k, grad_v = grads = _gradients(q, k, v, False)
+    grad_q, grad_k, grad_v = grads = empty_gradients(q, k, v, False)
     if query_mask is not None:
         grad_q.zero_()
     if key_mask is not None:
         grad_k.zero_()
         grad_v.zero_()
     q, k, v, grad_out = adjacent(q), adjacent(k), adjacent(v), adjacent(grad_out)
-    sinks, sources = _tokens(q, query_mask, cu_seqlens), _tokens(k, key_mask, cu_seqlens)
+    sinks, sources = tokens_of(q, query_mask, cu_seqlens), tokens_of(k, key_mask, cu_seqlens)
     call = _call(q, k, v, sinks, sources, options)
     call.grad_out = view(grad_out)
     call.grad_q, call.grad_k, call.grad_v = map(view, grads)
-    grad_log_decay = _grad_log_decay(log_decay, q) if of_decay else None
-    call.log_decay, call.grad_log_decay = _decay_view(log_decay), _decay_view(grad_log_decay)
+    grad_log_decay = empty_log_decay_gradient(log_decay, q) if of_decay else None
+    call.log_decay, call.grad_log_decay = number_view(log_decay), number_view(grad_log_decay)
     run("bidirectional_backward", call)
-    return *(grad.to(dtype) for grad in grads), _like_log_decay(grad_log_decay, log_decay, q)
+    return *(grad.to(dtype) for grad in grads), like_log_decay(grad_log_decay, log_decay, q)
 
 
 @torch.library.register_fake("flowformer::flow_bidirectional_backward")
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
     _check_bidirectional_backward(q, k, v, *rest)
-    return *(empty_like(x, False) for x in (q, k, v)), _like_log_decay(None, rest[3], q)
+    return *(empty_like(x, False) for x in (q, k, v)), like_log_decay(None, rest[3], q)
 
 
 _STEP = f"{_TENSORS}, Tensor? log_decay, Tensor tokens, Tensor sums, Tensor log_normaliser, Tensor memory"
@@ -402,8 +308,8 @@ def run_step(
 def _step_call(
     shape: tuple[int, ...], value_channels: int, dtype: torch.dtype, options: tuple[Any, ...], threads: int,
     decay_of_rows: bool,
-) -> _StepCall:  # fmt: skip
-    return _StepCall(
+) -> StepCall:  # fmt: skip
+    return StepCall(
         batch=shape[0], decay_of_rows=decay_of_rows, **_numbers(shape, value_channels, dtype, options, threads)
     )
 

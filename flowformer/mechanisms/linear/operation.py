@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flowformer.core.backends import TORCH, choose, implementation
 from flowformer.core.both_ways import Block, both_ways
 from flowformer.core.checks import HEADS, check_fresh_state, check_number, check_state, check_step
 from flowformer.core.chunks import CHUNK, pad_to_chunks
@@ -105,7 +106,7 @@ def linear_attention(
         cu_seqlens: (N + 1,) int32 boundaries of a packed batch of size 1.
         initial_state: State to continue from (causal only); batch N for a packed batch.
         return_state: Return the state after the last token as well (causal only).
-        backend: ``"auto"``, ``"torch"``, or ``"triton"`` on a GPU.
+        backend: ``"auto"``, ``"torch"``, ``"native"`` on a CPU, or ``"triton"`` on a GPU.
         eps: Added to the denominator.
         decay: Where ``log_decay`` is absent: ``"fixed"`` for :func:`flowformer.core.decay.default_log_decay`.
 
@@ -203,6 +204,7 @@ def linear_attention_step(
     state: LinearState,
     log_decay: Tensor | None = None,
     *,
+    backend: str = "auto",
     eps: float = 1e-6,
     decay: str | None = None,
 ) -> tuple[Tensor, LinearState]:
@@ -214,6 +216,7 @@ def linear_attention_step(
         v: Value (batch, heads, V).
         state: State before the token; not changed.
         log_decay: (heads,), or (batch, heads) where it depends on the token; absent for no decay.
+        backend: As in :func:`linear_attention`.
         eps: Added to the denominator.
         decay: As in :func:`linear_attention`.
 
@@ -230,6 +233,15 @@ def linear_attention_step(
     check_state(op, state, init_linear_state(batch, heads, channels, v.shape[-1], device=q.device))
     if log_decay is not None or decay is not None:
         log_decay = check_given(op, log_decay, decay, q, step=True)
+    chosen = choose(op, backend, q)
+    compute = step_in_torch if chosen == TORCH.name else implementation(op, chosen)
+    return compute(q, k, v, state, log_decay, eps)
+
+
+def step_in_torch(
+    q: Tensor, k: Tensor, v: Tensor, state: LinearState, log_decay: Tensor | None, eps: float
+) -> tuple[Tensor, LinearState]:
+    """:func:`linear_attention_step` in plain PyTorch, on checked arguments."""
     with no_autocast(q.device):
         compute = state.memory.dtype
         factor = None

@@ -11,9 +11,11 @@ from flowformer.core.checks import Masks
 from flowformer.core.masks import run_packed
 from flowformer.core.run import Checked
 from flowformer.kernels.triton.attend import attend
-from flowformer.mechanisms.linear.operation import LinearState, init_linear_state
+from flowformer.mechanisms.linear.operation import LinearState, init_linear_state, step_in_torch
 
 ELU = 2  # of kernels/triton/device.py
+
+implements("linear_attention_step", "triton")(step_in_torch)  # one token is little work
 
 
 @implements("linear_attention", "triton")

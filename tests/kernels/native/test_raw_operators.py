@@ -55,11 +55,28 @@ PACKED_GRAD = {"grad_out": random(1, LENGTH, HEADS, VALUES)}
 MASKS = {"key_mask": mask(SOURCES), "query_mask": mask(LENGTH)}
 NO_MASKS = {"key_mask": None, "query_mask": None}
 ONE_MASK = {"key_mask": mask(LENGTH), "query_mask": mask(LENGTH)}
+NUMBERS = {"weight": random(BATCH, LENGTH, HEADS).abs(), "scale": random(BATCH, LENGTH, HEADS)}
+NO_NUMBERS = {"weight": None, "scale": None}
+PACKED_NUMBERS = {name: x[:1] for name, x in NUMBERS.items()}
+CROSS_NUMBERS = {"weight": NUMBERS["weight"][:, :SOURCES], "scale": NUMBERS["scale"]}
 MARKS = torch.zeros(BATCH, 3, 3, CHANNELS)
 
-WANTED = dict.fromkeys(("flow_causal_backward", "flow_bidirectional_backward"), (True,))  # gradients of log-decays
 
-# What each operator takes, in its order: the tensors by name. Flow-Attention's options follow.
+def sums(of: str = "", batch: int = BATCH) -> dict[str, Tensor]:
+    shapes = {"keys": (batch, HEADS, KEYS), "memory": (batch, HEADS, KEYS, VALUES)}
+    return {of + name: random(*shape).abs().double() for name, shape in shapes.items()}
+
+
+WANTED = dict.fromkeys(  # gradients of log-decays
+    (
+        "flow_causal_backward", "flow_bidirectional_backward", "attend_causal_native_backward",
+        "attend_native_backward",
+    ),
+    (True,),
+)  # fmt: skip
+ELU = (2, 1e-3)  # the feature map, and eps
+
+# What each operator takes, in its order: the tensors by name. Options follow.
 VALID: dict[str, tuple[str, dict[str, Tensor | None]]] = {
     "causal": ("flow_causal", {**qkv(), "mask": mask(LENGTH), "cu_seqlens": None, **DECAY, **state()}),
     "causal packed": ("flow_causal", {**qkv(batch=1), "mask": None, "cu_seqlens": BOUNDS, **NONE, **state(batch=3)}),
@@ -99,6 +116,61 @@ VALID: dict[str, tuple[str, dict[str, Tensor | None]]] = {
         "flow_step",
         {**{name: x[:, 0] for name, x in qkv().items()}, "log_decay": BY_TOKEN["log_decay"][:, 0], **state()},
     ),
+    "attend causal": (
+        "attend_causal_native",
+        {**qkv(), "mask": mask(LENGTH), "cu_seqlens": None, **DECAY, **NUMBERS, **sums()},
+    ),
+    "attend causal packed": (
+        "attend_causal_native",
+        {**qkv(batch=1), "mask": None, "cu_seqlens": BOUNDS, **NONE, **PACKED_NUMBERS, **sums(batch=3)},
+    ),
+    "attend causal token": (
+        "attend_causal_native",
+        {**qkv(), "mask": None, "cu_seqlens": None, **BY_TOKEN, **NO_NUMBERS, **sums()},
+    ),
+    "attend causal backward": (
+        "attend_causal_native_backward",
+        {
+            **{**qkv(), "mask": mask(LENGTH), "cu_seqlens": None, **BY_TOKEN, **NUMBERS, **sums()},
+            **{**GRAD, **sums("grad_")},
+        },
+    ),
+    "attend causal packed backward": (
+        "attend_causal_native_backward",
+        {
+            **{**qkv(batch=1), "mask": None, "cu_seqlens": BOUNDS, **DECAY, **PACKED_NUMBERS, **sums(batch=3)},
+            **{**PACKED_GRAD, **sums("grad_", 3)},
+        },
+    ),
+    "attend": ("attend_native", {**qkv(SOURCES), **MASKS, "cu_seqlens": None, **NONE, **CROSS_NUMBERS}),
+    "attend packed": ("attend_native", {**qkv(batch=1), **NO_MASKS, "cu_seqlens": BOUNDS, **DECAY, **PACKED_NUMBERS}),
+    "attend token": ("attend_native", {**qkv(), **ONE_MASK, "cu_seqlens": None, **BY_TOKEN, **NO_NUMBERS}),
+    "attend backward": (
+        "attend_native_backward",
+        {**qkv(SOURCES), **MASKS, "cu_seqlens": None, **NONE, **CROSS_NUMBERS, **GRAD},
+    ),
+    "attend packed backward": (
+        "attend_native_backward",
+        {**qkv(batch=1), **NO_MASKS, "cu_seqlens": BOUNDS, **NONE, **PACKED_NUMBERS, **PACKED_GRAD},
+    ),
+    "attend token backward": (
+        "attend_native_backward",
+        {**qkv(), **ONE_MASK, "cu_seqlens": None, **BY_TOKEN, **NUMBERS, **GRAD},
+    ),
+    "attend step": (
+        "attend_step_native",
+        {
+            **{name: x[:, 0] for name, x in qkv().items()},
+            **{**DECAY, **{name: x[:, 0] for name, x in NUMBERS.items()}, **sums()},
+        },
+    ),
+    "attend step token": (
+        "attend_step_native",
+        {
+            **{name: x[:, 0] for name, x in qkv().items()},
+            **{"log_decay": BY_TOKEN["log_decay"][:, 0], **NO_NUMBERS, **sums()},
+        },
+    ),
     "aft causal": ("aft_simple_causal", {**channels(), "mask": mask(LENGTH), **means()}),
     "aft causal backward": (
         "aft_simple_causal_backward",
@@ -115,8 +187,8 @@ VALID: dict[str, tuple[str, dict[str, Tensor | None]]] = {
 def call(case: str, **changed: Tensor | None) -> Any:
     name, arguments = VALID[case]
     assert changed.keys() <= arguments.keys()
-    options = (*WANTED.get(name, ()), *CORE) if name.startswith("flow") else ()
-    return getattr(OPERATORS, name)(*{**arguments, **changed}.values(), *options)
+    options = {"flow": CORE, "attend": ELU}.get(name.partition("_")[0], ())
+    return getattr(OPERATORS, name)(*{**arguments, **changed}.values(), *WANTED.get(name, ()), *options)
 
 
 def empty_axes(x: Tensor) -> Iterator[Tensor]:
@@ -169,7 +241,7 @@ def test_wrong_tensors_are_refused_one_by_one(case: str, change: str) -> None:
     name, arguments = VALID[case]
     for argument, tensor in arguments.items():
         for wrong in CHANGES[change](tensor) if tensor is not None else ():
-            if argument == "v" and name == "flow_bidirectional" and is_free(tensor, wrong):
+            if argument == "v" and name in ("flow_bidirectional", "attend_native") and is_free(tensor, wrong):
                 continue
             with pytest.raises((TypeError, ValueError), match=f"flowformer::{name}: .*got|cu_seqlens must rise"):
                 call(case, **{argument: wrong})
@@ -192,7 +264,7 @@ def test_inputs_of_a_dtype_without_kernels_are_refused(case: str, dtype: torch.d
 
 @pytest.mark.parametrize("case", [case for case in VALID if "causal" in case])
 def test_parts_of_a_state_are_refused(case: str) -> None:
-    names = [name for name in ("tokens", "sums", "log_normaliser", "memory") if name in VALID[case][1]]
+    names = [name for name in ("tokens", "keys", "sums", "log_normaliser", "memory") if name in VALID[case][1]]
     for name in names or (["log_weight", "mean"] if "backward" not in case else []):
         with pytest.raises(ValueError, match=f"a state is given whole or not at all, got no {name}"):
             call(case, **{name: None})
@@ -213,7 +285,7 @@ def test_boundaries_that_are_none_are_refused(case: str, bounds: list[int]) -> N
             call(case, cu_seqlens=torch.tensor(bounds, dtype=dtype))
 
 
-@pytest.mark.parametrize("case", ["bidirectional token", "bidirectional token backward"])
+@pytest.mark.parametrize("case", ["bidirectional token", "bidirectional token backward", "attend token"])
 def test_decay_between_different_tokens_is_refused(case: str) -> None:
     arguments = VALID[case][1]
     shorter = {name: arguments[name][:, :SOURCES] for name in ("k", "v", "key_mask")}
@@ -245,6 +317,22 @@ def test_unknown_options_are_refused(options: tuple[Any, ...]) -> None:
         if name.startswith("flow"):
             with pytest.raises(ValueError, match=r"unknown feature map or competition|must be finite and at least 0"):
                 getattr(OPERATORS, name)(*arguments.values(), *WANTED.get(name, ()), *options)
+
+
+@pytest.mark.parametrize("options", [(-1, 1e-3), (4, 1e-3), (2, -1e-3), (2, float("nan")), (2, float("inf"))])
+def test_unknown_options_of_features_are_refused(options: tuple[Any, ...]) -> None:
+    for name, arguments in VALID.values():
+        if name.startswith("attend"):
+            with pytest.raises(ValueError, match=r"feature_map must be 0 to 3, got|eps must be finite and at least 0"):
+                getattr(OPERATORS, name)(*arguments.values(), *WANTED.get(name, ()), *options)
+
+
+@pytest.mark.parametrize("case", [case for case in VALID if "attend" in case and "token" not in case])
+def test_sums_of_keys_are_refused_where_nothing_is_divided(case: str) -> None:
+    name, arguments = VALID[case]
+    if "keys" in arguments:
+        with pytest.raises(ValueError, match=rf"flowformer::{name}: keys must have shape \(0,\), got"):
+            getattr(OPERATORS, name)(*arguments.values(), *WANTED.get(name, ()), 2, None)
 
 
 @pytest.mark.parametrize("case", VALID)

@@ -35,10 +35,12 @@ struct DecayedHead {
   float *grad_count;
   double *memory_marks, *growth_marks;  // before every token that is a multiple of Records::MARK
 
-  DecayedHead(const FlowCall &call, int64_t tokens, int keys, int values, bool backward, Scratch &scratch)
+  // `columns`: of the memory.
+  DecayedHead(const FlowCall &call, int64_t tokens, int keys, int64_t columns, bool backward, Scratch &scratch)
       : tokens(tokens) {
     const int64_t chunks = (tokens + CHUNK - 1) / CHUNK, rows = chunks * CHUNK;
-    const int64_t matrix = call.key_channels * call.value_channels;
+    const int64_t matrix = call.key_channels * columns;
+    const int values = padded(columns);
     for (float **features : {&Q, &K}) *features = scratch.take<float>(rows * keys);
     for (PairOfSums *pair : {&plain, &scaled}) {
       pair->before = scratch.take<float>(chunks * 2 * keys), pair->after = scratch.take<float>(chunks * 2 * keys);
@@ -69,7 +71,7 @@ struct BidirectionalDecay : CausalBackward<float, 0> {
   double *running[4];  // sums of doubles, carried from chunk to chunk
   float *symmetric;    // gamma(i, j) of a chunk (CHUNK, CHUNK)
 
-  BidirectionalDecay(const FlowCall &call, Scratch &scratch) : Base(call, scratch) {
+  BidirectionalDecay(const FlowCall &call, Scratch &scratch, int64_t further = 0) : Base(call, scratch, further) {
     for (double *&sums : running) sums = scratch.take<double>(keys);
     symmetric = scratch.take<float>(CHUNK * CHUNK);
   }

@@ -11,8 +11,8 @@ struct BidirectionalDecayBackward : BidirectionalDecay {
   float *gated_strips;  // g Q
   Vector crossing[CHUNK];
 
-  BidirectionalDecayBackward(const FlowCall &call, Scratch &scratch)
-      : BidirectionalDecay(call, scratch), wanted(call.grad_log_decay.data) {
+  BidirectionalDecayBackward(const FlowCall &call, Scratch &scratch, int64_t further = 0)
+      : BidirectionalDecay(call, scratch, further), wanted(call.grad_log_decay.data) {
     gated_strips = scratch.take<float>(CHUNK * keys);
   }
 
@@ -41,7 +41,7 @@ struct BidirectionalDecayBackward : BidirectionalDecay {
     }
   }
 
-  int64_t matrix() const { return call.key_channels * call.value_channels; }
+  int64_t matrix() const { return call.key_channels * columns; }
 
   void keep(DecayedHead &head, int64_t at, Memory &memory, Memory &growth) const {
     memory.flush(), growth.flush();

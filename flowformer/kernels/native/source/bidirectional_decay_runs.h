@@ -37,7 +37,7 @@ struct BidirectionalDecayRun {
   void each_head(void (*task)(void *, int64_t, int)) { run_tasks(heads(), call.threads, task, this); }
 
   void whole_head(int64_t index, Scratch &scratch, bool real) {
-    DecayedHead head(call, tokens(index), keys, values, backward, scratch);
+    DecayedHead head(call, tokens(index), keys, call.value_channels, backward, scratch);
     if (!real) return one_stage(PRODUCTS_OF_HEAD, index, head, scratch, false);  // it takes the most
     for (HeadStage next : {FIND_FLOWS, PRODUCTS_OF_HEAD, SUMS_OF_HEAD}) {
       Scratch rest = scratch;  // the same for every stage
@@ -78,7 +78,7 @@ struct BidirectionalDecayRun {
   void heads_together(Scratch &scratch, bool real) {
     together = scratch.take<DecayedHead>(heads());
     for (int64_t index = 0; index < heads(); index++) {
-      const DecayedHead head(call, tokens(index), keys, values, backward, scratch);
+      const DecayedHead head(call, tokens(index), keys, call.value_channels, backward, scratch);
       if (real) new (together + index) DecayedHead(head);
     }
     if (!real) return;

@@ -46,6 +46,16 @@ struct FlowCall {
   double eps, flow_eps;
 };
 
+// Linear attention of features: those of Flow-Attention's arguments that it has, and its own. State::sums is the sum of
+// weighted keys alone, (sequences, heads, key channels); it is read where `divides`. eps is added to what is divided
+// by.
+struct AttendCall {
+  FlowCall flow;
+  View weight, scale;            // float, of sources and of sinks; without data: 1
+  View grad_weight, grad_scale;  // float; without data: not wanted
+  int64_t divides;               // outputs by the sums of weights
+};
+
 // Sizes and options of a step. Its tensors are contiguous: q and k (batch, heads, key channels), v and the output
 // (batch, heads, value channels). Log-decays are (heads), or (batch, heads) with a row for each sequence.
 struct StepCall {

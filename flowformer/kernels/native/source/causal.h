@@ -10,13 +10,15 @@ template <class T, int KEYS>
 struct Causal : Flows<T, KEYS> {
   using Base = Flows<T, KEYS>;
   using Base::call, Base::keys, Base::past, Base::Q, Base::K, Base::decay, Base::decays;
-  const int values;     // value channels, padded
-  float *K_by_channel;  // (keys, CHUNK) in strips
-  float *V;             // values times their weights (CHUNK, values) in strips
-  float *capacity;      // Q K^T, lower triangle (CHUNK, CHUNK)
-  float *gate;          // allocation / I
+  const int64_t columns;  // of the memory: value channels, and further ones of a caller
+  const int values;       // columns, padded
+  float *K_by_channel;    // (keys, CHUNK) in strips
+  float *V;               // values times their weights (CHUNK, values) in strips
+  float *capacity;        // Q K^T, lower triangle (CHUNK, CHUNK)
+  float *gate;            // allocation / I
 
-  Causal(const FlowCall &call, Scratch &scratch) : Base(call, scratch), values(padded(call.value_channels)) {
+  Causal(const FlowCall &call, Scratch &scratch, int64_t further = 0)
+      : Base(call, scratch), columns(call.value_channels + further), values(padded(columns)) {
     K_by_channel = scratch.take<float>(keys * CHUNK);
     V = scratch.take<float>(CHUNK * values);
     capacity = scratch.take<float>(CHUNK * CHUNK);

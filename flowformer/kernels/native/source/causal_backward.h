@@ -29,7 +29,8 @@ enum BackwardStage { GRAD_MEMORY, PRODUCTS, GRAD_WEIGHTED, GRAD_FEATURES, INPUTS
 template <class T, int KEYS>
 struct CausalBackward : Causal<T, KEYS> {
   using Forward = Causal<T, KEYS>;
-  using Forward::call, Forward::keys, Forward::values, Forward::past, Forward::Q, Forward::K, Forward::V;
+  using Forward::call, Forward::keys, Forward::columns, Forward::values, Forward::past, Forward::Q, Forward::K,
+      Forward::V;
   using Forward::decay, Forward::decays;
   using Forward::K_by_channel, Forward::capacity, Forward::gate, Forward::n, Forward::weight;
   float *upstream;  // d R (CHUNK, values)
@@ -48,7 +49,7 @@ struct CausalBackward : Causal<T, KEYS> {
   float *of_count;    // d n, by the flows
   DecayOfMemory of_memory;
 
-  CausalBackward(const FlowCall &call, Scratch &scratch) : Forward(call, scratch) {
+  CausalBackward(const FlowCall &call, Scratch &scratch, int64_t further = 0) : Forward(call, scratch, further) {
     upstream = scratch.take<float>(CHUNK * values);
     upstream_strips = scratch.take<float>(CHUNK * values);
     weighted = scratch.take<float>(CHUNK * values);
@@ -156,7 +157,7 @@ struct CausalBackward : Causal<T, KEYS> {
   // Keep the memory before a token.
   void mark(Memory &memory, int64_t at, Records &records) {
     memory.flush();
-    const int64_t size = call.key_channels * call.value_channels;
+    const int64_t size = call.key_channels * columns;
     memcpy(records.marks + Records::mark(at) * size, memory.sum, sizeof(double) * size);
   }
 
@@ -261,6 +262,11 @@ struct CausalBackward : Causal<T, KEYS> {
       weight[t] = call.competition == NONE ? 1.f : call.competition == HEADS ? share : share * n[t];
     }
     load_rows(to.v, at, tokens, weight, weighted);
+    multiply(to, at, first, tokens, growth, records);
+  }
+
+  // The same of the rows in `weighted`.
+  void multiply(const Tensors &to, int64_t at, int64_t first, int tokens, const Memory &growth, Records &records) {
     by_channel(weighted, values, V_by_channel);
     if (decays) decay.fill_within();
     const float *within = decays ? decay.within : nullptr;

@@ -70,7 +70,7 @@ struct CausalPieces : CausalRun<T, KEYS> {
       float *flows = call.competition == HEADS ? scratch.take<float>(length + CHUNK) : nullptr;
       if (real) all.flows[index] = flows;
       if (gradients) {
-        const Records records(call, length, keys, scratch);
+        const Records records(call, length, keys, this->matrix, scratch);
         if (real) new (all.records + index) Records(records);
       }
       for (int64_t p = 0; p < all.pieces; p++) {

@@ -123,7 +123,7 @@ struct CausalRun {
     Memory memory(call.value_channels, call.key_channels, values, keys, scratch);
     Memory growth(call.key_channels, call.value_channels, keys, values, scratch);
     double *sum = scratch.take<double>(matrix);
-    Records records(call, length, keys, scratch);
+    Records records(call, length, keys, matrix, scratch);
     if (!real) return;
     worker.prepare();
     worker.past = &past;

@@ -1,5 +1,7 @@
 // The functions that Python calls, for one level of instructions. Each returns 0, or 1 if there was no memory.
 #include "aft_runs.h"
+#include "attend_runs.h"
+#include "attend_step.h"
 #include "bidirectional_decay_runs.h"
 #include "bidirectional_runs.h"
 #include "causal_pieces.h"
@@ -21,6 +23,14 @@ int dispatch(const FlowCall &call, Body body) {
   if (call.half) return run(Run<bfloat16, 0>(call));
   if (call.key_channels == 64) return run(Run<float, 64 / LANES>(call));
   return run(Run<float, 0>(call));
+}
+
+int attend(const AttendCall &call, bool causal, bool backward) {
+  const auto run = [&](auto &&of) {
+    causal ? of.causal(backward) : of.both(backward);
+    return of.failed ? 1 : 0;
+  };
+  return call.flow.half ? run(AttendRun<bfloat16>(call)) : run(AttendRun<float>(call));
 }
 
 int bidirectional(const FlowCall &call, bool backward) {
@@ -59,6 +69,27 @@ EXPORT(flowformer_step)(const StepCall *call, const void *q, const void *k, cons
   const auto with_decay = [&](auto decays) {
     if (call->half) return run(Step<bfloat16, decays>(*call, q, k, v, out, log_decay, before, after));
     return run(Step<float, decays>(*call, q, k, v, out, log_decay, before, after));
+  };
+  return log_decay ? with_decay(std::true_type()) : with_decay(std::false_type());
+}
+
+EXPORT(flowformer_attend_causal_forward)(const AttendCall *call) { return attend(*call, true, false); }
+EXPORT(flowformer_attend_causal_backward)(const AttendCall *call) { return attend(*call, true, true); }
+EXPORT(flowformer_attend_forward)(const AttendCall *call) { return attend(*call, false, false); }
+EXPORT(flowformer_attend_backward)(const AttendCall *call) { return attend(*call, false, true); }
+
+EXPORT(flowformer_attend_step)(const StepCall *call, const void *q, const void *k, const void *v, void *out,
+                               const float *log_decay, const float *weight, const float *scale, double *sums,
+                               double *memory, double *sums_after, double *memory_after) {
+  const State before{nullptr, sums, nullptr, memory}, after{nullptr, sums_after, nullptr, memory_after};
+  const auto run = [&](auto &&step) {
+    step.run();
+    return step.failed ? 1 : 0;
+  };
+  const auto with_decay = [&](auto decays) {
+    if (call->half)
+      return run(AttendStep<bfloat16, decays>(*call, q, k, v, out, log_decay, weight, scale, before, after));
+    return run(AttendStep<float, decays>(*call, q, k, v, out, log_decay, weight, scale, before, after));
   };
   return log_decay ? with_decay(std::true_type()) : with_decay(std::false_type());
 }

@@ -27,7 +27,7 @@ struct Records {
   float *grad_count, *grad_decay;
   double *marks;  // the memory before every token that is a multiple of MARK, and behind the last
 
-  Records(const FlowCall &call, int64_t tokens, int keys, Scratch &scratch)
+  Records(const FlowCall &call, int64_t tokens, int keys, int64_t matrix, Scratch &scratch)
       : decays(call.log_decay.data), wanted(call.grad_log_decay.data) {
     const int64_t chunks = (tokens + CHUNK - 1) / CHUNK;
     for (float **row : {&inverse_in, &inverse_out, &allocation, &share, &inside, &grad_gate, &grad_flow})
@@ -36,7 +36,7 @@ struct Records {
     for (float **row : {&past_count, &rest}) *row = scratch.take<float>(decays ? chunks * CHUNK : 0);
     for (float **row : {&conserved_in, &conserved_out, &arrived, &grad_count, &grad_decay})
       *row = scratch.take<float>(wanted ? chunks * CHUNK : 0);
-    marks = scratch.take<double>(wanted ? (mark(tokens) + 1) * call.key_channels * call.value_channels : 0);
+    marks = scratch.take<double>(wanted ? (mark(tokens) + 1) * matrix : 0);
   }
 
   // The number of the mark at a token, or of the one behind the last.
