@@ -41,6 +41,7 @@ from flowformer.core.feature_products import (
 from flowformer.core.masks import fill
 from flowformer.core.precision import LOG_ZERO, no_autocast, state_dtype
 from flowformer.core.run import Checked, Dense, Given, Walk, check_inputs, run, run_dense, scanned
+from flowformer.core.sums import running_sums
 from flowformer.core.tracing import cut
 from flowformer.mechanisms.performer.options import PerformerOptions, check_projection, performer_options
 
@@ -333,21 +334,20 @@ def _causal(
         scale, excess = _scale(largest)
         K, V = fill(_relative(exponents, scale, options), mask), fill(v, mask).to(Q.dtype)
         total, product, past = products(Q, K, V, state[:2], scales)
-        seen, values = _counted(mask, V, state)
+        seen = _counted(mask, V, state)
+        so_far, values = running_sums(V, state.value_sum)
         weight = options.offset * excess.exp() * Q.sum(-1, keepdim=True)
         total = total + weight * seen.to(Q.dtype)[..., None, None]
-        out = _divide(product + weight * values.to(Q.dtype), total, Q, unit, excess, options)
+        out = _divide(product + weight * so_far, total, Q, unit, excess, options)
         maximum = largest[:, -1].to(values.dtype) if options.exponential else state.maximum
         # Copies, since a view would keep the numbers of all tokens in memory.
-        last, count = values[:, -1].clone(), seen[:, -1].clone()
-        return out.to(v.dtype), PerformerState(*past, last, maximum.clone(), count)
+        return out.to(v.dtype), PerformerState(*past, values.clone(), maximum.clone(), seen[:, -1].clone())
 
 
-def _counted(mask: Tensor | None, V: Tensor, state: PerformerState) -> tuple[Tensor, Tensor]:
-    """How many keys there are up to each token, (batch, tokens), and the sum of their values, (..., heads, V)."""
+def _counted(mask: Tensor | None, V: Tensor, state: PerformerState) -> Tensor:
+    """How many keys there are up to each token, (batch, tokens)."""
     ones = torch.ones(V.shape[:2], dtype=torch.int64, device=V.device) if mask is None else mask.long()
-    values = V.cumsum(1, dtype=state.value_sum.dtype) + state.value_sum.unsqueeze(1)
-    return ones.cumsum(1) + state.length.unsqueeze(1), values
+    return ones.cumsum(1) + state.length.unsqueeze(1)
 
 
 def performer_attention_step(
