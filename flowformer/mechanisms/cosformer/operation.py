@@ -99,7 +99,7 @@ def cosformer_attention(
         cu_seqlens: (N + 1,) int32 boundaries of a packed batch of size 1.
         initial_state: State to continue from (causal only); batch N for a packed batch. Requires ``max_length``.
         return_state: Return the state after the last token as well (causal only). Requires ``max_length``.
-        backend: ``"auto"`` or ``"torch"``.
+        backend: ``"auto"``, ``"torch"``, ``"native"`` on a CPU, or ``"triton"`` on a GPU.
         eps: The least denominator.
         max_length: m. The real tokens of each sequence, or of its context if those are more, if absent. On CPUs a
             longer sequence is refused; on GPUs, where to count costs time, weights are negative beyond m.

@@ -130,7 +130,7 @@ def performer_attention(
         cu_seqlens: (N + 1,) int32 boundaries of a packed batch of size 1.
         initial_state: State to continue from (causal only); batch N for a packed batch.
         return_state: Return the state after the last token as well (causal only).
-        backend: ``"auto"`` or ``"torch"``.
+        backend: ``"auto"``, ``"torch"``, ``"native"`` on a CPU, or ``"triton"`` on a GPU.
         **overrides: Options of :class:`PerformerOptions`.
 
     Returns:

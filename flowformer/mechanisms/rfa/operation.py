@@ -196,7 +196,7 @@ def rfa_attention(
         cu_seqlens: (N + 1,) int32 boundaries of a packed batch of size 1.
         initial_state: State to continue from (causal only); batch N for a packed batch.
         return_state: Return the state after the last token as well (causal only).
-        backend: ``"auto"`` or ``"torch"``.
+        backend: ``"auto"``, ``"torch"``, ``"native"`` on a CPU, or ``"triton"`` on a GPU.
         kind: ``"gaussian"`` for sines and cosines, ``"arccos"`` for relu(W x^) + 1e-5.
         feature_scale: c; None for D^-1/2, as in the paper. The published code has 0.1.
         norm_eps: Added to norms; the paper has 0.
