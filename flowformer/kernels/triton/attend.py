@@ -101,15 +101,16 @@ def _products_of_some(
     Q: Tensor, K: Tensor, V: Tensor, past: Past | None, log_decay: Tensor | None
 ) -> tuple[Tensor, Tensor, Past | None]:
     """The same for as many features as the kernels take at a time."""
-    after = None
+    after: Past | None = None
     if past is None:
         out, totals = torch.ops.flowformer.attend_triton(Q, K, V, None, None, log_decay, None, None, GIVEN, None, True)
     else:
-        out, *after, totals = torch.ops.flowformer.attend_causal_triton(
+        out, keys, memory, totals = torch.ops.flowformer.attend_causal_triton(
             Q, K, V, None, log_decay, None, None, *past, GIVEN, None, True
         )
+        after = keys, memory
     batch, length, heads = Q.shape[:3]
-    return totals.view(batch, heads, length).transpose(1, 2).unsqueeze(-1), out, after and (after[0], after[1])
+    return totals.view(batch, heads, length).transpose(1, 2).unsqueeze(-1), out, after
 
 
 _TENSORS = "Tensor q, Tensor k, Tensor v"

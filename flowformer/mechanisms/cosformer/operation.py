@@ -153,7 +153,7 @@ def _dense(products: Products, walk: Walk, causal: bool, eps: float, max_length:
 
 
 def _fresh(batch: int, q: Tensor, v: Tensor) -> CosformerState:
-    return init_cosformer_state(batch, *q.shape[-2:], v.shape[-1], device=q.device)
+    return init_cosformer_state(batch, q.shape[-2], q.shape[-1], v.shape[-1], device=q.device)
 
 
 def check_options(op: str, eps: Any, max_length: Any) -> None:
