@@ -198,7 +198,7 @@ def test_inputs_are_the_same_numbers_on_every_device():
 def rows_for_a_gpu():
     """Contenders, but for AFT's: those look at values, but for AFT-simple's bidirectional form."""
     quick = {
-        ("causal", "flow-torch"), ("causal", "sdpa-flash"), ("causal-training", "linear-decay"), ("step", "softmax"),
+        ("causal", "flow-torch"), ("causal", "sdpa-flash"), ("causal-training", "linear-decay-torch"), ("step", "softmax"),
         ("aft-bidirectional-training", "aft-simple-torch"), ("step", "sdpa"), ("step", "flow-decay-torch"),
         ("language-step", "sdpa"), ("language-training", "softmax"), ("vision", "aft-simple-torch"),
     }  # fmt: skip
@@ -349,10 +349,10 @@ def test_driver_is_what_nvidia_smi_says(monkeypatch):
 
 def test_the_cpu_says_nothing_more(small):
     records = []
-    runner.run(Plan(operations=("causal",), lengths=(8,), contenders=("linear",), **small), records.append)
+    runner.run(Plan(operations=("causal",), lengths=(8,), contenders=("linear-torch",), **small), records.append)
     assert "device" not in records[0]["environment"]
     assert {record["name"] for record in records if record["record"] == "limit"} == {"sgemm", "bf16 gemm", "copy"}
-    assert "share_of_sgemm" in points(records)["linear"]
+    assert "share_of_sgemm" in points(records)["linear-torch"]
 
 
 # -------------------------------------------------------------------------------------------------------------- options

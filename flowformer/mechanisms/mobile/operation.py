@@ -124,7 +124,7 @@ def mobile_attention(
         cu_seqlens: (N + 1,) int32 boundaries of N sequences packed into a batch of size 1.
         initial_state: State to continue from (causal only); batch N for a packed batch.
         return_state: Return the state after the last token as well (causal only).
-        backend: ``"auto"``, ``"torch"``, or ``"triton"`` on a GPU.
+        backend: ``"auto"``, ``"torch"``, ``"native"`` on a CPU, or ``"triton"`` on a GPU.
         **overrides: Options of :class:`MobileOptions` that depart from the published form.
 
     Returns:

@@ -129,10 +129,10 @@ def test_what_is_for_a_gpu_is_not_on_the_cpu_unless_it_is_named():
     for form in ("bidirectional", "bidirectional-training"):
         assert found[form] == {*triton, "sdpa-flash"}
         assert found[f"aft-{form}"] == {"aft-simple-triton"}
-    assert found["step"] == {"flow-triton", "flow-decay-triton"}
+    assert found["step"] == triton - {"mobile-triton"}
     for form in ("language-training", "vision", "vision-training"):
         assert found[form] == {"flow-triton", "linear-triton", "mobile-triton", "aft-simple-triton"}
-    assert found["language-step"] == {"flow-triton"}
+    assert found["language-step"] == {"flow-triton", "linear-triton"}
     for device, there in (("cpu", False), ("cuda", True)):
         ((_, rows),) = Plan(operations=("causal",), device=device).rows()
         assert ("flow-triton" in [row.name for row in rows]) == there
@@ -205,7 +205,7 @@ def test_backend_that_is_added_is_timed(monkeypatch):
     found = registry.contenders()
     ours = [name for (at, name), row in found.items() if at == "causal-training" and not row.device]
     linear = [name for name in ours if name.startswith("linear")]
-    quick = ["quick", "quick-bf16", "torch"]
+    quick = ["quick", "quick-bf16", "native", "torch"]
     assert linear == [*(f"linear-{name}" for name in quick), *(f"linear-decay-{name}" for name in quick)]
     assert ("step", "flow-quick") in found
     assert "not today" in found["causal", "linear-quick"].unavailable(inputs_of(found["causal", "linear-quick"]))
@@ -213,6 +213,6 @@ def test_backend_that_is_added_is_timed(monkeypatch):
 
 def test_two_contenders_of_one_name_are_refused(monkeypatch):
     monkeypatch.setattr(registry, "ADDED", dict(registry.ADDED))
-    registry.add_contender(registry.Contender("linear", "causal", partial(print), None, "another"))
-    with pytest.raises(ValueError, match="two contenders of 'causal' are called 'linear'"):
+    registry.add_contender(registry.Contender("softmax", "causal", partial(print), None, "another"))
+    with pytest.raises(ValueError, match="two contenders of 'causal' are called 'softmax'"):
         registry.contenders()

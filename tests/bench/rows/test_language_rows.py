@@ -101,7 +101,7 @@ def test_the_truth_owes_nothing_to_the_operation(operation, attention, monkeypat
 
 
 def test_wrong_gradient_is_refused(monkeypatch):
-    row = registry.contenders()["language-training", "linear"]
+    row = registry.contenders()["language-training", "linear-torch"]
     truth = row.reference(*text())
 
     def change(attention):
@@ -139,7 +139,7 @@ def test_every_call_takes_the_same_step(row):
 
 
 def test_training_gives_the_loss_and_checked_gradients():
-    loss, *gradients = run(registry.contenders()["language-training", "linear"])
+    loss, *gradients = run(registry.contenders()["language-training", "linear-torch"])
     assert loss.shape == (1,)
     assert 4 < loss.item() < 8  # log 256 is 5.5
     assert [tuple(gradient.shape) for gradient in gradients] == [(256, 16), (256, 16), *[(16, 16)] * 3, (64, 16)]
@@ -254,7 +254,7 @@ def test_contexts_are_read_in_pieces(monkeypatch):
 @pytest.mark.parametrize(("operation", "tokens"), [("language-training", 24), ("language-step", 1)])
 def test_the_table_has_tokens_per_second(operation, tokens, small):
     records = []
-    plan = Plan(operations=(operation,), lengths=(24,), contenders=("linear",), limits=False, **small)
+    plan = Plan(operations=(operation,), lengths=(24,), contenders=("linear-torch",), limits=False, **small)
     runner.run(plan, records.append)
     (point,) = (record for record in records if record["record"] == "point")
     assert point["tokens_per_s"] == pytest.approx(1e3 * tokens / point["min_ms"])
@@ -263,5 +263,5 @@ def test_the_table_has_tokens_per_second(operation, tokens, small):
 
 def test_other_tables_have_none(small):
     records = []
-    runner.run(Plan(operations=("causal",), lengths=(8,), contenders=("linear",), **small), records.append)
+    runner.run(Plan(operations=("causal",), lengths=(8,), contenders=("linear-torch",), **small), records.append)
     assert "tokens/s" not in [column.header for column in tables.point_tables(records)[0].columns]

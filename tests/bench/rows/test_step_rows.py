@@ -43,7 +43,7 @@ def test_random_context_is_not_read_by_mechanisms_with_a_fixed_state(monkeypatch
     monkeypatch.setattr(step, "CHECK_LENGTH", 3)
     monkeypatch.setattr(step, "random_cache", None)
     for row in registry.contenders().values():
-        if row.operation == "step" and row.name in ("flow-torch", "linear", "mobile", "aft-simple", "aft-local-64"):
+        if row.operation == "step" and row.name in ("flow-torch", "linear-torch", "mobile", "aft-simple", "aft-local-64"):
             assert step.step(row.function, token()).state_bytes
 
 
@@ -71,5 +71,5 @@ def test_mechanisms_that_keep_their_context_need_memory_for_it():
     assert rows["softmax"].needs_bytes(SHAPE) == pytest.approx(2.1 * cache)
     assert rows["aft-full-factors"].needs_bytes(SHAPE) == pytest.approx(2.1 * cache + 2 * 30 * 128 * 4)
     assert rows["aft-local-64"].needs_bytes(SHAPE) == 2 * 30 * 128 * 4
-    assert rows["linear"].needs_bytes(SHAPE) == 0
+    assert rows["linear-torch"].needs_bytes(SHAPE) == 0
     assert set(list_attentions()) >= {"softmax", "linear"}

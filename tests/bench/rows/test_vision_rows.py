@@ -199,7 +199,7 @@ def test_what_cannot_run_says_why(monkeypatch):
 def test_the_table_compares_with_softmax(small):
     records = []
     plan = Plan(
-        operations=("vision",), lengths=(32, 64), contenders=("softmax", "mobile"), limits=False, repeats=1, batch=2,
+        operations=("vision",), lengths=(32, 64), contenders=("softmax", "mobile-torch"), limits=False, repeats=1, batch=2,
         **small,
     )  # fmt: skip
     runner.run(plan, records.append)
