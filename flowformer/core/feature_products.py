@@ -10,15 +10,20 @@ the pair sum_j phi(k_j), (batch, heads, F), and sum_j phi(k_j) v_j^T, (batch, he
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from flowformer.core.chunks import split_chunks
-from flowformer.core.decay import Decay
+from flowformer.core.decay import Decay, block_decay
 from flowformer.core.scan import carry, causal_product
 from flowformer.core.sums import sum_over_tokens, times_sum
 
 Past = tuple[Tensor, Tensor]
+# Both sums as a backend computes them, ``products(Q, K, V, past=None, log_decay=None)``: over all keys, or with a past
+# over those up to each query. Totals (batch, L, heads, 1), products (batch, L, heads, V), and the past after all.
+Products = Callable[..., tuple[Tensor, Tensor, "Past | None"]]
 
 
 def whole_products(Q: Tensor, K: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,6 +79,28 @@ def block_products(
 def _join(x: Tensor) -> Tensor:
     """(batch, heads, chunks, chunk, channels) to (batch, tokens, heads, channels)."""
     return x.permute(0, 2, 3, 1, 4).flatten(1, 2)
+
+
+def products_in_chunks(
+    Q: Tensor, K: Tensor, V: Tensor, past: Past | None = None, log_decay: Tensor | None = None, *, chunk: int
+) -> tuple[Tensor, Tensor, Past | None]:
+    """Return both sums in plain PyTorch: :data:`Products`, of a block of tokens where there is a past.
+
+    Args:
+        Q: As above.
+        K: Likewise.
+        V: Likewise.
+        past: Of the tokens before; absent for sums over all keys.
+        log_decay: (batch, tokens, heads), zeros at padding; absent for none.
+        chunk: Tokens of a chunk, where there is a past.
+    """
+    if past is None:
+        return *whole_products(Q, K, V), None
+    decay = None
+    if log_decay is not None:
+        shape = (Q.shape[1] // chunk, chunk)
+        decay = block_decay(log_decay, None, Q.shape[1], shape, Q.dtype, past[1].dtype)
+    return block_products(Q, K, V, past, chunk, decay)
 
 
 def token_products(

@@ -58,6 +58,11 @@ class Checked(NamedTuple):
     cu_seqlens: Tensor | None
     state: Any
 
+    @property
+    def sequences(self) -> int:
+        """Number of sequences, packed or not."""
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
+
 
 def check_inputs(op: str, given: Given, layout: Layout = HEADS) -> Masks:
     """Check all arguments but states; see :func:`flowformer.core.checks.check`."""
@@ -107,22 +112,41 @@ def run(
         if state is not None:
             check_state(op, state, fresh)
         state = fresh if state is None else state
-    if chosen != TORCH.name:
-        out, state = implementation(op, chosen)(Checked(q, k, v, causal, masks, cu_seqlens, state), *options)
-    elif cu_seqlens is None:
-        out, state = dense(q, k, v, *masks, state, *of_tokens)
+    checked = Checked(q, k, v, causal, masks, cu_seqlens, state)
+    if chosen == TORCH.name:
+        out, state = run_dense(dense, checked, of_tokens, apart=apart)
     else:
-
-        def padded(*given: Any) -> tuple[Tensor, Any]:
-            q, k, v, *others, mask, state = given
-            return dense(q, k, v, mask, mask, state, *others)
-
-        out, state = run_packed(padded, (q, k, v, *of_tokens), cu_seqlens, state, apart=apart)
+        out, state = implementation(op, chosen)(checked, *options)
     return (out, state) if return_state else out
 
 
+def run_dense(
+    dense: Dense, checked: Checked, of_tokens: Sequence[Tensor] = (), *, apart: bool = False
+) -> tuple[Tensor, Any]:
+    """Run an operation on a padded batch as it is, and on the sequences of a packed one as such batches.
+
+    Args:
+        dense: The operation on a padded batch.
+        checked: The arguments.
+        of_tokens: As in :func:`run`.
+        apart: Likewise.
+
+    Returns:
+        The output and the state; ``None`` where there is none.
+    """
+    q, k, v, _, masks, cu_seqlens, state = checked
+    if cu_seqlens is None:
+        return dense(q, k, v, *masks, state, *of_tokens)
+
+    def padded(*given: Any) -> tuple[Tensor, Any]:
+        q, k, v, *others, mask, state = given
+        return dense(q, k, v, mask, mask, state, *others)
+
+    return run_packed(padded, (q, k, v, *of_tokens), cu_seqlens, state, apart=apart)
+
+
 def scanned(block: Step, whole: Callable[..., Tensor], causal: bool, learned: Sequence[Tensor | None] = ()) -> Dense:
-    """Return the plain PyTorch form of a mechanism in linear time.
+    """Return the form of a mechanism in linear time that runs block by block, as plain PyTorch does.
 
     Args:
         block: The causal form on a block of tokens (q, k, v, mask, ...): see :func:`flowformer.core.scan.scan`.
@@ -139,3 +163,20 @@ def scanned(block: Step, whole: Callable[..., Tensor], causal: bool, learned: Se
         return whole(q, k, v, key, query, *others), None
 
     return dense
+
+
+def at_once(block: Step, whole: Callable[..., Tensor], causal: bool, learned: Sequence[Tensor | None] = ()) -> Dense:
+    """Return the form that has all tokens in one block; arguments as of :func:`scanned`."""
+
+    def dense(
+        q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: Any, *others: Tensor
+    ) -> Any:
+        if causal:
+            return block((q, k, v, key, *others), state, *learned)
+        return whole(q, k, v, key, query, *others), None
+
+    return dense
+
+
+# :func:`scanned` or :func:`at_once`: how a backend goes through tokens.
+Walk = Callable[..., Dense]

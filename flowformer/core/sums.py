@@ -1,4 +1,4 @@
-"""Matrix products that sum over tokens, accurate in float32 at any length."""
+"""Sums over tokens, accurate in float32 at any length: matrix products, and running sums."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowformer.core.chunks import pad_to_chunks
 from flowformer.core.precision import without_autocast
-from flowformer.core.tracing import is_traced
+from flowformer.core.tracing import cut, is_traced
 
 RUN = 128  # tokens summed by one matrix product
 
@@ -55,3 +56,27 @@ class _TimesSum(torch.autograd.Function):
 def times_sum(A: Tensor, M: Tensor) -> Tensor:
     """Return A M for A (..., tokens, a) and M (..., a, b), whose gradient is summed over tokens in runs."""
     return A @ M if is_traced() else _TimesSum.apply(A, M)
+
+
+STRETCH = 32  # tokens added up by one matrix product
+
+
+def running_sums(x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums over the tokens up to each, and over all of them; those of the past are in both.
+
+    By products with a triangle of ones, which are several times as fast as torch.cumsum along this axis on a CPU.
+
+    Args:
+        x: (batch, tokens, ...).
+        past: Sums of the tokens before, (batch, ...), in the dtype of states.
+
+    Returns:
+        The sums, shape and dtype of ``x``, and the last, shape and dtype of ``past``.
+    """
+    length = x.shape[1]
+    (padded,), _ = pad_to_chunks((x.flatten(2),), None, STRETCH)
+    ones = padded.new_ones(STRETCH, STRETCH).tril()
+    within = ones @ padded.unflatten(1, (-1, STRETCH))  # (batch, stretches, STRETCH, channels)
+    ends = torch.cat([past.flatten(1).unsqueeze(1), within[:, :, -1].to(past.dtype)], 1).cumsum(1)
+    sums = (within + ends[:, :-1].to(x.dtype).unsqueeze(2)).flatten(1, 2)
+    return cut(sums, length).unflatten(2, x.shape[2:]), ends[:, -1].unflatten(1, past.shape[1:])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flowformer.core.backends import adjacent, refuse_second_gradients
 from flowformer.core.checks import Masks
+from flowformer.core.feature_products import Past
 from flowformer.kernels.native.arguments import (
     check_bounds,
     check_inputs,
@@ -46,6 +47,7 @@ from flowformer.kernels.native.calls import (
 from flowformer.kernels.native.kernels import View, address, contiguous, empty_like, run, view
 
 MAPS = 4  # feature maps: see FlowCall in source/call.h
+GIVEN = 3  # of these: q and k are features already
 
 
 def attend(
@@ -85,6 +87,33 @@ def attend(
         q, k, v, masks.key, cu_seqlens, log_decay, weight, scale, keys, memory, feature_map, eps
     )
     return out, None if eps is None else after[0], after[1]
+
+
+def products(
+    op: str, Q: Tensor, K: Tensor, V: Tensor, past: Past | None = None, log_decay: Tensor | None = None
+) -> tuple[Tensor, Tensor, Past | None]:
+    """Return both sums over keys of :mod:`flowformer.core.feature_products`, as its ``Products`` do.
+
+    Totals are the products with one more channel of values, of ones.
+
+    Args:
+        op: Name of the operation, for messages.
+        Q: Features of queries (batch, L, heads, F), zeros at padding.
+        K: Features of keys (batch, S, heads, F), likewise.
+        V: Values (batch, S, heads, V).
+        past: Of the tokens before, of a causal form; L is S then.
+        log_decay: (batch, L, heads), of a causal form, zeros at padding.
+
+    Returns:
+        Totals (batch, L, heads, 1), products (batch, L, heads, V), and the past after the last token.
+    """
+    V = torch.nn.functional.pad(V, (0, 1), value=1.0)
+    memory = None if past is None else torch.cat([past[1], past[0].unsqueeze(-1)], -1)
+    out, _, memory = attend(
+        op, Q, K, V, Masks(None, None), feature_map=GIVEN, log_decay=log_decay, causal=past is not None, memory=memory
+    )
+    after = None if memory is None else (memory[..., -1].contiguous(), memory[..., :-1].contiguous())
+    return out[..., -1:], out[..., :-1], after
 
 
 def attend_step(

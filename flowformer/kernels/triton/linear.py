@@ -7,10 +7,11 @@ with weights w of sources and scales a of sinks, each or none; or divided by the
     T_i = phi(q_i) . sum_j gamma(i, j) phi(k_j)        a_i = 1 / (T_i + eps)
 
 over the token and the earlier ones, or over all tokens: then without a decay from sums of all of them, and with one in
-two passes, over the token and the earlier ones and over the later ones.
+two passes, over the token and the earlier ones and over the later ones. T may also be a result beside outputs that are
+not divided by it, for mechanisms that divide in another way.
 
 The gradient of phi(q_i) . phi(k_j) gamma(i, j) is a_i (g_i . w_j v_j) + t_i, where g is the gradient of outputs, and
-t_i = -a_i (g_i . out_i) that of T_i. So the gradients of features are the same sums with other vectors.
+t_i that of T_i: given, or -a_i (g_i . out_i). So the gradients of features are the same sums with other vectors.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Inputs(NamedTuple):
         scale: Of sinks, (batch, L, heads), float32; not zero.
         feature_map: Of queries and keys, by its number in device.py.
         eps: Added to sums of weights; ``None`` where nothing is divided by them.
+        undivided: Whether sums of weights are results of their own; then ``eps`` is ``None``.
     """
 
     q: Tensor
@@ -52,6 +54,12 @@ class Inputs(NamedTuple):
     scale: Tensor | None
     feature_map: int
     eps: float | None
+    undivided: bool = False
+
+    @property
+    def sums(self) -> bool:
+        """Whether sums of weights are wanted."""
+        return self.undivided or self.eps is not None
 
     @property
     def dots(self) -> Dots:
@@ -64,7 +72,7 @@ class State(NamedTuple):
     """Sums over the tokens so far, or their gradients; ``None`` where there are none.
 
     Attributes:
-        keys: Of features of keys, (batch, heads, K), where outputs are divided by sums of weights.
+        keys: Of features of keys, (batch, heads, K), where sums of weights are wanted.
         memory: Of their products with values, (batch, heads, K, V).
     """
 
@@ -101,6 +109,13 @@ def _by_tokens(x: Tensor | None, of: Sequences) -> Tensor | None:
     return x.contiguous() if of.mask is None else x.masked_fill(~of.mask.unsqueeze(-1), 0)
 
 
+class OfResults(NamedTuple):
+    """Gradients of the output, and of sums of weights that are a result too, (batch * heads, length)."""
+
+    out: Tensor
+    sums: Tensor | None = None
+
+
 class _Backward(NamedTuple):
     """Numbers of each token that the backward pass has, (batch * heads, length): a, w, t, and the gradient of a."""
 
@@ -110,12 +125,13 @@ class _Backward(NamedTuple):
     of_scale: Tensor | None
 
 
-def _start_backward(given: Inputs, of: Sequences, out: Tensor, totals: Tensor, grad_out: Tensor) -> _Backward:
+def _start_backward(given: Inputs, of: Sequences, out: Tensor, totals: Tensor, grads: OfResults) -> _Backward:
+    grad_out, of_sums = grads
     weight, scale = _by_heads(given.weight), _by_heads(given.scale)
     if given.eps is None:
         if scale is None:
-            return _Backward(None, weight, None, None)
-        return _Backward(scale, weight, None, launch.dots(of, grad_out, out) / scale)
+            return _Backward(None, weight, of_sums, None)
+        return _Backward(scale, weight, of_sums, launch.dots(of, grad_out, out) / scale)
     scale = 1 / (totals + given.eps)
     return _Backward(scale, weight, -scale * launch.dots(of, grad_out, out), None)
 
@@ -170,9 +186,10 @@ class _Local:
         for back, strict in self.sinks:
             matrices = self.matrices(k, v, weight, back, self.before and self.before.memory, "memory", self.dots.values)
             by = None
-            if eps is not None:
+            if self.given.sums:
                 keys = self.sums(k, None, back, self.before and self.before.keys, "keys")
-                by = Sums(keys, of.numbers(of.length), totals, back or not several, eps)
+                divide = eps is not None and (back or not several)
+                by = Sums(keys, of.numbers(of.length), totals, divide, eps or 0.0)
                 totals = by.found
             launch.attend(
                 of, q, k, v, matrices, out, scale, weight, totals=by, add=back, dot=self.dots.values, reverse=back,
@@ -180,15 +197,15 @@ class _Local:
             )  # fmt: skip
         after = None
         if self.before is not None:
-            after = State(None if eps is None else self.after["keys"].squeeze(1), self.after["memory"])
+            after = State(self.after["keys"].squeeze(1) if self.given.sums else None, self.after["memory"])
         return out.to(v.dtype), totals, after
 
     def backward(
-        self, out: Tensor, totals: Tensor, grad_out: Tensor, grad_state: State | None, of_decay: bool
+        self, out: Tensor, totals: Tensor, of_results: OfResults, grad_state: State | None, of_decay: bool
     ) -> Gradients:
         """Return the gradients of all inputs."""
-        (q, k, v, *_), of = self.given, self.of
-        known = _start_backward(self.given, of, out, totals, grad_out)
+        (q, k, v, *_), of, grad_out = self.given, self.of, of_results.out
+        known = _start_backward(self.given, of, out, totals, of_results)
         states = _States(self, grad_out, known, grad_state)
         dot, several = self.dots.gradients, len(self.sinks) > 1
         grads = [torch.empty(x.shape, dtype=torch.float32 if several else x.dtype, device=x.device) for x in (q, k, v)]
@@ -327,18 +344,19 @@ class _Global:
         dot, eps = self.dots.values, self.given.eps
         out = v.new_empty(*q.shape[:3], v.shape[3])
         by = None
-        if eps is not None:
-            by = Sums(self.sum(self.sources, k), self.sinks.numbers(self.sinks.length), None, True, eps)
+        if self.given.sums:
+            divide = eps is not None
+            by = Sums(self.sum(self.sources, k), self.sinks.numbers(self.sinks.length), None, divide, eps or 0.0)
         matrix = self.matrix(self.sources, k, v, _by_heads(self.given.weight), dot)
         launch.attend(
             self.sinks, q, q, out, matrix, out, _by_heads(self.given.scale), totals=by, local=False, dot=dot
         )  # fmt: skip
         return out, None if by is None else by.found, None
 
-    def backward(self, out: Tensor, totals: Tensor, grad_out: Tensor) -> Gradients:
+    def backward(self, out: Tensor, totals: Tensor, of_results: OfResults) -> Gradients:
         """Return the gradients of all inputs."""
-        (q, k, v, *_), dot = self.given, self.dots.gradients
-        known = _start_backward(self.given, self.sinks, out, totals, grad_out)
+        (q, k, v, *_), dot, grad_out = self.given, self.dots.gradients, of_results.out
+        known = _start_backward(self.given, self.sinks, out, totals, of_results)
         ours = self.matrix(self.sources, k, v, known.weight, dot)
         theirs = self.matrix(self.sinks, q, grad_out, known.scale, dot)
         grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
@@ -361,14 +379,14 @@ class _Global:
 
 
 def forward(given: Inputs, state: State | None, causal: bool) -> tuple[Tensor, Tensor | None, State | None]:
-    """Return outputs, sums of weights (batch * heads, L) where they are divided by, and the state after (causal)."""
+    """Return outputs, sums of weights (batch * heads, L) where they are wanted, and the state after (causal)."""
     if causal or given.log_decay is not None:
         return _Local(given, state).forward()
     return _Global(given).forward()
 
 
 def backward(
-    given: Inputs, state: State | None, causal: bool, out: Tensor, totals: Tensor, grad_out: Tensor,
+    given: Inputs, state: State | None, causal: bool, out: Tensor, totals: Tensor, of_results: OfResults,
     grad_state: State | None, of_decay: bool,
 ) -> Gradients:  # fmt: skip
     """Return the gradients of all inputs; of log-decays where they are wanted.
@@ -379,10 +397,10 @@ def backward(
         causal: Which form.
         out: Of the forward pass.
         totals: Likewise.
-        grad_out: Gradient of the output.
+        of_results: Gradients of the output, and of sums of weights that are a result too.
         grad_state: Gradients of the state after, each or none.
         of_decay: Whether the gradient of log-decays is wanted.
     """
     if causal or given.log_decay is not None:
-        return _Local(given, state, backward=True).backward(out, totals, grad_out, grad_state, of_decay)
-    return _Global(given).backward(out, totals, grad_out)
+        return _Local(given, state, backward=True).backward(out, totals, of_results, grad_state, of_decay)
+    return _Global(given).backward(out, totals, of_results)

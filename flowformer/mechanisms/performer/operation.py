@@ -20,7 +20,8 @@ ratio does not depend on s.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -28,11 +29,19 @@ from torch import Tensor
 
 from flowformer.core.checks import check_fresh_state, check_state, check_step
 from flowformer.core.chunks import CHUNK, pad_to_chunks
-from flowformer.core.decay import Decay, rising_scale
-from flowformer.core.feature_products import block_products, fresh_past, token_products, whole_products
+from flowformer.core.decay import rising_scale
+from flowformer.core.feature_products import (
+    Past,
+    Products,
+    block_products,
+    fresh_past,
+    products_in_chunks,
+    token_products,
+)
 from flowformer.core.masks import fill
 from flowformer.core.precision import LOG_ZERO, no_autocast, state_dtype
-from flowformer.core.run import Given, check_inputs, run, scanned
+from flowformer.core.run import Checked, Dense, Given, Walk, check_inputs, run, run_dense, scanned
+from flowformer.core.sums import running_sums
 from flowformer.core.tracing import cut
 from flowformer.mechanisms.performer.options import PerformerOptions, check_projection, performer_options
 
@@ -121,7 +130,7 @@ def performer_attention(
         cu_seqlens: (N + 1,) int32 boundaries of a packed batch of size 1.
         initial_state: State to continue from (causal only); batch N for a packed batch.
         return_state: Return the state after the last token as well (causal only).
-        backend: ``"auto"`` or ``"torch"``.
+        backend: ``"auto"``, ``"torch"``, ``"native"`` on a CPU, or ``"triton"`` on a GPU.
         **overrides: Options of :class:`PerformerOptions`.
 
     Returns:
@@ -138,20 +147,70 @@ def performer_attention(
     if over_all and (initial_state is not None or return_state):
         raise ValueError(f"{op}: maximum='all' has no state, since the maximum is over later keys too")
 
+    products = functools.partial(products_in_chunks, chunk=CHUNK)
+    return run(
+        op, given, _dense(products, _in_chunks, scanned, causal, projection, options, CHUNK),
+        init_state=lambda batch: _fresh(batch, q, v, projection, options), options=(projection, options),
+    )  # fmt: skip
+
+
+def attend_by(
+    products: Products, walk: Walk, given: Checked, projection: Tensor | None, options: PerformerOptions
+) -> tuple[Tensor, PerformerState | None]:
+    """Either form, with sums over keys by a backend: the output, and the state after it."""
+
+    def scaled(Q: Tensor, K: Tensor, V: Tensor, past: Past, scale: tuple[Tensor, Tensor] | None) -> Any:
+        if scale is None:
+            return products(Q, K, V, past)
+        scales, before = scale
+        return products(Q, K, V, past, torch.cat([before.unsqueeze(1), scales[:, :-1]], 1) - scales)
+
+    if given.causal and given.state is None:
+        given = given._replace(state=_fresh(given.sequences, given.q, given.v, projection, options))
+    return run_dense(_dense(products, scaled, walk, given.causal, projection, options), given)
+
+
+# On Q, K, V, the past, and scales: that of each token, (batch, tokens, heads), and that of the past, (batch, heads).
+# K, and what is summed, is relative to them. The same results as of Products.
+ScaledProducts = Callable[..., tuple[Tensor, Tensor, Past]]
+
+
+def _in_chunks(
+    Q: Tensor, K: Tensor, V: Tensor, past: Past, scale: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Past]:
+    """:data:`ScaledProducts` in plain PyTorch."""
+    decay = None
+    if scale is not None:
+        decay = rising_scale(scale[0].transpose(1, 2), scale[1], Q.shape[1] // CHUNK)
+    return block_products(Q, K, V, past, CHUNK, decay)
+
+
+def _dense(
+    products: Products,
+    scaled: ScaledProducts,
+    walk: Walk,
+    causal: bool,
+    projection: Tensor | None,
+    options: PerformerOptions,
+    chunk: int = 1,
+) -> Dense:
+    """Both forms; ``chunk`` is what divides the tokens that ``scaled`` takes."""
+
     def block(tokens: Sequence[Any], state: PerformerState, projection: Any, largest: Any) -> Any:
-        return _causal_block(tokens, state, projection, largest, options, CHUNK)
+        *tokens, mask = tokens
+        padded, mask = pad_to_chunks(tokens, mask, chunk)
+        out, state = _causal(padded, mask, state, projection, largest, options, scaled)
+        return cut(out, tokens[0].shape[1]), state
 
     def whole(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None) -> Tensor:
-        return _bidirectional(q, k, v, key, query, projection, options)
+        return _bidirectional(q, k, v, key, query, projection, options, products)
 
     def dense(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: Any) -> Any:
+        over_all = causal and options.exponential and options.maximum == "all"
         largest = _largest_of_all(k, key, projection, options) if over_all else None
-        return scanned(block, whole, causal, (projection, largest))(q, k, v, key, query, state)
+        return walk(block, whole, causal, (projection, largest))(q, k, v, key, query, state)
 
-    def fresh(batch: int) -> PerformerState:
-        return _fresh(batch, q, v, projection, options)
-
-    return run(op, given, dense, init_state=fresh)
+    return dense
 
 
 def _fresh(batch: int, q: Tensor, v: Tensor, projection: Tensor | None, options: PerformerOptions) -> PerformerState:
@@ -223,6 +282,7 @@ def _bidirectional(
     query_mask: Tensor | None,
     projection: Tensor | None,
     options: PerformerOptions,
+    products: Products,
 ) -> Tensor:
     with no_autocast(q.device):
         Q, unit = _queries(q, query_mask, projection, options)
@@ -231,7 +291,7 @@ def _bidirectional(
         scale, excess = _scale(largest)
         K = fill(_relative(exponents, scale, options), key_mask)
         V = fill(v, key_mask).to(Q.dtype)
-        total, product = whole_products(Q, K, V)
+        total, product, _ = products(Q, K, V)
         real = v.shape[1] if key_mask is None else key_mask.sum(1).view(-1, 1, 1, 1)
         weight = options.offset * excess.exp() * Q.sum(-1, keepdim=True)
         out = _divide(product + weight * V.sum(1, keepdim=True), total + weight * real, Q, unit, excess, options)
@@ -250,52 +310,44 @@ def _relative(exponents: Tensor, scale: Tensor, options: PerformerOptions) -> Te
     return (exponents - scale.unsqueeze(-1)).clamp(max=0).exp() if options.exponential else exponents
 
 
-def _causal_block(
-    tokens: Sequence[Any],
+def _causal(
+    tokens: Sequence[Tensor],
+    mask: Tensor | None,
     state: PerformerState,
     projection: Tensor | None,
     of_all: Tensor | None,
     options: PerformerOptions,
-    chunk: int,
+    products: ScaledProducts,
 ) -> tuple[Tensor, PerformerState]:
-    q, k, v, mask = tokens
-    length, dtype = q.shape[1], v.dtype
+    """Outputs of tokens, and the state after them."""
+    q, k, v = tokens
     with no_autocast(q.device):
-        (q, k, v), mask = pad_to_chunks((q, k, v), mask, chunk)
         Q, unit = _queries(q, mask, projection, options)
         exponents, largest = _keys(k, mask, projection, options)
-        decay = None
+        scales = None
         if of_all is not None:
             largest = of_all.expand_as(largest)
         elif options.exponential:
             past = state.maximum.to(largest.dtype)
             largest = torch.maximum(largest.cummax(1).values, past.unsqueeze(1))
-            decay = _decay(largest, past, chunk)
+            scales = largest.detach().ceil(), past.detach().ceil()
         scale, excess = _scale(largest)
         K, V = fill(_relative(exponents, scale, options), mask), fill(v, mask).to(Q.dtype)
-        total, product, past = block_products(Q, K, V, state[:2], chunk, decay)
-        seen, values = _counted(mask, V, state)
+        total, product, past = products(Q, K, V, state[:2], scales)
+        seen = _counted(mask, V, state)
+        so_far, values = running_sums(V, state.value_sum)
         weight = options.offset * excess.exp() * Q.sum(-1, keepdim=True)
         total = total + weight * seen.to(Q.dtype)[..., None, None]
-        product = product + weight * (values + state.value_sum.to(Q.dtype).unsqueeze(1))
-        out = _divide(product, total, Q, unit, excess, options)
-        wide = state.maximum.dtype
-        value_sum = state.value_sum + values[:, -1].to(wide)
-        maximum = largest[:, -1].to(wide) if options.exponential else state.maximum
-        after = PerformerState(*past, value_sum, maximum, seen[:, -1])
-        return cut(out, length).to(dtype), after
+        out = _divide(product + weight * so_far, total, Q, unit, excess, options)
+        maximum = largest[:, -1].to(values.dtype) if options.exponential else state.maximum
+        # Copies, since a view would keep the numbers of all tokens in memory.
+        return out.to(v.dtype), PerformerState(*past, values.clone(), maximum.clone(), seen[:, -1].clone())
 
 
-def _decay(largest: Tensor, past: Tensor, chunk: int) -> Decay:
-    """By how much sums shrink as the scale of M (batch, tokens, heads) rises, from that of the past."""
-    scale, before = (x.detach().ceil() for x in (largest, past))
-    return rising_scale(scale.transpose(1, 2), before, scale.shape[1] // chunk)
-
-
-def _counted(mask: Tensor | None, V: Tensor, state: PerformerState) -> tuple[Tensor, Tensor]:
-    """How many keys there are up to each token, (batch, tokens), and the sum of the block's values up to it."""
+def _counted(mask: Tensor | None, V: Tensor, state: PerformerState) -> Tensor:
+    """How many keys there are up to each token, (batch, tokens)."""
     ones = torch.ones(V.shape[:2], dtype=torch.int64, device=V.device) if mask is None else mask.long()
-    return ones.cumsum(1) + state.length.unsqueeze(1), V.cumsum(1)
+    return ones.cumsum(1) + state.length.unsqueeze(1)
 
 
 def performer_attention_step(

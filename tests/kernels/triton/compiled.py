@@ -22,6 +22,7 @@ from triton.compiler import ASTSource, compile
 
 from flowformer import ops
 from flowformer.kernels.triton import device, launch, linear
+from flowformer.kernels.triton.attend import GIVEN
 from flowformer.mechanisms.aft.triton import CHUNK, walk
 from flowformer.mechanisms.flow.options import PRESETS
 from flowformer.mechanisms.flow.triton import bidirectional, causal, decayed
@@ -71,6 +72,8 @@ def record(dtype: torch.dtype, channels: int, length: int = 1_024) -> Launches:
     try:
         q, k, v = (torch.randn(1, length, 2, channels).to(dtype) for _ in range(3))
         _linear(q, k, v)
+        if dtype == torch.float32:
+            _features(channels, length)
         _aft(*(x.flatten(2) for x in (q, k, v)))
         numbers = torch.ones(2, length)
         for log_decay, preset in ((None, "core"), (-torch.rand(1, length, 2), "distance")):
@@ -102,7 +105,22 @@ def _linear(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
                 given = linear.Inputs(q, k, v, None, None, log_decay, *numbers, feature_map, eps)
                 state = linear.State(None if eps is None else keys, memory) if with_state else None
                 linear.forward(given, state, with_state)
-                linear.backward(given, state, with_state, v, totals, v, None, log_decay is not None)
+                linear.backward(given, state, with_state, v, totals, linear.OfResults(v), None, log_decay is not None)
+
+
+def _features(channels: int, length: int) -> None:
+    """Sums over keys of features that PyTorch computes (Performer, rfa, cosFormer), twice as many as there are values.
+
+    They are float32, whatever the inputs are. A decay goes with a state.
+    """
+    q, k, v = (torch.randn(1, length, 2, width) for width in (2 * channels, 2 * channels, channels))
+    keys, totals = torch.zeros(1, 2, 2 * channels).double(), torch.ones(2, length)
+    state = linear.State(keys, torch.zeros(1, 2, 2 * channels, channels).double())
+    for log_decay, before in ((None, None), (None, state), (-torch.ones(1, length, 2), state)):
+        given = linear.Inputs(q, k, v, None, None, log_decay, None, None, GIVEN, None, True)
+        linear.forward(given, before, before is not None)
+        of_results = linear.OfResults(v, totals)
+        linear.backward(given, before, before is not None, v, totals, of_results, None, log_decay is not None)
 
 
 def _aft(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

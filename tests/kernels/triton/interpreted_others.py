@@ -1,7 +1,8 @@
-"""Linear attention, Mobile-Attention and AFT-simple by the Triton kernels; run by test_triton.py beside it."""
+"""Linear attention, Mobile-Attention, AFT-simple, and random and other features; run by test_triton.py beside it."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from triton_comparison import FORMS, both, close, resumed, run, spoilt
 
 from flowformer import ops
-from flowformer.kernels.triton import launch
+from flowformer.core.feature_products import products_in_chunks
+from flowformer.kernels.triton import attend, launch
 from flowformer.mechanisms import find_attention
 
 HEADS = 3
@@ -166,7 +168,14 @@ def test_any_layout_and_an_empty_batch(name: str, causal: bool) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize(
     "case",
-    ["causal", "aft", *(pytest.param(c, marks=pytest.mark.slow) for c in ("bidirectional", "weights", "aft means"))],
+    [
+        "causal",
+        "aft",
+        *(
+            pytest.param(c, marks=pytest.mark.slow)
+            for c in ("bidirectional", "weights", "sums", "causal sums", "means")
+        ),
+    ],
 )
 def test_operators(case: str) -> None:
     q, k, v = (t.float().requires_grad_() for t in inputs("linear", 20))
@@ -176,11 +185,19 @@ def test_operators(case: str) -> None:
     nothing, operators = torch.zeros(0, dtype=torch.float64), torch.ops.flowformer
     a, b, c = (t.float().requires_grad_() for t in inputs("aft_simple", 20))
     operator, given = {
-        "causal": (operators.attend_causal_triton, (q, k, v, None, decay, None, None, keys, memory, 2, 1e-6)),
-        "bidirectional": (operators.attend_triton, (q, k, v, None, None, decay, None, None, 2, 1e-6)),
-        "weights": (operators.attend_causal_triton, (q, k, v, None, None, weight, scale, nothing, memory, 0, None)),
+        "causal": (operators.attend_causal_triton, (q, k, v, None, decay, None, None, keys, memory, 2, 1e-6, False)),
+        "bidirectional": (operators.attend_triton, (q, k, v, None, None, decay, None, None, 2, 1e-6, False)),
+        "weights": (
+            operators.attend_causal_triton,
+            (q, k, v, None, None, weight, scale, nothing, memory, 0, None, False),
+        ),
+        "sums": (operators.attend_triton, (q, k, v, None, None, None, None, None, 3, None, True)),
+        "causal sums": (
+            operators.attend_causal_triton,
+            (q, k, v, None, decay, None, None, keys, memory, 3, None, True),
+        ),
         "aft": (operators.aft_causal_triton, (a, b, c, None, None, None)),
-        "aft means": (operators.aft_means_triton, (b, c, None)),
+        "means": (operators.aft_means_triton, (b, c, None)),
     }[case]
     torch.library.opcheck(operator, given)
 
@@ -209,3 +226,118 @@ def test_too_many_channels_are_refused() -> None:
     q = torch.randn(1, 5, 2, 257)
     with pytest.raises(ValueError, match="linear_attention: the Triton kernels have 256 channels at most, got 257"):
         ops.linear_attention(q, q, q, backend="triton")
+
+
+# ---------------------------------------------------------------------------------------------- features by PyTorch
+
+SOME = {"rfa": ops.rfa_attention, "performer": ops.performer_attention, "cosformer": ops.cosformer_attention}
+FEATURES = {
+    "performer": {}, "rfa": {}, "rfa-gate": {"gate": True}, "cosformer": {"max_length": 40},
+    "performer-relu": {"kernel": "relu", "sum_eps": 1e-6}, "performer-all": {"maximum": "all"},
+    "performer-lra": {"eps": 1e-6, "least": 1e-6}, "rfa-absolute": {"bound": "absolute", "least": 0.1},
+    "cosformer-free": {},
+}  # fmt: skip
+FEW = ("performer", "rfa-gate", "cosformer")
+LESS = {"performer-relu", "performer-all", "performer-lra", "rfa-absolute", "cosformer-free"}  # the same kernels
+KINDS = [
+    pytest.param(case, causal, marks=[pytest.mark.slow] * (case in LESS))
+    for case in FEATURES
+    for causal in (False, True)
+    if causal or case != "rfa-gate"
+]
+
+
+def featured(case: str, length: int, **sizes: Any) -> tuple[Callable[..., Any], list[Tensor]]:
+    """An operation with its random matrix and options, and its inputs, gates among them."""
+    # Under relu, a query of few channels may have one that is positive: then its gradient is rounding alone.
+    sizes = {"sizes": (6, 2), **sizes}
+    options = dict(FEATURES[case])
+    name, gate = case.partition("-")[0], options.pop("gate", False)
+    tensors = inputs("linear", length, decay="token" if gate else None, **sizes)
+    random = torch.Generator().manual_seed(3)
+    matrix = torch.randn(*((HEADS,) if name == "rfa" else ()), 5, tensors[0].shape[-1], generator=random)
+
+    def operation(q: Tensor, k: Tensor, v: Tensor, *gates: Tensor, **given: Any) -> Any:
+        learned = {"performer": (matrix,), "rfa": (*(gates or (None,)), matrix), "cosformer": ()}[name]
+        return SOME[name](q, k, v, *learned, **options, **given)
+
+    return operation, tensors
+
+
+@pytest.mark.parametrize("case", ["bidirectional", "causal", "decay"])
+def test_sums_over_keys(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Totals and products, both with gradients, of features in two groups; of the past too."""
+    monkeypatch.setattr(launch, "SEGMENT", 32)
+    monkeypatch.setattr(attend, "MOST_FEATURES", 3)
+    q, k, v, decay = (t[:, :32] for t in inputs("linear", 40, decay="token"))
+    decay[:, 10] = -30.0
+    random = torch.Generator().manual_seed(0)
+    past = [torch.randn(1, HEADS, 4, *sizes, generator=random).double() for sizes in ((), (5,))]
+    given = {"bidirectional": [], "causal": past, "decay": [*past, decay]}[case]
+
+    def results(products: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        others = [t.clone().requires_grad_() for t in given]
+        past = tuple(others[:2]) or None
+        total, product, after = products(*leaves, past, *others[2:])
+        found = [total, product, *(after or ())]
+        random = torch.Generator().manual_seed(1)
+        loss = sum((x.double() * torch.randn(x.shape, generator=random)).sum() for x in found)
+        return [*(x.detach() for x in found), *torch.autograd.grad(loss, [*leaves, *others])]
+
+    want = results(functools.partial(products_in_chunks, chunk=16), torch.float64)
+    close(results(functools.partial(attend.products, "it"), torch.float32), want, 1e-5)
+
+
+@pytest.mark.parametrize(("case", "causal"), KINDS)
+def test_features_and_padding(case: str, causal: bool) -> None:
+    operation, tensors = featured(case, 24, batch=2)
+    mask = torch.rand(2, 24, generator=torch.Generator().manual_seed(0)) < 0.7
+    mask[0, :3], mask[1, 10:] = False, False
+    both(operation, tensors, mask=mask, causal=causal)
+    inside = [t.float() for t in tensors]
+    filled = [t.masked_fill(~mask.view(2, 24, *(1,) * (t.ndim - 2)), torch.nan) for t in inside]
+    options = {"mask": mask, "causal": causal, "backend": "triton"}
+    assert torch.equal(operation(*filled, **options), operation(*inside, **options))
+
+
+@pytest.mark.parametrize("case", FEW)
+def test_features_resume_from_a_state(case: str) -> None:
+    operation, tensors = featured(case, 20)
+    resumed(operation, tensors, 9)
+
+
+@pytest.mark.parametrize("case", FEW)
+def test_features_do_not_know_the_future(case: str) -> None:
+    operation, tensors = featured(case, 40)
+    tensors, options = [t.float() for t in tensors], {"causal": True, "backend": "triton"}
+    before = operation(*tensors, **options)
+    for t in (0, 31):  # the second is the last of its chunk
+        changed = [x.clone() for x in tensors]
+        for x in changed:
+            x[:, t + 1 :] *= 100
+        assert torch.equal(before[:, : t + 1], operation(*changed, **options)[:, : t + 1])
+
+
+@pytest.mark.parametrize(
+    ("case", "causal"),
+    [("performer", True), ("cosformer-free", False), pytest.param("rfa-gate", True, marks=pytest.mark.slow)],
+)
+def test_features_of_packed_sequences(case: str, causal: bool) -> None:
+    operation, tensors = featured(case, 20)
+    both(operation, tensors, cu_seqlens=torch.tensor([0, 3, 3, 12, 20], dtype=torch.int32), causal=causal)
+
+
+@pytest.mark.parametrize(
+    "case", ["rfa-gate", *(pytest.param(c, marks=pytest.mark.slow) for c in FEW if c != "rfa-gate")]
+)
+def test_features_of_half_precision(case: str) -> None:
+    both(*featured(case, 20), torch.float16, causal=True)
+
+
+@pytest.mark.parametrize("case", ["performer", "cosformer-free", pytest.param("rfa", marks=pytest.mark.slow)])
+def test_features_in_cross_attention(case: str) -> None:
+    operation, tensors = featured(case, 10, sources=20, batch=2)
+    random = torch.Generator().manual_seed(0)
+    masks = (torch.rand(2, length, generator=random) < 0.7 for length in (10, 20))
+    both(operation, tensors, **dict(zip(("mask", "context_mask"), masks, strict=True)))

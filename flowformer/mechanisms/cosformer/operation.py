@@ -12,9 +12,10 @@ step would change all weights. Beyond a distance of m weights are negative, so t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,22 +28,12 @@ from flowformer.core.checks import (
     check_step,
 )
 from flowformer.core.chunks import CHUNK, pad_to_chunks
-from flowformer.core.feature_products import block_products, fresh_past, token_products, whole_products
+from flowformer.core.feature_products import Products, fresh_past, products_in_chunks, token_products
 from flowformer.core.masks import fill
 from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
-from flowformer.core.run import Given, run, scanned
+from flowformer.core.run import Checked, Dense, Given, Walk, run, run_dense, scanned
 from flowformer.core.tracing import cut, may_look
-from flowformer.mechanisms.base import Attention
-from flowformer.mechanisms.registry import by_sizes, register
-from flowformer.mechanisms.weights import Rows, lower, rows_of, truth_of
-
-__all__ = [
-    "CosformerAttention",
-    "CosformerState",
-    "cosformer_attention",
-    "cosformer_attention_step",
-    "init_cosformer_state",
-]
+from flowformer.mechanisms.weights import Rows, lower
 
 TINY = 1e-30  # the least denominator, where eps is 0
 
@@ -108,7 +99,7 @@ def cosformer_attention(
         cu_seqlens: (N + 1,) int32 boundaries of a packed batch of size 1.
         initial_state: State to continue from (causal only); batch N for a packed batch. Requires ``max_length``.
         return_state: Return the state after the last token as well (causal only). Requires ``max_length``.
-        backend: ``"auto"`` or ``"torch"``.
+        backend: ``"auto"``, ``"torch"``, ``"native"`` on a CPU, or ``"triton"`` on a GPU.
         eps: The least denominator.
         max_length: m. The real tokens of each sequence, or of its context if those are more, if absent. On CPUs a
             longer sequence is refused; on GPUs, where to count costs time, weights are negative beyond m.
@@ -120,29 +111,53 @@ def cosformer_attention(
         TypeError, ValueError: for invalid arguments.
     """
     op = "cosformer_attention"
-    _check(op, eps, max_length)
+    check_options(op, eps, max_length)
     if causal and max_length is None and (initial_state is not None or return_state):
         raise ValueError(f"{op}: a state requires max_length, since all weights depend on it")
 
-    def block(tokens: Sequence[Any], state: CosformerState, longest: Tensor) -> tuple[Tensor, CosformerState]:
-        return _causal_block(tokens, state, longest, eps, CHUNK)
-
-    def dense(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: Any) -> Any:
-        longest = _longest(op, q, k, query, key, max_length, state)
-
-        def whole(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None) -> Tensor:
-            return _bidirectional(q, k, v, key, query, longest, eps)
-
-        return scanned(block, whole, causal, (longest,))(q, k, v, key, query, state)
-
     given = Given(q, k, v, causal, mask, context_mask, cu_seqlens, initial_state, return_state, backend)
+    products = functools.partial(products_in_chunks, chunk=CHUNK)
     return run(
-        op, given, dense,
-        init_state=lambda batch: init_cosformer_state(batch, q.shape[2], q.shape[3], v.shape[3], device=q.device),
+        op, given, _dense(products, scanned, causal, eps, max_length, CHUNK),
+        init_state=lambda batch: _fresh(batch, q, v), options=(eps, max_length),
     )  # fmt: skip
 
 
-def _check(op: str, eps: Any, max_length: Any) -> None:
+def attend_by(
+    products: Products, walk: Walk, given: Checked, eps: float, max_length: int | None
+) -> tuple[Tensor, CosformerState | None]:
+    """Either form, with sums over keys by a backend: the output, and the state after it."""
+    if given.causal and given.state is None:
+        given = given._replace(state=_fresh(given.sequences, given.q, given.v))
+    return run_dense(_dense(products, walk, given.causal, eps, max_length), given)
+
+
+def _dense(products: Products, walk: Walk, causal: bool, eps: float, max_length: int | None, chunk: int = 1) -> Dense:
+    """Both forms; ``chunk`` is what divides the tokens that ``products`` take."""
+
+    def block(tokens: Sequence[Any], state: CosformerState, longest: Tensor) -> tuple[Tensor, CosformerState]:
+        *tokens, mask = tokens
+        padded, mask = pad_to_chunks(tokens, mask, chunk)
+        out, state = _causal(padded, mask, state, longest, eps, products)
+        return cut(out, tokens[0].shape[1]), state
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: Any) -> Any:
+        longest = _longest("cosformer_attention", q, k, query, key, max_length, state)
+
+        def whole(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None) -> Tensor:
+            return _bidirectional(q, k, v, key, query, longest, eps, products)
+
+        return walk(block, whole, causal, (longest,))(q, k, v, key, query, state)
+
+    return dense
+
+
+def _fresh(batch: int, q: Tensor, v: Tensor) -> CosformerState:
+    return init_cosformer_state(batch, q.shape[-2], q.shape[-1], v.shape[-1], device=q.device)
+
+
+def check_options(op: str, eps: Any, max_length: Any) -> None:
+    """Raise for options that do not fit."""
     check_number(f"{op}: eps", eps, 0)
     check_optional_sizes(max_length=max_length)
 
@@ -196,25 +211,30 @@ def _bidirectional(
     query_mask: Tensor | None,
     longest: Tensor,
     eps: float,
+    products: Products,
 ) -> Tensor:
     with no_autocast(q.device):
         Q, K = (_features(x, m, _places(x, m), longest) for x, m in ((q, query_mask), (k, key_mask)))
-        total, product = whole_products(Q, K, fill(v, key_mask).to(Q.dtype))
+        total, product, _ = products(Q, K, fill(v, key_mask).to(Q.dtype))
         return (product / total.clamp(min=max(eps, TINY))).to(q.dtype).contiguous()
 
 
-def _causal_block(
-    tokens: Sequence[Any], state: CosformerState, longest: Tensor, eps: float, chunk: int
+def _causal(
+    tokens: Sequence[Tensor],
+    mask: Tensor | None,
+    state: CosformerState,
+    longest: Tensor,
+    eps: float,
+    products: Products,
 ) -> tuple[Tensor, CosformerState]:
-    q, k, v, mask = tokens
-    length = q.shape[1]
+    q, k, v = tokens
     with no_autocast(q.device):
-        (q, k, v), mask = pad_to_chunks((q, k, v), mask, chunk)
         places = _places(q, mask) + state.length.unsqueeze(1)
         Q, K = (_features(x, mask, places, longest) for x in (q, k))
-        total, product, past = block_products(Q, K, fill(v, mask).to(Q.dtype), state[:2], chunk)
+        total, product, past = products(Q, K, fill(v, mask).to(Q.dtype), state[:2])
+        assert past is not None
         out = product / total.clamp(min=max(eps, TINY))
-        return cut(out, length).to(v.dtype), CosformerState(*past, places[:, -1] + 1)
+        return out.to(v.dtype), CosformerState(*past, places[:, -1] + 1)
 
 
 def cosformer_attention_step(
@@ -237,10 +257,9 @@ def cosformer_attention_step(
         TypeError, ValueError: for invalid arguments.
     """
     op = "cosformer_attention_step"
-    _check(op, eps, max_length)
+    check_options(op, eps, max_length)
     check_step(op, q, k, v, state, CosformerState)
-    batch, heads, channels = q.shape
-    check_state(op, state, init_cosformer_state(batch, heads, channels, v.shape[-1], device=q.device))
+    check_state(op, state, _fresh(len(q), q, v))
     if max_length is None:
         raise ValueError(f"{op}: a state requires max_length, since all weights depend on it")
     _refuse_longer(op, state.length + 1, max_length)
@@ -267,49 +286,3 @@ def cosformer_weights(
         return scores / scores.sum(-1, keepdim=True).clamp(min=max(eps, TINY))
 
     return rows
-
-
-@register(
-    "cosformer",
-    operation=cosformer_attention,
-    truth=truth_of(cosformer_weights),
-    rows=rows_of("cosformer_attention", cosformer_weights),
-    step=cosformer_attention_step,
-    init_state=by_sizes(init_cosformer_state),
-    source="Qin et al., cosFormer: Rethinking softmax in attention, ICLR 2022",
-    cost="L K V",
-    cannot={"permutation": "weights fall with the distance of tokens"},
-)
-class CosformerAttention(Attention):
-    """Attention of cosFormer (Qin et al., 2022), in linear time.
-
-    Args:
-        dim: Channels of input and output.
-        num_heads: Heads.
-        eps: The least denominator.
-        max_length: The longest sequence, over which weights fall to 0. Causal modules need it for states and steps. The
-            length of each sequence if absent.
-        **options: As :class:`flowformer.mechanisms.Attention` takes them.
-
-    Raises:
-        TypeError, ValueError: for sizes that do not fit.
-    """
-
-    bounds_causal: ClassVar[bool] = True
-
-    def __init__(
-        self, dim: int, num_heads: int, *, eps: float = 1e-6, max_length: int | None = None, **options: Any
-    ) -> None:
-        super().__init__(dim, num_heads, **options)
-        _check("CosformerAttention", eps, max_length)
-        self.eps, self.max_length = eps, max_length
-
-    def arguments(self) -> dict[str, Any]:
-        """Options of the operation."""
-        return {"eps": self.eps, "max_length": self.max_length}
-
-    def init_state(self, batch_size: int) -> Any:
-        """Return the state before the first token, for a batch of ``batch_size`` sequences."""
-        if self.causal and self.max_length is None:
-            raise ValueError("CosformerAttention: a state requires max_length: build the module with it")
-        return super().init_state(batch_size)

@@ -16,36 +16,31 @@ which is a decay, and a factor of each key. arccos features are relu(W x^) + 1e-
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowformer.core.checks import (
     check_dense,
-    check_flag,
     check_fresh_state,
     check_number,
-    check_sizes,
     check_state,
     check_step,
     check_table,
     describe,
 )
 from flowformer.core.chunks import CHUNK, pad_to_chunks
-from flowformer.core.decay import block_decay, clip_log_decay
-from flowformer.core.feature_products import block_products, fresh_past, token_products, whole_products
+from flowformer.core.decay import clip_log_decay
+from flowformer.core.feature_products import Products, fresh_past, products_in_chunks, token_products
 from flowformer.core.masks import fill
 from flowformer.core.precision import FLOAT_DTYPES, no_autocast, state_dtype, sum_dtype
-from flowformer.core.run import Given, check_inputs, run, scanned
+from flowformer.core.run import Checked, Dense, Given, Walk, check_inputs, run, run_dense, scanned
 from flowformer.core.tracing import cut
-from flowformer.mechanisms.decay import log_gammas, of_sequence
-from flowformer.mechanisms.draws import DrawnAttention, orthogonal_gaussian
-from flowformer.mechanisms.registry import register
-from flowformer.mechanisms.weights import Rows, lower, rows_of, truth_of
-
-__all__ = ["RFAAttention", "RFAState", "init_rfa_state", "rfa_attention", "rfa_attention_step"]
+from flowformer.mechanisms.decay import log_gammas
+from flowformer.mechanisms.weights import Rows, lower
 
 TINY = 1e-30  # of norms
 OFFSET = 1e-5  # of arccos features, Noahs-ARK/RFA
@@ -55,7 +50,7 @@ Kind = Literal["gaussian", "arccos"]
 Bound = Literal["positive", "absolute", "none"]
 
 
-class _Options(NamedTuple):
+class RFAOptions(NamedTuple):
     """Options of the operation, see there."""
 
     kind: Kind = "gaussian"
@@ -83,13 +78,13 @@ class _Options(NamedTuple):
         return (total if bound == "positive" else total.abs()).clamp(min=least)
 
 
-def _options(op: str, **given: Any) -> _Options:
+def rfa_options(op: str, **given: Any) -> RFAOptions:
     """Check options.
 
     Raises:
         TypeError, ValueError: for what does not fit.
     """
-    options = _Options(**given)
+    options = RFAOptions(**given)
     if options.kind not in ("gaussian", "arccos"):
         raise ValueError(f"{op}: kind must be one of gaussian, arccos, got {options.kind!r}")
     if options.bound not in ("positive", "absolute", "none", None):
@@ -152,7 +147,7 @@ def init_rfa_state(
     return RFAState(*fresh_past(batch, heads, features, value_channels, dtype=state_dtype(device), device=device))
 
 
-def _state_of(*sizes_and_learned: Any, dtype: Any = torch.float32, device: Any = None, **options: Any) -> RFAState:
+def state_of(*sizes_and_learned: Any, dtype: Any = torch.float32, device: Any = None, **options: Any) -> RFAState:
     """Return :func:`init_rfa_state` for the registry."""
     batch, heads, _, value_channels, _, projection = sizes_and_learned
     width = _width(projection, options.get("kind", "gaussian"))
@@ -201,7 +196,7 @@ def rfa_attention(
         cu_seqlens: (N + 1,) int32 boundaries of a packed batch of size 1.
         initial_state: State to continue from (causal only); batch N for a packed batch.
         return_state: Return the state after the last token as well (causal only).
-        backend: ``"auto"`` or ``"torch"``.
+        backend: ``"auto"``, ``"torch"``, ``"native"`` on a CPU, or ``"triton"`` on a GPU.
         kind: ``"gaussian"`` for sines and cosines, ``"arccos"`` for relu(W x^) + 1e-5.
         feature_scale: c; None for D^-1/2, as in the paper. The published code has 0.1.
         norm_eps: Added to norms; the paper has 0.
@@ -216,7 +211,7 @@ def rfa_attention(
         TypeError, ValueError: for invalid arguments.
     """
     op = "rfa_attention"
-    options = _options(op, kind=kind, feature_scale=feature_scale, norm_eps=norm_eps, bound=bound, least=least)
+    options = rfa_options(op, kind=kind, feature_scale=feature_scale, norm_eps=norm_eps, bound=bound, least=least)
     given = Given(q, k, v, causal, mask, context_mask, cu_seqlens, initial_state, return_state, backend)
     check_inputs(op, given)
     _check_projection(op, projection, q)
@@ -224,17 +219,39 @@ def rfa_attention(
     if log_gate is not None and not causal:
         raise ValueError(f"{op}: a gate requires causal=True, since it forgets what came before")
 
+    products = functools.partial(products_in_chunks, chunk=CHUNK)
+    return run(
+        op, given, _dense(products, scanned, causal, projection, options, CHUNK),
+        init_state=lambda batch: _fresh(batch, v, projection, kind),
+        of_tokens=() if log_gate is None else (log_gate,), options=(log_gate, projection, options),
+    )  # fmt: skip
+
+
+def attend_by(
+    products: Products, walk: Walk, given: Checked, log_gate: Tensor | None, projection: Tensor, options: RFAOptions
+) -> tuple[Tensor, RFAState | None]:
+    """Either form, with sums over keys by a backend: the output, and the state after it."""
+    if given.causal and given.state is None:
+        given = given._replace(state=_fresh(given.sequences, given.v, projection, options.kind))
+    dense = _dense(products, walk, given.causal, projection, options)
+    return run_dense(dense, given, () if log_gate is None else (log_gate,))
+
+
+def _dense(
+    products: Products, walk: Walk, causal: bool, projection: Tensor, options: RFAOptions, chunk: int = 1
+) -> Dense:
+    """Both forms; ``chunk`` is what divides the tokens that ``products`` take."""
+
     def block(tokens: Sequence[Any], state: RFAState, projection: Tensor) -> tuple[Tensor, RFAState]:
-        return _causal_block(tokens, state, projection, options, CHUNK)
+        q, k, v, mask, *gates = tokens
+        padded, mask = pad_to_chunks((q, k, v, *gates), mask, chunk)
+        out, state = _causal(padded, mask, state, projection, options, products)
+        return cut(out, q.shape[1]), state
 
     def whole(q: Tensor, k: Tensor, v: Tensor, key: Any, query: Any) -> Tensor:
-        return _bidirectional(q, k, v, key, query, projection, options)
+        return _bidirectional(q, k, v, key, query, projection, options, products)
 
-    return run(
-        op, given, scanned(block, whole, causal, (projection,)),
-        init_state=lambda batch: _fresh(batch, v, projection, kind),
-        of_tokens=() if log_gate is None else (log_gate,),
-    )  # fmt: skip
+    return walk(block, whole, causal, (projection,))
 
 
 def _fresh(batch: int, v: Tensor, projection: Tensor, kind: str) -> RFAState:
@@ -248,31 +265,33 @@ def _bidirectional(
     key_mask: Tensor | None,
     query_mask: Tensor | None,
     projection: Tensor,
-    options: _Options,
+    options: RFAOptions,
+    products: Products,
 ) -> Tensor:
     with no_autocast(q.device):
         Q, K = (fill(options.features(fill(x, m), projection), m) for x, m in ((q, query_mask), (k, key_mask)))
-        total, product = whole_products(Q, K, fill(v, key_mask).to(Q.dtype))
+        total, product, _ = products(Q, K, fill(v, key_mask).to(Q.dtype))
         return (product / options.bounded(total, False, False)).to(q.dtype).contiguous()
 
 
-def _causal_block(
-    tokens: Sequence[Any], state: RFAState, projection: Tensor, options: _Options, chunk: int
+def _causal(
+    tokens: Sequence[Tensor],
+    mask: Tensor | None,
+    state: RFAState,
+    projection: Tensor,
+    options: RFAOptions,
+    products: Products,
 ) -> tuple[Tensor, RFAState]:
-    q, k, v, mask, *gates = tokens
-    length = q.shape[1]
+    q, k, v, *gates = tokens
     with no_autocast(q.device):
-        (q, k, v, *gates), mask = pad_to_chunks((q, k, v, *gates), mask, chunk)
         Q, K = (fill(options.features(fill(x, mask), projection), mask) for x in (q, k))
-        decay = None
+        log_gate = None
         if gates:
             log_gate = clip_log_decay(fill(gates[0], mask).to(Q.dtype))
             K = K * -log_gate.expm1().unsqueeze(-1)
-            shape = (q.shape[1] // chunk, chunk)
-            decay = block_decay(log_gate, mask, q.shape[1], shape, Q.dtype, state.memory.dtype)
-        total, product, past = block_products(Q, K, fill(v, mask).to(Q.dtype), state, chunk, decay)
-        out = product / options.bounded(total, True, bool(gates))
-        return cut(out, length).to(v.dtype), RFAState(*past)
+        total, product, past = products(Q, K, fill(v, mask).to(Q.dtype), tuple(state), log_gate)
+        assert past is not None
+        return (product / options.bounded(total, True, bool(gates))).to(v.dtype), RFAState(*past)
 
 
 def rfa_attention_step(
@@ -311,7 +330,7 @@ def rfa_attention_step(
         TypeError, ValueError: for invalid arguments.
     """
     op = "rfa_attention_step"
-    options = _options(op, kind=kind, feature_scale=feature_scale, norm_eps=norm_eps, bound=bound, least=least)
+    options = rfa_options(op, kind=kind, feature_scale=feature_scale, norm_eps=norm_eps, bound=bound, least=least)
     check_step(op, q, k, v, state, RFAState)
     _check_projection(op, projection, q)
     check_state(op, state, _fresh(q.shape[0], v, projection, kind))
@@ -331,7 +350,7 @@ def rfa_weights(
     q: Tensor, k: Tensor, log_gate: Tensor | None, projection: Tensor, *, causal: bool = False, **given: Any
 ) -> Rows:
     """Return rows s_ij / d(sum_j s_ij), s_ij = phi(q_i) . phi(k_j) (1 - g_j) g_{j+1} ... g_i, of one sequence."""
-    options = _Options(**given)
+    options = RFAOptions(**given)
     Q, K = (options.features(x, projection) for x in (q, k))
 
     def rows(places: Tensor) -> Tensor:
@@ -343,106 +362,3 @@ def rfa_weights(
         return scores / options.bounded(scores.sum(-1, keepdim=True), causal, log_gate is not None)
 
     return rows
-
-
-# ----------------------------------------------------------------------------------------------------------- the module
-
-
-@register(
-    "rfa",
-    operation=rfa_attention,
-    truth=truth_of(rfa_weights, of_sequence=of_sequence),
-    rows=rows_of("rfa_attention", rfa_weights, of_sequence=of_sequence),
-    step=rfa_attention_step,
-    init_state=_state_of,
-    source="Peng et al., Random feature attention, ICLR 2021",
-    cost="L D (K + V)",
-)
-class RFAAttention(DrawnAttention):
-    """Random feature attention, RFA (Peng et al., 2021), in linear time.
-
-    W is a random matrix of each head times ``scales``, learned for each of its channels, over the temperature. It is
-    drawn once; the published code takes another of 500 stored ones at each step of training, for which :meth:`redraw`
-    may be called.
-
-    Args:
-        dim: Channels of input and output.
-        num_heads: Heads.
-        num_features: D, rows of W.
-        gate: Forget by a gate g = sigmoid(w . x + b) for each head of each token; for causal modules.
-        tau: Temperature.
-        orthogonal: Whether rows of a random matrix are orthogonal in blocks of K.
-        kind: As in :func:`rfa_attention`.
-        feature_scale: Likewise.
-        norm_eps: Likewise.
-        bound: Likewise.
-        least: Likewise.
-        **options: As :class:`flowformer.mechanisms.draws.DrawnAttention` takes them.
-
-    Raises:
-        TypeError, ValueError: for sizes or options that do not fit.
-    """
-
-    projection: Tensor
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        *,
-        num_features: int = 64,  # Peng et al., 2021, of their small language model
-        gate: bool = False,
-        tau: float = 1.0,
-        orthogonal: bool = False,
-        kind: Kind = "gaussian",
-        feature_scale: float | None = 0.1,
-        norm_eps: float = 1e-3,
-        bound: Bound | None = None,
-        least: float | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(dim, num_heads, **options)
-        check_sizes(num_features=num_features)
-        check_flag("gate", gate)
-        check_flag("orthogonal", orthogonal)
-        check_number("tau", tau)
-        if tau <= 0:
-            raise ValueError(f"tau must be above 0, got {tau!r}")
-        if gate and not self.causal:
-            raise ValueError("gate=True requires causal=True, since a gate forgets what came before")
-        self.options = _options(
-            "RFAAttention", kind=kind, feature_scale=feature_scale, norm_eps=norm_eps, bound=bound, least=least
-        )
-        self.num_features, self.gate, self.tau, self.orthogonal = num_features, gate, tau, orthogonal
-        factory: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
-        self.scales = nn.Parameter(torch.ones(num_heads, self.head_dim, **factory))
-        if gate:
-            self.forget_proj = nn.Linear(dim, num_heads, **factory)
-        self.register_drawn()
-
-    def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """The random matrices, (heads, D, K), as ``projection``."""
-        sizes = (self.num_features, self.head_dim)
-        if self.orthogonal:
-            matrices = [orthogonal_gaussian(*sizes, generator) for _ in range(self.num_heads)]
-            return {"projection": torch.stack(matrices)}
-        return {"projection": torch.randn(self.num_heads, *sizes, generator=generator)}
-
-    def reset_parameters(self) -> None:
-        """Re-initialize all parameters, and draw the random tensors as the constructor does."""
-        super().reset_parameters()
-        nn.init.ones_(self.scales)
-        if self.gate:
-            self.forget_proj.reset_parameters()
-
-    def learned(self, x: Tensor | None = None) -> tuple[Any, ...]:
-        """The logarithm of the gate, of inputs x, and W."""
-        log_gate = None
-        if self.gate and x is not None:
-            logits = self.forget_proj(x)
-            log_gate = nn.functional.logsigmoid(logits.to(sum_dtype(logits.dtype)))
-        return log_gate, self.projection * self.scales.unsqueeze(1) / self.tau
-
-    def arguments(self) -> dict[str, Any]:
-        """Options of the operation."""
-        return self.options._asdict()

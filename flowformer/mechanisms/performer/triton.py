@@ -1,0 +1,22 @@
+"""Performer attention with sums over keys by Triton kernels; features, and the part of eps, in PyTorch.
+
+The running maximum is a decay: of integers, which have no gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+
+from flowformer.core.backends import implements
+from flowformer.core.run import Checked, at_once
+from flowformer.kernels.triton.attend import products
+from flowformer.mechanisms.performer.operation import PerformerState, attend_by
+
+
+@implements("performer_attention", "triton")
+def attend(given: Checked, *options: Any) -> tuple[Tensor, PerformerState | None]:
+    """Either form of Performer attention: the output, and the state after it."""
+    return attend_by(functools.partial(products, "performer_attention"), at_once, given, *options)
