@@ -295,7 +295,7 @@ def load_wikitext(published: Mapping[str, Tensor], *, num_heads: int = 8, **opti
         model.embed = AdaptiveEmbedding(*adaptive["embed"], dim)  # pyright: ignore[reportAttributeAccessIssue] - called alike
         model.vocab_size = model.embed.num_embeddings
     if adaptive["head"]:
-        model.head = AdaptiveSoftmax(*adaptive["head"], dim)
+        model.head = AdaptiveSoftmax(*adaptive["head"], dim)  # pyright: ignore[reportAttributeAccessIssue] - likewise
     if not any(name.startswith("decoder.norm.") for name in state):
         model.decoder.norm = nn.Identity()
     return fill(model.to(state[first].dtype), state)
