@@ -46,9 +46,9 @@ class VisionModel(nn.Module):
         depths: Blocks of each stage.
         num_heads: Heads in each stage, or one number for all.
         mlp_ratio: Channels inside feed-forward networks, as a multiple of the stage's.
-        attention: Name of the mechanism: :func:`flowformer.list_attentions`.
-        attention_options: Options of the mechanism; for ``"flow"`` the preset ``"vision"`` unless one is given, for
-            ``"aft_conv"`` filters of 11 x 11 patches.
+        attention: Name of the mechanism, :func:`flowformer.list_attentions`; or one for each stage.
+        attention_options: Options of the mechanism, or a mapping for each stage; for ``"flow"`` the preset ``"vision"``
+            unless one is given, for ``"aft_conv"`` filters of 11 x 11 patches.
         class_token: Classify by a class token instead of the mean over patches; requires a single stage.
         positions: Learned positions, added to the first stage's patches.
         layer_scale: As in :class:`VisionBlock`.
@@ -76,8 +76,8 @@ class VisionModel(nn.Module):
         depths: Sequence[int] = (3, 3, 10, 3),
         num_heads: int | Sequence[int] = 12,
         mlp_ratio: float = 4.0,
-        attention: str = "flow",
-        attention_options: Mapping[str, Any] | None = None,
+        attention: str | Sequence[str] = "flow",
+        attention_options: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         class_token: bool = False,
         positions: bool = True,
         layer_scale: float | None = None,
@@ -107,24 +107,26 @@ class VisionModel(nn.Module):
         self.strides = tuple(patch_size * 2**stage for stage in range(len(embed_dims)))
         self.img_size = _pair(img_size)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        options = {**ATTENTION_DEFAULTS.get(attention, {}), **(attention_options or {})}
-        block = partial(
-            VisionBlock, attention=attention, attention_options=options, layer_scale=layer_scale, dropout=dropout,
-            **factory,
-        )  # fmt: skip
+        mechanisms = _attention_of_stages(attention, attention_options, len(embed_dims))
+        block = partial(VisionBlock, layer_scale=layer_scale, dropout=dropout, **factory)
         rates = [drop_path_rate * number / max(sum(depths) - 1, 1) for number in range(sum(depths))]
         stages, before = [], in_chans
         for stage, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True)):
             length = math.prod(self.grids(self.img_size)[stage]) + class_token
             blocks = [
-                block(dim, heads[stage], round(mlp_ratio * dim), max_length=length, drop_path=rates.pop(0))
+                block(
+                    dim, heads[stage], round(mlp_ratio * dim), max_length=length, drop_path=rates.pop(0),
+                    **mechanisms[stage],
+                )
                 for _ in range(depth)
-            ]
+            ]  # fmt: skip
             stages.append(VisionStage(before, dim, 2 if stage else patch_size, blocks, **factory))
             before = dim
         self.stages = nn.ModuleList(stages)
         if class_token and stages[0].blocks[0].attention.axes == "batch, height, width":
-            raise ValueError(f"{attention} in two dimensions requires a grid of patches without class token")
+            raise ValueError(
+                f"{mechanisms[0]['attention']} in two dimensions requires a grid of patches without class token"
+            )
         self._build_ends(class_token, positions, factory)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -320,6 +322,19 @@ def _check_stages(num_classes: int, embed_dims: tuple, depths: tuple, heads: tup
             check_sizes(**{name: size})
 
 
+def _attention_of_stages(attention: Any, options: Any, stages: int) -> list[dict[str, Any]]:
+    """The mechanism of each stage and its options, as arguments of its blocks."""
+    names = [attention] * stages if isinstance(attention, str) else attention
+    given = [options] * stages if options is None or isinstance(options, Mapping) else options
+    for what, of_stages in (("attention", names), ("attention_options", given)):
+        if not isinstance(of_stages, Sequence) or len(of_stages) != stages:
+            raise ValueError(f"{what} must be one for all stages, or one for each of the {stages}, got {of_stages!r}")
+    return [
+        {"attention": name, "attention_options": {**ATTENTION_DEFAULTS.get(name, {}), **(own or {})}}
+        for name, own in zip(names, given, strict=True)
+    ]
+
+
 def _check_numbers(mlp_ratio: float, weight_std: float | None, drop_path_rate: float, dropout: float) -> None:
     for name, value in (("mlp_ratio", mlp_ratio), ("weight_std", 1.0 if weight_std is None else weight_std)):
         check_number(name, value, at_most=1_000)
@@ -367,6 +382,27 @@ def flowformer_vision_base(num_classes: int = 1000, **options: Any) -> VisionMod
         **options: As in :class:`VisionModel`.
     """
     shape = {"layer_scale": _LAYER_SCALE, "embed_dims": (128, 256, 512, 1024), "num_heads": 16}
+    return VisionModel(num_classes, **{**shape, **options})
+
+
+@register_model
+def flowformer_vision_soft(num_classes: int = 1000, **options: Any) -> VisionModel:
+    """The hierarchical Flowformer with the attention of SOFT (Lu et al., NeurIPS 2021), 41.8 M parameters.
+
+    As in SOFT's own models (fudan-zvg/SOFT), whose grids are the same: landmarks of patches of 8 x 8, 4 x 4 and 2 x 2
+    tokens in the first three stages, 49 for images of 224 x 224, and convolutions of the values 9, 5 and 3 wide;
+    softmax attention in the last. Wu et al. (ICML 2022) compare with SOFT in this shape, and do not say with which
+    options.
+
+    Args:
+        num_classes: Number of classes.
+        **options: As in :class:`VisionModel`; another ``attention`` takes the place of both.
+    """
+    ratios = [2**left for left in range(len(options.get("embed_dims", range(4))) - 1, 0, -1)]
+    shape: dict[str, Any] = {"layer_scale": _LAYER_SCALE}
+    if "attention" not in options:
+        shape["attention"] = ["soft"] * len(ratios) + ["softmax"]
+        shape["attention_options"] = [*({"ratio": ratio, "value_conv": ratio + 1} for ratio in ratios), {}]
     return VisionModel(num_classes, **{**shape, **options})
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 
 from flowformer.common.fields import option
 from flowformer.recipes.language import LanguageRecipe
-from flowformer.recipes.mechanism import merge_fields
+from flowformer.recipes.mechanism import find_row, merge_fields
 from flowformer.recipes.registry import RECIPES, register_recipe
 from flowformer.tasks.images import density
 from flowformer.tasks.images.density import DensityTask
@@ -94,12 +94,7 @@ class Cifar10DensityRecipe(PixelRecipe):
     @property
     def row(self) -> str:
         """The name of this model in the published tables; "" if it is in none of them."""
-        own = self._shape(vars(self))
-        return next((row for row, fields in _ROWS.items() if self._shape({**_PLAIN, **fields}) == own), "")
-
-    @staticmethod
-    def _shape(fields: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: fields[name] for name in _PLAIN}
+        return find_row(self, _ROWS, _PLAIN)
 
     def published_table(self) -> tuple[str, Mapping[str, float]]:
         """The published figures."""

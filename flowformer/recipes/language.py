@@ -18,7 +18,7 @@ from torch import nn
 
 from flowformer.common.fields import option
 from flowformer.models.language import LanguageModel
-from flowformer.recipes.mechanism import check_attention, merge_fields
+from flowformer.recipes.mechanism import check_attention, find_row, merge_fields
 from flowformer.recipes.model import build_model, check_model
 from flowformer.recipes.registry import RECIPES, register_recipe
 from flowformer.tasks.text import enwik8, wikitext
@@ -32,15 +32,42 @@ from flowformer.training.recipe import DataState, StepRecipe
 
 NO_COMPETITION: Mapping[str, Any] = {"competition": None}
 NO_ALLOCATION: Mapping[str, Any] = {"allocation": False}
-_ENWIK8_ROWS = {
-    ("aft_enwik8_12", "aft_local"): "aft-local-12",
-    ("aft_enwik8_24", "aft_local"): "aft-local-24",
-    ("aft_enwik8_24", "aft_simple"): "aft-simple",
-    ("aft_enwik8_12", "softmax"): "transformer",
-    ("aft_enwik8_24", "softmax"): "transformer-24",
-    ("aft_enwik8_12", "linear"): "linear",
-}
+_OF_DEVELOPMENT = "the published value equals a perplexity of the development set in Peng et al., ICLR 2021"
 _SIZES = ("num_layers", "num_heads", "dim", "ffn_dim")
+# What tells a row of the tables from the others.
+_PLAIN: Mapping[str, Any] = {**dict.fromkeys(_SIZES), "attention_options": {}, "query_key_gain": 1.0}
+_WIKITEXT: Mapping[str, Mapping[str, Any]] = {
+    "flow": {"attention": "flow"},
+    "flow-no-competition": {"attention": "flow", "attention_options": NO_COMPETITION},
+    "flow-no-allocation": {"attention": "flow", "attention_options": NO_ALLOCATION},
+    "softmax": {"attention": "softmax"},
+    "linear": {"attention": "linear"},
+    "reformer": {"attention": "reformer"},
+    "performer": {"attention": "performer"},
+    # 64 features in the small model of Peng et al., ICLR 2021.
+    "trf": {"attention": "rfa", "attention_options": {"num_features": 64}},
+    "trf-gate": {"attention": "rfa", "attention_options": {"num_features": 64, "gate": True}},
+    "cosformer": {"attention": "cosformer"},
+}
+_ENWIK8: Mapping[str, Mapping[str, Any]] = {
+    "aft-local-12": {"attention": "aft_local"},
+    "aft-local-24": {"model": "aft_enwik8_24", "attention": "aft_local"},
+    "aft-simple": {"model": "aft_enwik8_24", "attention": "aft_simple"},
+    "transformer": {"attention": "softmax", "num_heads": 8},
+    "transformer-24": {"model": "aft_enwik8_24", "attention": "softmax", "num_heads": 4},
+    "reformer": {"attention": "reformer", "num_heads": 8},
+    "synthesizer": {
+        "attention": "synthesizer", "attention_options": {"kind": "dense", "dot_product": False}, "num_heads": 8,
+    },
+    "linear": {"attention": "linear", "num_heads": 8},
+    "performer": {"attention": "performer", "num_heads": 8},
+}  # fmt: skip
+_AFT_24 = _ENWIK8["aft-local-24"]
+_ENWIK8_ROWS: Mapping[str, Mapping[str, Any]] = {
+    **_ENWIK8,
+    **{f"aft-local-24-window-{size}": {**_AFT_24, "attention_options": {"window": size}} for size in enwik8.WINDOWS},
+    **{f"aft-local-24-length-{length}": {**_AFT_24, "length": length} for length in enwik8.LENGTHS},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,9 +199,13 @@ class WikiTextRecipe(TextRecipe):
     @property
     def row(self) -> str:
         """The name of this model in the published table; "" if it is not in it."""
-        rows = {"": {}, "-no-competition": NO_COMPETITION, "-no-allocation": NO_ALLOCATION}
-        found = [self.attention + row for row, options in rows.items() if options == self.attention_options]
-        return found[0] if found else ""
+        plain = {**_PLAIN, "model": "flowformer_wikitext", "positions": "sinusoidal", "length": 512, "attention": ""}
+        return find_row(self, _WIKITEXT, plain)
+
+    @property
+    def published_note(self) -> str:
+        """Of rows whose figure is that of a development set elsewhere."""
+        return _OF_DEVELOPMENT if self.row in wikitext.OF_DEVELOPMENT else ""
 
     def published_table(self) -> tuple[str, Mapping[str, float]]:
         """The published perplexities."""
@@ -202,7 +233,8 @@ class Enwik8Recipe(TextRecipe):
     @property
     def row(self) -> str:
         """The name of this model in the published table; "" if it is not in it."""
-        return _ENWIK8_ROWS.get((self.model, self.attention), "")
+        plain = {**_PLAIN, "model": "aft_enwik8_12", "positions": "learned", "length": 1_024, "attention": ""}
+        return find_row(self, _ENWIK8_ROWS, plain)
 
     def published_table(self) -> tuple[str, Mapping[str, float]]:
         """The published figures."""
@@ -266,6 +298,12 @@ def wikitext103(row: str, mechanism: Mapping[str, Any], /, **fields: Any) -> Wik
     of 512; test with 400 tokens of context, batches of 2 (README of Flowformer_NLP). A step is 16 times 2,048
     tokens for each GPU; how many GPUs there were is not said. fairseq's README assumes two, so a step is 65,536 tokens
     here, in batches of 4 blocks. Evaluated every 1,500 steps, about an epoch; the best on the validation set is tested.
+
+    The rows trf and trf-gate are Random Feature Attention (Peng et al., ICLR 2021) with sines and cosines of 64
+    projections, without and with its gate; whether all heads share a gate is not said, and here each has its own. Of
+    reformer, performer and cosformer no option is published: they have the defaults of their modules.
+    Performer and Reformer see no later tokens here; their published causal code does. The figures of softmax, linear,
+    trf and trf-gate are those that Peng et al. print for the development set; a run reports the test set.
     """
     published: dict[str, Any] = {
         "model": "flowformer_wikitext", **mechanism, "positions": "sinusoidal", "length": 512, "dropout": 0.1,
@@ -282,10 +320,15 @@ def enwik8_aft(row: str, model: Mapping[str, Any], /, **fields: Any) -> Enwik8Re
     AdamW at 3e-3 with the schedule of Vaswani et al. (2017), weight decay 0.5 on the weights of linear layers, dropout
     0.1, batches of 128, 100 epochs of 90 million bytes, which are 686 steps each. Not given, and chosen here: 4,000
     steps of warm-up (those of Vaswani et al.), learned positions (the paper's of CIFAR-10), no clipping.
+
+    Of Reformer, Synthesizer and Performer, in 12 layers of 512 channels and 8 heads, the table gives that the
+    Synthesizer is the dense one. Other options are not published: they have the defaults of their modules. Performer
+    and Reformer see no later tokens here; their published causal code does.
     """
     published: dict[str, Any] = {
-        **model, "positions": "learned", "length": 1_024, "dropout": 0.1, "optimizer": "adamw", "weight_decay": 0.5,
-        "decayed": "linear", "learning_rate": 3e-3, "schedule": "inverse-sqrt", "warmup_steps": 4_000,
+        "model": "aft_enwik8_12", **model, "positions": "learned", "length": 1_024, "dropout": 0.1,
+        "optimizer": "adamw", "weight_decay": 0.5, "decayed": "linear", "learning_rate": 3e-3,
+        "schedule": "inverse-sqrt", "warmup_steps": 4_000,
         "clip_grad_norm": None, "batch_size": 128, "steps": 68_600, "eval_every": 686,
     }  # fmt: skip
     return Enwik8Recipe(**merge_fields({"name": f"enwik8/{row}", **published}, fields))
@@ -318,20 +361,6 @@ def text_own(**fields: Any) -> OwnTextRecipe:
     return OwnTextRecipe(**merge_fields({"name": "text/own", **_OWN_TEXT}, fields))
 
 
-_WIKITEXT: Mapping[str, Mapping[str, Any]] = {
-    "flow": {"attention": "flow"},
-    "flow-no-competition": {"attention": "flow", "attention_options": NO_COMPETITION},
-    "flow-no-allocation": {"attention": "flow", "attention_options": NO_ALLOCATION},
-    "softmax": {"attention": "softmax"},
-    "linear": {"attention": "linear"},
-}
-_ENWIK8: Mapping[str, Mapping[str, Any]] = {
-    "aft-local-12": {"model": "aft_enwik8_12", "attention": "aft_local"},
-    "aft-local-24": {"model": "aft_enwik8_24", "attention": "aft_local"},
-    "aft-simple": {"model": "aft_enwik8_24", "attention": "aft_simple"},
-    "transformer": {"model": "aft_enwik8_12", "attention": "softmax", "num_heads": 8},
-    "transformer-24": {"model": "aft_enwik8_24", "attention": "softmax", "num_heads": 4},
-}
 for _row, _fields in _WIKITEXT.items():
     RECIPES.add(f"wikitext103/{_row}", partial(wikitext103, _row, _fields))
 for _row, _fields in _ENWIK8.items():

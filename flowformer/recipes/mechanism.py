@@ -54,3 +54,18 @@ def merge_fields(published: Mapping[str, Any], fields: Mapping[str, Any]) -> dic
     if replaced and "attention_options" not in fields:
         merged.pop("attention_options", None)
     return merged
+
+
+def find_row(recipe: Any, rows: Mapping[str, Mapping[str, Any]], plain: Mapping[str, Any]) -> str:
+    """Find the row of a published table whose model a recipe trains.
+
+    Args:
+        recipe: The recipe.
+        rows: Fields of the rows by name, where they differ from ``plain``.
+        plain: The fields that tell rows from each other, and their most frequent values.
+
+    Returns:
+        The name of the first row that fits; "" if none does.
+    """
+    own = {name: getattr(recipe, name) for name in plain}
+    return next((row for row, fields in rows.items() if {**plain, **fields} == own), "")

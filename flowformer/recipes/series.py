@@ -79,8 +79,9 @@ class SeriesRecipe(EpochRecipe):
 
     @property
     def row(self) -> str:
-        """The name of this model in the published table, which is that of its attention."""
-        return self.attention
+        """The name of this model in the published table, which is that of its attention; "" with options of its own."""
+        published = _FLOW["attention_options"] if self.attention == "flow" else {}
+        return self.attention if self.attention_options == published else ""
 
     def _prepare(self, task: SeriesTask, form: SeriesFormat | None) -> SeriesTask:
         task = replace(task, format=replace(task.format, trim=self.trim_batches))
@@ -150,7 +151,8 @@ def uea_subset(subset: str, **fields: Any) -> UEARecipe:
     100 epochs of RAdam at 1e-3 in batches of 16 (scripts/flowformer.sh), gradient norm clipped to 4 (running.py),
     2 layers of 512 channels, 8 heads, 2,048 inside, dropout 0.1 (options.py); PEMS-SF takes 400 epochs,
     SpokenArabicDigits Adam (scripts/flowformer.sh). An earlier revision of options.py (15b15d6) had 3 layers and 96
-    channels inside: --num-layers 3 --ffn-dim 96.
+    channels inside: --num-layers 3 --ffn-dim 96. Of the mechanisms it is compared with (``--attention performer``, say)
+    no option is published: they have the defaults of their modules.
     """
     published: dict[str, Any] = {"name": f"uea/{subset}", **_FLOW}
     if subset == "PEMS-SF":

@@ -17,7 +17,7 @@ def protocol_table(result: dict[str, Any]) -> Table:
     unit = "epochs" if "epochs" in recipe else "steps"
     attention = recipe.get("attention") or f"of {recipe['model']}"
     title = f"{recipe['name']}, attention {attention}, seed {result['seed']}, {recipe[unit]} {unit}"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", caption_justify="left")
     for name in ("protocol", "metric"):
         table.add_column(name)
     for name in ("ours", "published"):
@@ -26,4 +26,6 @@ def protocol_table(result: dict[str, Any]) -> Table:
     for name, entry in result["protocols"].items():
         published = "-" if entry["published"] is None else f"{entry['published']:g}"
         table.add_row(name, entry["metric"], f"{entry['value']:.{entry['digits']}f}", published, entry["selection"])
+    notes = {entry.get("published_note") for entry in result["protocols"].values() if entry["published"] is not None}
+    table.caption = "; ".join(sorted(note for note in notes if note)) or None
     return table

@@ -296,7 +296,8 @@ def protocols(recipe: Recipe, task: Task, records: list[dict[str, Any]], folder:
         folder: Its folder, which has the checkpoint to be tested.
 
     Returns:
-        For ``"paper"`` and ``"honest"``: metric, value, published value, the epoch or step, and how it was chosen.
+        For ``"paper"`` and ``"honest"``: metric, value, published value and what is to be said of it, the epoch or
+        step, and how it was chosen.
     """
     metric, splits = task.metric, task.evaluated
     evaluated = [record for record in records if any(f"{split}/{metric.key}" in record for split in splits)]
@@ -307,6 +308,7 @@ def protocols(recipe: Recipe, task: Task, records: list[dict[str, Any]], folder:
             "value": metric.shown(value),
             "digits": metric.digits,
             "published": recipe.published(task),
+            "published_note": recipe.published_note,
             recipe.unit: record[recipe.unit],
             "selection": selection,
         }

@@ -195,6 +195,11 @@ class Recipe(ABC):
         """Return the published value of the metric for this recipe and task; ``None`` if there is none."""
         return task.published.get(self.row)
 
+    @property
+    def published_note(self) -> str:
+        """What a reader of the published value of :attr:`row` should know; "" for nothing."""
+        return ""
+
     def published_table(self) -> tuple[str, Mapping[str, float]] | None:
         """Return the published values of this experiment: the name of the metric, and its value by method."""
         return None

@@ -23,6 +23,7 @@ from flowformer.interop.checkpoints import load_vision
 from flowformer.models.vision import VisionModel
 
 NAMES = ["flowformer_vision_tiny", "flowformer_vision_small", "flowformer_vision_base", "flowformer_vision_micro",
+         "flowformer_vision_soft",
          *(f"deit_{size}_{attention}" for size in ("tiny", "small") for attention in ("flow", "mobile", "aft_full")),
          "aft_conv_tiny_11_32", "aft_conv_tiny_11_192", "aft_conv_small_11_16", "aft_conv_small_11_384",
          "aft_conv_small_15_384"]  # fmt: skip

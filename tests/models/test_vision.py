@@ -53,6 +53,15 @@ def test_published_shape():
     assert all(block.gamma is not None for block in blocks)
 
 
+def test_stages_may_have_a_mechanism_each():
+    model = small(attention=("performer", "flow"), attention_options=({"num_features": 5}, {"clamp": 2.0}))
+    first, last = (stage.blocks[0].attention for stage in model.stages)
+    assert (first.num_features, last.options.clamp, last.preset) == (5, 2.0, "vision")
+    for wrong in ({"attention": ("flow",)}, {"attention_options": ({}, {}, {})}, {"attention": None}):
+        with pytest.raises(ValueError, match="must be one for all stages, or one for each of the 2"):
+            small(**wrong)
+
+
 @pytest.mark.parametrize("attention", list_attentions())
 def test_every_mechanism_learns(attention):
     model = small(attention=attention).train()

@@ -83,6 +83,10 @@ def test_every_recipe_has_its_published_row():
         ("flowformer", {"attention": None}, "flowformer"),
         ("softmax", {"attention": "flow"}, "flowformer"),
         ("flowformer", {"attention": "aft_simple"}, ""),
+        ("flowformer", {"attention": "yoso"}, "yoso"),
+        ("yoso", {"attention_options": {"num_hashes": 8}}, ""),
+        ("flowformer", {"attention": "soft"}, ""),  # of series: its landmarks are not of patches
+        ("soft", {"attention": "performer"}, ""),
         ("flowformer", {"attention_options": {"competition": None}}, ""),
         ("flowformer", {"image_size": 256}, ""),
         ("flowformer", {"patch_size": 8}, ""),
@@ -123,6 +127,17 @@ def test_models_are_those_of_their_names(name):
     softmax = words.endswith("softmax")
     assert recipe.model == (f"deit_{size}_flow" if softmax else expected)
     assert recipe.attention == ("softmax" if softmax else None)
+
+
+def test_soft_has_landmarks_of_patches():
+    with torch.device("meta"):
+        model = create_recipe("imagenet/soft").build_model(imagenet.ImageNetFormat(("a", "b"), 224))
+    attentions = [[block.attention for block in stage.blocks] for stage in model.stages]
+    assert [len(of_stage) for of_stage in attentions] == [3, 3, 10, 3]
+    for of_stage, ratio in zip(attentions, (8, 4, 2), strict=False):
+        for attention in of_stage:
+            assert (attention.ratio, attention.own["value_conv"], attention.num_heads) == (ratio, ratio + 1, 12)
+    assert {type(attention).__name__ for attention in attentions[3]} == {"SoftmaxAttention"}
 
 
 # ---------------------------------------------------------------------------------------------------- steps and devices

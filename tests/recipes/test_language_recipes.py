@@ -37,8 +37,10 @@ def test_all_recipes_are_there():
     assert set(LANGUAGE) == {
         "wikitext103/flow", "wikitext103/softmax", "wikitext103/linear",
         "wikitext103/flow-no-competition", "wikitext103/flow-no-allocation",
-        "enwik8/aft-local-12", "enwik8/aft-local-24", "enwik8/aft-simple",
-        "enwik8/transformer", "enwik8/transformer-24", "text/bytes", "text/own",
+        "wikitext103/reformer", "wikitext103/performer", "wikitext103/trf", "wikitext103/trf-gate",
+        "wikitext103/cosformer", "enwik8/aft-local-12", "enwik8/aft-local-24", "enwik8/aft-simple",
+        "enwik8/transformer", "enwik8/transformer-24", "enwik8/reformer", "enwik8/synthesizer", "enwik8/linear",
+        "enwik8/performer", "text/bytes", "text/own",
         "toys/adder", "toys/sort", "toys/chars", "toys/recall", "toys/brackets",
     }  # fmt: skip
 
@@ -57,8 +59,11 @@ def test_a_recipe_is_whole(name):
     [
         ("wikitext103/flow", 30.8), ("wikitext103/softmax", 33.0), ("wikitext103/linear", 38.4),
         ("wikitext103/flow-no-competition", 31.2), ("wikitext103/flow-no-allocation", 32.2),
+        ("wikitext103/reformer", 33.6), ("wikitext103/performer", 37.5), ("wikitext103/trf", 33.6),
+        ("wikitext103/trf-gate", 31.3), ("wikitext103/cosformer", 34.1),
         ("enwik8/aft-local-12", 1.180), ("enwik8/aft-local-24", 1.154), ("enwik8/aft-simple", 1.209),
-        ("enwik8/transformer", 1.137), ("enwik8/transformer-24", 1.130),
+        ("enwik8/transformer", 1.137), ("enwik8/transformer-24", 1.130), ("enwik8/reformer", 1.195),
+        ("enwik8/synthesizer", 1.298), ("enwik8/linear", 1.207), ("enwik8/performer", 1.199),
     ],
 )  # fmt: skip
 def test_published_values_stand_beside_their_own_row(name, published):
@@ -68,13 +73,60 @@ def test_published_values_stand_beside_their_own_row(name, published):
     task = build_task(Corpus("made", BytesTokenizer(), text, text, text, "", ""), 4, published=table)
     assert recipe.published(task) == published
     assert recipe.published_table()[1] is table
-    assert create_recipe(name, attention="mobile").published(task) is None
+    for change in ({"attention": "mobile"}, {"dim": 128}, {"positions": None}, {"length": 500}):
+        assert create_recipe(name, **change).published(task) is None
 
 
 def test_a_published_row_is_known_however_its_options_are_written():
     ablation = create_recipe("wikitext103/flow", attention_options={"competition": None})
     assert ablation.row == create_recipe("wikitext103/flow-no-competition").row == "flow-no-competition"
     assert create_recipe("wikitext103/flow", attention_options={"clamp": 1}).row not in wikitext.PUBLISHED
+
+
+@pytest.mark.parametrize(
+    ("fields", "row", "bits"),
+    [
+        ({"attention_options": {"window": 4}}, "aft-local-24-window-4", 1.165),
+        ({"attention_options": {"window": 1_024}}, "aft-local-24-window-1024", 1.173),
+        ({"attention_options": {"window": 5}}, "", None),
+        ({"length": 2_048}, "aft-local-24-length-2048", 1.135),
+        ({"length": 2_048, "attention_options": {"window": 4}}, "", None),
+    ],
+)
+def test_tables_of_windows_and_lengths_are_reached_by_options(fields, row, bits):
+    recipe = create_recipe("enwik8/aft-local-24", **fields)
+    assert (recipe.row, recipe.published_table()[1].get(recipe.row)) == (row, bits)
+
+
+def test_heads_tell_a_row_of_enwik8():
+    assert create_recipe("enwik8/transformer", attention="linear").row == "linear"
+    assert create_recipe("enwik8/aft-local-12", attention="softmax").row == ""  # one head
+    assert create_recipe("enwik8/aft-local-12", attention="softmax", num_heads=8).row == "transformer"
+
+
+def test_rows_whose_figure_is_of_a_development_set_say_so():
+    noted = {name for name in LANGUAGE if create_recipe(name).published_note}
+    assert noted == {f"wikitext103/{row}" for row in ("softmax", "linear", "trf", "trf-gate")}
+    assert "development set in Peng et al." in create_recipe("wikitext103/trf").published_note
+    assert create_recipe("wikitext103/trf", attention="flow").published_note == ""
+
+
+@pytest.mark.parametrize(
+    ("row", "module", "options"),
+    [
+        ("reformer", "ReformerAttention", {"form": "paper", "sees_future": False, "shared_qk": True}),
+        ("performer", "PerformerAttention", {"num_features": 266}),
+        ("trf", "RFAAttention", {"num_features": 64, "gate": False}),
+        ("trf-gate", "RFAAttention", {"num_features": 64, "gate": True}),
+        ("cosformer", "CosformerAttention", {"max_length": 512}),
+    ],
+)
+def test_wikitext_mechanisms_have_their_options(row, module, options):
+    _, model = build(f"wikitext103/{row}", words(1000), device="meta")
+    for block in model.decoder.layers:
+        assert type(block.attention).__name__ == module
+        assert {name: getattr(block.attention, name) for name in options} == options
+        assert block.attention.num_heads == 8
 
 
 def test_wikitext_model_is_the_published_one():
@@ -98,7 +150,8 @@ def test_wikitext_model_is_the_published_one():
     ("name", "layers", "dim", "heads"),
     [
         ("aft-local-12", 12, 512, 1), ("aft-local-24", 24, 256, 1), ("aft-simple", 24, 256, 1),
-        ("transformer", 12, 512, 8), ("transformer-24", 24, 256, 4),
+        ("transformer", 12, 512, 8), ("transformer-24", 24, 256, 4), ("reformer", 12, 512, 8),
+        ("synthesizer", 12, 512, 8), ("linear", 12, 512, 8), ("performer", 12, 512, 8),
     ],
 )  # fmt: skip
 def test_enwik8_models_are_the_published_ones(name, layers, dim, heads):
@@ -108,6 +161,9 @@ def test_enwik8_models_are_the_published_ones(name, layers, dim, heads):
     assert block.linear1.out_features == 4 * dim
     if "local" in name:
         assert (block.attention.window, block.attention.position_dim) == (32, 256)
+    if name == "synthesizer":
+        assert [tuple(table.shape) for table in block.attention.tables] == [(8, 64, 1_024)]  # dense
+        assert block.attention.projections == ("q",)  # and no dot product
 
 
 def test_validation_text_of_wikitext_goes_through_the_pipeline(shared, tmp_path, monkeypatch):

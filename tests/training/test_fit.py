@@ -1,5 +1,6 @@
 """Runs: what they write, how they resume, what they report."""
 
+import io
 import json
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from flowformer.common.errors import RunError
 from flowformer.recipes import create_recipe, read_recipe
+from flowformer.report.tables import protocol_table
 from flowformer.tasks.series.task import SeriesTask
 from flowformer.training import fit as fit_module
 from flowformer.training.fit import evaluate, load, protocols, train
@@ -167,6 +169,17 @@ def test_protocols_choose_as_they_say(tmp_path):
     assert (held_out["paper"]["epoch"], held_out["honest"]["epoch"]) == (1, 3)
     other = replace(published, attention="linear", attention_options={})
     assert protocols(other, task, history, tmp_path)["paper"]["published"] == 99.2
+
+
+def test_a_note_on_a_published_value_is_shown_below_the_result(tmp_path, monkeypatch):
+    published = create_recipe("uea/JapaneseVowels")
+    monkeypatch.setattr(type(published), "published_note", property(lambda recipe: "measured elsewhere"))
+    for recipe, shown in ((published, True), (replace(published, attention_options={}), False)):
+        noted = protocols(recipe, recipe.build_task(), [{"epoch": 1, "test/accuracy": 0.9}], tmp_path)
+        assert noted["paper"]["published_note"] == noted["honest"]["published_note"] == "measured elsewhere"
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(protocol_table({"recipe": recipe.to_json(), "seed": 0, "protocols": noted}))
+        assert ("measured elsewhere" in console.export_text()) == shown
 
 
 def test_checkpoints_hold_what_was_measured(finished):

@@ -40,7 +40,9 @@ OWN_LICENCE = "Images of your own: their terms are yours to know."
 # Top-1 accuracy in percent on ImageNet's validation set, by recipe.
 PUBLISHED: Mapping[str, float] = {
     # Wu et al., ICML 2022, the table of ImageNet-1K.
-    "flowformer": 80.6, "softmax": 78.7, "linear": 79.0, "deit-small-softmax": 79.8, "deit-small-flow": 80.0,
+    "flowformer": 80.6, "softmax": 78.7, "linear": 79.0, "reformer": 79.6, "longformer": 77.6, "performer": 78.1,
+    "nystromformer": 77.2, "yoso": 79.0, "soft": 79.2, "cosformer": 68.3,
+    "deit-small-softmax": 79.8, "deit-small-flow": 80.0,
     # Zhai et al., 2021, tables 7 and 8.
     "deit-tiny-softmax": 72.2,
     "aft-full-tiny": 72.4, "aft-full-small": 79.8, "aft-conv-tiny-11-32": 73.9, "aft-conv-tiny-11-192": 74.8,

@@ -114,4 +114,7 @@ def test_damaged_zip_is_refused(tmp_path, cache, damage):
 def test_published():
     assert enwik8.PUBLISHED["aft-local-24"] == 1.154
     assert enwik8.PUBLISHED["transformer"] == 1.137
-    assert len(enwik8.PUBLISHED) == 9
+    assert len(enwik8.PUBLISHED) == 9 + 9 + 2
+    windows = {size: bits for size, bits in enwik8.WINDOWS.items() if size < 32}
+    assert list(windows.values()) == sorted(windows.values(), reverse=True)  # up to 32, larger windows are better
+    assert min(enwik8.WINDOWS.values()) > enwik8.PUBLISHED["aft-local-24"] > max(enwik8.LENGTHS.values())
