@@ -362,9 +362,9 @@ def test_native_says_why_it_cannot(change: Callable[[Tensor], Tensor], says: str
 
 
 def test_native_says_that_an_operation_has_none() -> None:
-    with cannot("linear_attention has no native kernels"):
-        ops.linear_attention(*inputs(6), backend="native")
-    assert "linear_attention has no native kernels" in ops.explain("linear_attention", *inputs(6)).why
+    with cannot("softmax_attention has no native kernels"):
+        ops.softmax_attention(*inputs(6), backend="native")
+    assert "softmax_attention has no native kernels" in ops.explain("softmax_attention", *inputs(6)).why
 
 
 @pytest.mark.parametrize("off", ["0", "off", "FALSE", "no"])
