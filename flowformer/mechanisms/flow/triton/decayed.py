@@ -16,7 +16,9 @@ from flowformer.core.tracing import log_cumsum
 from flowformer.kernels.triton import launch
 from flowformer.kernels.triton.decays import between_segments, by_tokens
 from flowformer.kernels.triton.launch import Pairs
+from flowformer.mechanisms.flow.equations import Learned
 from flowformer.mechanisms.flow.options import KernelOptions
+from flowformer.mechanisms.flow.triton.gates import of_temperatures
 from flowformer.mechanisms.flow.triton.setting import Flows, between_sums, set_up, through_heads
 
 DIRECTIONS = (False, True)  # whether over later tokens
@@ -42,11 +44,11 @@ class _Form:
     """Both passes for one set of inputs."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_decay: Tensor, options: KernelOptions, *,
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, learned: Learned, options: KernelOptions, *,
         backward: bool = False,
     ) -> None:  # fmt: skip
         self.q, self.k, self.v, self.options = q, k, v, options
-        self.setting = setting = set_up(q, v, mask, log_decay, options, backward=backward)
+        self.setting = setting = set_up(q, v, mask, learned, options, backward=backward)
         self.of = of = setting.of
         self.total = setting.log_decays()
         ones = torch.ones(of.heads, of.length, device=q.device) if setting.mask is None else setting.mask.float()
@@ -85,7 +87,7 @@ class _Form:
         """Competition along the sequence."""
         if self.options.competition != "sequence":
             return None
-        logits = self.clamp(conserved_out).double()
+        logits = self.setting.gates.logits(conserved_out).double()
         if self.setting.mask is not None:
             logits = logits.masked_fill(~self.setting.mask, LOG_ZERO)
         before = log_cumsum(logits - self.total) + self.total
@@ -94,22 +96,17 @@ class _Form:
         total = largest + ((before - largest).exp() + (behind - largest).exp() - (logits - largest).exp()).log()
         return _Competition(logits, (before, behind), total, self.n * (logits - total).exp().float())
 
-    def clamp(self, conserved_out: Tensor) -> Tensor:
-        """Logits of sources."""
-        clamp = self.options.clamp
-        return conserved_out if clamp is None else conserved_out.clamp(-clamp, clamp)
-
     def weight(self, flows: Flows, competition: _Competition | None) -> Tensor | None:
         """Weights of sources."""
         if self.options.competition == "heads":
-            logits = self.setting.by_heads(self.clamp(flows.conserved_out))
+            logits = self.setting.by_heads(self.setting.gates.logits(flows.conserved_out))
             return self.n * logits.softmax(1).view_as(self.n)
         return None if competition is None else competition.weight
 
     def gate(self, flows: Flows) -> Tensor:
         """Gates of sinks."""
         gate = 1 / flows.incoming
-        return gate * flows.conserved_in.sigmoid() if self.options.allocation else gate
+        return gate * self.setting.gates.allocation(flows.conserved_in) if self.options.allocation else gate
 
     def matrices(self, x: Tensor, values: Tensor, weight: Tensor | None, dot: int) -> tuple[Tensor, Tensor]:
         """Matrices before segments, and behind them."""
@@ -127,10 +124,10 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, _: Tensor | None, log_decay: Tensor, options: KernelOptions
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, _: Tensor | None, learned: Learned, options: KernelOptions
 ) -> tuple[Tensor, Tensor]:
     """Return the output, and the flows in one tensor."""
-    form = _Form(q, k, v, mask, log_decay, options)
+    form = _Form(q, k, v, mask, learned, options)
     incoming, outgoing = form.setting.open(form.flows(None, options.eps, 0.0) + options.flow_eps)
     conserved = form.flows(torch.stack([1 / outgoing, 1 / incoming]), options.eps, 0.0) + options.flow_eps
     flows = Flows(incoming, outgoing, *conserved)
@@ -170,11 +167,11 @@ class _Gradients(NamedTuple):
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, _: Tensor | None, log_decay: Tensor, options: KernelOptions,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, _: Tensor | None, learned: Learned, options: KernelOptions,
     out: Tensor, flows: Tensor, grad_out: Tensor, of_decay: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Return the gradients of q, k, v and of log-decays by token."""
-    form = _Form(q, k, v, mask, log_decay, options, backward=True)
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return the gradients of q, k, v, of log-decays by token, and of temperatures."""
+    form = _Form(q, k, v, mask, learned, options, backward=True)
     return _Backward(form, Flows(*flows.view(4, form.of.heads, -1)), grad_out).run(out, of_decay)
 
 
@@ -187,17 +184,16 @@ class _Backward:
         self.weight, self.gate = form.weight(flows, self.competition), form.gate(flows)
         self.dot = form.setting.dots.gradients
 
-    def run(self, out: Tensor, of_decay: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def run(self, out: Tensor, of_decay: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """Return all gradients."""
         form, flows, options = self.form, self.flows, self.form.options
+        gates = form.setting.gates
         others = form.matrices(form.q, self.grad_out, self.gate, self.dot)
         grad_v, of_weight = self._values(others)
         reads = launch.dots(self.of, self.grad_out, out)
-        of_in = reads * (1 - flows.conserved_in.sigmoid()) if options.allocation else torch.zeros_like(reads)
+        of_in, of_allocation = gates.of_incoming(flows.conserved_in, reads)
         found = self._compete(of_weight)
-        of_out = found.logits
-        if options.clamp is not None:
-            of_out = of_out * (flows.conserved_out.abs() <= options.clamp)
+        of_out, of_competition = gates.of_outgoing(flows.conserved_out, found.logits)
         of_sinks, of_sources = form.flows(torch.stack([of_out, of_in]), 0.0, options.eps)
         incoming = -(reads + of_sinks / flows.incoming) / flows.incoming
         outgoing = -of_sources / flows.outgoing**2
@@ -207,9 +203,8 @@ class _Backward:
         matrices = form.matrices(form.k, form.v, self.weight, self.dot)
         grad_q, parts_q = self._side(True, matrices, sums, of_decay)
         grad_k, parts_k = self._side(False, others, sums, of_decay)
-        if not of_decay:
-            return grad_q, grad_k, grad_v, None
-        return grad_q, grad_k, grad_v, self._decays(parts_q + parts_k, matrices, others, sums, found)
+        decays = self._decays(parts_q + parts_k, matrices, others, sums, found) if of_decay else None
+        return grad_q, grad_k, grad_v, decays, of_temperatures(of_competition, of_allocation)
 
     def _values(self, others: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Gradients of values and of weights."""
