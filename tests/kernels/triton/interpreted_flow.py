@@ -16,7 +16,7 @@ from triton_comparison import FORMS, close, resumed, run
 from triton_comparison import both as both_backends
 
 from flowformer import ops
-from flowformer.kernels.triton import launch
+from flowformer.kernels.triton import launch, parts
 from flowformer.mechanisms import find_attention
 
 HEADS = 2
@@ -133,6 +133,17 @@ def test_packed_sequences(decay: str | None, causal: bool) -> None:
 def test_several_segments(decay: str | None, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "SEGMENT", 32)
     both(inputs(80, decay=decay), causal=causal)
+
+
+def test_in_parts_of_heads_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = inputs(20, decay="token")
+    tensors.insert(3, TEMPERATURES)
+    mask = torch.rand(1, 20, generator=torch.Generator().manual_seed(0)) < 0.7
+    whole = run(with_temperatures, tensors, torch.float16, mask=mask, backend="triton")
+    monkeypatch.setattr(parts, "SMALLEST", 1)
+    assert len(parts.parts_of(tensors[0])) == HEADS
+    cut = run(with_temperatures, tensors, torch.float16, mask=mask, backend="triton")
+    assert all(torch.equal(one, other) for one, other in zip(cut, whole, strict=True))
 
 
 RESUMED = [(None, {}), ("head", {"clamp": None}), ("token", {"competition": "heads"}), ("token", {"competition": None})]
