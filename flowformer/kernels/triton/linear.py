@@ -231,8 +231,9 @@ class _Local:
         settle(goals[2], grad_v)
         before = states.before()
         decays = None if parts is None else by_tokens(of, states.starts(before), parts)
+        of_q, of_k, of_v = goals
         return Gradients(
-            *goals, decays,
+            of_q, of_k, of_v, decays,
             None if known.weight is None else _by_tokens(of_weight, of), _by_tokens(known.of_scale, of), before,
         )  # fmt: skip
 
@@ -443,4 +444,5 @@ def _backward_in_parts(
             if whole is not None and of_part is not None:
                 part.of_tokens(whole).copy_(of_part)
         del form, found  # before the next part
-    return Gradients(*goals, decays, weight, scale, None)
+    of_q, of_k, of_v = goals
+    return Gradients(of_q, of_k, of_v, decays, weight, scale, None)

@@ -187,10 +187,10 @@ def _fake_bidirectional_backward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) ->
 def _bidirectional_backward(q: Tensor, k: Tensor, v: Tensor, key_mask: Any, query_mask: Any, *rest: Any) -> Any:
     learned, (out, flows, grad_out, of_decay, *options) = Learned(*rest[:2]), rest[2:]
     q, k, v, grad_out = with_adjacent_channels(q, k, v, grad_out)
-    found = _form_of(learned.log_decay).backward(
+    *grads, log_decay, temperatures = _form_of(learned.log_decay).backward(
         q, k, v, key_mask, query_mask, learned, KernelOptions(*options), out, flows, grad_out, of_decay
     )
-    return *found[:3], *_of_learned(*found[3:], learned, q)
+    return *grads, *_of_learned(log_decay, temperatures, learned, q)
 
 
 # ---------------------------------------------------------------------------------------------------------- gradients

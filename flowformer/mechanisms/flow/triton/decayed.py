@@ -193,7 +193,7 @@ def backward(
     decays = q.new_empty(batch, length, heads, dtype=torch.float64) if of_decay else None
     temperatures = None if learned.temperatures is None else torch.zeros_like(learned.temperatures)
     for part in parts_of(q, heads_together=options.competition == "heads"):
-        given = (*(part.of_tokens(x) for x in (q, k, v)), part.of_mask(mask), _part_of(learned, part))
+        given = part.of_tokens(q), part.of_tokens(k), part.of_tokens(v), part.of_mask(mask), _part_of(learned, part)
         form = _Form(*given, options, backward=True)
         these = Flows(*part.of_numbers(flows.view(4, batch, heads, length)).reshape(4, form.of.heads, length))
         to = [part.of_tokens(grad) for grad in grads]
