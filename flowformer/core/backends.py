@@ -12,7 +12,7 @@ import importlib
 import os
 import pkgutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,12 +134,14 @@ class Explanation:
         return f"{self.op}: {self.backend}, sums in {self.sums}: {self.why}"
 
 
-def choose(op: str, backend: str = "auto", like: Tensor | None = None, only_torch: str = "") -> str:
+def choose(
+    op: str, backend: str = "auto", like: Tensor | None = None, refusals: Mapping[str, str] | None = None
+) -> str:
     """Choose the backend of an operation; arguments and errors as in :func:`choose_and_say_why`.
 
-    ``only_torch`` is the reason why no other backend can compute it with its options, empty where they can.
+    ``refusals`` are the reasons why backends cannot compute it with its options, by the name of the backend.
     """
-    return _decide(op, backend, like, only_torch)[0]
+    return _decide(op, backend, like, refusals)[0]
 
 
 def choose_and_say_why(op: str, backend: str = "auto", like: Tensor | None = None) -> tuple[str, str]:
@@ -161,9 +163,10 @@ def choose_and_say_why(op: str, backend: str = "auto", like: Tensor | None = Non
     return chosen, why or find_backend(chosen).describe()
 
 
-def _decide(op: str, backend: str, like: Tensor | None, only_torch: str = "") -> tuple[str, str]:
+def _decide(op: str, backend: str, like: Tensor | None, refusals: Mapping[str, str] | None = None) -> tuple[str, str]:
     device, dtype = ("cpu", torch.float32) if like is None else (like.device.type, like.dtype)
-    chosen, why = _choose(op, backend, device, dtype, is_exporting(), is_transformed(), only_torch)
+    reasons = tuple((refusals or {}).items())
+    chosen, why = _choose(op, backend, device, dtype, is_exporting(), is_transformed(), reasons)
     if not torch.compiler.is_compiling() and _asking.now:
         raise _OnlyAskedError(op, like, chosen, why)
     return chosen, why
@@ -171,7 +174,13 @@ def _decide(op: str, backend: str, like: Tensor | None, only_torch: str = "") ->
 
 @torch.compiler.assume_constant_result
 def _choose(
-    op: str, backend: str, device: str, dtype: torch.dtype, exporting: bool, transformed: bool, only_torch: str
+    op: str,
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    exporting: bool,
+    transformed: bool,
+    refusals: tuple[tuple[str, str], ...],
 ) -> tuple[str, str]:
     source = "requested by the backend argument"
     if backend == "auto":
@@ -185,7 +194,7 @@ def _choose(
     for row in list_backends():
         if row is TORCH or backend not in ("auto", row.name):
             continue
-        reason = _refusal(op, row, device, dtype, exporting, transformed) or only_torch
+        reason = _refusal(op, row, device, dtype, exporting, transformed) or dict(refusals).get(row.name, "")
         if backend == "auto" and row.by_request:
             reasons += [] if reason else [row.by_request]
             continue

@@ -42,7 +42,7 @@ def close_up_if(tensors: Sequence[Tensor], mask: Tensor | None) -> tuple[list[Te
 class _Bucket(NamedTuple):
     """Sequences of like length out of a packed batch, as the padded batch they make."""
 
-    rows: list[int]  # which sequences
+    rows: list[int]  # which sequences, in their order
     positions: Tensor  # (n, width) where each token lies in the packed batch; padding points at a real place
     mask: Tensor  # (n, width)
 
@@ -66,10 +66,10 @@ def _buckets(cu_seqlens: Tensor, apart: bool = False) -> list[_Bucket]:
             tokens = lengths[row]
         groups[-1].append(row)
     buckets = []
-    for rows in groups:
+    for rows in map(sorted, groups):
         start = torch.tensor([bounds[row] for row in rows])
         length = torch.tensor([lengths[row] for row in rows])
-        offset = torch.arange(max(1, lengths[rows[0]]))
+        offset = torch.arange(max(1, *(lengths[row] for row in rows)))
         mask = offset < length[:, None]
         positions = (start[:, None] + offset).masked_fill(~mask, 0)
         buckets.append(_Bucket(rows, positions.to(cu_seqlens.device), mask.to(cu_seqlens.device)))
@@ -112,6 +112,8 @@ def run_packed(
         places.append(positions[real])
         states.append(state)
         rows += bucket.rows
+    if len(outs) == 1:  # all sequences, in their order
+        return outs[0].unsqueeze(0), states[0]
     out = torch.cat(outs).index_select(0, torch.cat(places).argsort()).unsqueeze(0)
     if states[0] is None:
         return out, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -80,7 +80,7 @@ def run(
     layout: Layout = HEADS,
     options: Sequence[Any] = (),
     of_tokens: Sequence[Tensor] = (),
-    only_torch: str = "",
+    refusals: Mapping[str, str] | None = None,
     apart: bool = False,
 ) -> Any:
     """Run an operation with the chosen backend, or with ``dense`` in plain PyTorch.
@@ -93,7 +93,7 @@ def run(
         layout: The axes of q, k and v, and whether they must be equally long.
         options: What a backend's implementation is given besides a :class:`Checked`.
         of_tokens: What else there is of each token, (batch, length, ...): ``dense`` takes it after the state.
-        only_torch: Why other backends cannot compute this; empty where they can.
+        refusals: Why backends cannot compute this, by the name of the backend; not of those that can.
         apart: Whether ``dense`` takes packed sequences one by one: see :func:`flowformer.core.masks.run_packed`.
 
     Returns:
@@ -105,7 +105,7 @@ def run(
     q, k, v, causal, _, _, cu_seqlens, state, return_state, backend = given
     check_flag(f"{op}: return_state", return_state)
     masks = check_inputs(op, given, layout)
-    chosen = choose(op, backend, q, only_torch)
+    chosen = choose(op, backend, q, refusals)
     check_state_use(op, causal and init_state is not None, state, return_state)
     if causal and init_state is not None and (state is not None or chosen == TORCH.name):
         fresh = init_state(given.sequences)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowformer.core import masks as masks_module
 from flowformer.core.checks import CHANNELS, HEADS, Layout, Masks, check, check_dtype, check_step, describe
@@ -220,3 +221,31 @@ def test_packed_states_return_to_their_sequences() -> None:
     _, after = run_packed(dense, (torch.zeros(1, 12, 1, 1),), bounds(0, 1, 1, 8, 12), before)
     assert after.key.tolist() == [101, 200, 307, 404]
     assert after.query.tolist() == [1, 2, 3, 4]
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operations that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class State(NamedTuple):
+    """A state of sequences."""
+
+    row: Tensor
+
+
+def test_sequences_of_like_length_are_gathered_once() -> None:
+    x, cu_seqlens = torch.arange(14.0).view(1, 14, 1), bounds(0, 4, 9, 9, 14)
+    with Calls() as calls:
+        out, state = run_packed(lambda x, mask, state: (x * 2, state), (x,), cu_seqlens, State(torch.arange(4)))
+    assert torch.equal(out, x * 2)
+    assert torch.equal(state.row, torch.arange(4))
+    assert calls.names.count("aten::index_select") == 2  # the tensor, and the output
+    assert "aten::cat" not in calls.names

@@ -15,7 +15,7 @@ from flowformer.kernels.triton import products as matrix_kernels
 from flowformer.kernels.triton import vectors as vector_kernels
 
 TF32X3, TF32, BF16, HALVES = (dot.value for dot in (device.TF32X3, device.TF32, device.BF16, device.HALVES))
-SEGMENT = 512  # tokens to each stored matrix
+SEGMENT = 512  # tokens to each stored matrix; twice as many for more than 128 channels, for the size of the matrix
 
 
 class Dots(NamedTuple):
@@ -121,7 +121,7 @@ class Sequences:
         self.total = None if total is None else total.contiguous()
         self.chunk, self.feature_map, self.relative = chunk, feature_map, relative
         self.chunks = triton.cdiv(self.length, chunk)
-        self.per = max(1, SEGMENT // chunk)
+        self.per = max(1, SEGMENT * (2 if like.shape[3] > 128 else 1) // chunk)
         self.segments = triton.cdiv(self.chunks, self.per)
         self.dummy = like.new_empty(1, dtype=torch.float32)
 

@@ -16,7 +16,7 @@ t_i that of T_i: given, or -a_i (g_i . out_i). So the gradients of features are 
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from flowformer.kernels.triton import launch
 from flowformer.kernels.triton.decays import add_up, between_segments, by_tokens
 from flowformer.kernels.triton.launch import Dots, Pairs, Sequences, Sums, chunk_of, dots_of
+from flowformer.kernels.triton.parts import Part, parts_of, settle, wide
 
 
 class Inputs(NamedTuple):
@@ -176,12 +177,12 @@ class _Local:
             self.after[name] = after
         return states
 
-    def forward(self) -> tuple[Tensor, Tensor | None, State | None]:
-        """Return outputs, sums of weights (batch * heads, length), and the state after."""
+    def forward(self, goal: Tensor) -> tuple[Tensor | None, State | None]:
+        """Write outputs; return sums of weights (batch * heads, length), and the state after."""
         (q, k, v, *_), of, eps = self.given, self.of, self.given.eps
         weight, scale = _by_heads(self.given.weight), _by_heads(self.given.scale)
         several = len(self.sinks) > 1
-        out = torch.empty(v.shape, dtype=torch.float32 if several else v.dtype, device=v.device)
+        out = wide(goal) if several else goal
         totals = None
         for back, strict in self.sinks:
             matrices = self.matrices(k, v, weight, back, self.before and self.before.memory, "memory", self.dots.values)
@@ -198,17 +199,18 @@ class _Local:
         after = None
         if self.before is not None:
             after = State(self.after["keys"].squeeze(1) if self.given.sums else None, self.after["memory"])
-        return out.to(v.dtype), totals, after
+        settle(goal, out)
+        return totals, after
 
     def backward(
-        self, out: Tensor, totals: Tensor, of_results: OfResults, grad_state: State | None, of_decay: bool
-    ) -> Gradients:
-        """Return the gradients of all inputs."""
+        self, goals: Sequence[Tensor], out: Tensor, totals: Tensor, of_results: OfResults, grad_state: State | None,
+        of_decay: bool,
+    ) -> Gradients:  # fmt: skip
+        """Write the gradients of q, k and v to ``goals``; return those of all inputs."""
         (q, k, v, *_), of, grad_out = self.given, self.of, of_results.out
         known = _start_backward(self.given, of, out, totals, of_results)
         states = _States(self, grad_out, known, grad_state)
         dot, several = self.dots.gradients, len(self.sinks) > 1
-        grads = [torch.empty(x.shape, dtype=torch.float32 if several else x.dtype, device=x.device) for x in (q, k, v)]
         one = torch.ones(of.heads, of.length, device=q.device)
         parts = torch.zeros_like(one, dtype=torch.float64) if of_decay else None
         of_weight = torch.zeros_like(one)
@@ -217,31 +219,36 @@ class _Local:
             if found is not None and parts is not None:
                 parts.add_(found, alpha=-1 if back else 1)
 
+        grad = wide(goals[0]) if several else goals[0]
         for turn, (back, strict) in enumerate(self.sinks):
             options: dict[str, Any] = {"add": turn > 0, "reverse": back, "strict": strict}
             options["last"] = turn == len(self.sinks) - 1
             pairs = None if known.of_sums is None else Pairs(known.of_sums[None], one[None], states.keys(back))
             found = launch.gradient(
-                of, q, k, grad_out, v, states.ours(back), one if known.scale is None else known.scale, grads[0],
+                of, q, k, grad_out, v, states.ours(back), one if known.scale is None else known.scale, grad,
                 known.weight, pairs, products=of_decay, dot=dot, **options,
             )  # fmt: skip
             gather(found, back)
+        settle(goals[0], grad)
+        grad, grad_v = (wide(goal) if several else goal for goal in goals[1:])
         for turn, (back, strict) in enumerate(self.sources):
             options = {"add": turn > 0, "reverse": back, "strict": strict, "last": turn == len(self.sources) - 1}
             pairs = None if known.of_sums is None else Pairs(one[None], known.of_sums[None], states.queries(back))
             found = launch.gradient(
-                of, k, q, v, grad_out, states.theirs(back), one if known.weight is None else known.weight, grads[1],
+                of, k, q, v, grad_out, states.theirs(back), one if known.weight is None else known.weight, grad,
                 known.scale, pairs, products=of_decay, dot=dot, **options,
             )  # fmt: skip
             gather(found, back)
             weighed = launch.attend(
-                of, k, q, grad_out, states.theirs(back), grads[2], known.weight, known.scale,
+                of, k, q, grad_out, states.theirs(back), grad_v, known.weight, known.scale,
                 None if known.weight is None else v, add=turn > 0, dot=dot, reverse=back, strict=strict,
             )  # fmt: skip
             of_weight = of_weight if weighed is None else of_weight + weighed
+        settle(goals[1], grad)
+        settle(goals[2], grad_v)
         before = states.before()
         decays = None if parts is None else by_tokens(of, states.starts(before), parts)
-        of_q, of_k, of_v = (grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
+        of_q, of_k, of_v = goals
         return Gradients(
             of_q, of_k, of_v, decays,
             None if known.weight is None else _by_tokens(of_weight, of), _by_tokens(known.of_scale, of), before,
@@ -254,33 +261,38 @@ class _States:
     def __init__(self, form: _Local, grad_out: Tensor, known: _Backward, grads: State | None) -> None:
         self.form, self.grad_out, self.known = form, grad_out, known
         self.grads = grads and grads.by_heads()
-        self.ours = functools.cache(self._ours)
-        self.theirs = functools.cache(self._theirs)
-        self.keys = functools.cache(self._keys)
-        self.queries = functools.cache(self._queries)
+        self._found: dict[tuple[str, bool], Tensor] = {}  # a cache of methods would be a cycle, which keeps memory
 
-    def _ours(self, back: bool) -> Tensor:
+    def _once(self, name: str, back: bool, find: Callable[..., Tensor], *given: Any) -> Tensor:
+        if (name, back) not in self._found:
+            self._found[name, back] = find(*given)
+        return self._found[name, back]
+
+    def ours(self, back: bool) -> Tensor:
         """Sums of w phi(k) v^T."""
         form = self.form
         first = form.before and form.before.memory
-        return form.matrices(form.given.k, form.given.v, self.known.weight, back, first, "memory", form.dots.gradients)
+        given = form.given.k, form.given.v, self.known.weight, back, first, "memory", form.dots.gradients
+        return self._once("memory", back, form.matrices, *given)
 
-    def _theirs(self, back: bool) -> Tensor:
+    def theirs(self, back: bool) -> Tensor:
         """Sums of a phi(q) g^T."""
         form = self.form
         first = self.grads and self.grads.memory
-        return form.matrices(
-            form.given.q, self.grad_out, self.known.scale, back, first, "of memory", form.dots.gradients
-        )
+        given = form.given.q, self.grad_out, self.known.scale, back, first, "of memory", form.dots.gradients
+        return self._once("of memory", back, form.matrices, *given)
 
-    def _keys(self, back: bool) -> Tensor:
+    def keys(self, back: bool) -> Tensor:
         """Sums of phi(k)."""
-        return self.form.sums(self.form.given.k, None, back, self.form.before and self.form.before.keys, "keys")
+        form = self.form
+        first = form.before and form.before.keys
+        return self._once("keys", back, form.sums, form.given.k, None, back, first, "keys")
 
-    def _queries(self, back: bool) -> Tensor:
+    def queries(self, back: bool) -> Tensor:
         """Sums of t phi(q)."""
         first = self.grads and self.grads.keys
-        return self.form.sums(self.form.given.q, self.known.of_sums, back, first, "of keys")
+        given = self.form.given.q, self.known.of_sums, back, first, "of keys"
+        return self._once("of keys", back, self.form.sums, *given)
 
     def before(self) -> State | None:
         """Gradients of the state before."""
@@ -380,9 +392,12 @@ class _Global:
 
 def forward(given: Inputs, state: State | None, causal: bool) -> tuple[Tensor, Tensor | None, State | None]:
     """Return outputs, sums of weights (batch * heads, L) where they are wanted, and the state after (causal)."""
-    if causal or given.log_decay is not None:
-        return _Local(given, state).forward()
-    return _Global(given).forward()
+    if not causal and given.log_decay is None:
+        return _Global(given).forward()
+    out = torch.empty(given.v.shape, dtype=given.v.dtype, device=given.v.device)
+    if causal:
+        return out, *_Local(given, state).forward(out)
+    return out, _forward_in_parts(given, out), None
 
 
 def backward(
@@ -401,6 +416,56 @@ def backward(
         grad_state: Gradients of the state after, each or none.
         of_decay: Whether the gradient of log-decays is wanted.
     """
-    if causal or given.log_decay is not None:
-        return _Local(given, state, backward=True).backward(out, totals, of_results, grad_state, of_decay)
-    return _Global(given).backward(out, totals, of_results)
+    if not causal and given.log_decay is None:
+        return _Global(given).backward(out, totals, of_results)
+    goals = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in given[:3]]
+    if causal:
+        return _Local(given, state, backward=True).backward(goals, out, totals, of_results, grad_state, of_decay)
+    return _backward_in_parts(given, goals, out, totals, of_results, of_decay)
+
+
+def _part_of(given: Inputs, part: Part) -> Inputs:
+    """The part of the inputs of the bidirectional form with a decay."""
+    tokens = {name: part.of_tokens(getattr(given, name)) for name in ("q", "k", "v")}
+    numbers = {
+        name: None if x is None else part.of_tokens(x) for name, x in zip(given._fields[6:8], given[6:8], strict=True)
+    }
+    masks = {"key_mask": part.of_mask(given.key_mask), "query_mask": part.of_mask(given.query_mask)}
+    assert given.log_decay is not None
+    return given._replace(log_decay=part.of_decays(given.log_decay), **tokens, **masks, **numbers)
+
+
+def _forward_in_parts(given: Inputs, out: Tensor) -> Tensor | None:
+    """Write outputs; return sums of weights (batch * heads, length)."""
+    batch, length, heads = given.q.shape[:3]
+    totals = given.q.new_empty(batch, heads, length, dtype=torch.float32)
+    for part in parts_of(given.q):
+        found, _ = _Local(_part_of(given, part), None).forward(part.of_tokens(out))
+        if found is not None:
+            to = part.of_numbers(totals)
+            to.copy_(found.view(to.shape))
+    return totals.flatten(0, 1) if given.sums else None
+
+
+def _backward_in_parts(
+    given: Inputs, goals: Sequence[Tensor], out: Tensor, totals: Tensor, of_results: OfResults, of_decay: bool
+) -> Gradients:
+    batch, length, heads = given.q.shape[:3]
+    grad_out = of_results.out
+    decays = grad_out.new_empty(batch, length, heads, dtype=torch.float64) if of_decay else None
+    weight, scale = (None if x is None else torch.empty_like(x) for x in (given.weight, given.scale))
+    for part in parts_of(given.q):
+        sums, grad_sums = (
+            x if x is None or not x.numel() else part.of_numbers(x.view(batch, heads, length)).flatten(0, 1)
+            for x in (totals, of_results.sums)
+        )
+        form = _Local(_part_of(given, part), None, backward=True)
+        to = [part.of_tokens(goal) for goal in goals]
+        of_part = OfResults(part.of_tokens(grad_out), grad_sums)
+        found = form.backward(to, part.of_tokens(out), sums, of_part, None, of_decay)
+        for whole, grad in zip((decays, weight, scale), found[3:6], strict=True):
+            if whole is not None and grad is not None:
+                part.of_tokens(whole).copy_(grad)
+        del form, found  # before the next part
+    of_q, of_k, of_v = goals
+    return Gradients(of_q, of_k, of_v, decays, weight, scale, None)

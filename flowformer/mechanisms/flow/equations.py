@@ -5,7 +5,7 @@ Shapes are (batch, heads, ...) but for inputs, which are (batch, length, heads, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -95,7 +95,7 @@ def beside(factor: Tensor, flow: Tensor) -> Tensor:
     return factor.to(flow.dtype).view(-1, *(1,) * (flow.ndim - 2))
 
 
-def contend(conserved: Tensor, temperatures: Tensor | None, options: FlowOptions) -> Tensor:
+def contend(conserved: Tensor, temperatures: Tensor | None, options: FlowOptions | KernelOptions) -> Tensor:
     """Return the logits of competition of conserved outgoing flows: with a temperature t, t (O^ - 1)."""
     if temperatures is not None:
         conserved = beside(temperatures[0], conserved) * (conserved - 1)
@@ -123,9 +123,9 @@ def open_flow(flow: Tensor, mask: Tensor | None, others: Tensor | None = None) -
     return flow if others is None else flow.masked_fill(~others.any(-1).view(-1, 1, 1), 1.0)
 
 
-def only_torch(learned: Learned) -> str:
-    """Why no other backend computes with these tensors; empty where they do."""
-    return "" if learned.temperatures is None else "temperatures are computed in plain PyTorch"
+def refusals(learned: Learned) -> Mapping[str, str]:
+    """Why backends cannot compute with these tensors, by the name of the backend."""
+    return {} if learned.temperatures is None else {"native": "the native kernels have no learned temperatures"}
 
 
 FEATURE_MAPS = {"sigmoid": 0, "relu": 1, "elu": 2, "given": 3}  # of kernels; given: q and k are features already
@@ -142,9 +142,9 @@ def features_first(
     return Q, K, v.to(Q.dtype), options.values()._replace(feature_map="given")
 
 
-def single(log_decay: Tensor | None) -> Tensor | None:
-    """Return log-decays in float32, as kernels take them."""
-    return None if log_decay is None else log_decay.float()
+def single(learned: Tensor | None) -> Tensor | None:
+    """Return log-decays or temperatures in float32, as kernels take them."""
+    return None if learned is None else learned.float()
 
 
 def state_of(state: FlowState, learned: Learned) -> Sequence[Tensor]:

@@ -62,9 +62,9 @@ from flowformer.mechanisms.flow.equations import (
     Learned,
     allocate,
     contend,
-    only_torch,
     open_flow,
     query_and_key,
+    refusals,
     resolve,
 )
 from flowformer.mechanisms.flow.options import FlowOptions, flow_options
@@ -142,7 +142,7 @@ def flow_attention(
             batch, k.shape[2], k.shape[3], v.shape[3], device=q.device, feature_map=options.feature_map
         ),
         of_tokens=of_tokens,
-        only_torch=only_torch(learned),
+        refusals=refusals(learned),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from flowformer.core.checks import check_state, check_step
 from flowformer.core.decay import clip_log_decay
 from flowformer.core.precision import no_autocast
 from flowformer.core.tracing import log_add
-from flowformer.mechanisms.flow.equations import Learned, allocate, contend, only_torch, query_and_key, resolve
+from flowformer.mechanisms.flow.equations import Learned, allocate, contend, query_and_key, refusals, resolve
 from flowformer.mechanisms.flow.options import FlowOptions, flow_options
 from flowformer.mechanisms.flow.state import FlowState, init_flow_state
 
@@ -65,7 +65,7 @@ def flow_attention_step(
         )
         check_state(op, state, fresh)
         learned = learned if published else resolve(op, learned, q, options, step=True)
-    chosen = choose(op, backend, q, only_torch(learned))
+    chosen = choose(op, backend, q, refusals(learned))
     if chosen == "torch":
         return _step(q, k, v, state, learned, options)
     out, *after = implementation(op, chosen)(q, k, v, state, learned, options, plain=fits)

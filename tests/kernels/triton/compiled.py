@@ -8,22 +8,23 @@ The launches are those of both passes of every form of every mechanism, recorded
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import re
-import subprocess
-import tempfile
 from typing import Any
 
 import torch
 import triton.language as tl
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, compile
 
 from flowformer import ops
 from flowformer.kernels.triton import device, launch, linear
 from flowformer.kernels.triton.attend import GIVEN
 from flowformer.mechanisms.aft.triton import CHUNK, walk
+from flowformer.mechanisms.flow.equations import Learned
 from flowformer.mechanisms.flow.options import PRESETS
 from flowformer.mechanisms.flow.triton import bidirectional, causal, decayed
 from flowformer.mechanisms.flow.triton.setting import Flows
@@ -79,15 +80,18 @@ def record(dtype: torch.dtype, channels: int, length: int = 1_024) -> Launches:
         for log_decay, preset in ((None, "core"), (-torch.rand(1, length, 2), "distance")):
             options = PRESETS[preset].values()
             state = ops.init_flow_state(1, 2, channels, channels)
-            causal.forward(q, k, v, None, log_decay, state, options)
+            learned = Learned(log_decay)
+            causal.forward(q, k, v, None, learned, state, options)
             flows = Flows(numbers, numbers, numbers, numbers)
             given = (v, flows, v, [None] * 4, log_decay is not None)
-            causal.backward(q, k, v, None, log_decay, state, options, *given)
-            run_step(q[:, 0], k[:, 0], v[:, 0], None if log_decay is None else log_decay[:, 0], state, options)
+            causal.backward(q, k, v, None, learned, state, options, *given)
+            of_token = Learned(None if log_decay is None else log_decay[:, 0], torch.ones(3, 2))
+            for one in (of_token, of_token._replace(temperatures=None)):
+                run_step(q[:, 0], k[:, 0], v[:, 0], one, state, options)
             form = bidirectional if log_decay is None else decayed
-            form.forward(q, k, v, None, None, log_decay, options)  # pyright: ignore[reportArgumentType]
+            form.forward(q, k, v, None, None, learned, options)
             flat = torch.ones(8 * length)
-            form.backward(q, k, v, None, None, log_decay, options, v, flat, v, log_decay is not None)  # pyright: ignore[reportArgumentType]
+            form.backward(q, k, v, None, None, learned, options, v, flat, v, log_decay is not None)
     finally:
         launch.run = before
     return launches
@@ -138,8 +142,9 @@ def figures(kernel: Any, source: ASTSource, compiler: dict[str, Any], target: st
         measured, units = _of_amd(compiled.asm["amdgcn"]), ("mfma",)
         assembly = compiled.asm["amdgcn"]
     else:
-        compiled = compile(source, target=GPUTarget("cuda", int(target), 32), options=compiler)
-        measured, units = _of_nvidia(compiled.asm["ptx"], int(target)), ("wgmma", "mma.sync", "tcgen05")
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            compiled = compile(source, target=GPUTarget("cuda", int(target), 32), options=compiler)
+        measured, units = _of_nvidia(said.getvalue()), ("wgmma", "mma.sync", "tcgen05")
         assembly = compiled.asm["ptx"]
     constants = {**{key[0] if isinstance(key, tuple) else key: value for key, value in source.constants.items()}}
     named = {parameter.name: constants.get(parameter.num, constants.get(parameter.name)) for parameter in kernel.params}
@@ -152,14 +157,8 @@ def figures(kernel: Any, source: ASTSource, compiler: dict[str, Any], target: st
     }
 
 
-def _of_nvidia(assembly: str, target: int) -> dict[str, int]:
-    """Registers and spilled bytes of a thread, as the assembler counts them."""
-    with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
-        file.write(assembly)
-        file.flush()
-        name = f"sm_{target}{'a' if target >= 90 else ''}"
-        command = [get_ptxas(target).path, "-v", f"--gpu-name={name}", file.name, "-o", "/dev/null"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+def _of_nvidia(said: str) -> dict[str, int]:
+    """Registers and spilled bytes of a thread, as the assembler counts them where Triton runs it."""
     return {
         "registers": int(re.findall(r"Used (\d+) registers", said)[-1]),
         "spilled_bytes": int(re.findall(r"(\d+) bytes spill stores", said)[-1]),
@@ -178,10 +177,14 @@ def main() -> None:
     parser.add_argument("--target", default="90", help="80, 89, 90, 100, 120; or of AMD, gfx942")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--channels", type=int, default=64)
+    parser.add_argument("--kernel", nargs="+", help="names of kernels; all if absent")
     values = parser.parse_args()
     if values.target.startswith("gfx"):  # as on a PyTorch for AMD
         device.ONE_TF32 = device.THREE_TF32 = tl.constexpr("ieee")
+    knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
     for kernel, source, compiler in record(getattr(torch, values.dtype), values.channels).found.values():
+        if values.kernel and kernel.fn.__name__ not in values.kernel:
+            continue
         row = {"target": values.target, "dtype": values.dtype, "channels": values.channels}
         print(json.dumps({**row, **figures(kernel, source, compiler, values.target)}), flush=True)
 

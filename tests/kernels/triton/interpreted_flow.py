@@ -16,11 +16,12 @@ from triton_comparison import FORMS, close, resumed, run
 from triton_comparison import both as both_backends
 
 from flowformer import ops
-from flowformer.kernels.triton import launch
+from flowformer.kernels.triton import launch, parts
 from flowformer.mechanisms import find_attention
 
 HEADS = 2
 VARIANTS = {name: v for name, v in variants_of(find_attention("flow")).items() if name != "temperature"}
+TEMPERATURES = torch.tensor([[0.5, -2.0], [2.0, 0.25], [0.0, 1.5]], dtype=torch.float64)
 SLOW = pytest.mark.slow
 # Decays of heads are those of tokens, spread over them: they are among the variants, channels and states below.
 DECAYS = pytest.mark.parametrize("decay", [None, pytest.param("head", marks=SLOW), "token"])
@@ -45,6 +46,11 @@ def both(tensors: list[Tensor], dtype: torch.dtype = torch.float32, **options: A
     both_backends(ops.flow_attention, tensors, dtype, **options)
 
 
+OF_TEMPERATURES = [
+    {"clamp": None, "competition": "heads"}, {"competition": None}, {"allocation": False}, {"feature_map": "softmax"},
+]  # fmt: skip
+
+
 @FORMS
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[SLOW] * variant.same_loops) for name, variant in VARIANTS.items()]
@@ -55,6 +61,21 @@ def test_equals_the_reference(name: str, causal: bool) -> None:
     want = run(reference.flow_attention, tensors, torch.float64, causal=causal, **variant.options)
     options = {"causal": causal, "backend": "triton", **variant.options}
     close(run(ops.flow_attention, tensors, torch.float32, **options), want, 1e-5)
+
+
+def with_temperatures(q: Tensor, k: Tensor, v: Tensor, temperatures: Tensor, *log_decay: Tensor, **options: Any) -> Any:
+    """Flow-Attention with the learned tensors in another order."""
+    return ops.flow_attention(q, k, v, *(log_decay or (None,)), temperatures, temperature=True, **options)
+
+
+@FORMS
+@pytest.mark.parametrize("decay", [None, "token"])
+@pytest.mark.parametrize("options", [{"clamp": 0.5}, *(pytest.param(o, marks=SLOW) for o in OF_TEMPERATURES)])
+def test_learned_temperatures(options: dict[str, Any], decay: str | None, causal: bool) -> None:
+    tensors = inputs(20, decay=decay, batch=2)
+    tensors.insert(3, TEMPERATURES)
+    mask = torch.rand(2, 20, generator=torch.Generator().manual_seed(0)) < 0.7
+    both_backends(with_temperatures, tensors, causal=causal, mask=mask, **options)
 
 
 OTHER_HALVES = [(None, False), ("head", False), ("head", True), ("token", True)]
@@ -108,6 +129,17 @@ def test_several_segments(decay: str | None, causal: bool, monkeypatch: pytest.M
     both(inputs(80, decay=decay), causal=causal)
 
 
+def test_in_parts_of_heads_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = inputs(20, decay="token")
+    tensors.insert(3, TEMPERATURES)
+    mask = torch.rand(1, 20, generator=torch.Generator().manual_seed(0)) < 0.7
+    whole = run(with_temperatures, tensors, torch.float16, mask=mask, backend="triton")
+    monkeypatch.setattr(parts, "SMALLEST", 1)
+    assert len(parts.parts_of(tensors[0])) == HEADS
+    cut = run(with_temperatures, tensors, torch.float16, mask=mask, backend="triton")
+    assert all(torch.equal(one, other) for one, other in zip(cut, whole, strict=True))
+
+
 RESUMED = [(None, {}), ("head", {"clamp": None}), ("token", {"competition": "heads"}), ("token", {"competition": None})]
 
 
@@ -155,7 +187,8 @@ def step_by_step(tensors: list[Tensor], dtype: torch.dtype, backend: str, **opti
     outs = []
     for t in range(length):
         token = [x if x.ndim == 1 else x[:, t] for x in leaves]
-        out, state = ops.flow_attention_step(*token[:3], state, *token[3:], backend=backend, **options)
+        learned = (*(token[3:] or (None,)), TEMPERATURES if "temperature" in options else None)
+        out, state = ops.flow_attention_step(*token[:3], state, *learned, backend=backend, **options)
         outs.append(out)
     return [torch.stack(outs, 1), *state]
 
@@ -168,6 +201,8 @@ def step_by_step(tensors: list[Tensor], dtype: torch.dtype, backend: str, **opti
         ({"preset": "core", "feature_map": "elu"}, "head"), ({"preset": "core", "feature_map": "softmax"}, "token"),
         ({"preset": "core", "competition": "heads", "feature_map": "relu"}, "token"),
         ({"preset": "core", "competition": None, "allocation": False, "clamp": None}, "head"),
+        ({"temperature": True, "clamp": 0.5}, None),
+        pytest.param({"temperature": True, "competition": "heads"}, "token", marks=SLOW),
     ],
 )  # fmt: skip
 def test_a_state_advances_step_by_step(options: dict[str, Any], decay: str | None, dtype: torch.dtype) -> None:
@@ -197,7 +232,8 @@ def test_a_step_has_gradients_and_compiles() -> None:
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*token), step(*token))
     torch.library.opcheck(
-        torch.ops.flowformer.flow_step_triton, (*token, *state, "sigmoid", 1.0, 1e-6, 0.0, "sequence", True, False)
+        torch.ops.flowformer.flow_step_triton,
+        (*token, None, *state, "sigmoid", 1.0, 1e-6, 0.0, "sequence", True, False),
     )
 
 
@@ -242,15 +278,17 @@ def test_compiles_into_one_graph(decay: str | None, causal: bool) -> None:
 @pytest.mark.parametrize("causal", [pytest.param(False, marks=SLOW), True])
 def test_operators(causal: bool) -> None:
     tensors = [t.float().requires_grad_() for t in inputs(20, decay="token")]
+    temperatures = TEMPERATURES.float().requires_grad_()
     options = ("sigmoid", 1.0, 1e-6, 0.0, "sequence", True, False)
     if causal:
         _, state = ops.flow_attention(*tensors, causal=True, return_state=True, backend="torch")
         state = [part.detach() for part in state]
-        given = (*tensors[:3], None, tensors[3], *state, *options)
+        given = (*tensors[:3], None, tensors[3], temperatures, *state, *options)
         torch.library.opcheck(torch.ops.flowformer.flow_causal_triton, given)
     else:
         torch.library.opcheck(
-            torch.ops.flowformer.flow_bidirectional_triton, (*tensors[:3], None, None, tensors[3], *options)
+            torch.ops.flowformer.flow_bidirectional_triton,
+            (*tensors[:3], None, None, tensors[3], temperatures, *options),
         )
 
 

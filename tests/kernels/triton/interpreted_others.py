@@ -14,7 +14,7 @@ from triton_comparison import FORMS, both, close, resumed, run, spoilt
 
 from flowformer import ops
 from flowformer.core.feature_products import products_in_chunks
-from flowformer.kernels.triton import attend, launch
+from flowformer.kernels.triton import attend, launch, parts
 from flowformer.mechanisms import find_attention
 
 HEADS = 3
@@ -82,6 +82,18 @@ def test_padding_segments_and_what_is_in_padding(case: str, causal: bool, monkey
 def test_resumes_from_a_state(case: str) -> None:
     operation, tensors, options = given(case, 60)
     resumed(operation, tensors, 33, **options)
+
+
+@pytest.mark.slow
+def test_in_parts_of_a_batch_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    operation, tensors, _ = given("linear-token", 20, batch=2)
+    mask = torch.rand(2, 20, generator=torch.Generator().manual_seed(0)) < 0.7
+    whole = run(operation, tensors, torch.float16, mask=mask, backend="triton")
+    monkeypatch.setattr(parts, "SMALLEST", 1)
+    monkeypatch.setattr(parts, "MOST", 2)
+    assert parts.parts_of(tensors[0])[1].batch == slice(1, 2)
+    cut = run(operation, tensors, torch.float16, mask=mask, backend="triton")
+    assert all(torch.equal(one, other) for one, other in zip(cut, whole, strict=True))
 
 
 @pytest.mark.parametrize("name", ["linear", "mobile", "aft_simple"])

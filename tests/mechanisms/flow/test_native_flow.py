@@ -50,6 +50,13 @@ def test_kernels_are_there() -> None:
     assert kernels() is not None, build.why_not()
 
 
+def test_temperatures_are_left_to_pytorch() -> None:
+    q, temperatures = torch.randn(1, 5, 2, 4), torch.ones(3, 2)
+    assert ops.explain(ops.flow_attention, q, q, q, None, temperatures, temperature=True).backend == "torch"
+    with pytest.raises(ValueError, match="the native kernels have no learned temperatures"):
+        ops.flow_attention(q, q, q, None, temperatures, temperature=True, backend="native")
+
+
 # ------------------------------------------------------------------------------------------------ the published code
 
 # What the golden files call a variant: preset, causal.

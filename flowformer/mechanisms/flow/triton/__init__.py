@@ -46,12 +46,12 @@ def _dense(
     dtype = v.dtype
     q, k, v, values = features_first(q, k, v, masks, learned, options)
     _check_channels(q, k, v)
-    log_decay = single(learned.log_decay)
+    given = single(learned.log_decay), single(learned.temperatures)
     if not causal:
-        out, *_ = torch.ops.flowformer.flow_bidirectional_triton(q, k, v, *masks, log_decay, *values)
+        out, *_ = torch.ops.flowformer.flow_bidirectional_triton(q, k, v, *masks, *given, *values)
         return out.to(dtype), None
     assert state is not None
-    found = torch.ops.flowformer.flow_causal_triton(q, k, v, masks.key, log_decay, *state_of(state, learned), *values)
+    found = torch.ops.flowformer.flow_causal_triton(q, k, v, masks.key, *given, *state_of(state, learned), *values)
     return found[0].to(dtype), FlowState(*found[1:5])
 
 
@@ -60,20 +60,20 @@ def step(
     q: Tensor, k: Tensor, v: Tensor, state: FlowState, learned: Learned, options: FlowOptions, *, plain: bool
 ) -> tuple[Tensor, ...]:
     """Compute one token: output, and parts of the state after it."""
-    dtype, log_decay = v.dtype, single(learned.log_decay)
+    dtype, log_decay, temperatures = v.dtype, single(learned.log_decay), single(learned.temperatures)
     tokens = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
     *tokens, values = features_first(*tokens, Masks(None, None), learned, options)
     _check_channels(*tokens)
     before = state_of(state, learned)
-    given = (*tokens, *before) if log_decay is None else (*tokens, log_decay, *before)
-    if plain or not (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
+    given = (*tokens, log_decay, temperatures, *before)
+    if plain or not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)):
         tokens = (x.squeeze(1) for x in tokens)
-        out, *after = torch.ops.flowformer.flow_step_triton(*tokens, log_decay, *before, *values)
+        out, *after = torch.ops.flowformer.flow_step_triton(*tokens, log_decay, temperatures, *before, *values)
         return out.to(dtype), *after
     if log_decay is not None and log_decay.ndim == 2:
         log_decay = log_decay.unsqueeze(1)
     # A sequence of one token: that has a backward pass.
-    found = torch.ops.flowformer.flow_causal_triton(*tokens, None, log_decay, *before, *values)
+    found = torch.ops.flowformer.flow_causal_triton(*tokens, None, log_decay, temperatures, *before, *values)
     return found[0].squeeze(1).to(dtype), *found[1:5]
 
 
@@ -87,61 +87,71 @@ def _check_channels(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 _OPTIONS = "str feature_map, float? clamp, float eps, float flow_eps, str? competition, bool allocation, bool rescale"
 _TENSORS = "Tensor q, Tensor k, Tensor v"
-_CAUSAL = (
-    f"{_TENSORS}, Tensor? mask, Tensor? log_decay, Tensor tokens, Tensor sums, Tensor log_normaliser, Tensor memory"
-)
+_LEARNED = "Tensor? log_decay, Tensor? temperatures"
+_STATE = "Tensor tokens, Tensor sums, Tensor log_normaliser, Tensor memory"
+_CAUSAL = f"{_TENSORS}, Tensor? mask, {_LEARNED}, {_STATE}"
 _GRADIENTS = (
     "Tensor out, Tensor flows, Tensor grad_out, Tensor? grad_tokens, Tensor? grad_sums, Tensor? grad_log_normaliser, "
     "Tensor? grad_memory, bool of_decay"
 )
-_BIDIRECTIONAL = f"{_TENSORS}, Tensor? key_mask, Tensor? query_mask, Tensor? log_decay"
+_BIDIRECTIONAL = f"{_TENSORS}, Tensor? key_mask, Tensor? query_mask, {_LEARNED}"
 
 
-def _fake_causal(q: Tensor, k: Tensor, v: Tensor, mask: Any, log_decay: Any, *rest: Any) -> tuple[Tensor, ...]:
+def _like_temperatures(grad: Tensor | None, temperatures: Tensor | None, q: Tensor) -> Tensor:
+    """The gradient in the dtype of temperatures; nothing without any."""
+    if temperatures is None:
+        return q.new_zeros(0, dtype=torch.float32)
+    return torch.zeros_like(temperatures) if grad is None else grad.to(temperatures.dtype)
+
+
+def _fake_causal(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     flows = q.new_empty(4, q.shape[0] * q.shape[2], q.shape[1], dtype=torch.float32)
-    return v.new_empty(v.shape), *(part.new_empty(part.shape) for part in rest[:4]), flows
+    return v.new_empty(v.shape), *(part.new_empty(part.shape) for part in rest[3:7]), flows
 
 
 @operator("flow_causal_triton", f"{_CAUSAL}, {_OPTIONS}", _fake_causal, 6)
-def _causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_decay: Tensor | None, *rest: Any) -> Any:
+def _causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> Any:
     from flowformer.mechanisms.flow.triton import causal
 
-    state, options = FlowState(*rest[:4]), KernelOptions(*rest[4:])
+    learned, state, options = Learned(*rest[:2]), FlowState(*rest[2:6]), KernelOptions(*rest[6:])
     q, k, v = with_adjacent_channels(q, k, v)
-    out, after, flows = causal.forward(q, k, v, mask, log_decay, state, options)
+    out, after, flows = causal.forward(q, k, v, mask, learned, state, options)
     return out, *after, torch.stack(flows)
 
 
-def _fake_causal_backward(q: Tensor, k: Tensor, v: Tensor, mask: Any, log_decay: Any, *rest: Any) -> tuple[Tensor, ...]:
-    grads = (x.new_empty(x.shape) for x in (q, k, v))
-    return *grads, *(part.new_empty(part.shape) for part in rest[:4]), like_decays(None, log_decay, q)
+def _fake_causal_backward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    of_learned = like_decays(None, rest[1], q), _like_temperatures(None, rest[2], q)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), *of_learned, *(part.new_empty(part.shape) for part in rest[3:7])
 
 
-@operator("flow_causal_triton_backward", f"{_CAUSAL}, {_GRADIENTS}, {_OPTIONS}", _fake_causal_backward, 8)
-def _causal_backward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_decay: Tensor | None, *rest: Any) -> Any:
+@operator("flow_causal_triton_backward", f"{_CAUSAL}, {_GRADIENTS}, {_OPTIONS}", _fake_causal_backward, 9)
+def _causal_backward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> Any:
     from flowformer.mechanisms.flow.triton import causal
     from flowformer.mechanisms.flow.triton.setting import Flows
 
-    state, (out, flows, grad_out), grad_state = FlowState(*rest[:4]), rest[4:7], rest[7:11]
-    of_decay, options = rest[11] and log_decay is not None, KernelOptions(*rest[12:])
+    learned, state, (out, flows, grad_out) = Learned(*rest[:2]), FlowState(*rest[2:6]), rest[6:9]
+    of_decay, options = rest[13] and learned.log_decay is not None, KernelOptions(*rest[14:])
     q, k, v, grad_out = with_adjacent_channels(q, k, v, grad_out)
-    given = (q, k, v, mask, log_decay, state, options, out, Flows(*flows), grad_out, grad_state, of_decay)
+    given = (q, k, v, mask, learned, state, options, out, Flows(*flows), grad_out, rest[9:13], of_decay)
     found = causal.backward(*given)
-    return found.q, found.k, found.v, *found.state, like_decays(found.log_decay, log_decay, q)
+    return *found[:3], *_of_learned(found.log_decay, found.temperatures, learned, q), *found.state
 
 
-def _fake_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Any, *rest: Any) -> tuple[Tensor, ...]:
-    return v.new_empty(v.shape), *(part.new_empty(part.shape) for part in rest[:4])
+def _of_learned(
+    log_decay: Tensor | None, temperatures: Tensor | None, learned: Learned, q: Tensor
+) -> tuple[Tensor, Tensor]:
+    return like_decays(log_decay, learned.log_decay, q), _like_temperatures(temperatures, learned.temperatures, q)
 
 
-_STEP = f"{_TENSORS}, Tensor? log_decay, Tensor tokens, Tensor sums, Tensor log_normaliser, Tensor memory"
+def _fake_step(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return v.new_empty(v.shape), *(part.new_empty(part.shape) for part in rest[2:6])
 
 
-@operator("flow_step_triton", f"{_STEP}, {_OPTIONS}", _fake_step, 5)
-def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, *rest: Any) -> Any:
+@operator("flow_step_triton", f"{_TENSORS}, {_LEARNED}, {_STATE}, {_OPTIONS}", _fake_step, 5)
+def _step(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
     from flowformer.mechanisms.flow.triton.step import run_step
 
-    out, after = run_step(q, k, v, log_decay, FlowState(*rest[:4]), KernelOptions(*rest[4:]))
+    out, after = run_step(q, k, v, Learned(*rest[:2]), FlowState(*rest[2:6]), KernelOptions(*rest[6:]))
     return out, *after
 
 
@@ -159,27 +169,28 @@ def _fake_bidirectional(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Te
 
 @operator("flow_bidirectional_triton", f"{_BIDIRECTIONAL}, {_OPTIONS}", _fake_bidirectional, 2)
 def _bidirectional(q: Tensor, k: Tensor, v: Tensor, key_mask: Any, query_mask: Any, *rest: Any) -> Any:
-    form, options = _form_of(rest[0]), KernelOptions(*rest[1:])
-    return form.forward(*with_adjacent_channels(q, k, v), key_mask, query_mask, rest[0], options)
+    form, learned, options = _form_of(rest[0]), Learned(*rest[:2]), KernelOptions(*rest[2:])
+    return form.forward(*with_adjacent_channels(q, k, v), key_mask, query_mask, learned, options)
 
 
 def _fake_bidirectional_backward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return *(x.new_empty(x.shape) for x in (q, k, v)), like_decays(None, rest[2], q)
+    of_learned = like_decays(None, rest[2], q), _like_temperatures(None, rest[3], q)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), *of_learned
 
 
 @operator(
     "flow_bidirectional_triton_backward",
     f"{_BIDIRECTIONAL}, Tensor out, Tensor flows, Tensor grad_out, bool of_decay, {_OPTIONS}",
     _fake_bidirectional_backward,
-    4,
+    5,
 )
 def _bidirectional_backward(q: Tensor, k: Tensor, v: Tensor, key_mask: Any, query_mask: Any, *rest: Any) -> Any:
-    log_decay, out, flows, grad_out, of_decay, *options = rest
+    learned, (out, flows, grad_out, of_decay, *options) = Learned(*rest[:2]), rest[2:]
     q, k, v, grad_out = with_adjacent_channels(q, k, v, grad_out)
-    found = _form_of(log_decay).backward(
-        q, k, v, key_mask, query_mask, log_decay, KernelOptions(*options), out, flows, grad_out, of_decay
+    *grads, log_decay, temperatures = _form_of(learned.log_decay).backward(
+        q, k, v, key_mask, query_mask, learned, KernelOptions(*options), out, flows, grad_out, of_decay
     )
-    return *found[:3], like_decays(found[3], log_decay, q)
+    return *grads, *_of_learned(log_decay, temperatures, learned, q)
 
 
 # ---------------------------------------------------------------------------------------------------------- gradients
@@ -187,35 +198,39 @@ def _bidirectional_backward(q: Tensor, k: Tensor, v: Tensor, key_mask: Any, quer
 
 def _keep_causal(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:9], output[0], output[5])
+    ctx.save_for_backward(*inputs[:10], output[0], output[5])
     ctx.mark_non_differentiable(output[5])
-    ctx.options = inputs[9:]
+    ctx.options = inputs[10:]
 
 
 def _differentiate_causal(ctx: Any, grad_out: Tensor | None, *grad_state: Tensor | None) -> Any:
     refuse_second_gradients("Triton")
     *given, out, flows = ctx.saved_tensors
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    wanted = any(ctx.needs_input_grad[4:6])  # of the log-decays, and of the count before
-    grads = torch.ops.flowformer.flow_causal_triton_backward(
-        *given, out, flows, grad_out, *grad_state[:4], wanted, *ctx.options
+    wanted = ctx.needs_input_grad[4] or ctx.needs_input_grad[6]  # of the log-decays, and of the count before
+    *grads, log_decay, temperatures, tokens, sums, log_normaliser, memory = (
+        torch.ops.flowformer.flow_causal_triton_backward(
+            *given, out, flows, grad_out, *grad_state[:4], wanted, *ctx.options
+        )
     )
-    return *grads[:3], None, grads[7] if given[4] is not None else None, *grads[3:7], *(None for _ in ctx.options)
+    learned = None if given[4] is None else log_decay, None if given[5] is None else temperatures
+    return *grads, None, *learned, tokens, sums, log_normaliser, memory, *(None for _ in ctx.options)
 
 
 def _keep_bidirectional(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.save_for_backward(*inputs[:7], *output)
     ctx.mark_non_differentiable(output[1])
-    ctx.options = inputs[6:]
+    ctx.options = inputs[7:]
 
 
 def _differentiate_bidirectional(ctx: Any, grad_out: Tensor, _: Any) -> Any:
     refuse_second_gradients("Triton")
     *given, out, flows = ctx.saved_tensors
-    *grads, of_decay = torch.ops.flowformer.flow_bidirectional_triton_backward(
+    *grads, log_decay, temperatures = torch.ops.flowformer.flow_bidirectional_triton_backward(
         *given, out, flows, grad_out, ctx.needs_input_grad[5], *ctx.options
     )
-    return *grads, None, None, None if given[5] is None else of_decay, *(None for _ in ctx.options)
+    learned = None if given[5] is None else log_decay, None if given[6] is None else temperatures
+    return *grads, None, None, *learned, *(None for _ in ctx.options)
 
 
 torch.library.register_autograd("flowformer::flow_causal_triton", _differentiate_causal, setup_context=_keep_causal)

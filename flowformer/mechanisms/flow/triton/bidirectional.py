@@ -14,8 +14,9 @@ from torch import Tensor
 from flowformer.core.precision import LOG_ZERO
 from flowformer.kernels.triton import launch
 from flowformer.kernels.triton.launch import Pairs, Sequences, chunk_of, dots_of
-from flowformer.mechanisms.flow.equations import FEATURE_MAPS
+from flowformer.mechanisms.flow.equations import FEATURE_MAPS, Learned
 from flowformer.mechanisms.flow.options import KernelOptions
+from flowformer.mechanisms.flow.triton.gates import Gates, of_temperatures
 from flowformer.mechanisms.flow.triton.setting import through_heads
 
 
@@ -65,13 +66,14 @@ class _Form:
         v: Tensor,
         key_mask: Tensor | None,
         query_mask: Tensor | None,
+        learned: Learned,
         options: KernelOptions,
     ) -> None:
         self.dots = dots_of(q.dtype, options.feature_map)
         chunk = chunk_of(self.dots, q.shape[-1], v.shape[-1])
         feature_map = FEATURE_MAPS[options.feature_map]
         self.q, self.k = _side(q, query_mask, chunk, feature_map), _side(k, key_mask, chunk, feature_map)
-        self.options = options
+        self.options, self.gates = options, Gates(options, q.shape[2], learned.temperatures)
 
     def sums(self) -> tuple[Tensor, Tensor]:
         """Sum Q and sum K, (batch * heads, 1, channels)."""
@@ -93,9 +95,8 @@ class _Form:
         options, sinks, sources = self.options, self.q.number, self.k.number
         gate = 1 / incoming
         if options.allocation:
-            gate = gate * (conserved_in * (sinks / sources)).sigmoid()
-        logits = conserved_out * (sources / sinks) if options.rescale else conserved_out
-        logits = logits if options.clamp is None else logits.clamp(-options.clamp, options.clamp)
+            gate = gate * self.gates.allocation(conserved_in * (sinks / sources))
+        logits = self.gates.logits(conserved_out * (sources / sinks) if options.rescale else conserved_out)
         if options.competition is None:
             return _Found(None, gate)
         if options.competition == "heads":
@@ -116,11 +117,11 @@ class _Form:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, _: None,
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, learned: Learned,
     options: KernelOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the output, and the flows of both sides in one tensor."""
-    form = _Form(q, k, v, key_mask, query_mask, options)
+    form = _Form(q, k, v, key_mask, query_mask, learned, options)
     sinks, sources = form.q, form.k
     queries, keys = form.sums()
     incoming = sinks.open(form.flow(sinks, keys), sources)
@@ -134,12 +135,11 @@ def forward(
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, _: None,
-    options: KernelOptions,
-    out: Tensor, flows: Tensor, grad_out: Tensor, of_decay: bool,
-) -> tuple[Tensor, Tensor, Tensor, None]:  # fmt: skip
-    """Return the gradients of q, k and v, and none of decays."""
-    form = _Form(q, k, v, key_mask, query_mask, options)
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, query_mask: Tensor | None, learned: Learned,
+    options: KernelOptions, out: Tensor, flows: Tensor, grad_out: Tensor, of_decay: bool,
+) -> tuple[Tensor, Tensor, Tensor, None, Tensor | None]:  # fmt: skip
+    """Return the gradients of q, k and v, none of decays, and those of temperatures."""
+    form = _Form(q, k, v, key_mask, query_mask, learned, options)
     sinks, sources, eps = form.q, form.k, options.eps
     lengths = [side.of.heads * side.of.length for side in (sinks, sinks, sources, sources)]
     incoming, conserved_in, outgoing, conserved_out = (
@@ -154,11 +154,10 @@ def backward(
     of_weight = form.read(sources, later, grad_v, found.weight, other=v, dot=dot)
     reads = launch.dots(sinks.of, grad_out, out)
 
-    of_in = torch.zeros_like(reads)
-    if options.allocation:
-        ratio = sinks.number / sources.number
-        of_in = reads * (1 - (conserved_in * ratio).sigmoid()) * ratio
-    of_out = _of_logits(form, found, conserved_out, of_weight)
+    ratio = sinks.number / sources.number
+    of_in, of_allocation = form.gates.of_incoming(conserved_in * ratio, reads)
+    of_in = of_in * ratio
+    of_out, of_competition = _of_outgoing(form, found, conserved_out, of_weight)
     scaled_queries, scaled_keys = (x.float() for x in form.scaled_sums(incoming, outgoing))
     of_scaled_queries = sources.sum(of_out.unsqueeze(0), eps).float()
     of_scaled_keys = sinks.sum(of_in.unsqueeze(0), eps).float()
@@ -192,20 +191,21 @@ def backward(
         Pairs(torch.stack([torch.ones_like(outgoing), 1 / outgoing]), None, torch.cat([of_keys, of_scaled_keys], 1)),
         local=False, dot=dot,
     )  # fmt: skip
-    return grad_q, grad_k, grad_v, None
+    return grad_q, grad_k, grad_v, None, of_temperatures(of_competition, of_allocation)
 
 
-def _of_logits(form: _Form, found: _Found, conserved: Tensor, of_weight: Tensor | None) -> Tensor:
-    """The gradient of conserved outgoing flows before they are rescaled."""
+def _of_outgoing(
+    form: _Form, found: _Found, conserved: Tensor, of_weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of conserved outgoing flows before they are rescaled, and of the temperature of competition."""
     options, sources = form.options, form.k
+    ratio = sources.number / form.q.number if options.rescale else 1.0
     if found.weight is None or of_weight is None:
-        return torch.zeros_like(conserved)
+        return form.gates.of_outgoing(conserved, torch.zeros_like(conserved))
     parts, share = found.weight * of_weight, found.weight / sources.number
     if options.competition == "heads":
         of_logits = through_heads(parts, share, sources.of)
     else:
         of_logits = parts - share * parts.sum(-1, keepdim=True)
-    ratio = sources.number / form.q.number if options.rescale else 1.0
-    if options.clamp is not None:
-        of_logits = of_logits * ((conserved * ratio).abs() <= options.clamp)
-    return of_logits * ratio
+    of_conserved, learned = form.gates.of_outgoing(conserved * ratio, of_logits)
+    return of_conserved * ratio, learned

@@ -28,8 +28,10 @@ from flowformer.core.tracing import log_add, log_cumsum
 from flowformer.kernels.triton import launch
 from flowformer.kernels.triton.decays import between_segments, by_tokens
 from flowformer.kernels.triton.launch import Pairs
+from flowformer.mechanisms.flow.equations import Learned
 from flowformer.mechanisms.flow.options import KernelOptions
 from flowformer.mechanisms.flow.state import FlowState
+from flowformer.mechanisms.flow.triton.gates import of_temperatures
 from flowformer.mechanisms.flow.triton.setting import Flows, Setting, between_sums, set_up, through_heads
 
 
@@ -70,11 +72,10 @@ def _find_flows(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_decay: Tensor | None, state: FlowState,
-    options: KernelOptions,
-) -> tuple[Tensor, FlowState, Flows]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, learned: Learned, state: FlowState, options: KernelOptions
+) -> tuple[Tensor, FlowState, Flows]:
     """Return the output, the state after it, and the flows."""
-    setting = set_up(q, v, mask, log_decay, options)
+    setting = set_up(q, v, mask, learned, options)
     of, heads = setting.of, setting.of.heads
     sums = state.sums.reshape(heads, 4, -1)
     n, count = _tokens_so_far(setting, state.tokens)
@@ -102,9 +103,7 @@ def forward(
 def _weigh(setting: Setting, flows: Flows, n: Tensor, past: Tensor) -> Found:
     """Weights of sources and gates of sinks from the flows."""
     options = setting.options
-    logits = flows.conserved_out
-    if options.clamp is not None:
-        logits = logits.clamp(-options.clamp, options.clamp)
+    logits = setting.gates.logits(flows.conserved_out)
     weight, normaliser = None, None
     if options.competition == "heads":
         weight = n * setting.by_heads(logits).softmax(1).view_as(logits)
@@ -114,7 +113,7 @@ def _weigh(setting: Setting, flows: Flows, n: Tensor, past: Tensor) -> Found:
         weight = n * (flat - normaliser).exp().float()
     gate = 1 / flows.incoming
     if options.allocation:
-        gate = gate * flows.conserved_in.sigmoid()
+        gate = gate * setting.gates.allocation(flows.conserved_in)
     return Found(flows, n, logits, normaliser, weight, gate)
 
 
@@ -125,13 +124,14 @@ def _log_normalise(setting: Setting, logits: Tensor, past: Tensor) -> Tensor:
 
 
 class Gradients(NamedTuple):
-    """Gradients of the inputs: of log-decays (batch, length, heads)."""
+    """Gradients of the inputs: of log-decays (batch, length, heads), of temperatures (3, heads)."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     state: FlowState
     log_decay: Tensor | None
+    temperatures: Tensor | None
 
 
 class _OfFlows(NamedTuple):
@@ -144,7 +144,7 @@ class _OfFlows(NamedTuple):
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_decay: Tensor | None, state: FlowState,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, learned: Learned, state: FlowState,
     options: KernelOptions, out: Tensor, flows: Flows, grad_out: Tensor, grad_state: Sequence[Tensor | None],
     of_decay: bool,
 ) -> Gradients:  # fmt: skip
@@ -155,7 +155,7 @@ def backward(
         k: Keys.
         v: Values.
         mask: (batch, length).
-        log_decay: (heads,) or (batch, length, heads).
+        learned: Log-decays and temperatures.
         state: The state before.
         options: Of the mechanism.
         out: The output.
@@ -164,7 +164,7 @@ def backward(
         grad_state: Gradients of the parts of the state after, or ``None``.
         of_decay: Whether the gradient of log-decays, and of the count before, is wanted.
     """
-    setting = set_up(q, v, mask, log_decay, options, backward=True)
+    setting = set_up(q, v, mask, learned, options, backward=True)
     return _Backward(setting, q, k, v, state, flows, grad_state).run(out, grad_out, of_decay)
 
 
@@ -225,7 +225,7 @@ class _Backward:
         """Return all gradients."""
         grad_v, of_weights, later, grad_memory = self._values(grad_out)
         reads = launch.dots(self.of, grad_out, out)
-        grads, dn, of_sums, grad_past = self._flows(reads, of_weights)
+        grads, dn, of_sums, grad_past, learned = self._flows(reads, of_weights)
         sides = self._sides(grad_out, later, grads, of_decay)
         before = FlowState(torch.zeros_like(grad_past), sides.sums, grad_past, grad_memory)
         decays = None
@@ -234,7 +234,7 @@ class _Backward:
             before = before._replace(tokens=first)
             decays = self._decays(sides, before, counts, dn, of_sums)
         shaped = (new.reshape(old.shape) for new, old in zip(before, self.state, strict=True))
-        return Gradients(sides.q, sides.k, grad_v, FlowState(*shaped), decays)
+        return Gradients(sides.q, sides.k, grad_v, FlowState(*shaped), decays, learned)
 
     def _values(self, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of values and of weights, the matrices behind segments, and the gradient of the first."""
@@ -249,20 +249,22 @@ class _Backward:
         assert first is not None
         return grad_v, of_weights, later, first
 
-    def _flows(self, reads: Tensor, of_weights: Tensor) -> tuple[_OfFlows, Tensor, _OfSums | None, Tensor]:
-        """Gradients of flows, of counts, of sums of exp(O^), and of the first such sum."""
-        known, options, flows = self.known, self.options, self.known.flows
-        of_in = reads * (1 - flows.conserved_in.sigmoid()) / known.n if options.allocation else torch.zeros_like(reads)
+    def _flows(
+        self, reads: Tensor, of_weights: Tensor
+    ) -> tuple[_OfFlows, Tensor, _OfSums | None, Tensor, Tensor | None]:
+        """Gradients of flows, of counts, of sums of exp(O^), of the first such sum, and of temperatures."""
+        known, options, flows, gates = self.known, self.options, self.known.flows, self.setting.gates
+        of_in, of_allocation = gates.of_incoming(flows.conserved_in, reads)
         of_logits, dn, of_sums, grad_past = self._competition(of_weights)
-        if options.clamp is not None:
-            of_logits = of_logits * (flows.conserved_out.abs() <= options.clamp)
-        of_out = of_logits / known.n
+        of_out, of_competition = gates.of_outgoing(flows.conserved_out, of_logits)
+        of_in, of_out = of_in / known.n, of_out / known.n
         dn = dn - of_in * (flows.conserved_in - options.flow_eps) - of_out * (flows.conserved_out - options.flow_eps)
         of_sinks, of_sources = self._scales(of_in, of_out)
         incoming = -(reads + of_sinks * known.n / flows.incoming) / flows.incoming
         outgoing = -of_sources * known.n / flows.outgoing**2
         dn = dn + of_sinks / flows.incoming + of_sources / flows.outgoing
-        return _OfFlows(incoming, outgoing, of_in, of_out), dn, of_sums, grad_past
+        learned = of_temperatures(of_competition, of_allocation)
+        return _OfFlows(incoming, outgoing, of_in, of_out), dn, of_sums, grad_past, learned
 
     def _competition(self, of_weights: Tensor) -> tuple[Tensor, Tensor, _OfSums | None, Tensor]:
         """Gradients of logits, of counts, of sums of exp(O^), and of the first such sum."""

@@ -6,6 +6,7 @@ form (``causal.py``, which has the gradients too), in either direction.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,10 @@ from flowformer.core.tracing import log_cumsum
 from flowformer.kernels.triton import launch
 from flowformer.kernels.triton.decays import between_segments, by_tokens
 from flowformer.kernels.triton.launch import Pairs
+from flowformer.kernels.triton.parts import Part, parts_of, settle, wide
+from flowformer.mechanisms.flow.equations import Learned
 from flowformer.mechanisms.flow.options import KernelOptions
+from flowformer.mechanisms.flow.triton.gates import of_temperatures
 from flowformer.mechanisms.flow.triton.setting import Flows, between_sums, set_up, through_heads
 
 DIRECTIONS = (False, True)  # whether over later tokens
@@ -42,11 +46,11 @@ class _Form:
     """Both passes for one set of inputs."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_decay: Tensor, options: KernelOptions, *,
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, learned: Learned, options: KernelOptions, *,
         backward: bool = False,
     ) -> None:  # fmt: skip
         self.q, self.k, self.v, self.options = q, k, v, options
-        self.setting = setting = set_up(q, v, mask, log_decay, options, backward=backward)
+        self.setting = setting = set_up(q, v, mask, learned, options, backward=backward)
         self.of = of = setting.of
         self.total = setting.log_decays()
         ones = torch.ones(of.heads, of.length, device=q.device) if setting.mask is None else setting.mask.float()
@@ -85,7 +89,7 @@ class _Form:
         """Competition along the sequence."""
         if self.options.competition != "sequence":
             return None
-        logits = self.clamp(conserved_out).double()
+        logits = self.setting.gates.logits(conserved_out).double()
         if self.setting.mask is not None:
             logits = logits.masked_fill(~self.setting.mask, LOG_ZERO)
         before = log_cumsum(logits - self.total) + self.total
@@ -94,22 +98,17 @@ class _Form:
         total = largest + ((before - largest).exp() + (behind - largest).exp() - (logits - largest).exp()).log()
         return _Competition(logits, (before, behind), total, self.n * (logits - total).exp().float())
 
-    def clamp(self, conserved_out: Tensor) -> Tensor:
-        """Logits of sources."""
-        clamp = self.options.clamp
-        return conserved_out if clamp is None else conserved_out.clamp(-clamp, clamp)
-
     def weight(self, flows: Flows, competition: _Competition | None) -> Tensor | None:
         """Weights of sources."""
         if self.options.competition == "heads":
-            logits = self.setting.by_heads(self.clamp(flows.conserved_out))
+            logits = self.setting.by_heads(self.setting.gates.logits(flows.conserved_out))
             return self.n * logits.softmax(1).view_as(self.n)
         return None if competition is None else competition.weight
 
     def gate(self, flows: Flows) -> Tensor:
         """Gates of sinks."""
         gate = 1 / flows.incoming
-        return gate * flows.conserved_in.sigmoid() if self.options.allocation else gate
+        return gate * self.setting.gates.allocation(flows.conserved_in) if self.options.allocation else gate
 
     def matrices(self, x: Tensor, values: Tensor, weight: Tensor | None, dot: int) -> tuple[Tensor, Tensor]:
         """Matrices before segments, and behind them."""
@@ -121,16 +120,28 @@ class _Form:
         return found[0], found[1]
 
 
-def _wide(x: Tensor) -> Tensor:
-    """Memory like x for the sum of both directions."""
-    return torch.empty(x.shape, dtype=torch.float32, device=x.device)
-
-
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, _: Tensor | None, log_decay: Tensor, options: KernelOptions
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, _: Tensor | None, learned: Learned, options: KernelOptions
 ) -> tuple[Tensor, Tensor]:
     """Return the output, and the flows in one tensor."""
-    form = _Form(q, k, v, mask, log_decay, options)
+    batch, length, heads = q.shape[:3]
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    flows = q.new_empty(4, batch, heads, length, dtype=torch.float32)
+    for part in parts_of(q, heads_together=options.competition == "heads"):
+        given = part.of_tokens(q), part.of_tokens(k), part.of_tokens(v), part.of_mask(mask), _part_of(learned, part)
+        _forward(_Form(*given, options), part.of_tokens(out), part.of_numbers(flows))
+    return out, flows.flatten()
+
+
+def _part_of(learned: Learned, part: Part) -> Learned:
+    log_decay, temperatures, _ = learned
+    assert log_decay is not None
+    return Learned(part.of_decays(log_decay), None if temperatures is None else temperatures[:, part.heads])
+
+
+def _forward(form: _Form, out: Tensor, found: Tensor) -> None:
+    """Write the output (batch, length, heads, channels), and the flows (4, batch, heads, length)."""
+    options = form.options
     incoming, outgoing = form.setting.open(form.flows(None, options.eps, 0.0) + options.flow_eps)
     conserved = form.flows(torch.stack([1 / outgoing, 1 / incoming]), options.eps, 0.0) + options.flow_eps
     flows = Flows(incoming, outgoing, *conserved)
@@ -139,10 +150,13 @@ def forward(
         form.gate(flows),
         form.setting.dots.values,
     )
-    out = _wide(v)
+    q, k, v = form.q, form.k, form.v
+    total = wide(out)
     for back, matrices in zip(DIRECTIONS, form.matrices(k, v, weight, dot), strict=True):
-        launch.attend(form.of, q, k, v, matrices, out, gate, weight, add=back, dot=dot, reverse=back, strict=back)
-    return out.to(v.dtype), torch.cat([flow.flatten() for flow in flows])
+        launch.attend(form.of, q, k, v, matrices, total, gate, weight, add=back, dot=dot, reverse=back, strict=back)
+    settle(out, total)
+    for flow, to in zip(flows, found, strict=True):
+        to.copy_(form.setting.by_heads(flow))
 
 
 class _Read(NamedTuple):
@@ -170,34 +184,53 @@ class _Gradients(NamedTuple):
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, _: Tensor | None, log_decay: Tensor, options: KernelOptions,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, _: Tensor | None, learned: Learned, options: KernelOptions,
     out: Tensor, flows: Tensor, grad_out: Tensor, of_decay: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Return the gradients of q, k, v and of log-decays by token."""
-    form = _Form(q, k, v, mask, log_decay, options, backward=True)
-    return _Backward(form, Flows(*flows.view(4, form.of.heads, -1)), grad_out).run(out, of_decay)
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return the gradients of q, k, v, of log-decays by token, and of temperatures."""
+    batch, length, heads = q.shape[:3]
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    decays = q.new_empty(batch, length, heads, dtype=torch.float64) if of_decay else None
+    temperatures = None if learned.temperatures is None else torch.zeros_like(learned.temperatures)
+    for part in parts_of(q, heads_together=options.competition == "heads"):
+        given = part.of_tokens(q), part.of_tokens(k), part.of_tokens(v), part.of_mask(mask), _part_of(learned, part)
+        form = _Form(*given, options, backward=True)
+        these = Flows(*part.of_numbers(flows.view(4, batch, heads, length)).reshape(4, form.of.heads, length))
+        to = [part.of_tokens(grad) for grad in grads]
+        of_part = _Backward(form, these, part.of_tokens(grad_out), to).run(part.of_tokens(out), of_decay)
+        if decays is not None and of_part[0] is not None:
+            part.of_tokens(decays).copy_(of_part[0])
+        if temperatures is not None and of_part[1] is not None:
+            temperatures[:, part.heads] += of_part[1]
+    return grads[0], grads[1], grads[2], decays, temperatures
 
 
 class _Backward:
-    """The backward pass, part by part."""
+    """The backward pass, part by part.
 
-    def __init__(self, form: _Form, flows: Flows, grad_out: Tensor) -> None:
-        self.form, self.flows, self.grad_out, self.of = form, flows, grad_out, form.of
+    Args:
+        form: The inputs.
+        flows: Of the forward pass.
+        grad_out: Gradient of the output.
+        grads: Where gradients of q, k and v are written.
+    """
+
+    def __init__(self, form: _Form, flows: Flows, grad_out: Tensor, grads: Sequence[Tensor]) -> None:
+        self.form, self.flows, self.grad_out, self.of, self.grads = form, flows, grad_out, form.of, grads
         self.competition = form.compete(flows.conserved_out)
         self.weight, self.gate = form.weight(flows, self.competition), form.gate(flows)
         self.dot = form.setting.dots.gradients
 
-    def run(self, out: Tensor, of_decay: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return all gradients."""
+    def run(self, out: Tensor, of_decay: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Write the gradients of q, k and v; return those of log-decays by token, and of temperatures."""
         form, flows, options = self.form, self.flows, self.form.options
+        gates = form.setting.gates
         others = form.matrices(form.q, self.grad_out, self.gate, self.dot)
-        grad_v, of_weight = self._values(others)
+        of_weight = self._values(others)
         reads = launch.dots(self.of, self.grad_out, out)
-        of_in = reads * (1 - flows.conserved_in.sigmoid()) if options.allocation else torch.zeros_like(reads)
+        of_in, of_allocation = gates.of_incoming(flows.conserved_in, reads)
         found = self._compete(of_weight)
-        of_out = found.logits
-        if options.clamp is not None:
-            of_out = of_out * (flows.conserved_out.abs() <= options.clamp)
+        of_out, of_competition = gates.of_outgoing(flows.conserved_out, found.logits)
         of_sinks, of_sources = form.flows(torch.stack([of_out, of_in]), 0.0, options.eps)
         incoming = -(reads + of_sinks / flows.incoming) / flows.incoming
         outgoing = -of_sources / flows.outgoing**2
@@ -205,16 +238,15 @@ class _Backward:
         sums = _Vectors(form, torch.stack([one, 1 / flows.outgoing]), torch.stack([one, 1 / flows.incoming]),
                         torch.stack([incoming, of_in]), torch.stack([outgoing, of_out]))  # fmt: skip
         matrices = form.matrices(form.k, form.v, self.weight, self.dot)
-        grad_q, parts_q = self._side(True, matrices, sums, of_decay)
-        grad_k, parts_k = self._side(False, others, sums, of_decay)
-        if not of_decay:
-            return grad_q, grad_k, grad_v, None
-        return grad_q, grad_k, grad_v, self._decays(parts_q + parts_k, matrices, others, sums, found)
+        parts_q = self._side(True, matrices, sums, of_decay)
+        parts_k = self._side(False, others, sums, of_decay)
+        decays = self._decays(parts_q + parts_k, matrices, others, sums, found) if of_decay else None
+        return decays, of_temperatures(of_competition, of_allocation)
 
-    def _values(self, others: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Gradients of values and of weights."""
+    def _values(self, others: tuple[Tensor, Tensor]) -> Tensor:
+        """Write the gradient of values, and return that of weights."""
         form = self.form
-        grad_v, of_weight = _wide(form.v), []
+        grad_v, of_weight = wide(self.grads[2]), []
         for back, matrices in zip(DIRECTIONS, others, strict=True):
             of_weight.append(
                 launch.attend(
@@ -222,7 +254,8 @@ class _Backward:
                     dot=self.dot, reverse=back, strict=back,
                 )
             )  # fmt: skip
-        return grad_v.to(form.v.dtype), of_weight[0] + of_weight[1]
+        settle(self.grads[2], grad_v)
+        return of_weight[0] + of_weight[1]
 
     def _compete(self, of_weight: Tensor) -> _Gradients:
         """Gradients of logits and of counts."""
@@ -246,10 +279,8 @@ class _Backward:
         share = share if self.form.setting.mask is None else share.masked_fill(~self.form.setting.mask, 0)
         return _Read(share, found, given, total)
 
-    def _side(
-        self, of_sinks: bool, states: tuple[Tensor, Tensor], sums: _Vectors, of_decay: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of queries or of keys, and what they have with earlier tokens less what they have with later ones.
+    def _side(self, of_sinks: bool, states: tuple[Tensor, Tensor], sums: _Vectors, of_decay: bool) -> Tensor:
+        """Write the gradient of queries or keys; return what they have with earlier tokens less what with later ones.
 
         Of a token with itself, queries have what keys lack: it has no distance.
         """
@@ -259,7 +290,8 @@ class _Backward:
         else:
             given, scale = (form.k, form.q, form.v, self.grad_out), one if self.weight is None else self.weight
             weight = self.gate
-        out, parts = _wide(given[0]), torch.zeros_like(one)
+        goal = self.grads[0 if of_sinks else 1]
+        out, parts = wide(goal), torch.zeros_like(one)
         for back in DIRECTIONS:
             strict = back == of_sinks
             if of_sinks:
@@ -274,7 +306,8 @@ class _Backward:
             )  # fmt: skip
             if found is not None:
                 parts = parts - found if back else parts + found
-        return out.to(form.q.dtype), parts
+        settle(goal, out)
+        return parts
 
     def _decays(
         self, parts: Tensor, matrices: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor], sums: _Vectors,

@@ -10,8 +10,9 @@ from torch import Tensor
 from flowformer.core.precision import LOG_ZERO
 from flowformer.kernels.triton.decays import add_up
 from flowformer.kernels.triton.launch import Dots, Sequences, chunk_of, dots_of
-from flowformer.mechanisms.flow.equations import FEATURE_MAPS
+from flowformer.mechanisms.flow.equations import FEATURE_MAPS, Learned
 from flowformer.mechanisms.flow.options import KernelOptions
+from flowformer.mechanisms.flow.triton.gates import Gates
 
 
 class Flows(NamedTuple):
@@ -24,12 +25,13 @@ class Flows(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What both passes have: the sequences, the mask by heads, and how to compute."""
+    """What both passes have: the sequences, the mask by heads, how to compute, and gates."""
 
     of: Sequences
     mask: Tensor | None
     options: KernelOptions
     dots: Dots
+    gates: Gates
 
     def open(self, flow: Tensor) -> Tensor:
         """Set the flow of padding to 1."""
@@ -51,18 +53,18 @@ def set_up(
     q: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    log_decay: Tensor | None,
+    learned: Learned,
     options: KernelOptions,
     *,
     backward: bool = False,
 ) -> Setting:
     """Return the setting of either pass for q and v (batch, length, heads, channels)."""
-    total = None if log_decay is None else add_up(log_decay, mask, q)
+    total = None if learned.log_decay is None else add_up(learned.log_decay, mask, q)
     by_heads = None if mask is None else mask.repeat_interleave(q.shape[2], 0)
     dots = dots_of(q.dtype, options.feature_map)
     chunk = chunk_of(dots, q.shape[-1], v.shape[-1], backward=backward)
     of = Sequences(q, mask, total, chunk, FEATURE_MAPS[options.feature_map])
-    return Setting(of, by_heads, options, dots)
+    return Setting(of, by_heads, options, dots, Gates(options, q.shape[2], learned.temperatures))
 
 
 def through_heads(parts: Tensor, share: Tensor, of: Sequences) -> Tensor:

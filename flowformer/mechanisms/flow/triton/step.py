@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowformer.kernels.triton import launch
 from flowformer.kernels.triton.device import load_tokens
-from flowformer.mechanisms.flow.equations import FEATURE_MAPS
+from flowformer.mechanisms.flow.equations import FEATURE_MAPS, Learned
 from flowformer.mechanisms.flow.options import KernelOptions
 from flowformer.mechanisms.flow.state import FlowState
 
@@ -48,10 +48,10 @@ def _decay_of(log_decay, row, decay_rows, DECAY: tl.constexpr):
 
 @triton.jit
 def _find(
-    q, k, tokens, sums, row, decay, eps, flow_eps, clamp, d, inside,
-    D: tl.constexpr, MAP: tl.constexpr, CLAMPED: tl.constexpr,
+    q, k, temperatures, tokens, sums, row, heads, decay, eps, flow_eps, clamp, d, inside,
+    D: tl.constexpr, MAP: tl.constexpr, CLAMPED: tl.constexpr, TEMPERED: tl.constexpr,
 ):  # fmt: skip
-    """Return features, count, the four sums after the token, incoming flows before and after, and the logit."""
+    """Return features, count, the four sums after the token, the incoming flow, and what gate and weight are of."""
     gamma = tl.exp(decay)
     Q, K = _features(q + row * D, d, inside, MAP), _features(k + row * D, d, inside, MAP)
     n = tl.load(tokens + row) * gamma + 1.0
@@ -64,6 +64,10 @@ def _find(
     scaled_queries = tl.load(p + 3 * D, inside, 0.0) * gamma + Q * (n / incoming)
     conserved_in = _flow(Q, scaled_keys, inside, eps) / n + flow_eps
     logit = _flow(K, scaled_queries, inside, eps) / n + flow_eps
+    if TEMPERED:
+        logit = tl.load(temperatures + row % heads).to(tl.float64) * (logit - 1.0)
+        conserved_in = tl.load(temperatures + heads + row % heads).to(tl.float64) * (conserved_in - 1.0)
+        conserved_in += tl.load(temperatures + 2 * heads + row % heads).to(tl.float64)
     if CLAMPED:
         logit = tl.minimum(tl.maximum(logit, -clamp), clamp)
     return Q, K, n, keys, queries, scaled_keys, scaled_queries, incoming, conserved_in, logit
@@ -71,11 +75,11 @@ def _find(
 
 @triton.jit(do_not_specialize=["heads", "decay_rows"])
 def step(
-    q, k, v, log_decay, tokens, sums, log_normaliser, memory,
+    q, k, v, log_decay, temperatures, tokens, sums, log_normaliser, memory,
     out, tokens_after, sums_after, log_normaliser_after, memory_after,
     heads, decay_rows, eps, flow_eps, clamp,
     D: tl.constexpr, M: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, MAP: tl.constexpr, DECAY: tl.constexpr,
-    CLAMPED: tl.constexpr, COMPETITION: tl.constexpr, ALLOCATION: tl.constexpr,
+    CLAMPED: tl.constexpr, COMPETITION: tl.constexpr, ALLOCATION: tl.constexpr, TEMPERED: tl.constexpr,
 ):  # fmt: skip
     """Compute one token of a head: q, k (rows, D), v (rows, M), and a state of rows, which are heads of sequences."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -83,7 +87,7 @@ def step(
     inside, there = d < D, m < M
     decay = _decay_of(log_decay, row, decay_rows, DECAY)
     Q, K, n, keys, queries, scaled_keys, scaled_queries, incoming, conserved_in, logit = _find(
-        q, k, tokens, sums, row, decay, eps, flow_eps, clamp, d, inside, D, MAP, CLAMPED
+        q, k, temperatures, tokens, sums, row, heads, decay, eps, flow_eps, clamp, d, inside, D, MAP, CLAMPED, TEMPERED
     )
     normaliser = tl.load(log_normaliser + row)
     weight = n * 0.0 + 1.0
@@ -98,8 +102,9 @@ def step(
             beside = row - row % heads + other
             its = _decay_of(log_decay, beside, decay_rows, DECAY)
             _, _, _, _, _, _, _, _, _, theirs = _find(
-                q, k, tokens, sums, beside, its, eps, flow_eps, clamp, d, inside, D, MAP, CLAMPED
-            )
+                q, k, temperatures, tokens, sums, beside, heads, its, eps, flow_eps, clamp, d, inside, D, MAP, CLAMPED,
+                TEMPERED,
+            )  # fmt: skip
             larger = tl.maximum(most, theirs)
             total = total * tl.exp(most - larger) + tl.exp(theirs - larger)
             most = larger
@@ -123,7 +128,7 @@ def step(
 
 
 def run_step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: FlowState, options: KernelOptions
+    q: Tensor, k: Tensor, v: Tensor, learned: Learned, state: FlowState, options: KernelOptions
 ) -> tuple[Tensor, FlowState]:
     """Return the output (batch, heads, M) of one token, and the state after it."""
     batch, heads, D = q.shape
@@ -131,13 +136,14 @@ def run_step(
     out, after = v.new_empty(v.shape), FlowState(*(part.new_empty(part.shape) for part in state))
     width = launch.padded(D)
     block = min(launch.padded(M), max(16, LARGEST // width))
-    clamp = options.clamp
+    clamp, log_decay, temperatures = options.clamp, learned.log_decay, learned.temperatures
     launch.run(
         step, (rows, triton.cdiv(M, block)),
-        *(x.contiguous() for x in (q, k, v)), q if log_decay is None else log_decay.contiguous(),
+        *(x.contiguous() for x in (q, k, v)), *(q if x is None else x.contiguous() for x in learned[:2]),
         *(part.contiguous() for part in state), out, *after, heads, 1 if log_decay is None else log_decay.numel(),
         options.eps, options.flow_eps, 0.0 if clamp is None else clamp, D=D, M=M, BD=width, BM=block,
         MAP=FEATURE_MAPS[options.feature_map], DECAY=log_decay is not None, CLAMPED=clamp is not None,
-        COMPETITION=COMPETITIONS[options.competition], ALLOCATION=options.allocation, num_warps=4,
+        COMPETITION=COMPETITIONS[options.competition], ALLOCATION=options.allocation,
+        TEMPERED=temperatures is not None, num_warps=4,
     )  # fmt: skip
     return out, after
