@@ -275,6 +275,7 @@ class Package:
         attend: ``(q, k, v, *learned, causal) -> output``.
         mechanism: Ours.
         variant: ``kind -> `` our options, and what is learned on both sides.
+        multiple: It takes lengths that are multiples of this.
         causal: Whether it has a causal form.
         shared: Whether queries are keys.
         released: Whether our float64 truth lacks the options, since results depend on other sequences or heads.
@@ -285,9 +286,17 @@ class Package:
     attend: Attend
     mechanism: str
     variant: Callable[[Kind], Variant]
+    multiple: int = 1
     causal: bool = True
     shared: bool = False
     released: bool = False
+
+    def refusal(self, inputs: registry.Inputs) -> str | None:
+        """Why the two cannot be compared, or ``None``."""
+        length = inputs[0].q.shape[1]
+        return (
+            f"{self.name} takes multiples of {self.multiple} tokens, got {length}" if length % self.multiple else None
+        )
 
     def lacks_truth(self, kind: Kind) -> bool:
         """Whether our operation in float64 is the truth."""
@@ -302,25 +311,33 @@ class Package:
 _EVALUATED = {"released": "huggingface-eval", "block": BLOCK}
 PACKAGES = (
     Package("performer-pytorch", "performer_pytorch", performer, "performer", _performer_variant),
-    Package("reformer-pytorch", "reformer_pytorch", reformer, "reformer", _reformer_variant, shared=True),
-    Package("linformer-package", "linformer", linformer, "linformer", lambda kind: find_variant("linformer"), False),
+    Package("reformer-pytorch", "reformer_pytorch", reformer, "reformer", _reformer_variant, 2 * BUCKET, shared=True),
+    Package(
+        "linformer-package", "linformer", linformer, "linformer", lambda kind: find_variant("linformer"), causal=False
+    ),
     Package(
         "nystrom-attention", "nystrom_attention", nystrom, "nystromformer",
-        _with(num_landmarks=LANDMARKS, segments="front", start="batch"), False, released=True,
+        _with(num_landmarks=LANDMARKS, segments="front", start="batch"), LANDMARKS, causal=False, released=True,
     ),
-    Package("local-attention", "local_attention", local, "local", _with(window=WINDOW)),
-    Package("sinkhorn-transformer", "sinkhorn_transformer", sinkhorn, "sinkhorn", _sinkhorn_variant, released=True),
-    Package("hf-longformer", "transformers", hf_longformer, "longformer", _with(window=LONG_WINDOW), False),
+    Package("local-attention", "local_attention", local, "local", _with(window=WINDOW), WINDOW),
+    Package(
+        "sinkhorn-transformer", "sinkhorn_transformer", sinkhorn, "sinkhorn", _sinkhorn_variant, 2 * BUCKET,
+        released=True,
+    ),
+    Package(
+        "hf-longformer", "transformers", hf_longformer, "longformer", _with(window=LONG_WINDOW), LONG_WINDOW,
+        causal=False,
+    ),
     Package(
         "hf-bigbird", "transformers", hf_bigbird, "bigbird",
-        lambda kind: replace(find_variant("bigbird"), options=_EVALUATED), False,
+        lambda kind: replace(find_variant("bigbird"), options=_EVALUATED), 8 * BLOCK, causal=False,
     ),
     Package(
         "hf-nystromformer", "transformers", hf_nystromformer, "nystromformer",
-        _with(num_landmarks=LANDMARKS, segments="positions", start="batch"), False, released=True,
+        _with(num_landmarks=LANDMARKS, segments="positions", start="batch"), LANDMARKS, causal=False, released=True,
     ),
-    Package("hf-yoso", "transformers", hf_yoso, "yoso", _with(gradient="surrogate"), False),
-    Package("hf-reformer", "transformers", hf_reformer, "reformer", _hf_reformer_variant, shared=True),
+    Package("hf-yoso", "transformers", hf_yoso, "yoso", _with(gradient="surrogate"), causal=False),
+    Package("hf-reformer", "transformers", hf_reformer, "reformer", _hf_reformer_variant, 2 * BUCKET, shared=True),
 )  # fmt: skip
 
 
@@ -331,7 +348,11 @@ def _pair(package: Package, operation: str, kind: Kind) -> tuple[registry.Conten
     truth = row.operation if package.lacks_truth(kind) else row.truth
     ours, truth = (_shared(x) if package.shared else x for x in (row.operation, truth))
     made = partial(
-        registry.Contender, operation=operation, reference=Form(truth, variant=variant), dtypes=(torch.float32,)
+        registry.Contender,
+        operation=operation,
+        reference=Form(truth, variant=variant),
+        dtypes=(torch.float32,),
+        unavailable=package.refusal,
     )
     name = f"{package.name}-ours"
     about = f"what {package.name} computes, by ops.{row.operation.__name__}"
