@@ -94,7 +94,7 @@ class Checker:
                 )
             return Checked(None, None, shape.length, f"unchecked: {row.unchecked}")
         error = _worst(got, self._truth(operation, row, shape, inputs))
-        tolerance = operation.tolerances[row.dtype]
+        tolerance = row.tolerance or operation.tolerances[row.dtype]
         if not error <= tolerance:
             raise WrongResultError(
                 f"{row.name} is wrong in {operation.name} at {operation.axis} {shape.length}: its error of {error:.1e} "

@@ -122,6 +122,8 @@ class Contender:
         about: One line for help.
         unchecked: Why there is no reference, where there is none.
         ours: Whether it is an implementation of this library.
+        tolerance: Largest error allowed, where a peer's own arithmetic is worse than its operation's tolerance.
+        twin: Name of this library's contender that computes the same; tables show the ratio of times.
         dtype: dtype of the inputs, where the plan names none.
         dtypes: dtypes that it can be asked for; empty for all.
         device: The type of device that it is for; empty for all.
@@ -139,6 +141,8 @@ class Contender:
     about: str
     unchecked: str = "approximation"
     ours: bool = False
+    tolerance: float | None = None
+    twin: str = ""
     dtype: torch.dtype = torch.float32
     dtypes: tuple[torch.dtype, ...] = ()
     device: str = ""

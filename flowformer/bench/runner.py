@@ -332,9 +332,12 @@ def _compare(
     On a GPU that is the product of the contender's own dtype, since that of bfloat16 is many times faster.
     """
     timed = [(point, row) for point, row in zip(points, rows, strict=True) if point["status"] == "timed"]
+    times = {row.name: point["min_ms"] for point, row in timed}
     for point, row in timed:
         point["ratio"] = point["min_ms"] / timed[0][0]["min_ms"]
         point["ratio_to"] = timed[0][0]["contender"]
+        if row.twin in times:
+            point["ratio_to_ours"] = point["min_ms"] / times[row.twin]
         if what.show_rate:
             point["tokens_per_s"] = 1e3 * what.tokens(shape) / point["min_ms"]
         if row.flops is not None:

@@ -146,7 +146,7 @@ def banded_attention(
         K, V = (frame(x.to(compute), band.before * block - band.past, total).transpose(1, 2) for x in (k, v))
         plan = _Plan(band, further, size)
         plain = torch.compiler.is_compiling() or is_exporting() or is_transformed()
-        found = _forward(plan, Q, K, V) if plain else _Banded.apply(plan, Q, K, V)
+        found = _forward(plan, Q, K, V, in_place=False) if plain else _Banded.apply(plan, Q, K, V)
         return Attended(*(cut(x.transpose(1, 2), length) for x in found))
 
 
@@ -195,8 +195,8 @@ def attend_at_once(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Attended:
         return Attended(out.transpose(1, 2), most.squeeze(-1).transpose(1, 2), total.squeeze(-1).transpose(1, 2))
 
 
-def _hide(scores: Tensor, seen: Tensor) -> Tensor:
-    return scores.masked_fill(~seen, LOG_ZERO)
+def _hide(scores: Tensor, seen: Tensor, *, in_place: bool = False) -> Tensor:
+    return scores.masked_fill_(~seen, LOG_ZERO) if in_place else scores.masked_fill(~seen, LOG_ZERO)
 
 
 # -------------------------------------------------------------------------------------------------- groups of blocks
@@ -226,10 +226,11 @@ class _Group:
             return x[:, :, starts + torch.arange(width, device=x.device)]
         if not width:
             return x.new_empty(*x.shape[:2], self.end - self.start, 0, x.shape[-1])
-        return x[:, :, self.start * block : (self.end - 1) * block + width].unfold(2, width, block).mT
+        windows = x[:, :, self.start * block : (self.end - 1) * block + width].unfold(2, width, block).mT
+        return windows.contiguous()  # row by row, once; products would copy transposed windows number by number
 
-    def scores(self) -> Tensor:
-        """(batch, heads, blocks, block, width and further keys)."""
+    def scores(self, *, in_place: bool = True) -> Tensor:
+        """(batch, heads, blocks, block, width and further keys); ``in_place`` where nothing traces operations."""
         block, device = self.plan.band.block, self.Q.device
         count = self.end - self.start
         i = torch.arange(self.start * block, self.end * block, device=device).view(1, 1, count, block, 1)
@@ -237,11 +238,12 @@ class _Group:
         if self.plan.band.seen is not None:
             starts = (torch.arange(self.start, self.end, device=device) - self.plan.band.before) * block
             j = starts.view(1, 1, -1, 1, 1) + torch.arange(self.plan.width, device=device)
-            parts.append(_hide(self.Q @ self.K.mT, self.plan.band.seen(i, j)))
+            parts.append(_hide(self.Q @ self.K.mT, self.plan.band.seen(i, j), in_place=in_place))
         if self.places is not None:
             assert self.plan.further is not None
             j = self.places.unsqueeze(-2)
-            parts.append(_hide(_product(self.Q, self.further_K.mT), self.plan.further.seen(i, j) & (j >= 0)))
+            seen = self.plan.further.seen(i, j) & (j >= 0)
+            parts.append(_hide(_product(self.Q, self.further_K.mT), seen, in_place=in_place))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def weigh(self, weights: Tensor) -> Tensor:
@@ -286,14 +288,14 @@ def _product(rows: Tensor, further: Tensor) -> Tensor:
     return (rows.flatten(2, 3) @ further.squeeze(2)).unflatten(2, rows.shape[2:4])
 
 
-def _forward(plan: _Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What :class:`Attended` has, with the heads before the tokens."""
+def _forward(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, *, in_place: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What :class:`Attended` has, with the heads before the tokens; ``in_place`` where nothing traces operations."""
     found, shared = [], plan.pick_shared(k, v)
     for start, end in plan.groups(q):
         group = _Group(plan, q, k, v, shared, start, end)
-        scores = group.scores()
+        scores = group.scores(in_place=in_place)
         most = scores.amax(-1, keepdim=True).detach().clamp(min=NOTHING)
-        weights = (scores - most).exp()
+        weights = scores.sub_(most).exp_() if in_place else (scores - most).exp()
         total = weights.sum(-1, keepdim=True)
         out = group.weigh(weights) / _unless_zero(total)
         found.append((out.flatten(2, 3), most.flatten(2, 4), total.flatten(2, 4)))
@@ -306,7 +308,7 @@ class _Banded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        out, most, total = _forward(plan, q, k, v)
+        out, most, total = _forward(plan, q, k, v, in_place=True)
         ctx.plan = plan
         ctx.save_for_backward(q, k, v, out, most, total)
         ctx.mark_non_differentiable(most)
@@ -329,8 +331,8 @@ class _Banded(torch.autograd.Function):
         for start, end in plan.groups(q):
             group = _Group(plan, q, k, v, shared, start, end)
             top, below, above, shift = (x[:, :, group.queries].unflatten(2, (end - start, -1)) for x in of_queries)
-            weights = (group.scores() - top).exp() / below
-            of_scores = weights * (group.times_values(above) + shift)
+            weights = group.scores().sub_(top).exp_().div_(below)
+            of_scores = group.times_values(above).add_(shift).mul_(weights)
             of_q[:, :, group.queries] = group.times_keys(of_scores).flatten(2, 3)
             group.add(of_v, of_shared[1], weights, above)
             group.add(of_k, of_shared[0], of_scores, group.Q)

@@ -28,7 +28,7 @@ from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Given, run
 from flowformer.core.segments import segment_means
 from flowformer.core.sums import sum_over_tokens, times_sum
-from flowformer.core.tracing import frame
+from flowformer.core.tracing import frame, is_traced
 from flowformer.mechanisms.base import Attention
 from flowformer.mechanisms.inverses import pseudo_inverse
 from flowformer.mechanisms.registry import register
@@ -168,6 +168,9 @@ def _from_the_front(
 ) -> Tensor:
     """Segments of equally many positions after zeros at the front, of the real tokens of each."""
     length, total = q.shape[1], -(-q.shape[1] // m) * m
+    if mask is None and total == length and not is_traced():
+        means = (x.unflatten(1, (m, -1)).mean(2).transpose(1, 2) for x in (q, k))
+        return _attend(q, k, v, None, Landmarks(*means, None, None), taps, *how)
     if mask is None:
         mask = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
     q, k, v, mask = (frame(x, total - length, total) for x in (q, k, v, mask))

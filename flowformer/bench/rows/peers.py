@@ -1,10 +1,10 @@
-"""What mechanisms with heads are measured against: softmax attention of PyTorch, the published formulas, Performer."""
+"""What mechanisms with heads are measured against: softmax attention of PyTorch, the published formulas."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,36 +110,6 @@ def _add_published(operation: str, kind: Kind) -> None:
     )  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------- Performer
-
-
-@lru_cache(maxsize=8)
-def _performer_module(channels: int, causal: bool) -> Any:
-    module = importlib.import_module("performer_pytorch")
-    torch.manual_seed(0)  # its random features
-    return module.FastAttention(dim_heads=channels, causal=causal)
-
-
-def _performer(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
-    tensors = (x.transpose(1, 2) for x in (q, k, v))
-    return _performer_module(q.shape[-1], causal).to(q.device)(*tensors).transpose(1, 2)
-
-
-def _performer_unavailable(inputs: Inputs) -> str | None:
-    if importlib.util.find_spec("performer_pytorch") is None:
-        return "performer-pytorch is not installed"
-    return None
-
-
-def _add_performer(operation: str) -> None:
-    add_contender(
-        Contender(
-            "performer-pytorch", operation, _performer, None, "FastAttention, an approximation of softmax",
-            layout="heads-first", unavailable=_performer_unavailable,
-        )
-    )  # fmt: skip
-
-
 for _family in FAMILIES:
     if has_heads(_family.layout):
         for _name, _kind in _family.operations():
@@ -147,4 +117,3 @@ for _family in FAMILIES:
             if _kind.causal:
                 _add_fla(_name, _kind)
             _add_published(_name, _kind)
-            _add_performer(_name)

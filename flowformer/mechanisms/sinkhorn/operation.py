@@ -225,13 +225,15 @@ def _take(x: Tensor, places: Tensor) -> Tensor:
     return x.flatten(0, 2).index_select(0, (row + places).flatten()).unflatten(0, places.shape)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, more: Tensor | None = None) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, more: Tensor | None = None) -> Tensor:
     """Softmax attention of each bucket to its keys, those sorted to it included; ``more`` is added to scores."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        scores = (q / q.shape[-1] ** 0.5) @ k.transpose(-1, -2)
         scores = scores if more is None else scores + more
-        return scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1) @ v
+        if hidden is not None:
+            scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+        return scores.softmax(-1) @ v
 
     if is_traced() or is_transformed() or not any(x.requires_grad for x in (q, k, v)):
         return attend(q, k, v)
@@ -253,7 +255,7 @@ def _bidirectional(
     real = _cut(real[..., None, None].to(compute), width)[..., 0] > 0  # (batch, 1, buckets, width)
     Q, K, V = (_cut(x.to(compute), width) for x in (q, k, v))
     count = real.sum(-1, keepdim=True).clamp(min=1)
-    means = (_cut(x, width).to(wide).sum(-2) / count for x in (q, k))  # few of them, and choices hang on them
+    means = (_cut(x, width).sum(-2, dtype=wide) / count for x in (q, k))  # few of them, and choices hang on them
     of_q, of_k = means
     scores = of_q @ of_k.transpose(-1, -2) / q.shape[-1] ** 0.5
     some = real.any(-1)
@@ -269,7 +271,9 @@ def _bidirectional(
         there = own[:, :, :1].squeeze(-2).expand(*K.shape[:4])  # no bucket has more tokens than the first
     if options.values == "keys":
         sorted_v = sorted_k
-    hidden = ~torch.cat([there.unsqueeze(-2), own], -1)
+    # Whole buckets, of which each finds as many as it may: nothing is hidden.
+    whole = mask is None and length % width == 0 and not is_traced()
+    hidden = None if whole else ~torch.cat([there.unsqueeze(-2), own], -1)
     return _join(_attend(Q, torch.cat([sorted_k, K], -2), torch.cat([sorted_v, V], -2), hidden), length)
 
 
@@ -366,6 +370,5 @@ def _as_released(q: Tensor, k: Tensor, v: Tensor, sort_kernel: Tensor, options: 
         shares = r.clamp(-1, 1).exp().reshape(logits.shape)
     factor = shares.sum(-1).transpose(1, 2)[..., None, None]  # (batch, heads, buckets, 1, 1)
     summed_k, summed_v = (x.sum(2, keepdim=True) * factor for x in (K, V))
-    nothing = torch.zeros((), dtype=torch.bool, device=q.device)
-    out = _attend(Q, K, V, nothing) + _attend(Q, summed_k, summed_v, nothing)
+    out = _attend(Q, K, V, None) + _attend(Q, summed_k, summed_v, None)
     return out.permute(0, 3, 2, 1, 4).flatten(1, 2)
