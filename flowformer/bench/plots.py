@@ -10,6 +10,9 @@ COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#E69F00", "#0
 MARKERS = "osD^vPX*"
 PANEL_INCHES = (4.6, 3.6)
 PANELS_ABREAST = 3
+CROWD = 9  # contenders of a figure that is not told apart by colours: each line has its name at its end
+CROWDED_PANEL_INCHES = (6.2, 5.6)
+NAME_HEIGHT = 0.031  # of a name at the end of a line, in heights of a panel
 
 
 def draw(records: list[Record], kind: str) -> Any:
@@ -33,17 +36,22 @@ def draw(records: list[Record], kind: str) -> Any:
         return None
     names = list(dict.fromkeys(point["operation"] for point in points))
     styles = _styles(points)
-    columns = min(len(names), PANELS_ABREAST)
+    crowded = len(styles) >= CROWD
+    columns = min(len(names), 2 if crowded else PANELS_ABREAST)
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows + 1), layout="constrained")
+    width, height = CROWDED_PANEL_INCHES if crowded else PANEL_INCHES
+    figure = Figure(figsize=(width * columns, height * rows + 1), layout="constrained")
     FigureCanvasAgg(figure)
     for place, name in enumerate(names):
         axes = figure.add_subplot(rows, columns, place + 1)
         _panel(axes, name, [point for point in points if point["operation"] == name], kind, styles)
-    handles = {
-        label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 4), fontsize=8)
+        if crowded:
+            _name_ends(axes)
+    if not crowded:
+        lines = {
+            label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(len(lines), 4), fontsize=8)
     figure.suptitle(_title(records), fontsize=8)
     return figure
 
@@ -83,6 +91,32 @@ def _panel(axes: Any, name: str, points: list[Record], kind: str, styles: dict[s
     held = "state, MB" if step else "peak above inputs, MB"
     axes.set_ylabel("time of one call, ms (least)" if kind == "time" else held)
     axes.grid(visible=True, which="major", alpha=0.3)
+
+
+def _name_ends(axes: Any) -> None:
+    """Write the name of each line to the right of the panel, level with its end or as near as names leave room."""
+    to_panel = axes.transScale + axes.transLimits
+    lines = sorted(axes.get_lines(), key=lambda line: line.get_ydata()[-1])
+    ends = [tuple(to_panel.transform((line.get_xdata()[-1], line.get_ydata()[-1]))) for line in lines]
+    levels = spread([level for _, level in ends], NAME_HEIGHT)
+    for line, end, level in zip(lines, ends, levels, strict=True):
+        axes.annotate(
+            line.get_label(), end, xytext=(1.03, level), xycoords="axes fraction", textcoords="axes fraction",
+            va="center", fontsize=7, color=line.get_color(), annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": line.get_color(), "linewidth": 0.5, "alpha": 0.6},
+        )  # fmt: skip
+
+
+def spread(levels: list[float], gap: float) -> list[float]:
+    """Return ascending levels at least ``gap`` apart, each group of those that were closer around its own middle."""
+    groups: list[tuple[float, int]] = []  # sum of the wanted lowest levels of a group, and its size
+    for level in levels:
+        total, size = level, 1
+        while groups and groups[-1][0] / groups[-1][1] + groups[-1][1] * gap > total / size:
+            before, many = groups.pop()
+            total, size = before + total - many * gap * size, many + size
+        groups.append((total, size))
+    return [total / size + place * gap for total, size in groups for place in range(size)]
 
 
 def _title(records: list[Record]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ COLUMNS = (
     "of sgemm",
     "of gemm",
     "MB",
+    "MB doubling",
     "B/token",
     "state B",
     "error",
@@ -82,8 +84,8 @@ def _table(title: str, columns: tuple[str, ...], left: tuple[str, ...]) -> Table
 def _point_table(operation: str, points: list[Record]) -> Table:
     first = points[0]
     sizes = f"batch {first['batch']}, {first['heads']} heads, K {first['channels']}, V {first['value_channels']}"
-    growth = _growth(points)
-    rows = [(point, _cells(point, growth)) for point in points if point["status"] == "timed"]
+    growth = _growth(points, lambda point: point["min_ms"]), _growth(points, _peak)
+    rows = [(point, _cells(point, *growth)) for point in points if point["status"] == "timed"]
     columns = [name for name in COLUMNS if any(cells[name] != "-" for _, cells in rows)]
     shown_as = {"tokens/s": f"{first['unit']}s/s", "B/token": f"B/{first['unit']}"}
     headers = [shown_as.get(name, name) for name in columns]
@@ -99,21 +101,29 @@ def _point_table(operation: str, points: list[Record]) -> Table:
     return table
 
 
-def _growth(points: list[Record]) -> dict[tuple[str, int], float]:
-    """By contender and length, what doubling the length multiplies the time by, from the length before to this one."""
-    before: dict[str, Record] = {}
+Growth = dict[tuple[str, int], float]
+
+
+def _growth(points: list[Record], value: Callable[[Record], float | None]) -> Growth:
+    """By contender and length, what doubling the length multiplies a value by, from the length before to this one."""
+    before: dict[str, tuple[int, float]] = {}
     found = {}
     for point in sorted(points, key=lambda point: point["length"]):
-        name = point["contender"]
-        if point["status"] == "timed":
-            if name in before and point["length"] > before[name]["length"]:
-                slower = math.log2(point["min_ms"] / before[name]["min_ms"])
-                found[name, point["length"]] = 2 ** (slower / math.log2(point["length"] / before[name]["length"]))
-            before[name] = point
+        name, length = point["contender"], point["length"]
+        here = value(point) if point["status"] == "timed" else None
+        if here:
+            if name in before and length > before[name][0]:
+                was, there = before[name]
+                found[name, length] = 2 ** (math.log2(here / there) / math.log2(length / was))
+            before[name] = length, here
     return found
 
 
-def _cells(point: Record, growth: dict[tuple[str, int], float]) -> dict[str, str]:
+def _peak(point: Record) -> float | None:
+    return point.get("memory", {}).get("peak_bytes")
+
+
+def _cells(point: Record, of_time: Growth, of_memory: Growth) -> dict[str, str]:
     memory, check = point.get("memory", {}), point["check"]
     error = "unchecked" if check["error"] is None else f"{check['error']:.0e}"
     return {
@@ -121,12 +131,13 @@ def _cells(point: Record, growth: dict[tuple[str, int], float]) -> dict[str, str
         "median": format_time(point["median_ms"]),
         "ratio": f"{point['ratio']:.2f}x",
         "to ours": _number(point.get("ratio_to_ours"), ".2f"),
-        "doubling": _number(growth.get((point["contender"], point["length"])), ".2f"),
+        "doubling": _number(of_time.get((point["contender"], point["length"])), ".2f"),
         "tokens/s": _rate(point.get("tokens_per_s")),
         "GFLOP/s": _number(point.get("gflops"), ".1f"),
         "of sgemm": _number(point.get("share_of_sgemm"), ".0%"),
         "of gemm": _number(point.get("share_of_gemm"), ".0%"),
         "MB": _number(memory.get("peak_bytes"), ".1f", 1e-6),
+        "MB doubling": _number(of_memory.get((point["contender"], point["length"])), ".2f"),
         "B/token": _number(memory.get("bytes_per_token"), ",.0f"),
         "state B": _number(point["state_bytes"], ",.0f"),
         "error": error,

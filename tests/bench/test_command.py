@@ -68,6 +68,8 @@ def test_figures_show_every_contender_on_logarithmic_axes(small):
     assert plots.draw(records, "memory") is None
     looks = [(line.get_color(), line.get_marker()) for line in lines.values()]
     assert len(looks) == len(set(looks)) > 8
+    names = [text.get_text() for text in axes.texts]  # so many have their names at the ends of their lines
+    assert sorted(names) == sorted(lines)
 
 
 def test_table_tells_what_doubling_the_length_costs():
@@ -77,7 +79,18 @@ def test_table_tells_what_doubling_the_length_costs():
         for (name, length), time in times.items()
     ]
     points.append({"contender": "slow", "length": 128, "status": "left out"})
-    assert tables._growth(points) == {("quick", 64): 2.0, ("slow", 32): 4.0, ("slow", 64): 2.0}
+    points.append({"contender": "slow", "length": 256, "status": "timed", "min_ms": None})
+    growth = tables._growth(points, lambda point: point["min_ms"])
+    assert growth == {("quick", 64): 2.0, ("slow", 32): 4.0, ("slow", 64): 2.0}
+    assert tables._peak({"memory": {"peak_bytes": 3}}) == 3
+    assert tables._peak({}) is None
+
+
+def test_names_at_the_ends_of_lines_keep_apart():
+    assert plots.spread([0.1, 0.5, 0.9], 0.1) == pytest.approx([0.1, 0.5, 0.9])
+    assert plots.spread([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
+    together = plots.spread([0.30, 0.30, 0.42, 0.9], 0.1)  # the third is in the way of the two that are apart
+    assert together == pytest.approx([0.24, 0.34, 0.44, 0.9])
 
 
 def test_without_matplotlib_there_are_no_figures_but_a_remedy(tmp_path, capsys, monkeypatch):
