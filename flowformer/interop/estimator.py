@@ -264,6 +264,6 @@ class _ArraysRecipe(SeriesRecipe):
     part: SeriesSet
     classes: tuple[str, ...]
 
-    def build_task(self, form: Any = None) -> SeriesTask:
+    def read_series(self) -> SeriesTask:
         form = SeriesFormat.fit(self.part, self.classes)
         return SeriesTask(name=self.name, train=self.part, test=self.part.subset([]), format=form)

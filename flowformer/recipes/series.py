@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -20,14 +19,15 @@ from flowformer.common.fields import option
 from flowformer.recipes.mechanism import check_attention, merge_fields
 from flowformer.recipes.model import build_model
 from flowformer.recipes.registry import RECIPES, register_recipe
+from flowformer.recipes.series_data import OwnSeriesData, SeriesData, UEAData
 from flowformer.tasks.series import uea
 from flowformer.tasks.series.format import SeriesFormat
-from flowformer.tasks.series.task import SeriesTask, load_pair
-from flowformer.training.recipe import DataState, EpochRecipe
+from flowformer.tasks.series.task import SeriesTask
+from flowformer.training.recipe import EpochRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeriesRecipe(EpochRecipe):
+class SeriesRecipe(SeriesData, EpochRecipe):
     """A time-series classifier."""
 
     attention: str = option("flow", "attention mechanism, see `flowformer list attentions`", group="attention")
@@ -56,10 +56,6 @@ class SeriesRecipe(EpochRecipe):
         """Default name of the run's folder."""
         return f"{self.attention}-seed{self.seed}"
 
-    def read_format(self, values: dict[str, Any]) -> SeriesFormat:
-        """Read the format saved by a run."""
-        return SeriesFormat.from_json(values)
-
     def build_model(self, form: SeriesFormat) -> nn.Module:
         """Build the published classifier with the attention of the recipe."""
         return build_model(
@@ -83,63 +79,20 @@ class SeriesRecipe(EpochRecipe):
         published = _FLOW["attention_options"] if self.attention == "flow" else {}
         return self.attention if self.attention_options == published else ""
 
-    def _prepare(self, task: SeriesTask, form: SeriesFormat | None) -> SeriesTask:
+    def prepare(self, task: SeriesTask) -> SeriesTask:
+        """Return the task with the padding of the recipe, and a validation part if it has one."""
         task = replace(task, format=replace(task.format, trim=self.trim_batches))
-        if self.validation_fraction:
-            task = task.split_validation(self.validation_fraction, self.seed)
-        return task if form is None else task.using(form)
+        return task.split_validation(self.validation_fraction, self.seed) if self.validation_fraction else task
 
 
 @dataclass(frozen=True, kw_only=True)
-class UEARecipe(SeriesRecipe):
+class UEARecipe(UEAData, SeriesRecipe):
     """A classifier of one of the published UEA subsets."""
 
-    data_dir: Path | None = option(
-        None,
-        "folder with <Subset>/<Subset>_TRAIN.ts and _TEST.ts; null for aeon's files or the cache",
-        group="data",
-        neutral=True,
-    )
-
-    @property
-    def subset(self) -> str:
-        """Name of the subset in the archive."""
-        return self.name.removeprefix("uea/")
-
-    def build_task(self, form: SeriesFormat | None = None) -> SeriesTask:
-        """Read the subset."""
-        return self._prepare(uea.load(self.subset, self.data_dir), form)
-
-    @property
-    def data_state(self) -> DataState:
-        """Return whether both files of the subset are on this machine."""
-        return "here" if uea.find(self.subset, self.data_dir) else "absent"
-
-    def published_table(self) -> tuple[str, dict[str, float]]:
-        """The published accuracies on the subset."""
-        return "accuracy, percent (Wu et al., ICML 2022)", uea.get_published(self.subset)
-
 
 @dataclass(frozen=True, kw_only=True)
-class OwnSeriesRecipe(SeriesRecipe):
+class OwnSeriesRecipe(OwnSeriesData, SeriesRecipe):
     """A classifier of your own series."""
-
-    train_file: Path | None = option(
-        None, "training series: .ts, or .csv in long form (columns series, time, label, values)", group="data"
-    )
-    test_file: Path | None = option(None, "test series, in the same form", group="data")
-
-    def build_task(self, form: SeriesFormat | None = None) -> SeriesTask:
-        """Read the two files."""
-        if self.train_file is None or self.test_file is None:
-            flag = "--test-file" if self.train_file else "--train-file"
-            raise ValueError(f"{self.name} requires {flag} FILE: series as .ts, or as .csv in long form")
-        return self._prepare(load_pair(self.train_file, self.test_file), form)
-
-    @property
-    def data_state(self) -> DataState:
-        """Unknown: the user specifies the files."""
-        return "unknown"
 
 
 _FLOW: Mapping[str, Any] = {"attention": "flow", "attention_options": {"preset": "timeseries"}}

@@ -14,9 +14,12 @@ def protocol_table(result: dict[str, Any]) -> Table:
         result: What a run's ``result.json`` holds.
     """
     recipe = result["recipe"]
-    unit = "epochs" if "epochs" in recipe else "steps"
-    attention = recipe.get("attention") or f"of {recipe['model']}"
-    title = f"{recipe['name']}, attention {attention}, seed {result['seed']}, {recipe[unit]} {unit}"
+    parts = [recipe["name"]]
+    if "attention" in recipe:
+        parts.append(f"attention {recipe['attention'] or 'of ' + recipe['model']}")
+    parts.append(f"seed {result['seed']}")
+    parts += [f"{recipe[unit]} {unit}" for unit in ("epochs", "steps") if unit in recipe]
+    title = ", ".join(parts)
     table = Table(title=title, title_justify="left", caption_justify="left")
     for name in ("protocol", "metric"):
         table.add_column(name)

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from flowformer.common.errors import RunError
 from flowformer.common.files import write_whole
 from flowformer.tasks.metric import Metric
-from flowformer.training.recipe import Recipe
+from flowformer.training.recipe import GradientRecipe
 
 
 class History(Callback):
@@ -34,7 +34,7 @@ class History(Callback):
             ``seconds``, and the metrics.
     """
 
-    def __init__(self, recipe: Recipe, metric: Metric, path: Path | None = None) -> None:
+    def __init__(self, recipe: GradientRecipe, metric: Metric, path: Path | None = None) -> None:
         self.recipe, self.metric, self.path = recipe, metric, path
         self.records: list[dict[str, Any]] = []
         self.started = False
@@ -108,7 +108,7 @@ class RunProgress(Callback):
         metric: The metric to show.
     """
 
-    def __init__(self, console: Console, recipe: Recipe, metric: Metric) -> None:
+    def __init__(self, console: Console, recipe: GradientRecipe, metric: Metric) -> None:
         self.console, self.recipe, self.metric = console, recipe, metric
         self.progress = Progress(
             TextColumn("{task.fields[reached]}"),

@@ -18,14 +18,16 @@ from torch import nn
 from flowformer.common.errors import DataError, RunError, describe
 from flowformer.common.files import locked, remove_staged, write_json
 from flowformer.common.machine import environment, peak_memory_bytes
+from flowformer.models.classical.fitted import FittedModel
 from flowformer.tasks.fingerprint import fingerprints
 from flowformer.training.callbacks import History, RunProgress
 from flowformer.training.checkpoints import Checkpoints, PlainCheckpointIO
 from flowformer.training.draws import Draws
+from flowformer.training.fitted import evaluate_fitted, fit_at_once
 from flowformer.training.folder import DATA, RunFolder, read_plain
 from flowformer.training.module import TaskModule
 from flowformer.training.quiet import quiet
-from flowformer.training.recipe import Recipe, Task
+from flowformer.training.recipe import GradientRecipe, Recipe, Task
 
 
 def train(
@@ -62,8 +64,9 @@ def train(
         _check_folder(run, recipe, resume)
     if run.complete:
         return run.read_result()
-    with quiet():
-        _trainer(recipe, [], None)  # raises before anything is written, where this machine has no such device
+    if isinstance(recipe, GradientRecipe):
+        with quiet():
+            _trainer(recipe, [], None)  # raises before anything is written, where this machine has no such device
     form = run.read_format(recipe) if run.exists and (folder / "format.json").exists() else None
     task, data = build_task(recipe, run, form, data_changed_ok=data_changed_ok)
     torch.manual_seed(recipe.seed)
@@ -74,13 +77,28 @@ def train(
             remove_staged(run.path)
             if form is None:
                 _write_start(run, recipe, task, data)
-        records = fit(recipe, task, model, folder=folder, console=console if is_first else None)
+        records = _train_model(recipe, task, model, run, console if is_first else None)
         result = _build_result(recipe, task, model, records, folder, command)
         if is_first:
             if form is not None:
                 _write_start(run, recipe, task, data)  # what a resumed run may change: where its data is
             write_json(folder / "result.json", result)
     return result
+
+
+def _train_model(
+    recipe: Recipe, task: Task, model: nn.Module, run: RunFolder, console: Console | None
+) -> list[dict[str, Any]]:
+    """Train with Lightning, then fit what a library fits: of most models, one of these is all of it.
+
+    Without a console this is not the first process, and only that one writes.
+    """
+    records: list[dict[str, Any]] = []
+    if isinstance(recipe, GradientRecipe):
+        records = fit(recipe, recipe.training_task(task), model, folder=run.path, console=console)
+    if isinstance(model, FittedModel):
+        records = fit_at_once(recipe, task, model, records, run=None if console is None else run, console=console)
+    return records
 
 
 def build_task(
@@ -150,7 +168,7 @@ def _build_result(
         "command": command,
         "environment": environment(),
         "data": {"source": task.source, "licence": task.licence},
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),  # those that have gradients
         "seconds": sum(record["seconds"] for record in records),
         "peak_memory_bytes": peak_memory_bytes(),
         "protocols": protocols(recipe, task, records, folder),
@@ -158,7 +176,7 @@ def _build_result(
 
 
 def fit(
-    recipe: Recipe,
+    recipe: GradientRecipe,
     task: Task,
     model: nn.Module,
     *,
@@ -249,7 +267,7 @@ def _explaining(run: RunFolder | None, history: History) -> Iterator[None]:
 
 
 def _trainer(
-    recipe: Recipe, callbacks: list[Callback], folder: Path | None, *, evaluating: bool = True
+    recipe: GradientRecipe, callbacks: list[Callback], folder: Path | None, *, evaluating: bool = True
 ) -> lightning.Trainer:
     has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     on_cpu = recipe.accelerator == "cpu" or (recipe.accelerator == "auto" and not has_gpu)
@@ -261,7 +279,9 @@ def _trainer(
         raise RunError(f"accelerator {recipe.accelerator} with {recipe.devices} devices: {error}") from error
 
 
-def _arguments(recipe: Recipe, callbacks: list[Callback], folder: Path | None, evaluating: bool) -> dict[str, Any]:
+def _arguments(
+    recipe: GradientRecipe, callbacks: list[Callback], folder: Path | None, evaluating: bool
+) -> dict[str, Any]:
     return {
         "accelerator": recipe.accelerator,
         "devices": recipe.devices,
@@ -286,7 +306,8 @@ def protocols(recipe: Recipe, task: Task, records: list[dict[str, Any]], folder:
     """Return the result of a run under the paper's protocol and under an honest one, without selection on test data.
 
     Where the test set is evaluated during training, the paper's is its best value; the honest one is that of the last
-    round, or of the round that is best on a validation set. Where it is not, both are the test, made once, of the round
+    round, or of the round that is best on a validation set. A run with a single evaluation leaves no choice: both are
+    its value. Where the test set is not evaluated during training, both are the test, made once, of the round
     that is best on the validation set.
 
     Args:
@@ -326,6 +347,8 @@ def protocols(recipe: Recipe, task: Task, records: list[dict[str, Any]], folder:
         chosen = metric.best(evaluated, "validation")
         how = f"{recipe.unit} {chosen[recipe.unit]}, best of {len(evaluated)} on the validation set"
     said = f"best of {len(evaluated)} evaluations on the test set ({recipe.unit} {best[recipe.unit]})"
+    if len(evaluated) == 1:
+        said = how = "the only evaluation: nothing was chosen"
     key = f"test/{metric.key}"
     return {"paper": entry(best, best[key], said), "honest": entry(chosen, chosen[key], how)}
 
@@ -349,7 +372,11 @@ def load(recipe: Recipe, folder: Path, checkpoint: str = "last") -> tuple[nn.Mod
 
 
 def evaluate(recipe: Recipe, task: Task, model: nn.Module) -> dict[str, float]:
-    """Evaluate a model on the test set of a task: loss and the quantities of the metric."""
+    """Evaluate a model on the test set of a task: loss, if it has one, and the quantities of the metric."""
+    if isinstance(model, FittedModel):
+        return evaluate_fitted(task, model)
+    if not isinstance(recipe, GradientRecipe):
+        raise TypeError(f"{recipe.name} trains no {type(model).__name__}: its models are fitted at once")
     module = TaskModule(recipe, task, model, {"test": task.test})
     with quiet(), _stopping_as_asked():
         trainer = _trainer(recipe, [], None)

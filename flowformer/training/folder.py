@@ -9,6 +9,8 @@
 ``result.json``             the result, once the run is complete
 ==========================  ==========================================================================================
 
+A model that a library fits at once has ``last`` and no ``last.ckpt``: an interrupted fit starts anew.
+
 Every file is written whole or not at all. A folder may come from a stranger: only JSON, safetensors, and pickles of
 tensors and plain values (``torch.load`` with ``weights_only=True``) are read.
 """
@@ -30,6 +32,7 @@ from torch import nn
 
 from flowformer.common.errors import DataError, RunError
 from flowformer.common.files import check_regular, read_json, replacing
+from flowformer.models.classical.fitted import FittedModel
 from flowformer.tasks.fingerprint import describe_changes, hash_values
 from flowformer.training.recipe import Recipe
 
@@ -164,6 +167,8 @@ class RunFolder:
             read_plain(self.resume_state, mapped=True)  # refused as a whole if there is something foreign in it
         path = self.checkpoints / f"{checkpoint}.safetensors"
         state = _read_weights(path) if path.exists() else self._read_older(checkpoint)
+        if isinstance(model, FittedModel):
+            model.resize_buffers(state)
         own = model.state_dict()
         wrong = [
             name for name in {**own, **state}
@@ -175,6 +180,11 @@ class RunFolder:
                 f"unexpected or of another shape, the first is {sorted(wrong)[0]}"
             )
         model.load_state_dict(state)
+        if isinstance(model, FittedModel):
+            try:
+                model.check_fitted()
+            except ValueError as error:
+                raise RunError(f"{path} cannot be used: {error}") from error
 
     def _read_older(self, checkpoint: str) -> dict[str, torch.Tensor]:
         """Weights as earlier versions wrote them, and those of a run that was killed in the first round."""

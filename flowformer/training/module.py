@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from flowformer.common.interrupts import check_signals
 from flowformer.training.draws import Draws
-from flowformer.training.recipe import Recipe, Task
+from flowformer.training.recipe import GradientRecipe, Task
 from flowformer.training.schedules import learning_rate_factor
 
 
@@ -32,7 +32,7 @@ class TaskModule(lightning.LightningModule):
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: GradientRecipe,
         task: Task,
         model: nn.Module,
         evaluated: Mapping[str, Any] | None = None,

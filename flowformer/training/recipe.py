@@ -29,8 +29,7 @@ MOST_ROUNDS = 1_000_000  # of a run: each is recorded
 class Recipe(ABC):
     """Base class of recipes: how an experiment is run. Every field is an option of the command line.
 
-    A run is a number of rounds; each ends in a record of metrics and a checkpoint to resume from. A
-    round is an epoch (:class:`EpochRecipe`) or a number of steps (:class:`StepRecipe`).
+    Models are trained step by step (:class:`GradientRecipe`), or fitted at once by a library (:class:`FitRecipe`).
 
     Two protocols are reported for each run, the paper's and an honest one, which chooses nothing on test data: see
     :func:`flowformer.training.fit.protocols`.
@@ -40,8 +39,87 @@ class Recipe(ABC):
 
     name: str = ""  # of the experiment
     seed: int = option(
-        0, "random seed of initialization, data order and dropout", group="optimisation", at_least=0, largest=2**32 - 1
-    )
+        0, "random seed of all random numbers: initialization, data order, dropout", group="optimisation", at_least=0,
+        largest=2**32 - 1,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """Check every field, and convert paths and numbers.
+
+        Raises:
+            ValueError: for a value that a field does not take, or values that do not fit each other.
+        """
+        check_fields(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as JSON values: the ``recipe.json`` that :func:`flowformer.recipes.read_recipe` reads."""
+        return plain_fields(self)
+
+    def misfits(self) -> dict[str, str]:
+        """Return fields that have no effect beside the values of the others: what is wrong, by field.
+
+        They are refused where a user gives them: see :func:`flowformer.recipes.registry.check_given`. A published value
+        may stand beside any others.
+        """
+        return {}
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """Default name of the run's folder, which distinguishes it from other runs of the experiment."""
+
+    @abstractmethod
+    def build_task(self, form: Any = None) -> Task:
+        """Read the data.
+
+        Args:
+            form: The format of a run, to prepare the data for its model: with its classes, statistics and vocabulary.
+                ``None`` derives the format from the training set.
+
+        Raises:
+            DataError: for data that cannot be read, or does not fit the format.
+        """
+
+    @abstractmethod
+    def read_format(self, values: dict[str, Any]) -> Any:
+        """Read the format that :meth:`Format.to_json` wrote."""
+
+    @abstractmethod
+    def build_model(self, form: Any) -> nn.Module:
+        """Build the model for a format of data."""
+
+    @property
+    def row(self) -> str:
+        """The name of this model in the published table; "" if it is not in it."""
+        return ""
+
+    def published(self, task: Task) -> float | None:
+        """Return the published value of the metric for this recipe and task; ``None`` if there is none."""
+        return task.published.get(self.row)
+
+    @property
+    def published_note(self) -> str:
+        """What a reader of the published value of :attr:`row` should know; "" for nothing."""
+        return ""
+
+    def published_table(self) -> tuple[str, Mapping[str, float]] | None:
+        """Return the published values of this experiment: the name of the metric, and its value by method."""
+        return None
+
+    @property
+    def data_state(self) -> DataState:
+        """Whether the data is on this machine, if that is known without reading it."""
+        return "here"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientRecipe(Recipe):
+    """Base class of recipes of models that Lightning trains.
+
+    A run is a number of rounds; each ends in a record of metrics and a checkpoint to resume from. A
+    round is an epoch (:class:`EpochRecipe`) or a number of steps (:class:`StepRecipe`).
+    """
+
     batch_size: int = option(16, "batch size per device", group="optimisation", at_least=1, largest=1_000_000)
     accumulate: int | None = option(
         1, "batches per step (gradient accumulation); null for 1", group="optimisation", at_least=1, largest=1_000_000
@@ -93,12 +171,8 @@ class Recipe(ABC):
     )
 
     def __post_init__(self) -> None:
-        """Check every field, and convert paths and numbers.
-
-        Raises:
-            ValueError: for a value that a field does not take, or values that do not fit each other.
-        """
-        check_fields(self)
+        """Check every field."""
+        super().__post_init__()
         for name in ("min_learning_rate", "warmup_learning_rate"):
             if getattr(self, name) > self.learning_rate:
                 raise ValueError(
@@ -107,17 +181,9 @@ class Recipe(ABC):
         if self.schedule == "inverse-sqrt" and not self.warmup_steps:
             raise ValueError(f"warmup_steps must be positive with the schedule inverse-sqrt, got {self.warmup_steps}")
 
-    def to_json(self) -> dict[str, Any]:
-        """Return all fields as JSON values: the ``recipe.json`` that :func:`flowformer.recipes.read_recipe` reads."""
-        return plain_fields(self)
-
     def misfits(self) -> dict[str, str]:
-        """Return fields that have no effect beside the values of the others: what is wrong, by field.
-
-        They are refused where a user gives them: see :func:`flowformer.recipes.registry.check_given`. A published value
-        may stand beside any others.
-        """
-        found = {}
+        """Return fields that have no effect beside the values of the others."""
+        found = super().misfits()
         if self.schedule not in ("cosine", "linear"):
             found["min_learning_rate"] = f"min_learning_rate has no effect with the schedule {self.schedule}"
         if not self.count_warmup_steps(1_000_000):
@@ -145,11 +211,6 @@ class Recipe(ABC):
 
     @property
     @abstractmethod
-    def label(self) -> str:
-        """Default name of the run's folder, which distinguishes it from other runs of the experiment."""
-
-    @property
-    @abstractmethod
     def rounds(self) -> int:
         """Rounds of training."""
 
@@ -166,52 +227,13 @@ class Recipe(ABC):
     def sampler(self, data: Any, world: int, rank: int) -> Any:
         """Return the sampler of device ``rank`` of ``world``, which ``set_epoch(round)`` reorders."""
 
-    @abstractmethod
-    def build_task(self, form: Any = None) -> Task:
-        """Read the data.
-
-        Args:
-            form: The format of a run, to prepare the data for its model: with its classes, statistics and vocabulary.
-                ``None`` derives the format from the training set.
-
-        Raises:
-            DataError: for data that cannot be read, or does not fit the format.
-        """
-
-    @abstractmethod
-    def read_format(self, values: dict[str, Any]) -> Any:
-        """Read the format that :meth:`Format.to_json` wrote."""
-
-    @abstractmethod
-    def build_model(self, form: Any) -> nn.Module:
-        """Build the model for a format of data."""
-
-    @property
-    def row(self) -> str:
-        """The name of this model in the published table; "" if it is not in it."""
-        return ""
-
-    def published(self, task: Task) -> float | None:
-        """Return the published value of the metric for this recipe and task; ``None`` if there is none."""
-        return task.published.get(self.row)
-
-    @property
-    def published_note(self) -> str:
-        """What a reader of the published value of :attr:`row` should know; "" for nothing."""
-        return ""
-
-    def published_table(self) -> tuple[str, Mapping[str, float]] | None:
-        """Return the published values of this experiment: the name of the metric, and its value by method."""
-        return None
-
-    @property
-    def data_state(self) -> DataState:
-        """Whether the data is on this machine, if that is known without reading it."""
-        return "here"
+    def training_task(self, task: Task) -> Task:
+        """Return what Lightning trains the model on: the task itself, unless training has an objective of its own."""
+        return task
 
 
 @dataclass(frozen=True, kw_only=True)
-class EpochRecipe(Recipe):
+class EpochRecipe(GradientRecipe):
     """Base class of recipes whose length is given in epochs: a round is an epoch."""
 
     unit: ClassVar[str] = "epoch"
@@ -273,7 +295,7 @@ class EpochRecipe(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepRecipe(Recipe):
+class StepRecipe(GradientRecipe):
     """Base class of recipes whose length is given in optimizer steps: a round lies between two evaluations."""
 
     unit: ClassVar[str] = "step"
@@ -327,3 +349,10 @@ class StepRecipe(Recipe):
         """Return a sampler over repeated permutations of the training set, cut to the steps of a round."""
         length = self.steps_of_a_round * self.batches_of_a_step * self.batch_size
         return RoundSampler(len(data), length, world=world, rank=rank, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitRecipe(Recipe):
+    """Base class of recipes of models that a library fits at once: a run has one fit and one evaluation."""
+
+    unit: ClassVar[str] = "fit"

@@ -39,7 +39,11 @@ def test_kinds_are_alone_on_request(kind, capsys):
 
 
 def test_word_is_sought_in_names_and_descriptions(capsys):
-    assert [row["name"] for row in rows(capsys, "recipes", "VOWELS")] == ["uea/JapaneseVowels"]
+    vowels = [
+        "uea/JapaneseVowels",
+        *(f"uea/JapaneseVowels/{name}" for name in ("dtw", "lstm", "rocket", "tcn", "xgboost")),
+    ]
+    assert [row["name"] for row in rows(capsys, "recipes", "VOWELS")] == vowels
     assert "uea/PEMS-SF" in [row["name"] for row in rows(capsys, "recipes", "UEA subset")]
     assert {row["kind"] for row in rows(capsys, "aft")} == {"recipes", "models", "attentions"}
     status, _, err = run(capsys, "recipies")
@@ -51,12 +55,13 @@ def test_word_is_sought_in_names_and_descriptions(capsys):
 
 
 def test_published_value_stands_beside_its_recipe(capsys):
-    (row,) = rows(capsys, "recipes", "JapaneseVowels")
+    row = rows(capsys, "recipes", "JapaneseVowels")[0]
     assert row["published"] == 98.9
     assert row["figure"] == "accuracy, percent (Wu et al., ICML 2022)"
     assert "98.9" in run(capsys, "recipes", "JapaneseVowels")[1]
     by_name = {row["name"]: row["published"] for row in rows(capsys, "recipes")}
     assert by_name["wikitext103/flow-no-competition"] == 31.2
+    assert by_name["uea/JapaneseVowels/rocket"] == 96.2
     assert by_name["density/aft-local-24-free"] == 2.84
     assert by_name["imagenet/softmax"] == 78.7
     assert by_name["text/own"] is None

@@ -28,7 +28,9 @@ def tiny(name: str) -> dict:
     file = find_model(name).__module__.rpartition(".")[2]
     if file == "vision":
         return PYRAMID if name.startswith("flowformer") else VIT
-    return {"language_models": LANGUAGE, "timeseries": SERIES}[file]
+    return {"language_models": LANGUAGE, "timeseries": SERIES, "lstm": {"in_chans": 3, "num_classes": 5, "dim": 8}}[
+        file
+    ]
 
 
 BUILDERS = {name: (lambda name=name, **more: create_model(name, **tiny(name), **more)) for name in list_models()}

@@ -14,7 +14,7 @@ from flowformer import cli
 from flowformer.common.fields import options_of
 from flowformer.recipes import create_recipe, list_recipes
 from flowformer.recipes.model import build_model, check_model
-from flowformer.training import fit, module, recipe
+from flowformer.training import fit, fitted, module, recipe
 
 CLASSES = {type(create_recipe(name)): name for name in list_recipes()}
 WRONG = (math.nan, math.inf, -math.inf, -1, 1e20, 10**20, 2**63, 2**64, 10**400, "1", True, [1])
@@ -33,7 +33,7 @@ def test_every_number_is_refused_out_of_its_range(kind):
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
 def test_every_field_is_read(kind):
     """By the class itself or by training; the others have to be declared as having no effect."""
-    read = {name for source in (fit, module, recipe) for name in _names(inspect.getsource(source), "recipe")}
+    read = {name for source in (fit, fitted, module, recipe) for name in _names(inspect.getsource(source), "recipe")}
     read |= _read_by(kind)
     unread = [name for name in options_of(kind) if name not in read]
     assert [name for name in unread if name not in create_recipe(CLASSES[kind]).misfits()] == []

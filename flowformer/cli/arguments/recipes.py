@@ -206,7 +206,9 @@ def _parser(name: str, function: Callable[..., Recipe]) -> _CommandParser:
         "--config", type=Path, metavar="FILE",
         help="YAML or JSON file with fields of the recipe, for example the recipe.json of a run",
     )  # fmt: skip
-    run.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/RECIPE/ATTENTION-seedN)")
+    run.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the run (default: runs/RECIPE/ATTENTION-seedN, or seedN)"
+    )
     run.add_argument("--resume", action="store_true", help="continue the run in the folder, if there is one")
     run.add_argument(
         "--data-changed-ok", action="store_true", help="continue the run even if the data is not that it began with"

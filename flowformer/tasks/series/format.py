@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -261,8 +262,10 @@ class SeriesFormat:
             view: What to show.
 
         Raises:
-            ValueError: for a query, layer or head that is not there.
+            ValueError: for a query, layer or head that is not there, and for a model without attention.
         """
+        if not find_mechanisms(model):
+            raise ValueError(f"{type(model).__name__} has no attention to show")
         batch = self.collate([(fill_missing(series), 0)])
         length = int(batch["mask"].sum()) if model.mask_padding else batch["x"].shape[1]
         strips = line_strips(
@@ -284,7 +287,7 @@ def classify(model: nn.Module, form: SeriesFormat, series: Sequence[np.ndarray],
         (n, classes) float64.
     """
     items = [(fill_missing(one), 0) for one in series]
-    device = next(model.parameters()).device
+    device = next(chain(model.parameters(), model.buffers())).device
     pieces = []
     with torch.inference_mode():
         for start in range(0, len(items), batch_size):

@@ -44,7 +44,7 @@ def test_every_recipe_is_read_back_exactly(name):
     written = json.loads(json.dumps(recipe.to_json(), allow_nan=False))
     assert read_recipe(written) == recipe
     assert set(written) == {field.name for field in dataclasses.fields(recipe)}
-    assert {option.group for option in options_of(type(recipe)).values()} == set(GROUPS)
+    assert {option.group for option in options_of(type(recipe)).values()} <= set(GROUPS)
 
 
 def test_changed_recipes_are_read_back_exactly():

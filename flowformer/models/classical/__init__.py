@@ -1,0 +1,1 @@
+"""Classifiers of time series without attention, which the published tables compare with."""

@@ -1,0 +1,309 @@
+"""Classifiers without attention: each equals the library that does its work, and no padding or damage passes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn.svm import SVC
+from torch import nn
+
+import flowformer
+from flowformer.models.classical.boosting import XGBoostClassifier
+from flowformer.models.classical.dtw import DTWClassifier
+from flowformer.models.classical.rocket import RocketClassifier
+from flowformer.models.classical.svm import SupportVectors
+from flowformer.models.classical.tcn import CausalEncoder, TCNClassifier
+
+CHANNELS, LENGTH = 2, 12
+MEAN, STD = np.array([3.0, -1.0]), np.array([2.0, 0.5])
+
+
+def batch(classes: int, count: int = 18, seed: int = 0):
+    """Noisy series whose slope is their class, of unequal lengths, standardised; NaN in their padding."""
+    random = torch.Generator().manual_seed(seed)
+    y = torch.arange(count) % classes
+    lengths = torch.randint(4, LENGTH + 1, (count,), generator=random)
+    lengths[0] = LENGTH
+    mask = torch.arange(LENGTH) < lengths[:, None]
+    x = torch.randn(count, LENGTH, CHANNELS, generator=random) + y[:, None, None] * torch.arange(LENGTH)[:, None] / 3
+    return x.masked_fill(~mask[..., None], torch.nan), y, mask
+
+
+def reload(model, fresh):
+    """A fresh model with the state of another."""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    fresh.resize_buffers(state)
+    fresh.load_state_dict(state)
+    fresh.check_fitted()
+    return fresh.eval()
+
+
+def raw(x, mask):
+    """Series as they were before standardisation, (channels, length) each."""
+    return [(one[real].double().numpy() * STD + MEAN).T for one, real in zip(x, mask, strict=True)]
+
+
+def classes_of(model, x, mask):
+    """The classes that a model chooses, with certainty."""
+    found = model(x, mask).exp()
+    assert bool((found.sum(1) == 1).all())
+    assert bool((found.max(1).values == 1).all())
+    return found.argmax(1).numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------- LSTM
+
+
+def test_lstm_reads_the_last_real_step():
+    model = flowformer.create_model("lstm_timeseries", in_chans=CHANNELS, num_classes=4, dim=8, num_layers=2).eval()
+    x, _, mask = batch(4)
+    alone = torch.cat([model.head(model.lstm(one[None, real])[0][:, -1]) for one, real in zip(x, mask, strict=True)])
+    torch.testing.assert_close(model(x, mask), alone)
+
+
+def test_lstm_refuses_other_series():
+    model = flowformer.create_model("lstm_timeseries", in_chans=CHANNELS, num_classes=4, dim=8)
+    with pytest.raises(ValueError, match=r"x must be \(batch, length, 2\)"):
+        model(torch.zeros(1, 5, 3))
+    with pytest.raises(ValueError, match="dropout"):
+        flowformer.create_model("lstm_timeseries", in_chans=2, num_classes=4, dropout=2.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------- TCN
+
+
+def encoder(depth: int = 3) -> CausalEncoder:
+    torch.manual_seed(0)
+    return CausalEncoder(CHANNELS, channels=6, depth=depth, reduced_dim=7, dim=5).eval()
+
+
+def test_padding_is_invisible_to_the_encoder():
+    model = encoder()
+    x, _, mask = batch(3)
+    alone = torch.cat([model(one[None, real]) for one, real in zip(x, mask, strict=True)])
+    torch.testing.assert_close(model(x, mask), alone)
+
+
+def test_blocks_are_causal_convolutions_of_the_whole_kernel():
+    model = encoder(depth=5)  # dilated by up to 32: most weights of the last blocks see nothing of 12 steps
+    x, _, _ = batch(3)
+    h = x[:1].transpose(1, 2)
+    first = model.blocks(h)
+    changed = h.clone()
+    changed[..., 7:] += 1
+    later = model.blocks(changed)
+    torch.testing.assert_close(later[..., :7], first[..., :7], rtol=0, atol=0)
+    assert (later[..., 7:] != first[..., 7:]).any()
+    whole = h
+    for number, block in enumerate(model.blocks):
+        inner, dilation = whole, 2**number
+        for one in (block.first, block.second):
+            padded = nn.functional.pad(inner, (2 * dilation, 0))
+            inner = nn.functional.leaky_relu(nn.functional.conv1d(padded, one.weight, one.bias, dilation=dilation))
+        whole = inner + block.residual(whole)
+    torch.testing.assert_close(first, whole)
+
+
+def test_published_size_of_the_encoder():
+    # 11 blocks of two convolutions with weight_norm (a norm per output channel, and a bias), residuals where the
+    # number of channels changes, and the linear layer: networks/causal_cnn.py with default_hyperparameters.json.
+    def block(a, b):
+        return (a * b * 3 + 2 * b) + (b * b * 3 + 2 * b) + (a * b + b if a != b else 0)
+
+    wanted = block(3, 40) + 9 * block(40, 40) + block(40, 160) + 160 * 320 + 320
+    assert sum(p.numel() for p in CausalEncoder(3).parameters()) == wanted
+
+
+@pytest.mark.parametrize(("classes", "count"), [(2, 24), (4, 24), (4, 60)])  # without and with a search
+def test_support_vectors_choose_as_scikit_learn_does(classes, count):
+    random = np.random.default_rng(0)
+    y = np.arange(count) % classes
+    features = random.normal(size=(count, 5)) + y[:, None] * [0.6, -0.5, 0, 0, 1]
+    model = SupportVectors(5, classes)
+    model.fit(torch.from_numpy(features), torch.from_numpy(y))
+    if count == 24:
+        truth = SVC(C=np.inf).fit(features, y)
+    else:
+        from sklearn.model_selection import GridSearchCV
+
+        truth = GridSearchCV(SVC(), {"C": [*10.0 ** np.arange(-4, 5), np.inf]}, cv=5).fit(features, y)
+    new = random.normal(size=(500, 5)) + 1
+    np.testing.assert_array_equal(model(torch.from_numpy(new)).numpy(), truth.predict(new))
+
+
+def test_tcn_round_trip_and_what_is_refused():
+    x, y, mask = batch(3)
+    model = TCNClassifier(encoder(), 3)
+    with pytest.raises(ValueError, match="not been fitted"):
+        model.check_fitted()
+    model.fit(x, y, mask, seed=0)
+    again = reload(model, TCNClassifier(encoder(), 3))
+    np.testing.assert_array_equal(classes_of(again, x, mask), classes_of(model, x, mask))
+    vectors = model.classifier
+    for name, value, message in (
+        ("counts", vectors.counts + 1, "counts add up to"),
+        ("vectors", vectors.vectors * torch.nan, "not finite"),
+        ("coefficients", vectors.coefficients[:1], "coefficients has shape"),
+    ):
+        damaged = reload(model, TCNClassifier(encoder(), 3))
+        setattr(damaged.classifier, name, value)
+        with pytest.raises(ValueError, match=message):
+            damaged.check_fitted()
+
+
+# ------------------------------------------------------------------------------------------------------------- XGBoost
+
+
+def boosted(classes: int) -> XGBoostClassifier:
+    return XGBoostClassifier(CHANNELS, classes, LENGTH, num_trees=3, max_depth=2)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_xgboost_sees_flat_series_with_missing_steps(classes):
+    from xgboost import XGBClassifier
+
+    x, y, mask = batch(classes)
+    model = boosted(classes)
+    model.fit(x.nan_to_num(5.0), y, mask, seed=0)  # whatever padding holds
+    truth = XGBClassifier(n_estimators=3, max_depth=2).fit(x.flatten(1).numpy(), y.numpy())
+    wanted = truth.predict_proba(x.flatten(1).numpy())
+    again = reload(model, boosted(classes))
+    for one in (model, again):
+        np.testing.assert_allclose(one(x, mask).exp().numpy(), wanted, rtol=1e-6)
+        short = mask.sum(1) <= 9
+        np.testing.assert_allclose(one(x[short, :9], mask[short, :9]).exp().numpy(), wanted[short.numpy()], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda model: model["trees"][0]["left_children"].__setitem__(0, 10**6), "nodes that are not there"),
+        (lambda model: model["trees"][0]["left_children"].__setitem__(0, 0), "node 0 of a tree has the children 0"),
+        (lambda model: model["trees"][0]["split_indices"].__setitem__(0, 24), "splits of features"),
+        (lambda model: model["trees"][1]["parents"].pop(), "has lists of"),
+        (lambda model: model["trees"].pop(), "its rounds and trees"),
+        (lambda model: model["tree_info"].__setitem__(0, 3), "its rounds and trees"),
+        (lambda model: model["trees"][0]["split_type"].__setitem__(0, 1), "categories"),
+        (lambda model: model.pop("iteration_indptr"), "iteration_indptr"),
+    ],
+)
+def test_xgboost_follows_no_link_that_leads_nowhere(damage, message):
+    x, y, mask = batch(3)
+    model = boosted(3)
+    model.fit(x, y, mask, seed=0)
+    content = json.loads(model.trees.numpy().tobytes())
+    damage(content["learner"]["gradient_booster"]["model"])
+    model.trees = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=message):
+        model.check_fitted()
+
+
+def test_xgboost_of_other_data_is_refused():
+    x, y, mask = batch(3)
+    model = boosted(3)
+    model.fit(x, y, mask, seed=0)
+    other = XGBoostClassifier(CHANNELS, 3, LENGTH + 1)
+    with pytest.raises(ValueError, match="booster, objective, features"):
+        reload(model, other)
+    model.trees = model.trees[:-5]
+    with pytest.raises(ValueError, match="not a model of XGBoost"):
+        model.check_fitted()
+
+
+# ----------------------------------------------------------------------------------------------------- ROCKET and DTW
+
+
+def rocket(classes: int) -> RocketClassifier:
+    return RocketClassifier(MEAN, STD, classes, LENGTH, num_kernels=20)
+
+
+def test_rocket_that_aeon_would_read_out_of_bounds_with_is_refused():
+    """Without aeon: kernels of the right shapes are all that the check sees."""
+    model = rocket(3)
+    with pytest.raises(ValueError, match="not been fitted"):
+        model.check_fitted()
+    integers = {"kernel_lengths": 7, "dilations": 1, "paddings": 3, "channel_counts": 1}
+    for name, value in integers.items():
+        setattr(model, name, torch.full((20,), value, dtype=torch.int32))
+    model.biases, model.weights = torch.zeros(20), torch.zeros(140)
+    model.channel_indices = torch.zeros(20, dtype=torch.int32)
+    model.scale, model.coefficients = torch.ones(40).double(), torch.zeros(3, 40).double()
+    model.intercepts = torch.zeros(3).double()
+    model.check_fitted()
+    for name, value, message in (
+        ("channel_indices", 2, "channel_indices must be from 0 to 1"),
+        ("channel_counts", 2, "weights has shape"),
+        ("kernel_lengths", -7, "kernel_lengths must be"),
+        ("kernel_lengths", 9, "weights has shape"),
+        ("dilations", 6, "does not fit into 12 steps"),
+        ("paddings", -1, "paddings must be"),
+    ):
+        kept = getattr(model, name)
+        changed = kept.clone()
+        changed[-1] = value
+        setattr(model, name, changed)
+        with pytest.raises(ValueError, match=message):
+            model.check_fitted()
+        setattr(model, name, kept)
+    model.coefficients[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="not finite"):
+        model.check_fitted()
+
+
+@pytest.mark.slow  # aeon compiles with numba
+@pytest.mark.parametrize("classes", [2, 3])
+def test_rocket_is_that_of_aeon_on_padded_series(classes):
+    from aeon.classification.convolution_based import RocketClassifier as Truth
+
+    x, y, mask = batch(classes, 30)
+    padded = np.zeros((30, CHANNELS, LENGTH))
+    for row, one in zip(padded, raw(x, mask), strict=True):
+        row[:, : one.shape[1]] = one
+    model = rocket(classes)
+    model.fit(x[:20], y[:20], mask[:20], seed=7)
+    truth = Truth(20, random_state=7).fit(padded[:20], y[:20].numpy())
+    again = reload(model, rocket(classes))
+    for one in (model, again):
+        np.testing.assert_array_equal(classes_of(one, x, mask), truth.predict(padded))
+    other = rocket(classes)
+    other.fit(x[:20], y[:20], mask[:20], seed=8)
+    assert not torch.equal(other.biases, model.biases)
+
+
+@pytest.mark.slow  # aeon compiles with numba
+@pytest.mark.parametrize("scaling", ["none", "training", "series"])
+@pytest.mark.filterwarnings("ignore:.*unsafe cast from uint64:Warning")  # of aeon itself
+def test_dtw_is_that_of_aeon_on_unequal_series(scaling):
+    from aeon.classification.distance_based import KNeighborsTimeSeriesClassifier
+
+    x, y, mask = batch(3, 40)
+    values = raw(x, mask)
+    if scaling == "training":
+        values = [(one - MEAN[:, None]) / STD[:, None] for one in values]
+    if scaling == "series":
+        values = [(one - one.mean(1, keepdims=True)) / one.std(1, keepdims=True) for one in values]
+    model = DTWClassifier(MEAN, STD, 3, scaling=scaling, window=0.4)
+    model.fit(x[:20], y[:20], mask[:20], seed=0)
+    truth = KNeighborsTimeSeriesClassifier("dtw", {"window": 0.4}).fit(values[:20], y[:20].numpy())
+    again = reload(model, DTWClassifier(MEAN, STD, 3, scaling=scaling, window=0.4))
+    np.testing.assert_array_equal(classes_of(again, x[20:], mask[20:]), truth.predict(values[20:]))
+
+
+def test_dtw_of_no_training_set_is_refused():
+    model = DTWClassifier(MEAN, STD, 3)
+    with pytest.raises(ValueError, match="not been fitted"):
+        model.check_fitted()
+    x, y, mask = batch(3)
+    model.fit(x.nan_to_num(0.0), y, mask, seed=0)
+    model.check_fitted()
+    for name, value in (("y", y + 1), ("lengths", mask.sum(1) * 2), ("x", x), ("x", x[:, :, :1])):
+        kept = getattr(model, name)
+        setattr(model, name, value)
+        with pytest.raises(ValueError, match=name):
+            model.check_fitted()
+        setattr(model, name, kept)
+    with pytest.raises(ValueError, match="scaling must be one of"):
+        DTWClassifier(MEAN, STD, 3, scaling="all")  # pyright: ignore[reportArgumentType]
