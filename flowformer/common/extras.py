@@ -4,7 +4,8 @@ from __future__ import annotations
 
 _TRAINING = ("lightning", "rich", "safetensors", "jsonargparse", "matplotlib")
 EXTRAS = {
-    "timeseries": (*_TRAINING, "aeon", "pandas", "sklearn", "xgboost"),
+    "timeseries": (*_TRAINING, "aeon", "pandas", "sklearn"),
+    "xgboost": ("xgboost",),
     "text": (*_TRAINING, "transformers", "tokenizers", "accelerate", "pyarrow", "gensim"),
     "vision": (*_TRAINING, "PIL", "pyarrow", "sklearn", "timm", "torchvision"),
     "rl": ("lightning", "rich", "safetensors", "jsonargparse", "gymnasium", "minari"),

@@ -169,8 +169,8 @@ def _from_the_front(
     """Segments of equally many positions after zeros at the front, of the real tokens of each."""
     length, total = q.shape[1], -(-q.shape[1] // m) * m
     if mask is None and total == length and not is_traced():
-        means = (x.unflatten(1, (m, -1)).mean(2).transpose(1, 2) for x in (q, k))
-        return _attend(q, k, v, None, Landmarks(*means, None, None), taps, *how)
+        of_queries, of_keys = (x.unflatten(1, (m, -1)).mean(2).transpose(1, 2) for x in (q, k))
+        return _attend(q, k, v, None, Landmarks(of_queries, of_keys, None, None), taps, *how)
     if mask is None:
         mask = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
     q, k, v, mask = (frame(x, total - length, total) for x in (q, k, v, mask))

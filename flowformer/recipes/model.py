@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from flowformer.models import create_model
+from flowformer.models.classical.lstm import LSTMClassifier
 from flowformer.models.language import LanguageModel
-from flowformer.models.lstm import LSTMClassifier
 from flowformer.models.registry import MODELS, find_model
 from flowformer.models.timeseries import SeriesClassifier
 from flowformer.models.vision import VisionModel

@@ -435,6 +435,13 @@ def _part_of(given: Inputs, part: Part) -> Inputs:
     return given._replace(log_decay=part.of_decays(given.log_decay), **tokens, **masks, **numbers)
 
 
+def _part_of_sums(x: Any, part: Part, q: Tensor) -> Any:
+    """The part of sums of weights (batch * heads, length), or of what stands for absent ones."""
+    if x is None or not x.numel():
+        return x
+    return part.of_numbers(x.view(q.shape[0], q.shape[2], q.shape[1])).flatten(0, 1)
+
+
 def _forward_in_parts(given: Inputs, out: Tensor) -> Tensor | None:
     """Write outputs; return sums of weights (batch * heads, length)."""
     batch, length, heads = given.q.shape[:3]
@@ -455,10 +462,7 @@ def _backward_in_parts(
     decays = grad_out.new_empty(batch, length, heads, dtype=torch.float64) if of_decay else None
     weight, scale = (None if x is None else torch.empty_like(x) for x in (given.weight, given.scale))
     for part in parts_of(given.q):
-        sums, grad_sums = (
-            x if x is None or not x.numel() else part.of_numbers(x.view(batch, heads, length)).flatten(0, 1)
-            for x in (totals, of_results.sums)
-        )
+        sums, grad_sums = _part_of_sums(totals, part, given.q), _part_of_sums(of_results.sums, part, given.q)
         form = _Local(_part_of(given, part), None, backward=True)
         to = [part.of_tokens(goal) for goal in goals]
         of_part = OfResults(part.of_tokens(grad_out), grad_sums)
