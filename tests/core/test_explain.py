@@ -45,7 +45,10 @@ CALLS = {
     "aft_full with a table": Call("aft_full", (CHANNELS, CHANNELS, CHANNELS, torch.randn(6, 6))),
     "aft_conv of images": Call("aft_conv", (IMAGE, IMAGE[..., :2], IMAGE, torch.randn(2, 3, 3)), both=False),
 }
-WITH_KERNELS = ("flow_attention", "aft_simple", "linear_attention", "mobile_attention")
+WITH_KERNELS = (
+    "flow_attention", "aft_simple", "linear_attention", "mobile_attention", "performer_attention", "rfa_attention",
+    "cosformer_attention",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -69,9 +69,10 @@ def test_there_is_each_model():
     assert names["vision"] == names["vision-training"]
     ours = [row.function.attention for row in ROWS if row.operation == "vision" and row.ours]
     assert list(dict.fromkeys(ours)) == ["flow", *sorted(set(list_attentions()) - {"flow", "softmax"})]
-    for name in ("flow", "aft-simple"):  # they have backends to choose from
+    with_backends = ("flow", "linear", "mobile", "performer", "rfa", "cosformer", "aft-simple")
+    for name in with_backends:
         assert [row for row in names["vision"] if row.startswith(name)] == [f"{name}-{one}" for one in BACKENDS]
-    assert len(names["vision"]) == len(list_attentions()) + 2 * (len(BACKENDS) - 1)
+    assert len(names["vision"]) == len(list_attentions()) + len(with_backends) * (len(BACKENDS) - 1)
     assert [row.name for row in ROWS if not row.ours] == ["softmax", "softmax"]
 
 

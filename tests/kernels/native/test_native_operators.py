@@ -329,7 +329,7 @@ def test_native_runs_where_it_can() -> None:
         lambda: ops.flow_attention(*(t.double() for t in tensors)),
         lambda: ops.flow_attention(*(t.half() for t in tensors)),
         lambda: ops.flow_attention_step(*token, state, backend="torch"),
-        lambda: ops.linear_attention(*tensors),
+        lambda: ops.softmax_attention(*tensors),
     ):
         assert ran(plain) == []
 

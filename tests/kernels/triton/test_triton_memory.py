@@ -85,7 +85,7 @@ def linearly(decays: bool, is_causal: bool, q: Tensor, k: Tensor, v: Tensor, g: 
     state, totals = linear.State(keys, memory) if is_causal else None, torch.ones(HEADS, LENGTH)
     return (
         lambda: linear.forward(inputs, state, is_causal),
-        lambda _: linear.backward(inputs, state, is_causal, v, totals, g, None, decays),
+        lambda _: linear.backward(inputs, state, is_causal, v, totals, linear.OfResults(g), None, decays),
         (inputs, g, state, totals),
     )
 
