@@ -232,12 +232,14 @@ def words_of_fields(draw: random.Random, folder: Path) -> Call:
     from flowformer.common.fields import options_of
     from flowformer.recipes import create_recipe, list_recipes
 
-    name = draw.choice(list_recipes())
-    fields = [
-        one
-        for one in options_of(type(create_recipe(name))).values()
-        if one.choices or one.name in ("attention", "model")
-    ]
+    name, fields = "", []
+    while not fields:  # recipes without attention may have none
+        name = draw.choice(list_recipes())
+        fields = [
+            one
+            for one in options_of(type(create_recipe(name))).values()
+            if one.choices or one.name in ("attention", "model")
+        ]
     one, value = draw.choice(fields), draw.choice([word for word in WRONG_WORDS if word != "null"])
     return Call("word", ["train", name, f"--{one.name.replace('_', '-')}={value}"], refused=True)
 

@@ -126,7 +126,7 @@ def test_absent_library_is_named_before_anything_is_written(waves, tmp_path, mon
 
     monkeypatch.setitem(sys.modules, "xgboost", None)
     assert main(words("xgboost", waves, tmp_path / "run")) == 2
-    assert "pip install 'flowformer[timeseries]'" in capsys.readouterr().err
+    assert "pip install 'flowformer[xgboost]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
