@@ -75,6 +75,7 @@ _FAIRSEQ_NAMES = (
     (r"decoder\.embed_tokens\.embeddings\.(\d+)\.0\.weight", r"embed.tables.\1.weight"),
     (r"decoder\.embed_tokens\.embeddings\.(\d+)\.1\.weight", r"embed.projections.\1.weight"),
     (r"decoder\.layers\.(\d+)\.self_attn\.([qkv]|out)_proj\.(\w+)", r"decoder.blocks.\1.attention.\2_proj.\3"),
+    (r"decoder\.layers\.(\d+)\.self_attn\.in_proj_(\w+)", r"decoder.blocks.\1.attention.qkv.\2"),  # of old versions
     (r"decoder\.layers\.(\d+)\.self_attn_layer_norm\.(\w+)", r"decoder.blocks.\1.norm1.\2"),
     (r"decoder\.layers\.(\d+)\.final_layer_norm\.(\w+)", r"decoder.blocks.\1.norm2.\2"),
     (r"decoder\.layers\.(\d+)\.fc([12])\.(\w+)", r"decoder.blocks.\1.linear\2.\3"),
@@ -254,8 +255,13 @@ def wikitext_state_dict(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: for a name that such a checkpoint does not have.
     """
     if isinstance(published, Mapping):
-        published = {name: tensor for name, tensor in published.items() if not _FAIRSEQ_BUFFERS.fullmatch(name)}
-    state = rename(published, _FAIRSEQ_NAMES, "the published WikiText-103 model")
+        published = {name: tensor for name, tensor in published.items() if not _FAIRSEQ_BUFFERS.fullmatch(str(name))}
+    state: dict[str, Tensor] = {}
+    for name, tensor in rename(published, _FAIRSEQ_NAMES, "the published WikiText-103 model").items():
+        if ".attention.qkv." in name:
+            split_qkv(state, name, tensor)
+        else:
+            state[name] = tensor
     head, embedding = state.get("head.weight"), state.get("embed.weight")
     if head is not None and embedding is not None and torch.equal(head, embedding):
         del state["head.weight"]  # it is saved under both names

@@ -30,6 +30,8 @@ def rename(published: Mapping[str, Tensor], names: Names, what: str) -> dict[str
         raise TypeError(f"the weights of {what} must be a state dict, got {type(published).__name__}")
     ours = {}
     for name, tensor in published.items():
+        if not isinstance(name, str):
+            raise TypeError(f"names of the weights of {what} must be text, got {name!r}")
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise TypeError(f"{name!r} of {what} must be a tensor of floating point numbers, got {describe(tensor)}")
         ours[_rename_one(name, names, what)] = tensor

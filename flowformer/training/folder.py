@@ -170,14 +170,16 @@ class RunFolder:
         if isinstance(model, FittedModel):
             model.resize_buffers(state)
         own = model.state_dict()
+        kinds = isinstance(model, FittedModel)  # whose numbers are counts and indices too, which casts would change
         wrong = [
             name for name in {**own, **state}
             if name not in own or name not in state or own[name].shape != state[name].shape
+            or (kinds and own[name].dtype != state[name].dtype)
         ]  # fmt: skip
         if wrong:
             raise RunError(
                 f"{path} does not fit the model that recipe.json describes: {len(wrong)} weights are missing, "
-                f"unexpected or of another shape, the first is {sorted(wrong)[0]}"
+                f"unexpected or of another shape or dtype, the first is {sorted(wrong)[0]}"
             )
         model.load_state_dict(state)
         if isinstance(model, FittedModel):

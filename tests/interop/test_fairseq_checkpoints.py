@@ -228,6 +228,22 @@ def test_older_names_and_the_dtype_of_the_weights():
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
 
 
+def test_projections_that_are_one_tensor_in_old_versions(tokens):
+    state = published()
+    joined = dict(state)
+    for layer in range(LAYERS):
+        name = f"decoder.layers.{layer}.self_attn"
+        for part in ("weight", "bias"):
+            joined[f"{name}.in_proj_{part}"] = torch.cat([joined.pop(f"{name}.{one}_proj.{part}") for one in "qkv"])
+    wanted = load_wikitext(state, num_heads=HEADS)(tokens)
+    assert torch.equal(load_wikitext(joined, num_heads=HEADS)(tokens), wanted)
+
+
+def test_names_are_text():
+    with pytest.raises(TypeError, match="names of the weights of the published WikiText-103 model must be text, got 1"):
+        load_wikitext({1: torch.zeros(1)})
+
+
 def test_a_tied_head_is_loaded_once():
     model = load_wikitext(published(), num_heads=HEADS)
     assert model.head is None

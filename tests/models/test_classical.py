@@ -13,6 +13,7 @@ from torch import nn
 import flowformer
 from flowformer.models.classical.boosting import XGBoostClassifier
 from flowformer.models.classical.dtw import DTWClassifier
+from flowformer.models.classical.fitted import same_threads
 from flowformer.models.classical.rocket import RocketClassifier
 from flowformer.models.classical.svm import SupportVectors
 from flowformer.models.classical.tcn import CausalEncoder, TCNClassifier
@@ -147,11 +148,16 @@ def test_tcn_round_trip_and_what_is_refused():
         ("counts", vectors.counts + 1, "counts add up to"),
         ("vectors", vectors.vectors * torch.nan, "not finite"),
         ("coefficients", vectors.coefficients[:1], "coefficients has shape"),
+        ("gamma", -vectors.gamma, "gamma must be above 0"),
     ):
         damaged = reload(model, TCNClassifier(encoder(), 3))
         setattr(damaged.classifier, name, value)
         with pytest.raises(ValueError, match=message):
             damaged.check_fitted()
+    with torch.no_grad():
+        again.encoder.head.bias[0] = torch.nan
+    with pytest.raises(ValueError, match=r"encoder\.head\.bias has values that are not finite"):
+        again.check_fitted()
 
 
 # ------------------------------------------------------------------------------------------------------------- XGBoost
@@ -184,6 +190,14 @@ def test_xgboost_sees_flat_series_with_missing_steps(classes):
         (lambda model: model["trees"][0]["left_children"].__setitem__(0, 0), "node 0 of a tree has the children 0"),
         (lambda model: model["trees"][0]["split_indices"].__setitem__(0, 24), "splits of features"),
         (lambda model: model["trees"][1]["parents"].pop(), "has lists of"),
+        (lambda model: model["trees"][0]["parents"].__setitem__(1, 2**30), "links to parents"),
+        (lambda model: model["trees"][0]["parents"].__setitem__(0, 0), "links to parents"),
+        (lambda model: model["trees"][0].__setitem__("id", 1), "tree 0 has the number 1"),
+        (lambda model: model["trees"][0]["tree_param"].__setitem__("num_feature", "100000"), "of 100000 features"),
+        (lambda model: model["trees"][0]["base_weights"].__setitem__(0, float("nan")), "not finite"),
+        (lambda model: model["trees"][0]["default_left"].__setitem__(0, 7), "neither 0 nor 1"),
+        (lambda model: model["gbtree_model_param"].__setitem__("num_parallel_tree", "50"), "its rounds and trees"),
+        (lambda model: model.update(cats={"enc": [1]}), "categories of features"),
         (lambda model: model["trees"].pop(), "its rounds and trees"),
         (lambda model: model["tree_info"].__setitem__(0, 3), "its rounds and trees"),
         (lambda model: model["trees"][0]["split_type"].__setitem__(0, 1), "categories"),
@@ -199,6 +213,19 @@ def test_xgboost_follows_no_link_that_leads_nowhere(damage, message):
     model.trees = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
     with pytest.raises(ValueError, match=message):
         model.check_fitted()
+
+
+@pytest.mark.parametrize("base", ["nan", "[1,2]", "[]", "x"])
+def test_xgboost_starts_from_numbers(base):
+    x, y, mask = batch(3)
+    model = boosted(3)
+    model.fit(x, y, mask, seed=0)
+    content = json.loads(model.trees.numpy().tobytes())
+    content["learner"]["learner_model_param"]["base_score"] = base
+    model.trees = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="is not a model of XGBoost") as caught:
+        model.check_fitted()
+    assert "\n" not in str(caught.value)
 
 
 def test_xgboost_of_other_data_is_refused():
@@ -307,3 +334,10 @@ def test_dtw_of_no_training_set_is_refused():
         setattr(model, name, kept)
     with pytest.raises(ValueError, match="scaling must be one of"):
         DTWClassifier(MEAN, STD, 3, scaling="all")  # pyright: ignore[reportArgumentType]
+
+
+def test_threads_of_pytorch_are_given_back():
+    before = torch.get_num_threads()
+    with same_threads():
+        torch.set_num_threads(before + 1)
+    assert torch.get_num_threads() == before

@@ -121,6 +121,15 @@ def test_damaged_trees_are_refused_in_words(xgboost, waves, tmp_path, capsys):
     assert "trees is not a model of XGBoost for this data" in capsys.readouterr().err
 
 
+def test_numbers_of_another_dtype_are_refused(tcn, waves, tmp_path, capsys):
+    shutil.copytree(tcn, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "last.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "classifier.counts": tensors["classifier.counts"].float()}, path)
+    assert main(["predict", str(tmp_path / "run"), waves["test_file"]]) == 2
+    assert "of another shape or dtype, the first is classifier.counts" in capsys.readouterr().err
+
+
 def test_absent_library_is_named_before_anything_is_written(waves, tmp_path, monkeypatch, capsys):
     import sys
 

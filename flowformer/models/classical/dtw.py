@@ -17,6 +17,7 @@ from flowformer.models.classical.fitted import (
     check_not_empty,
     check_shape,
     chosen,
+    same_threads,
 )
 
 Scaling = Literal["none", "training", "series"]
@@ -82,11 +83,11 @@ class DTWClassifier(FittedModel):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return log-probabilities of classes, those of a choice."""
-        from aeon.distances import pairwise_distance  # takes seconds
-
         lengths = torch.full((len(x),), x.shape[1]) if mask is None else mask.sum(1)
         series: Any = self._prepare(x, lengths), self._prepare(self.x, self.lengths)  # lists, against their type
-        with warnings.catch_warnings():
+        with same_threads(), warnings.catch_warnings():
+            from aeon.distances import pairwise_distance  # takes seconds
+
             # numba, of aeon's own code, when it compiles it
             warnings.filterwarnings("ignore", ".*unsafe cast from uint64 to int64.*")
             distances = pairwise_distance(*series, method="dtw", window=self.window, n_jobs=self.threads)

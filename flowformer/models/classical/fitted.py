@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,16 @@ class FittedModel(nn.Module, ABC):
             if name in state and state[name].ndim == own.ndim:
                 parent, _, last = name.rpartition(".")
                 setattr(self.get_submodule(parent), last, own.new_empty(state[name].shape))
+
+
+@contextmanager
+def same_threads() -> Iterator[None]:
+    """Give PyTorch back its number of threads: numba, in which aeon computes, sets that of the OpenMP runtime."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def chosen(classes: Tensor, num_classes: int) -> Tensor:

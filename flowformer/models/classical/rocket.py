@@ -15,6 +15,7 @@ from flowformer.models.classical.fitted import (
     check_not_empty,
     check_shape,
     chosen,
+    same_threads,
 )
 
 _LENGTHS = (7, 9, 11)  # of kernels: Dempster, Petitjean and Webb, 2020, section 3.1
@@ -76,6 +77,7 @@ class RocketClassifier(FittedModel):
             shape = (0, 0) if name == "coefficients" else (0,)
             self.register_buffer(name, torch.empty(shape, dtype=torch.float64))
 
+    @same_threads()
     def fit(self, x: Tensor, y: Tensor, mask: Tensor, *, seed: int) -> None:
         """Draw kernels, and fit the ridge classifier to their features."""
         from sklearn.linear_model import RidgeClassifierCV
@@ -116,6 +118,7 @@ class RocketClassifier(FittedModel):
         for name in (*_FLOATS, *_RIDGE):
             check_finite(name, getattr(self, name))
 
+    @same_threads()
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return log-probabilities of classes, those of a choice."""
         real = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask

@@ -77,6 +77,8 @@ class SupportVectors(nn.Module):
             raise ValueError(f"counts add up to {int(self.counts.sum())}, and there are {count} support vectors")
         for name in ("vectors", "coefficients", "intercepts", "gamma"):
             check_finite(name, getattr(self, name))
+        if float(self.gamma) <= 0:
+            raise ValueError(f"gamma must be above 0, got {float(self.gamma):g}")
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the class that wins most comparisons of two classes; the first one of equals.

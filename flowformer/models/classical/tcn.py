@@ -15,7 +15,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from flowformer.core.checks import check_sizes
 from flowformer.core.masks import fill
-from flowformer.models.classical.fitted import FittedModel, chosen
+from flowformer.models.classical.fitted import FittedModel, check_finite, chosen
 from flowformer.models.classical.svm import SupportVectors
 
 _BATCH = 50  # series that are encoded at a time
@@ -138,7 +138,9 @@ class TCNClassifier(FittedModel):
         self.classifier.to(device)
 
     def check_fitted(self) -> None:
-        """Check buffers that were loaded."""
+        """Check what was loaded, weights of the encoder among it: the classifier would choose a class by NaN too."""
+        for name, weights in self.encoder.named_parameters(prefix="encoder"):
+            check_finite(name, weights)
         self.classifier.check_fitted()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
