@@ -177,7 +177,7 @@ class TCNRecipe(_Method, StepRecipe):
     def training_task(self, task: Task) -> Task:
         """Return the task without labels that the encoder is trained on."""
         assert isinstance(task, SeriesTask)
-        return TripletTask(task, self.negatives)
+        return TripletTask.of(task, self.negatives)
 
 
 # -------------------------------------------------------------------------------------------- on files and UEA subsets

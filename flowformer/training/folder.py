@@ -167,14 +167,14 @@ class RunFolder:
             read_plain(self.resume_state, mapped=True)  # refused as a whole if there is something foreign in it
         path = self.checkpoints / f"{checkpoint}.safetensors"
         state = _read_weights(path) if path.exists() else self._read_older(checkpoint)
-        if isinstance(model, FittedModel):
+        fitted = isinstance(model, FittedModel)
+        if fitted:
             model.resize_buffers(state)
         own = model.state_dict()
-        kinds = isinstance(model, FittedModel)  # whose numbers are counts and indices too, which casts would change
         wrong = [
             name for name in {**own, **state}
             if name not in own or name not in state or own[name].shape != state[name].shape
-            or (kinds and own[name].dtype != state[name].dtype)
+            or (fitted and own[name].dtype != state[name].dtype)  # counts and indices, which a cast would change
         ]  # fmt: skip
         if wrong:
             raise RunError(
@@ -182,7 +182,7 @@ class RunFolder:
                 f"unexpected or of another shape or dtype, the first is {sorted(wrong)[0]}"
             )
         model.load_state_dict(state)
-        if isinstance(model, FittedModel):
+        if fitted:
             try:
                 model.check_fitted()
             except ValueError as error:

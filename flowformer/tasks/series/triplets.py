@@ -6,16 +6,14 @@ Source: Franceschi et al., NeurIPS 2019, section 3 and equation 1; losses/triple
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from flowformer.tasks.metric import Metric
 from flowformer.tasks.series.dataset import SeriesSet
-from flowformer.tasks.series.format import SeriesFormat
 from flowformer.tasks.series.task import SeriesTask
 
 
@@ -32,68 +30,27 @@ class Windows(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class TripletTask:
+class TripletTask(SeriesTask):
     """Triplet loss on the training series of a task. There is nothing to evaluate on while the encoder is trained.
 
     A window of a series (the anchor), a window in that one (the positive), and ``negatives`` windows of any training
     series are encoded. The loss is -log sigmoid(anchor . positive), and the mean of -log sigmoid(-anchor . negative).
 
-    Args:
-        task: The task.
+    Attributes:
         negatives: Negative windows for each series of a batch.
     """
 
-    task: SeriesTask
     negatives: int = 10
 
-    @property
-    def name(self) -> str:
-        """Name of the benchmark."""
-        return self.task.name
+    @classmethod
+    def of(cls, task: SeriesTask, negatives: int) -> TripletTask:
+        """Return the one on the series of a task."""
+        return cls(**{one.name: getattr(task, one.name) for one in fields(task)}, negatives=negatives)
 
     @property
-    def metric(self) -> Metric:
-        """The metric of the task, which training does not measure."""
-        return self.task.metric
-
-    @property
-    def published(self) -> Mapping[str, float]:
-        """Published values of the metric by method."""
-        return self.task.published
-
-    @property
-    def source(self) -> str:
-        """Origin of the data."""
-        return self.task.source
-
-    @property
-    def licence(self) -> str:
-        """Terms of the data."""
-        return self.task.licence
-
-    @property
-    def format(self) -> SeriesFormat:
-        """The data format."""
-        return self.task.format
-
-    @property
-    def train(self) -> SeriesSet:
-        """The training set."""
-        return self.task.train
-
-    @property
-    def test(self) -> SeriesSet:
-        """The test set."""
-        return self.task.test
-
-    @property
-    def evaluated(self) -> Mapping[str, Any]:
+    def evaluated(self) -> dict[str, SeriesSet]:
         """No sets."""
         return {}
-
-    def size(self, batch: Mapping[str, Tensor]) -> int:
-        """Return the number of series in a batch."""
-        return self.task.size(batch)
 
     def step(self, model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Draw windows for a batch, and return the "loss" of a model's ``encoder``."""
