@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +15,6 @@ from torch import nn
 import flowformer
 from flowformer.models.classical.boosting import XGBoostClassifier
 from flowformer.models.classical.dtw import DTWClassifier
-from flowformer.models.classical.fitted import same_threads
 from flowformer.models.classical.rocket import RocketClassifier
 from flowformer.models.classical.svm import SupportVectors
 from flowformer.models.classical.tcn import CausalEncoder, TCNClassifier
@@ -316,13 +317,23 @@ def test_dtw_is_that_of_aeon_on_unequal_series(scaling):
     model.fit(x[:20], y[:20], mask[:20], seed=0)
     truth = KNeighborsTimeSeriesClassifier("dtw", {"window": 0.4}).fit(values[:20], y[:20].numpy())
     again = reload(model, DTWClassifier(MEAN, STD, 3, scaling=scaling, window=0.4))
-    wanted, threads = truth.predict(values[20:]), torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        np.testing.assert_array_equal(classes_of(again, x[20:], mask[20:]), wanted)
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(threads)
+    np.testing.assert_array_equal(classes_of(again, x[20:], mask[20:]), truth.predict(values[20:]))
+
+
+FIRST_DTW = """
+import numpy as np, torch
+from flowformer.models.classical.dtw import DTWClassifier
+torch.set_num_threads(3)
+model, x, mask = DTWClassifier(np.zeros(2), np.ones(2), 2), torch.randn(4, 9, 2), torch.ones(4, 9, dtype=torch.bool)
+model.fit(x, torch.arange(4) % 2, mask, seed=0)
+model(x, mask)
+assert torch.get_num_threads() == 3, torch.get_num_threads()
+"""
+
+
+@pytest.mark.slow  # aeon compiles with numba, in a process of its own
+def test_numba_sets_no_threads_of_pytorch():
+    subprocess.run([sys.executable, "-c", FIRST_DTW], check=True, timeout=300)
 
 
 def test_dtw_of_no_training_set_is_refused():
@@ -340,10 +351,3 @@ def test_dtw_of_no_training_set_is_refused():
         setattr(model, name, kept)
     with pytest.raises(ValueError, match="scaling must be one of"):
         DTWClassifier(MEAN, STD, 3, scaling="all")  # pyright: ignore[reportArgumentType]
-
-
-def test_threads_of_pytorch_are_given_back():
-    before = torch.get_num_threads()
-    with same_threads():
-        torch.set_num_threads(before + 1)
-    assert torch.get_num_threads() == before
