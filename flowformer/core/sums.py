@@ -21,10 +21,16 @@ def sum_over_tokens(A: Tensor, B: Tensor) -> Tensor:
     """
     if is_traced() or A.shape[-2] < RUN:
         return A.transpose(-1, -2) @ B
-    whole = A.shape[-2] - A.shape[-2] % RUN
-    (A, last_A), (B, last_B) = (x.split([whole, x.shape[-2] - whole], -2) for x in (A, B))
+    rest = A.shape[-2] % RUN
+    if not rest:
+        return _sum_runs(A, B)
+    (A, last_A), (B, last_B) = (x.split([x.shape[-2] - rest, rest], -2) for x in (A, B))
+    return _sum_runs(A, B) + last_A.transpose(-1, -2) @ last_B
+
+
+def _sum_runs(A: Tensor, B: Tensor) -> Tensor:
     A, B = (x.unflatten(-2, (-1, RUN)) for x in (A, B))
-    return (A.transpose(-1, -2) @ B).sum(-3) + last_A.transpose(-1, -2) @ last_B
+    return (A.transpose(-1, -2) @ B).sum(-3)
 
 
 class _TimesSum(torch.autograd.Function):
