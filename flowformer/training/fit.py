@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ def train(
     task, data = build_task(recipe, run, form, data_changed_ok=data_changed_ok)
     torch.manual_seed(recipe.seed)
     model = recipe.build_model(task.format)
+    if isinstance(model, FittedModel):
+        import_module(model.library)  # likewise, where it is not installed
     with _writing(run) if is_first else contextlib.nullcontext():
         if is_first:
             _check_folder(run, recipe, resume, lock=False)  # another process may have run it meanwhile
