@@ -26,7 +26,7 @@ from flowformer.training.checkpoints import Checkpoints, PlainCheckpointIO
 from flowformer.training.draws import Draws
 from flowformer.training.fitted import evaluate_fitted, fit_at_once
 from flowformer.training.folder import DATA, RunFolder, read_plain
-from flowformer.training.module import TaskModule
+from flowformer.training.module import TaskModule, read_metrics
 from flowformer.training.quiet import quiet
 from flowformer.training.recipe import GradientRecipe, Recipe, Task
 
@@ -220,8 +220,7 @@ def fit(
             read_plain(last)  # Lightning would report damage in its own words
         elif module.evaluated:
             trainer.validate(module, verbose=False)
-            start = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            history.add(trainer, 0, start)
+            history.add(trainer, 0, read_metrics(trainer))
         trainer.fit(module, ckpt_path=last, weights_only=True)
         history.write(trainer)  # a run that was complete has written no record
     return history.records
@@ -384,4 +383,4 @@ def evaluate(recipe: Recipe, task: Task, model: nn.Module) -> dict[str, float]:
     with quiet(), _stopping_as_asked():
         trainer = _trainer(recipe, [], None)
         trainer.validate(module, verbose=False)
-    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return read_metrics(trainer)
