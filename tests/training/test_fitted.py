@@ -215,6 +215,13 @@ def test_lstm_is_trained_as_the_others_are(waves, tmp_path, capsys):
     assert "test/loss" in capsys.readouterr().out
 
 
+def test_two_runs_of_an_lstm_are_equal(waves, tmp_path):
+    for name, seed in (("one", "3"), ("two", "3"), ("other", "4")):
+        assert main(words("lstm", waves, tmp_path / name, "--seed", seed)) == 0
+    assert same(tmp_path / "one", tmp_path / "two")
+    assert not same(tmp_path / "one", tmp_path / "other")
+
+
 @pytest.mark.slow  # aeon compiles with numba
 @pytest.mark.parametrize("method", ["dtw", "rocket"])
 def test_two_runs_of_aeon_are_equal(waves, tmp_path, method, capsys):
