@@ -149,6 +149,9 @@ def find_attention(name: str) -> Mechanism:
     Raises:
         ValueError: for an unknown name; the message suggests the nearest.
     """
+    if isinstance(name, str) and name not in _MECHANISMS and name.removesuffix("_attention") in _MECHANISMS:
+        mechanism = name.removesuffix("_attention")
+        raise ValueError(f"{name!r} is an operation, not an attention mechanism (did you mean {mechanism!r}?)")
     return _MECHANISMS.find(name)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import flowformer
 from flowformer import FlowAttention, ops
-from flowformer.mechanisms import Attention
+from flowformer.mechanisms import Attention, find_attention
 from flowformer.mechanisms.maps import attention_rows
 from flowformer.mechanisms.registry import register
 from flowformer.ops import linear_attention
@@ -55,10 +55,16 @@ def test_unknown_ones_are_told_from_all_that_there_are(name: str, options: dict[
         flowformer.create_attention(name, 64, 4, **options)
 
 
-@pytest.mark.parametrize("name", [None, 3])
+@pytest.mark.parametrize("name", [None, 3, {}])
 def test_a_name_must_be_a_string(name: Any) -> None:
     with pytest.raises(ValueError, match=f"unknown attention {name}; available: aft_conv"):
         flowformer.create_attention(name, 64, 4)
+
+
+def test_an_operation_is_no_mechanism() -> None:
+    for function in (find_attention, lambda name: flowformer.create_attention(name, 64, 4)):
+        with pytest.raises(ValueError, match=r"'flow_attention' is an operation, .* \(did you mean 'flow'\?\)"):
+            function("flow_attention")
 
 
 @pytest.mark.parametrize("option", ["causal", "return_state"])
