@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowformer.common.names import nearest
 from flowformer.common.registry import Registry
-from flowformer.core.checks import HEADS, Layout, check_optional_sizes
+from flowformer.core.checks import HEADS, Layout, check_flag, check_optional_sizes
 from flowformer.mechanisms.weights import FlowMaps
 
 if TYPE_CHECKING:
@@ -196,6 +196,7 @@ def create_attention(
             that is needed and absent.
         TypeError: for an option the mechanism does not have.
     """
+    check_flag("causal", causal)
     check_optional_sizes(max_length=max_length)
     module = find_attention(name).module
     known = option_names(name)

@@ -30,7 +30,7 @@ from flowformer.core.checks import check_dense, check_optional_sizes, check_size
 from flowformer.core.masks import fill
 from flowformer.core.precision import no_autocast, state_dtype, sum_dtype, without_autocast
 from flowformer.core.run import Given, check_inputs, run
-from flowformer.core.tracing import is_traced
+from flowformer.core.tracing import is_traced, is_transformed
 from flowformer.mechanisms.draws import DrawnAttention
 from flowformer.mechanisms.past import PastState, check_no_packed_state, fresh, init_past_state, recall, step_of
 from flowformer.mechanisms.registry import by_sizes, register
@@ -148,7 +148,9 @@ def _dense(
         Q, K, V = (
             x.to(compute).transpose(1, 2) for x in (unit(fill(q, query)), unit(fill(k, key)), fill(v, key))
         )  # (batch, heads, length, channels)
-        if codes is None or causal:
+        if is_transformed():
+            out = _differentiable(Q, K, V, key, codes, causal, bits, gradient)
+        elif codes is None or causal:
             out = _Sum.apply(Q, K, V, key, codes, causal, bits, gradient)
         else:
             out = _Tables.apply(Q, K, V, key, codes, bits)
@@ -211,6 +213,26 @@ def _collisions(codes: tuple[Tensor, Tensor], rows: slice, keys: slice, dtype: t
     for one in equal:
         count += one
     return count / len(codes[0])
+
+
+def _differentiable(
+    Q: Tensor, K: Tensor, V: Tensor, key: Tensor | None, codes: Any, causal: bool, bits: int, gradient: str
+) -> Tensor:
+    """sum_j A_ij v_j for transforms of torch.func, which keep weights in memory for themselves.
+
+    A surrogate has no second derivatives: its slopes are constants.
+    """
+    outs = []
+    given = key, codes, causal, bits, gradient
+    for rows, keys, weights, slopes in _blocks(Q.detach(), K.detach(), *given, slopes=gradient == "surrogate"):
+        cosines = Q[..., rows, :] @ K[..., keys, :].mT
+        if slopes is None:  # exact
+            probability = 1 - (DOT_SCALE * cosines).clamp(-1, 1).acos() / math.pi
+            weights = torch.where(weights == 0, 0.0, probability**bits)  # where hidden, or opposite
+        else:
+            weights = weights + bits / 2 * slopes * (cosines - cosines.detach())
+        outs.append(weights @ V[..., keys, :])
+    return torch.cat(outs, -2)
 
 
 class _Sum(torch.autograd.Function):

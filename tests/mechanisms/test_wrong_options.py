@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import flowformer
-from flowformer import FlowAttention, ops
+from flowformer import FlowAttention, create_attention, ops
 from flowformer.mechanisms import Attention, find_attention
 from flowformer.mechanisms.maps import attention_rows
 from flowformer.mechanisms.registry import register
@@ -124,3 +124,23 @@ def test_rows_of_the_registry_are_checked_when_they_are_entered(name: Any, row: 
 def test_only_modules_of_attention_are_entered() -> None:
     with pytest.raises(TypeError, match=r"must derive from flowformer\.mechanisms\.Attention"):
         register("mine", **ROW)(nn.Linear)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("option", ["look_backward", "look_forward"])
+def test_windows_of_more_than_can_be_counted(option):
+    with pytest.raises(ValueError, match=f"{option} must be at least 0 and at most 2147483647"):
+        create_attention("local", 8, 2, **{option: 10**30})
+
+
+@pytest.mark.parametrize(("name", "option"), [("performer", "eps"), ("performer", "scale"), ("cosformer", "eps")])
+def test_integers_of_more_than_64_bits(name, option):
+    with pytest.raises(ValueError, match=f"{option} must be at most 9223372036854775807 where"):
+        create_attention(name, 8, 2, **{option: 10**30})
+
+
+def test_causal_is_a_flag_before_all_else():
+    with pytest.raises(TypeError, match="causal must be True or False, got"):
+        create_attention("performer", 8, 2, causal=torch.zeros(2))
+    q = torch.randn(1, 4, 2, 4)
+    with pytest.raises(TypeError, match="causal must be True or False, got"):
+        ops.local_attention(q, q, q, causal=torch.zeros(2))

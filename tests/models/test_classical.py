@@ -248,6 +248,7 @@ def test_trees_need_no_xgboost_once_they_are_grown(monkeypatch):
         ("features", 0, CHANNELS * LENGTH, "features must be from 0 to 23"),
         ("features", 0, -1, "features must be from 0 to 23"),
         ("values", 0, torch.nan, "values has values that are not finite"),
+        ("values", -1, 3e38, "sums of leaves has values that are not finite"),
         ("base", 1, torch.inf, "base has values that are not finite"),
     ],
 )

@@ -100,6 +100,7 @@ class XGBoostClassifier(FittedModel):
         check_finite("values", self.values)
         own = torch.arange(nodes, device=self.left.device)
         inner = (self.left != own) | (self.right != own)
+        check_finite("sums of leaves", self.values.masked_fill(inner, 0).abs().amax() * self.num_trees)
         left, right = self.left[inner], self.right[inner]
         if not torch.equal(torch.cat([self.roots, left, right]).sort().values, own):
             raise ValueError("left and right do not make trees: a node must be one root, or one child of one node")
