@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from flowformer import mechanisms
+from flowformer.common.names import nearest
 from flowformer.core.backends import Explanation
 from flowformer.core.backends import explain as _explain
 from flowformer.mechanisms.weights import FlowMaps
@@ -52,13 +53,26 @@ def explain(op: str | Callable[..., Any], *arguments: Any, **options: Any) -> Ex
         **options: Likewise.
 
     Raises:
-        TypeError, ValueError: what the operation itself would raise for these arguments; ValueError for an unknown
-            name, and for an operation that has one implementation only.
+        TypeError, ValueError: what the operation itself would raise for these arguments; TypeError for what is neither
+            an operation nor a name; ValueError for an unknown name, and for an operation that has one implementation
+            only.
     """
-    if isinstance(op, str) and (op not in __all__ or not inspect.isfunction(globals()[op])):
-        raise ValueError(f"flowformer.ops has no operation {op!r}")
+    if not isinstance(op, str) and not callable(op):
+        raise TypeError(f"op must be an operation or its name, got {op!r}")
+    if isinstance(op, str) and not _is_operation(op):
+        of_mechanism = f"{op}_attention"
+        hint = (
+            f" (did you mean {of_mechanism!r}?)"
+            if _is_operation(of_mechanism)
+            else nearest(op, filter(_is_operation, __all__))
+        )
+        raise ValueError(f"flowformer.ops has no operation {op!r}{hint}")
     function: Callable[..., Any] = globals()[op] if isinstance(op, str) else op
     return _explain(function, *arguments, **options)
+
+
+def _is_operation(name: str) -> bool:
+    return name in __all__ and inspect.isfunction(globals()[name])
 
 
 def _is_functional(name: str) -> bool:

@@ -64,7 +64,7 @@ class Registry(Generic[T]):
             ValueError: for an unknown name; the message suggests the nearest.
         """
         items = self._load()
-        if name not in items:
+        if not isinstance(name, str) or name not in items:  # a list cannot be looked up
             hint = nearest(name, items)
             listed = f"{hint}; {self._see}" if self._see else f"; available: {', '.join(sorted(items))}{hint}"
             raise ValueError(f"unknown {self._kind} {name!r}{listed}")

@@ -29,11 +29,21 @@ def read_numbers(values: Mapping[str, Any], name: str, *, above: float | None = 
     return tuple(_check_number(name, one, above) for one in _list(values, name))
 
 
-def read_texts(values: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """Return a list of texts, not empty; errors as :func:`read_number`."""
+def read_flag(values: Mapping[str, Any], name: str) -> bool:
+    """Return true or false; errors as :func:`read_number`."""
+    value = _get(values, name)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r:.80}")
+    return value
+
+
+def read_texts(values: Mapping[str, Any], name: str, *, distinct: bool = False) -> tuple[str, ...]:
+    """Return a list of texts, not empty, each other than the rest if ``distinct``; errors as :func:`read_number`."""
     for one in (found := _list(values, name)):
         if not isinstance(one, str):
             raise ValueError(f"{name} must hold texts, got {one!r:.80}")
+    if distinct and len(set(found)) < len(found):
+        raise ValueError(f"{name} must differ from each other, {len(found) - len(set(found))} of {len(found)} do not")
     return tuple(found)
 
 

@@ -259,4 +259,4 @@ def explain(operation: Callable[..., Any], *arguments: Any, **options: Any) -> E
         return answer.explanation
     finally:
         _asking.now = before
-    raise ValueError(f"{operation.__name__} has only one implementation, in plain PyTorch")
+    raise ValueError(f"{getattr(operation, '__name__', operation)} has only one implementation, in plain PyTorch")

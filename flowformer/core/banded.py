@@ -10,6 +10,7 @@ disjoint sets of keys are joined to the one over both, :func:`join`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from flowformer.core.tracing import count_chunks, cut, frame, is_exporting, is_t
 
 BLOCK = 512  # queries that are worked on at a time
 KEYS = 256  # and fewer of them where they have to do with more keys than these
+LOG2_E = math.log2(math.e)
 NOTHING = LOG_ZERO / 10  # the largest score where all keys are hidden; they are far below, and their exponentials 0
 
 # ``seen(i, j)``: which queries at places i see which keys at places j, boolean. i is (1, 1, blocks, block, 1), j
@@ -196,7 +198,19 @@ def attend_at_once(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Attended:
 
 
 def _hide(scores: Tensor, seen: Tensor, *, in_place: bool = False) -> Tensor:
-    return scores.masked_fill_(~seen, LOG_ZERO) if in_place else scores.masked_fill(~seen, LOG_ZERO)
+    if not in_place:
+        return scores.masked_fill(~seen, LOG_ZERO)
+    if seen.numel() == scores.numel():
+        return scores.masked_fill_(~seen, LOG_ZERO)
+    # Heads have what is seen in common: a limit for each pair is made once, and on a CPU it is vectorized.
+    limit = torch.full_like(seen, torch.inf, dtype=scores.dtype).masked_fill_(~seen, LOG_ZERO)
+    return scores.clamp_(max=limit)
+
+
+def _exp_(x: Tensor) -> Tensor:
+    """Take exponentials in place."""
+    # With MKL, torch.exp takes 30 times as long where results underflow, as those of hidden keys do.
+    return x.mul_(LOG2_E).exp2_() if x.device.type == "cpu" else x.exp_()
 
 
 # -------------------------------------------------------------------------------------------------- groups of blocks
@@ -295,7 +309,7 @@ def _forward(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, *, in_place: bool) ->
         group = _Group(plan, q, k, v, shared, start, end)
         scores = group.scores(in_place=in_place)
         most = scores.amax(-1, keepdim=True).detach().clamp(min=NOTHING)
-        weights = scores.sub_(most).exp_() if in_place else (scores - most).exp()
+        weights = _exp_(scores.sub_(most)) if in_place else (scores - most).exp()
         total = weights.sum(-1, keepdim=True)
         out = group.weigh(weights) / _unless_zero(total)
         found.append((out.flatten(2, 3), most.flatten(2, 4), total.flatten(2, 4)))
@@ -331,7 +345,7 @@ class _Banded(torch.autograd.Function):
         for start, end in plan.groups(q):
             group = _Group(plan, q, k, v, shared, start, end)
             top, below, above, shift = (x[:, :, group.queries].unflatten(2, (end - start, -1)) for x in of_queries)
-            weights = group.scores().sub_(top).exp_().div_(below)
+            weights = _exp_(group.scores().sub_(top)).div_(below)
             of_scores = group.times_values(above).add_(shift).mul_(weights)
             of_q[:, :, group.queries] = group.times_keys(of_scores).flatten(2, 3)
             group.add(of_v, of_shared[1], weights, above)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from flowformer.core.precision import FLOAT_DTYPES, dtype_and_device
 from flowformer.core.tracing import is_traced
 
+LARGEST_INTEGER = 2**63 - 1  # that PyTorch takes
 LARGEST_SIZE = 2**31 - 1  # of one axis; PyTorch counts elements in 64 bits, and a tensor has two axes of a size or more
 
 
@@ -57,6 +58,10 @@ def check_number(name: str, value: Any, at_least: float | None = None, at_most: 
         raise TypeError(f"{name} must be a number, got {value!r}")
     if value != value or value in (float("inf"), -float("inf")):
         raise ValueError(f"{name} must be finite, got {value!r}")
+    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        raise ValueError(
+            f"{name} must be at most {LARGEST_INTEGER} where it is an integer, got {value.bit_length()} bits"
+        )
     if at_least is not None and value < at_least:
         raise ValueError(f"{name} must be at least {at_least:g}, got {value!r}")
     if at_most is not None and value > at_most:

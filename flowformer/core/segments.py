@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flowformer.core.tracing import is_traced
+from flowformer.core.precision import without_autocast
+from flowformer.core.tracing import is_traced, is_transformed
 
 
 class Segments(NamedTuple):
@@ -63,3 +64,29 @@ def segment_means(x: Tensor, segments: int, real: Tensor | None = None) -> tuple
     outside = (offset >= size.unsqueeze(-1)).view(*places.shape, 1, 1)
     means = tokens.masked_fill(outside, 0).sum(2) / size.clamp(min=1).view(batch, segments, 1, 1)
     return means, None if real is None else size > 0
+
+
+def with_means(x: Tensor, segments: int) -> tuple[Tensor, Tensor]:
+    """Return x (batch, length, ...), and the means of segments of equally many tokens (batch, segments, ...).
+
+    Where x is used as it is returned, the gradients of both are added in one pass.
+    """
+    if is_traced() or is_transformed() or not x.requires_grad:
+        return x, x.unflatten(1, (segments, -1)).mean(2)
+    return _WithMeans.apply(x, segments)
+
+
+class _WithMeans(torch.autograd.Function):
+    """:func:`with_means` as one node of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, segments: int) -> tuple[Tensor, Tensor]:
+        ctx.segments = segments
+        return x.view_as(x), x.unflatten(1, (segments, -1)).mean(2)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        of_x, of_means = grads
+        of_x = of_x.unflatten(1, (ctx.segments, -1))
+        return (of_x + (of_means / of_x.shape[2]).unsqueeze(2)).flatten(1, 2), None

@@ -56,7 +56,7 @@ def bigbird_attention(
         q: Queries (batch, L, heads, K).
         k: Keys (batch, L, heads, K).
         v: Values (batch, L, heads, V).
-        random_blocks: Random integers, (heads, rows, r), 0 or more. Block i of a head has row (i - 1) mod rows, and
+        random_blocks: Random integers, (heads, rows, r). Block i of a head has row (i - 1) mod rows, and
             each number d picks block d mod m of the m blocks, in their order, that block i does not see yet. A sequence
             of any length finds its random blocks by them, and padding does not change them.
         causal: Refused: the last block is seen by all tokens. Here so that mechanisms are exchangeable.

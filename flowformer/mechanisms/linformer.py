@@ -88,10 +88,17 @@ def linformer_attention(
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, E: Tensor, F: Tensor) -> Tensor:
     """Outputs (batch, L, heads, V), for projections (heads or 1, r, S)."""
-    Q, K, V = (x.transpose(1, 2) for x in (q, k, v))
-    rows, values = sum_over_tokens(E.mT, K), sum_over_tokens(F.mT, V)
-    scores = times_sum(Q, rows.mT / Q.shape[-1] ** 0.5)
+    rows, values = _mix(E, k), _mix(F, v)
+    scores = times_sum(q.transpose(1, 2), rows.mT / q.shape[-1] ** 0.5)
     return times_sum(scores.softmax(-1), values).transpose(1, 2).contiguous()
+
+
+def _mix(projection: Tensor, x: Tensor) -> Tensor:
+    """Rows (batch, heads, r, C) of x (batch, S, heads, C), for a projection (heads or 1, r, S)."""
+    if len(projection) > 1:
+        return sum_over_tokens(projection.mT, x.transpose(1, 2))
+    rows = sum_over_tokens(projection.mT, x.flatten(2))  # heads side by side: one product for all
+    return rows.unflatten(2, x.shape[2:]).transpose(1, 2)
 
 
 def _columns(op: str, projection: Tensor, tokens: int) -> Tensor:

@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 from flowformer.core.banded import BLOCK, Band, attend_all, banded_attention, count_tokens
 from flowformer.core.checks import (
     HEADS,
+    LARGEST_SIZE,
     check_flag,
     check_fresh_state,
     check_integer,
@@ -61,8 +62,8 @@ class LocalOptions(NamedTuple):
         ahead = 0 if self.look_forward is None else self.look_forward
         for name, value in (("look_backward", self.look_backward), ("look_forward", ahead)):
             check_integer(f"{op}: {name}", value)
-            if value < 0:
-                raise ValueError(f"{op}: {name} must be at least 0, got {value}")
+            if not 0 <= value <= LARGEST_SIZE:
+                raise ValueError(f"{op}: {name} must be at least 0 and at most {LARGEST_SIZE}, got {value}")
         if causal and self.look_forward:
             raise ValueError(f"{op}: look_forward must be 0 or None in the causal form, got {self.look_forward}")
         check_flag(f"{op}: exact_window", self.exact_window)
@@ -180,7 +181,7 @@ def local_attention(
     """
     op = "local_attention"
     options = LocalOptions(window, look_backward, look_forward, exact_window, released)
-    options.check(op, bool(causal))
+    options.check(op, causal is True)  # what it is else is refused with the tensors
     if released == "local-attention" and (mask is not None or cu_seqlens is not None):
         raise ValueError(
             f"{op}: released='local-attention' takes neither mask nor cu_seqlens: with a mask, that package hides the "

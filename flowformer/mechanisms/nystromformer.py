@@ -26,8 +26,8 @@ from flowformer.core.checks import Layout, check_bidirectional, check_choice, ch
 from flowformer.core.masks import close_up_if, fill, spread
 from flowformer.core.precision import no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Given, run
-from flowformer.core.segments import segment_means
-from flowformer.core.sums import sum_over_tokens, times_sum
+from flowformer.core.segments import segment_means, with_means
+from flowformer.core.sums import CHANNELS_FIRST, TOKENS_FIRST, sum_over_tokens, times_sum
 from flowformer.core.tracing import frame, is_traced
 from flowformer.mechanisms.base import Attention
 from flowformer.mechanisms.inverses import pseudo_inverse
@@ -119,8 +119,7 @@ def nystromformer_attention(
         with no_autocast(q.device):
             Q, K, V = (fill(x, query).to(sum_dtype(x.dtype)) for x in (q, k, v))
             taps = check_filters(op, filters, value_conv, v.shape[2], V)
-            scale = Q.shape[-1] ** -0.25
-            out = attend(Q * scale, K * scale, V, query, taps, num_landmarks, iterations, start == "batch")
+            out = attend(Q, K, V, query, taps, num_landmarks, iterations, start == "batch")
             return out.to(v.dtype).contiguous(), None
 
     given = Given(q, k, v, causal, mask, context_mask, cu_seqlens, initial_state, return_state, backend)
@@ -141,12 +140,19 @@ def _by_tokens(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, taps: Tenso
     length = q.shape[1]
     (q, k, v), real, places = close_up_if((q, k, v), mask)
     m = min(m, q.shape[1])
-    (of_queries, used), (of_keys, _) = (segment_means(x, m, real) for x in (q, k))
+    (q, of_queries, used), (k, of_keys, _) = (_with_means(x, m, real) for x in (q, k))
     counts = q.new_full((len(q),), q.shape[1]) if real is None else real.sum(1)
     exact = None if real is None and m < q.shape[1] else (counts <= m).view(-1, 1, 1, 1)
     landmarks = Landmarks(of_queries.transpose(1, 2), of_keys.transpose(1, 2), used, exact)
     out = fill(_attend(q, k, v, real, landmarks, taps, *how), real)
     return out if places is None else spread(out, places, length)
+
+
+def _with_means(x: Tensor, m: int, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Tokens, the means of their segments, and which of these there are."""
+    if real is None and not is_traced() and x.shape[1] % m == 0:
+        return *with_means(x, m), None
+    return x, *segment_means(x, m, real)
 
 
 def _by_positions(
@@ -158,9 +164,17 @@ def _by_positions(
             "nystromformer_attention: num_landmarks must divide the length where segments are of positions, got "
             f"{m} and {q.shape[1]}"
         )
-    of_queries, of_keys = (x.unflatten(1, (m, -1)).mean(2).transpose(1, 2) for x in (q, k))
     exact = q.new_ones(len(q), 1, 1, 1, dtype=torch.bool) if q.shape[1] == m else None
-    return _attend(q, k, v, mask, Landmarks(of_queries, of_keys, None, exact), taps, *how)
+    return _of_equal(q, k, v, mask, taps, m, exact, *how)
+
+
+def _of_equal(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, taps: Tensor | None, m: int, exact: Tensor | None, *how: Any
+) -> Tensor:
+    """Outputs by landmarks that are means of equally many positions, each of which counts."""
+    (q, of_queries), (k, of_keys) = (with_means(x, m) for x in (q, k))
+    landmarks = Landmarks(of_queries.transpose(1, 2), of_keys.transpose(1, 2), None, exact)
+    return _attend(q, k, v, mask, landmarks, taps, *how)
 
 
 def _from_the_front(
@@ -169,13 +183,12 @@ def _from_the_front(
     """Segments of equally many positions after zeros at the front, of the real tokens of each."""
     length, total = q.shape[1], -(-q.shape[1] // m) * m
     if mask is None and total == length and not is_traced():
-        of_queries, of_keys = (x.unflatten(1, (m, -1)).mean(2).transpose(1, 2) for x in (q, k))
-        return _attend(q, k, v, None, Landmarks(of_queries, of_keys, None, None), taps, *how)
+        return _of_equal(q, k, v, None, taps, m, None, *how)
     if mask is None:
         mask = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
     q, k, v, mask = (frame(x, total - length, total) for x in (q, k, v, mask))
     tokens = mask.unflatten(1, (m, -1)).sum(2)
-    counts = tokens.to(q.dtype) + (0.0 if bool(mask.all()) else COUNT_EPS)
+    counts = tokens + COUNT_EPS * (~mask.all()).to(q.dtype)
     of_queries, of_keys = ((x.unflatten(1, (m, -1)).sum(2) / counts[:, :, None, None]).transpose(1, 2) for x in (q, k))
     out = _attend(q, k, v, mask, Landmarks(of_queries, of_keys, tokens > 0, None), taps, *how)
     # Padded queries of other rows have outputs, as released.
@@ -198,7 +211,7 @@ def _attend(
     """Outputs (batch, L, heads, V).
 
     Args:
-        q: Queries (batch, L, heads, K), scaled, like the keys, by K^(-1/4); zeros at padding.
+        q: Queries (batch, L, heads, K); zeros at padding.
         k: Keys.
         v: Values.
         real: Which tokens are real, (batch, L).
@@ -213,17 +226,20 @@ def _attend(
     def of_landmarks(scores: Tensor) -> Tensor:
         return (scores if hidden is None else scores.masked_fill(hidden, -torch.finfo(scores.dtype).max)).softmax(-1)
 
+    # Queries and keys are not scaled, landmarks are.
+    scale = q.shape[-1] ** -0.5
+    of_queries, of_keys = (x * scale for x in (landmarks.q, landmarks.k))
     # In float64, since the pseudo-inverse is more sensitive than the rest, and autocast leaves its gradients alone.
     wide = state_dtype(q.device)
-    A = of_landmarks(landmarks.q.to(wide) @ landmarks.k.to(wide).mT)
-    scores = times_sum(K, landmarks.q.mT)  # (batch, heads, L, m), as memory is best used
+    A = of_landmarks(of_queries.to(wide) @ landmarks.k.to(wide).mT)
+    scores = times_sum(K, of_queries.mT, CHANNELS_FIRST).mT  # (batch, heads, m, L)
     if real is not None:
-        scores = scores.masked_fill(~real[:, None, :, None], -torch.finfo(scores.dtype).max)
-    of_tokens = sum_over_tokens(scores.softmax(-2), V)
+        scores = scores.masked_fill(~real[:, None, None, :], -torch.finfo(scores.dtype).max)
+    of_tokens = sum_over_tokens(scores.softmax(-1).mT, V)
     mixed = (pseudo_inverse(A, landmarks.used, iterations, couple) @ of_tokens.to(wide)).to(q.dtype)
     if landmarks.exact is not None:
         mixed = torch.where(landmarks.exact, V[:, :, : mixed.shape[2]], mixed)
-    out = times_sum(of_landmarks(times_sum(Q, landmarks.k.mT)), mixed)
+    out = times_sum(of_landmarks(times_sum(Q, of_keys.mT)), mixed, TOKENS_FIRST)
     return (out if taps is None else out + convolve_values(V, taps)).transpose(1, 2)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowformer.common.names import nearest
 from flowformer.common.registry import Registry
-from flowformer.core.checks import HEADS, Layout, check_optional_sizes
+from flowformer.core.checks import HEADS, Layout, check_flag, check_optional_sizes
 from flowformer.mechanisms.weights import FlowMaps
 
 if TYPE_CHECKING:
@@ -149,6 +149,9 @@ def find_attention(name: str) -> Mechanism:
     Raises:
         ValueError: for an unknown name; the message suggests the nearest.
     """
+    if isinstance(name, str) and name not in _MECHANISMS and name.removesuffix("_attention") in _MECHANISMS:
+        mechanism = name.removesuffix("_attention")
+        raise ValueError(f"{name!r} is an operation, not an attention mechanism (did you mean {mechanism!r}?)")
     return _MECHANISMS.find(name)
 
 
@@ -193,6 +196,7 @@ def create_attention(
             that is needed and absent.
         TypeError: for an option the mechanism does not have.
     """
+    check_flag("causal", causal)
     check_optional_sizes(max_length=max_length)
     module = find_attention(name).module
     known = option_names(name)

@@ -30,6 +30,7 @@ from flowformer.core.checks import check_dense, check_optional_sizes, check_size
 from flowformer.core.masks import fill
 from flowformer.core.precision import no_autocast, state_dtype, sum_dtype, without_autocast
 from flowformer.core.run import Given, check_inputs, run
+from flowformer.core.tracing import is_traced, is_transformed
 from flowformer.mechanisms.draws import DrawnAttention
 from flowformer.mechanisms.past import PastState, check_no_packed_state, fresh, init_past_state, recall, step_of
 from flowformer.mechanisms.registry import by_sizes, register
@@ -38,6 +39,7 @@ from flowformer.mechanisms.weights import Rows, lower, rows_of, truth_of
 __all__ = ["YosoAttention", "yoso_attention"]
 
 BLOCK = 128  # queries whose rows of weights exist at a time
+IN_CACHE = 2**18  # weights that exist at a time on a CPU, where a row for each of those queries is no more
 DOT_SCALE = 0.98  # of yoso_v2: keeps the derivative of acos finite
 GRADIENTS = ("exact", "surrogate")
 TINY = 1e-12  # the least length that a vector is divided by, as in torch.nn.functional.normalize
@@ -146,7 +148,9 @@ def _dense(
         Q, K, V = (
             x.to(compute).transpose(1, 2) for x in (unit(fill(q, query)), unit(fill(k, key)), fill(v, key))
         )  # (batch, heads, length, channels)
-        if codes is None or causal:
+        if is_transformed():
+            out = _differentiable(Q, K, V, key, codes, causal, bits, gradient)
+        elif codes is None or causal:
             out = _Sum.apply(Q, K, V, key, codes, causal, bits, gradient)
         else:
             out = _Tables.apply(Q, K, V, key, codes, bits)
@@ -172,15 +176,32 @@ def _codes(x: Tensor, rotations: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ sums over all pairs
 
 
-def _of_cosines(cosines: Tensor, bits: int, gradient: str) -> tuple[Tensor, Tensor]:
-    """The expected weights, and their derivatives by the cosines."""
-    scale = DOT_SCALE if gradient == "exact" else 1.0
-    scaled = (scale * cosines).clamp(-1, 1)
-    probability = 1 - scaled.acos() / math.pi
-    weights = probability**bits
-    if gradient == "surrogate":
-        return weights, bits / 2 * weights
-    return weights, scale * bits / math.pi * probability ** (bits - 1) / (1 - scaled.square()).sqrt()
+def _power(x: Tensor, exponent: int) -> Tensor:
+    """Return x to a power of 0 or more, by products in place of logarithms."""
+    if exponent == 0:
+        return torch.ones_like(x)
+    power = x.clone()
+    for digit in f"{exponent:b}"[1:]:
+        power.square_()
+        if digit == "1":
+            power *= x
+    return power
+
+
+def _of_cosines(cosines: Tensor, bits: int, gradient: str, slopes: bool) -> tuple[Tensor, Tensor | None]:
+    """The expected weights of cosines, which are overwritten; and, for the backward pass, their ``slopes``.
+
+    Slopes are derivatives by the cosines, but for the factor ``bits / 2`` of the surrogate, which are the weights.
+    """
+    exact = gradient == "exact"
+    scaled = (cosines.mul_(DOT_SCALE) if exact else cosines).clamp_(-1, 1)
+    root = (1 - scaled.square()).sqrt_() if exact and slopes else None
+    probability = scaled.acos_().mul_(-1 / math.pi).add_(1)
+    if root is None:
+        weights = _power(probability, bits)
+        return weights, weights if slopes else None
+    lower = _power(probability, bits - 1)
+    return probability.mul_(lower), lower.mul_(DOT_SCALE * bits / math.pi).div_(root)
 
 
 def _collisions(codes: tuple[Tensor, Tensor], rows: slice, keys: slice, dtype: torch.dtype) -> Tensor:
@@ -194,6 +215,26 @@ def _collisions(codes: tuple[Tensor, Tensor], rows: slice, keys: slice, dtype: t
     return count / len(codes[0])
 
 
+def _differentiable(
+    Q: Tensor, K: Tensor, V: Tensor, key: Tensor | None, codes: Any, causal: bool, bits: int, gradient: str
+) -> Tensor:
+    """sum_j A_ij v_j for transforms of torch.func, which keep weights in memory for themselves.
+
+    A surrogate has no second derivatives: its slopes are constants.
+    """
+    outs = []
+    given = key, codes, causal, bits, gradient
+    for rows, keys, weights, slopes in _blocks(Q.detach(), K.detach(), *given, slopes=gradient == "surrogate"):
+        cosines = Q[..., rows, :] @ K[..., keys, :].mT
+        if slopes is None:  # exact
+            probability = 1 - (DOT_SCALE * cosines).clamp(-1, 1).acos() / math.pi
+            weights = torch.where(weights == 0, 0.0, probability**bits)  # where hidden, or opposite
+        else:
+            weights = weights + bits / 2 * slopes * (cosines - cosines.detach())
+        outs.append(weights @ V[..., keys, :])
+    return torch.cat(outs, -2)
+
+
 class _Sum(torch.autograd.Function):
     """sum_j A_ij v_j, by blocks of queries that the backward pass computes anew."""
 
@@ -205,8 +246,10 @@ class _Sum(torch.autograd.Function):
         ctx.save_for_backward(Q, K, V)
         ctx.given = key, codes, causal, bits, gradient
         out = Q.new_empty(*Q.shape[:-1], V.shape[-1])
-        for rows, keys, weights, _ in _blocks(Q, K, *ctx.given):
-            out[..., rows, :] = weights @ V[..., keys, :]
+        for part in _parts(Q, K):
+            q, k, v, of_part = (x[part] for x in (Q, K, V, out))
+            for rows, keys, weights, _ in _blocks(q, k, *_of_part(ctx.given, part), slopes=False):
+                of_part[..., rows, :] = weights @ v[..., keys, :]
         return out
 
     @staticmethod
@@ -216,34 +259,61 @@ class _Sum(torch.autograd.Function):
             raise RuntimeError("yoso_attention does not support second-order gradients: omit create_graph=True")
         (above,) = grads_out
         Q, K, V = ctx.saved_tensors
-        of_q, of_k, of_v = torch.zeros_like(Q), torch.zeros_like(K), torch.zeros_like(V)
-        for rows, keys, weights, slopes in _blocks(Q, K, *ctx.given):
-            upstream = above[..., rows, :]
-            of_v[..., keys, :] += weights.transpose(-1, -2) @ upstream
-            of_cosines = upstream @ V[..., keys, :].transpose(-1, -2) * slopes
-            of_q[..., rows, :] = of_cosines @ K[..., keys, :]
-            of_k[..., keys, :] += of_cosines.transpose(-1, -2) @ Q[..., rows, :]
-        return of_q, of_k, of_v, None, None, None, None, None
+        grads = torch.zeros_like(Q), torch.zeros_like(K), torch.zeros_like(V)
+        for part in _parts(Q, K):
+            q, k, v, upstream, of_q, of_k, of_v = (x[part] for x in (Q, K, V, above, *grads))
+            for rows, keys, weights, slopes in _blocks(q, k, *_of_part(ctx.given, part), slopes=True):
+                given = upstream[..., rows, :]
+                of_v[..., keys, :] += weights.mT @ given
+                of_cosines = (given @ v[..., keys, :].mT).mul_(slopes)
+                of_q[..., rows, :] = of_cosines @ k[..., keys, :]
+                of_k[..., keys, :] += of_cosines.mT @ q[..., rows, :]
+        if ctx.given[-1] == "surrogate":
+            for grad in grads[:2]:
+                grad *= ctx.given[3] / 2
+        return *grads, None, None, None, None, None
+
+
+def _parts(Q: Tensor, K: Tensor) -> list[tuple[slice, slice]]:
+    """Rows of the batch and heads that are computed at a time: all, but on a CPU so many as its cache may hold."""
+    batch, heads, length = Q.shape[:3]
+    if Q.device.type != "cpu" or is_traced():
+        return [(slice(None), slice(None))]
+    fit = max(1, IN_CACHE // max(1, min(BLOCK, length) * K.shape[2]))
+    rows = max(1, fit // heads)
+    return [
+        (slice(row, row + rows), slice(head, head + fit))
+        for row in range(0, batch, rows)
+        for head in range(0, heads, fit)
+    ]
+
+
+def _of_part(given: tuple[Any, ...], part: tuple[slice, slice]) -> tuple[Any, ...]:
+    """What :func:`_blocks` is given, of some rows of the batch and heads."""
+    key, codes, *rest = given
+    codes = None if codes is None else tuple(x[(slice(None), *part)] for x in codes)
+    return None if key is None else key[part[0]], codes, *rest
 
 
 def _blocks(
-    Q: Tensor, K: Tensor, key: Tensor | None, codes: Any, causal: bool, bits: int, gradient: str
-) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Rows, the keys they see, and their weights and derivatives by cosines, zeros where they see nothing."""
+    Q: Tensor, K: Tensor, key: Tensor | None, codes: Any, causal: bool, bits: int, gradient: str, slopes: bool
+) -> Iterator[tuple[slice, slice, Tensor, Any]]:
+    """Rows, the keys they see, their weights and, if asked for, ``slopes`` by cosines: zeros where they see nothing."""
     length, sources = Q.shape[-2], K.shape[-2]
     past = sources - length  # of causal queries, which are the last tokens
     for start in range(0, length, BLOCK):
         end = min(start + BLOCK, length)
         rows, keys = slice(start, end), slice(0, past + end if causal else sources)
         if codes is None:
-            weights, slopes = _of_cosines(Q[..., rows, :] @ K[..., keys, :].transpose(-1, -2), bits, gradient)
+            weights, by_cosines = _of_cosines(Q[..., rows, :] @ K[..., keys, :].mT, bits, gradient, slopes)
         else:
-            weights = _collisions(codes, rows, keys, Q.dtype)
-            slopes = bits / 2 * weights
+            weights = by_cosines = _collisions(codes, rows, keys, Q.dtype)
         hidden = _hidden(key, causal, past, rows, keys, Q.device)
         if hidden is not None:
-            weights, slopes = weights.masked_fill(hidden, 0), slopes.masked_fill(hidden, 0)
-        yield rows, keys, weights, slopes
+            weights.masked_fill_(hidden, 0)
+            if by_cosines is not None and by_cosines is not weights:
+                by_cosines.masked_fill_(hidden, 0)
+        yield rows, keys, weights, by_cosines
 
 
 def _hidden(

@@ -73,7 +73,12 @@ class Task(Protocol):
         ...
 
     def step(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run the model on a batch, and return means of ``"loss"`` and of the quantities of the metric."""
+        """Run the model on a batch.
+
+        Returns:
+            The mean ``"loss"``, and the quantities of the metric: floating-point means, or integers that count
+            examples, which become fractions of :meth:`size` without rounding errors.
+        """
         ...
 
     def size(self, batch: Mapping[str, Tensor]) -> int:

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from flowformer.common.errors import RunError
 from flowformer.common.files import write_whole
 from flowformer.tasks.metric import Metric
+from flowformer.training.module import read_metrics
 from flowformer.training.recipe import GradientRecipe
 
 
@@ -78,9 +79,7 @@ class History(Callback):
         ended = trainer.current_epoch + 1
         evaluated = ended in self.recipe.evaluated_rounds
         values = {
-            name: float(value)
-            for name, value in trainer.callback_metrics.items()
-            if evaluated or name.startswith("train/")
+            name: value for name, value in read_metrics(trainer).items() if evaluated or name.startswith("train/")
         }
         if not all(math.isfinite(value) for value in values.values()):
             raise RunError(f"training diverged in {self.recipe.unit} {self.recipe.count(ended)}: {values}")
@@ -175,10 +174,10 @@ class RunProgress(Callback):
         return f"{self.recipe.unit} {self.recipe.count(round_)}/{self.recipe.count(self.recipe.rounds)}"
 
     def _values(self, trainer: lightning.Trainer) -> str:
-        metric, metrics = self.metric, trainer.callback_metrics
-        values = {"loss": f"{float(metrics['train/loss']):.3f}"} if "train/loss" in metrics else {}
+        metric, metrics = self.metric, read_metrics(trainer)
+        values = {"loss": f"{metrics['train/loss']:.3f}"} if "train/loss" in metrics else {}
         for split in ("train", "validation", "test"):
             if f"{split}/{metric.key}" in metrics:
-                shown = metric.shown(float(metrics[f"{split}/{metric.key}"]))
+                shown = metric.shown(metrics[f"{split}/{metric.key}"])
                 values[metric.name if split == "train" else f"{split} {metric.name}"] = f"{shown:.{metric.digits}f}"
         return "  ".join(f"{name} {value}" for name, value in values.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from flowformer.training.checkpoints import Checkpoints, PlainCheckpointIO
 from flowformer.training.draws import Draws
 from flowformer.training.fitted import evaluate_fitted, fit_at_once
 from flowformer.training.folder import DATA, RunFolder, read_plain
-from flowformer.training.module import TaskModule
+from flowformer.training.module import TaskModule, read_metrics
 from flowformer.training.quiet import quiet
 from flowformer.training.recipe import GradientRecipe, Recipe, Task
 
@@ -71,6 +72,8 @@ def train(
     task, data = build_task(recipe, run, form, data_changed_ok=data_changed_ok)
     torch.manual_seed(recipe.seed)
     model = recipe.build_model(task.format)
+    if isinstance(model, FittedModel):
+        import_module(model.library)  # likewise, where it is not installed
     with _writing(run) if is_first else contextlib.nullcontext():
         if is_first:
             _check_folder(run, recipe, resume, lock=False)  # another process may have run it meanwhile
@@ -217,8 +220,7 @@ def fit(
             read_plain(last)  # Lightning would report damage in its own words
         elif module.evaluated:
             trainer.validate(module, verbose=False)
-            start = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            history.add(trainer, 0, start)
+            history.add(trainer, 0, read_metrics(trainer))
         trainer.fit(module, ckpt_path=last, weights_only=True)
         history.write(trainer)  # a run that was complete has written no record
     return history.records
@@ -381,4 +383,4 @@ def evaluate(recipe: Recipe, task: Task, model: nn.Module) -> dict[str, float]:
     with quiet(), _stopping_as_asked():
         trainer = _trainer(recipe, [], None)
         trainer.validate(module, verbose=False)
-    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return read_metrics(trainer)

@@ -14,6 +14,7 @@ from flowformer.common.files import write_whole
 from flowformer.common.interrupts import check_signals
 from flowformer.models.classical.fitted import FittedModel
 from flowformer.training.folder import RunFolder, save_weights
+from flowformer.training.module import total
 from flowformer.training.recipe import Recipe, Task
 
 _BATCH = 64  # examples that are evaluated at a time
@@ -73,7 +74,7 @@ def evaluate_fitted(task: Task, model: FittedModel) -> dict[str, float]:
             batch = task.format.collate(items)
             for name, value in task.step(model, batch).items():
                 if name != "loss":
-                    sums[name] = sums.get(name, 0.0) + float(value) * task.size(batch)
+                    sums[name] = sums.get(name, 0.0) + total(value, task.size(batch))
     return {f"test/{name}": value / len(task.test) for name, value in sums.items()}
 
 

@@ -143,10 +143,9 @@ class RunFolder:
             RunError: if it is not; the message says what changed.
         """
         values = self._read("format.json") if (self.path / "format.json").exists() else None
-        before = values.get(DATA) if isinstance(values, dict) else None
-        if before is None:  # of a run of an earlier version
+        if not isinstance(values, dict) or DATA not in values:  # of a run of an earlier version
             return
-        changes = describe_changes(before, now)
+        changes = describe_changes(values[DATA], now)
         if changes:
             raise RunError(
                 f"the data ({source}) is not that of the run in {self.path}: {changes}. "
@@ -178,8 +177,8 @@ class RunFolder:
         ]  # fmt: skip
         if wrong:
             raise RunError(
-                f"{path} does not fit the model that recipe.json describes: {len(wrong)} weights are missing, "
-                f"unexpected or of another shape or dtype, the first is {sorted(wrong)[0]}"
+                f"{path} does not fit the model that recipe.json describes: weights that are missing, unexpected or of "
+                f"another shape or dtype: {len(wrong)}, the first {sorted(wrong)[0]}"
             )
         model.load_state_dict(state)
         if fitted:

@@ -15,6 +15,8 @@ from flowformer.training.draws import Draws
 from flowformer.training.recipe import GradientRecipe, Task
 from flowformer.training.schedules import learning_rate_factor
 
+_COUNT = "#"  # ends the names under which counts are logged
+
 
 class TaskModule(lightning.LightningModule):
     """Lightning module that trains ``model`` on ``task`` with the settings of ``recipe``.
@@ -134,12 +136,30 @@ class TaskModule(lightning.LightningModule):
     def _step(self, split: str, batch: dict[str, Any]) -> dict[str, Tensor]:
         check_signals()
         values = self.task.step(self.model, batch)
-        self.log_dict(
-            {f"{split}/{name}": value for name, value in values.items()},
-            batch_size=batch["size"],
-            on_step=False,
-            on_epoch=True,
-            sync_dist=True,
-            add_dataloader_idx=False,
-        )
+        common: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "add_dataloader_idx": False}
+        counted = {name: value.float() for name, value in values.items() if not value.is_floating_point()}
+        means = {f"{split}/{name}": value for name, value in values.items() if name not in counted}
+        self.log_dict(means, batch_size=batch["size"], **common)
+        if counted:  # as sums, which are exact in float32 where means are not
+            sums = {f"{split}/{name}{_COUNT}": value for name, value in counted.items()}
+            sums[f"{split}{_COUNT}"] = torch.tensor(float(batch["size"]))
+            self.log_dict(sums, batch_size=batch["size"], reduce_fx="sum", **common)
         return values
+
+
+def total(value: Tensor, size: int) -> float:
+    """Return the sum over a batch of what :meth:`flowformer.tasks.protocols.Task.step` returns.
+
+    Args:
+        value: A mean, or an integer, which is a sum.
+        size: Examples of the batch.
+    """
+    return float(value) * size if value.is_floating_point() else int(value)
+
+
+def read_metrics(trainer: lightning.Trainer) -> dict[str, float]:
+    """Return what :class:`TaskModule` has logged: means, those that are counted as the exact quotient."""
+    values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    counts = {name.removesuffix(_COUNT): values.pop(name) for name in list(values) if name.endswith(_COUNT)}
+    shares = {name: count / counts[name.split("/")[0]] for name, count in counts.items() if "/" in name}
+    return {**values, **shares}

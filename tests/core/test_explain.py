@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -105,6 +106,15 @@ def test_mistakes_are_those_of_the_operation() -> None:
         ops.explain("attention", HEADS, HEADS, HEADS)
     with pytest.raises(ValueError, match="no operation 'PRESETS'"):
         ops.explain("PRESETS")
+    with pytest.raises(ValueError, match=r"no operation 'routing' \(did you mean 'routing_attention'\?\)"):
+        ops.explain("routing", HEADS, HEADS, HEADS)
+    with pytest.raises(ValueError, match=r"no operation 'flow_atention' \(did you mean 'flow_attention'\?\)"):
+        ops.explain("flow_atention", HEADS, HEADS, HEADS)
+    for wrong in (None, ["flow_attention"]):
+        with pytest.raises(TypeError, match="op must be an operation or its name, got"):
+            ops.explain(wrong, HEADS, HEADS, HEADS)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"partial.* has only one implementation, in plain PyTorch"):
+        ops.explain(functools.partial(ops.aft_simple_step), *[CHANNELS[:, 0]] * 3, ops.init_aft_simple_state(2, 8))
     with pytest.raises(TypeError, match="position_bias"):
         ops.explain("aft_full", CHANNELS, CHANNELS, CHANNELS)
     with pytest.raises(ValueError, match=r"q must be \(batch, length, channels\)"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flowformer.core.segments import segment_means, split_evenly
+from flowformer.core.segments import segment_means, split_evenly, with_means
 
 
 @pytest.mark.parametrize(("count", "segments"), [(12, 4), (13, 4), (15, 4), (4, 4), (3, 4), (1, 4), (0, 4), (7, 1)])
@@ -39,3 +39,17 @@ def test_equal_parts_need_no_gathering() -> None:
     gathered, _ = segment_means(x, 4, torch.ones(2, 12, dtype=torch.bool))
     assert used is None
     torch.testing.assert_close(means, gathered)
+
+
+def test_gradients_of_tokens_and_of_their_means_are_added() -> None:
+    x = torch.randn(2, 12, 2, 5, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(12, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+
+    def total(tokens: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+        return (weights[0].unsqueeze(1) * tokens.sin()).sum() + (weights[1].unsqueeze(1) * means.sin()).sum()
+
+    got, want = with_means(x, 4), (x, x.unflatten(1, (4, 3)).mean(2))
+    torch.testing.assert_close(got, want)
+    firsts = [torch.autograd.grad(total(*y), x, create_graph=True)[0] for y in (got, want)]
+    torch.testing.assert_close(*firsts)
+    torch.testing.assert_close(*(torch.autograd.grad(first.square().sum(), x)[0] for first in firsts))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flowformer import NystromformerAttention, ops
+from flowformer.mechanisms.inverses import pseudo_inverse
 from flowformer.mechanisms.registry import find_attention
 
 
@@ -81,6 +82,47 @@ def test_a_row_of_padding_alone_is_zeros(tensors: list[Tensor], segments: str, s
     out = ops.nystromformer_attention(*leaves, mask=mask, num_landmarks=8, segments=segments, start=start)
     assert not out[1].any()
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), leaves))
+
+
+def test_from_the_front_masks_are_not_looked_at(tensors: list[Tensor]) -> None:
+    mask = torch.ones(2, 128, dtype=torch.bool, device="meta")  # of which looking at a value is an error
+    out = ops.nystromformer_attention(*(x.to("meta") for x in tensors), mask=mask, num_landmarks=8, segments="front")
+    assert out.is_meta
+    assert out.shape == tensors[2].shape
+    whole = torch.ones(2, 128, dtype=torch.bool)
+    found = ops.nystromformer_attention(*tensors, mask=whole, num_landmarks=8, segments="front")
+    want = ops.nystromformer_attention(*tensors, num_landmarks=8, segments="front")
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-13)  # not as with what the package adds to counts
+
+
+@pytest.mark.parametrize("couple", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_of_the_pseudo_inverse_are_those_of_its_steps(couple: bool, masked: bool) -> None:
+    A = rand(2, 2, 4, 4).softmax(-1).requires_grad_()
+    used = torch.tensor([[True] * 4, [True, True, True, False]]) if masked else None
+
+    def by_steps(A: Tensor) -> Tensor:
+        one = torch.eye(4, dtype=A.dtype)
+        sums = A.sum(-2)
+        if used is not None:
+            A = torch.where(used[:, None, :, None] & used[:, None, None], A, one)
+            sums = (A * used[:, None, :, None]).sum(-2)
+        Z = A.mT / (sums.max() if couple else sums.amax(-1)[..., None, None])
+        for _ in range(3):
+            Z = Z @ (13 * one - A @ Z @ (15 * one - A @ Z @ (7 * one - A @ Z))) / 4
+        return Z
+
+    def ours(A: Tensor) -> Tensor:
+        return pseudo_inverse(A, used, 3, couple)
+
+    upstream, again = rand(2, 2, 4, 4, seed=1), rand(2, 2, 4, 4, seed=2)
+    torch.testing.assert_close(ours(A), by_steps(A), rtol=1e-12, atol=1e-12)
+    for create in (False, True):
+        firsts = [torch.autograd.grad(f(A), A, upstream, create_graph=create)[0] for f in (ours, by_steps)]
+        torch.testing.assert_close(*firsts, rtol=1e-10, atol=1e-10)
+    seconds = [torch.autograd.grad(first, A, again)[0] for first in firsts]
+    torch.testing.assert_close(*seconds, rtol=1e-9, atol=1e-9)
+    assert torch.autograd.gradcheck(ours, A, check_batched_grad=True)
 
 
 def test_module_adds_its_convolution() -> None:

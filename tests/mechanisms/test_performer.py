@@ -103,6 +103,21 @@ def test_detached_maximum_changes_gradients_alone() -> None:
     torch.testing.assert_close(grads[2], others[2])
 
 
+@pytest.mark.parametrize("options", [{}, {"kernel": "relu"}, {"eps": 0.0}, {"eps": 1.0}, {"detach": True}])
+def test_outputs_are_those_without_gradients_and_without_padding(options) -> None:
+    q, k, v = (x.float() for x in inputs(100))
+    mask = torch.arange(100) < torch.tensor([[0], [70]])
+    k, v = (x.masked_fill(~mask[..., None, None], torch.nan) for x in (k, v))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = ops.performer_attention(*leaves, matrix(12, 8), context_mask=mask, **options)
+    with torch.no_grad():
+        same = ops.performer_attention(q, k, v, matrix(12, 8), context_mask=mask, **options)
+        cut = ops.performer_attention(q, k[:, :70], v[:, :70], matrix(12, 8), **options)
+    torch.testing.assert_close(out, same, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(same[1], cut[1], rtol=1e-5, atol=1e-6)
+    assert not same[0].any()
+
+
 def distance_to_softmax(features: int, causal: bool) -> float:
     """The error of outputs beside softmax attention, root mean square, of several matrices."""
     q, k, v = inputs(20, scale=0.4)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import flowformer
-from flowformer import FlowAttention, ops
-from flowformer.mechanisms import Attention
+from flowformer import FlowAttention, create_attention, ops
+from flowformer.mechanisms import Attention, find_attention
 from flowformer.mechanisms.maps import attention_rows
 from flowformer.mechanisms.registry import register
 from flowformer.ops import linear_attention
@@ -55,10 +55,16 @@ def test_unknown_ones_are_told_from_all_that_there_are(name: str, options: dict[
         flowformer.create_attention(name, 64, 4, **options)
 
 
-@pytest.mark.parametrize("name", [None, 3])
+@pytest.mark.parametrize("name", [None, 3, {}])
 def test_a_name_must_be_a_string(name: Any) -> None:
     with pytest.raises(ValueError, match=f"unknown attention {name}; available: aft_conv"):
         flowformer.create_attention(name, 64, 4)
+
+
+def test_an_operation_is_no_mechanism() -> None:
+    for function in (find_attention, lambda name: flowformer.create_attention(name, 64, 4)):
+        with pytest.raises(ValueError, match=r"'flow_attention' is an operation, .* \(did you mean 'flow'\?\)"):
+            function("flow_attention")
 
 
 @pytest.mark.parametrize("option", ["causal", "return_state"])
@@ -118,3 +124,23 @@ def test_rows_of_the_registry_are_checked_when_they_are_entered(name: Any, row: 
 def test_only_modules_of_attention_are_entered() -> None:
     with pytest.raises(TypeError, match=r"must derive from flowformer\.mechanisms\.Attention"):
         register("mine", **ROW)(nn.Linear)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("option", ["look_backward", "look_forward"])
+def test_windows_of_more_than_can_be_counted(option):
+    with pytest.raises(ValueError, match=f"{option} must be at least 0 and at most 2147483647"):
+        create_attention("local", 8, 2, **{option: 10**30})
+
+
+@pytest.mark.parametrize(("name", "option"), [("performer", "eps"), ("performer", "scale"), ("cosformer", "eps")])
+def test_integers_of_more_than_64_bits(name, option):
+    with pytest.raises(ValueError, match=f"{option} must be at most 9223372036854775807 where"):
+        create_attention(name, 8, 2, **{option: 10**30})
+
+
+def test_causal_is_a_flag_before_all_else():
+    with pytest.raises(TypeError, match="causal must be True or False, got"):
+        create_attention("performer", 8, 2, causal=torch.zeros(2))
+    q = torch.randn(1, 4, 2, 4)
+    with pytest.raises(TypeError, match="causal must be True or False, got"):
+        ops.local_attention(q, q, q, causal=torch.zeros(2))

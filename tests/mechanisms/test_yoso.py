@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from flowformer import create_attention, ops
 from flowformer.mechanisms import find_attention
@@ -171,3 +173,22 @@ def test_wrong_options_are_refused():
     total = ops.yoso_attention(q.requires_grad_(), k, v).sum()
     with pytest.raises(RuntimeError, match="second-order"):
         torch.autograd.grad(total, q, create_graph=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient": "surrogate"}, {"causal": True}, {"hash_code_len": 1}])
+@pytest.mark.parametrize("fit", [1, 2 * 9 * 9, 8 * 9 * 9])
+def test_rows_and_heads_that_are_computed_at_a_time_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, fit: int, options: dict[str, Any]
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(3, 9, 3, 4, dtype=torch.float64, generator=random).requires_grad_() for _ in range(3)]
+    mask = torch.arange(9) < torch.tensor([[9], [4], [0]])
+    upstream = torch.randn(3, 9, 3, 4, dtype=torch.float64, generator=random)
+
+    def found() -> tuple[Tensor, ...]:
+        out = ops.yoso_attention(*leaves, mask=mask, **options)
+        return out, *torch.autograd.grad(out, leaves, upstream)
+
+    want = found()
+    monkeypatch.setattr("flowformer.mechanisms.yoso.IN_CACHE", fit)
+    torch.testing.assert_close(found(), want, rtol=1e-12, atol=1e-14)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +18,9 @@ from flowformer.models.classical.dtw import DTWClassifier
 from flowformer.models.classical.rocket import RocketClassifier
 from flowformer.models.classical.svm import SupportVectors
 from flowformer.models.classical.tcn import CausalEncoder, TCNClassifier
+from flowformer.tasks.series import uea
 
+DATA = Path(__file__).parents[3] / "shared" / "data" / "uea"
 CHANNELS, LENGTH = 2, 12
 MEAN, STD = np.array([3.0, -1.0]), np.array([2.0, 0.5])
 
@@ -168,77 +170,130 @@ def boosted(classes: int) -> XGBoostClassifier:
     return XGBoostClassifier(CHANNELS, classes, LENGTH, num_trees=3, max_depth=2)
 
 
+def fitted(classes: int) -> XGBoostClassifier:
+    x, y, mask = batch(classes)
+    model = boosted(classes)
+    model.fit(x.nan_to_num(5.0), y, mask, seed=0)  # whatever padding holds
+    return model
+
+
 @pytest.mark.parametrize("classes", [2, 3])
 def test_xgboost_sees_flat_series_with_missing_steps(classes):
     from xgboost import XGBClassifier
 
     x, y, mask = batch(classes)
-    model = boosted(classes)
-    model.fit(x.nan_to_num(5.0), y, mask, seed=0)  # whatever padding holds
     truth = XGBClassifier(n_estimators=3, max_depth=2).fit(x.flatten(1).numpy(), y.numpy())
     wanted = truth.predict_proba(x.flatten(1).numpy())
-    again = reload(model, boosted(classes))
-    for one in (model, again):
+    model = fitted(classes)
+    for one in (model, reload(model, boosted(classes))):
         np.testing.assert_allclose(one(x, mask).exp().numpy(), wanted, rtol=1e-6)
         short = mask.sum(1) <= 9
         np.testing.assert_allclose(one(x[short, :9], mask[short, :9]).exp().numpy(), wanted[short.numpy()], rtol=1e-6)
 
 
+def check_votes(x, y, mask, new, new_mask, classes: int) -> None:
+    """Votes are the margins of XGBoost, bit for bit."""
+    from xgboost import XGBClassifier
+
+    model = XGBoostClassifier(x.shape[2], classes, x.shape[1], num_trees=5, max_depth=4)
+    model.fit(x, y, mask, seed=0)
+    truth = XGBClassifier(n_estimators=5, max_depth=4, n_jobs=1)
+    truth.fit(x.masked_fill(~mask[..., None], torch.nan).flatten(1).numpy(), y.numpy())
+    missing = (0, 0, 0, x.shape[1] - new.shape[1])
+    flat = nn.functional.pad(new.masked_fill(~new_mask[..., None], torch.nan), missing, value=torch.nan).flatten(1)
+    wanted = truth.predict(flat.numpy(), output_margin=True).reshape(len(new), -1)
+    np.testing.assert_array_equal(model.votes(new, new_mask).numpy(), wanted)
+    np.testing.assert_array_equal(model(new, new_mask).argmax(1).numpy(), truth.predict(flat.numpy()))
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_votes_are_those_of_xgboost_at_and_beside_thresholds(classes):
+    """Values of few kinds, of which each threshold is one or a neighbour; classes of unequal size."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randint(-3, 4, (400, 6, CHANNELS), generator=random) / 7
+    x[:200] = torch.nextafter(x[:200], torch.tensor(1.0))
+    y = (torch.arange(400) % (2 * classes - 1)).clamp(max=classes - 1)
+    x += y[:, None, None] / 7 * (torch.rand(400, 6, 1, generator=random) < 0.5)
+    mask = torch.rand(400, 6, generator=random) < 0.8
+    check_votes(x[::2], y[::2], mask[::2], x, mask, classes)
+
+
+@pytest.mark.parametrize("subset", ["JapaneseVowels", "UWaveGestureLibrary"])
+def test_votes_are_those_of_xgboost_on_real_series(subset):
+    folder = DATA if DATA.is_dir() else None
+    if uea.find(subset, folder) is None:
+        pytest.skip(f"{subset} is not there")
+    task = uea.load(subset, folder)
+    train, test = (task.format.collate(list(part)) for part in (task.train, task.test))
+    check_votes(train["x"], train["y"], train["mask"], test["x"], test["mask"], len(task.format.classes))
+
+
+def test_trees_need_no_xgboost_once_they_are_grown(monkeypatch):
+    x, _, mask = batch(3)
+    model = fitted(3)
+    monkeypatch.setitem(sys.modules, "xgboost", None)
+    torch.testing.assert_close(reload(model, boosted(3))(x, mask), model(x, mask), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("name", "place", "value", "message"),
     [
-        (lambda model: model["trees"][0]["left_children"].__setitem__(0, 10**6), "nodes that are not there"),
-        (lambda model: model["trees"][0]["left_children"].__setitem__(0, 0), "node 0 of a tree has the children 0"),
-        (lambda model: model["trees"][0]["split_indices"].__setitem__(0, 24), "splits of features"),
-        (lambda model: model["trees"][1]["parents"].pop(), "has lists of"),
-        (lambda model: model["trees"][0]["parents"].__setitem__(1, 2**30), "links to parents"),
-        (lambda model: model["trees"][0]["parents"].__setitem__(0, 0), "links to parents"),
-        (lambda model: model["trees"][0].__setitem__("id", 1), "tree 0 has the number 1"),
-        (lambda model: model["trees"][0]["tree_param"].__setitem__("num_feature", "100000"), "of 100000 features"),
-        (lambda model: model["trees"][0]["base_weights"].__setitem__(0, float("nan")), "not finite"),
-        (lambda model: model["trees"][0]["default_left"].__setitem__(0, 7), "neither 0 nor 1"),
-        (lambda model: model["gbtree_model_param"].__setitem__("num_parallel_tree", "50"), "its rounds and trees"),
-        (lambda model: model.update(cats={"enc": [1]}), "categories of features"),
-        (lambda model: model["trees"].pop(), "its rounds and trees"),
-        (lambda model: model["tree_info"].__setitem__(0, 3), "its rounds and trees"),
-        (lambda model: model["trees"][0]["split_type"].__setitem__(0, 1), "categories"),
-        (lambda model: model.pop("iteration_indptr"), "iteration_indptr"),
+        ("left", 0, 10**6, "one root, or one child of one node"),
+        ("right", 0, -1, "one root, or one child of one node"),
+        ("left", 0, 0, "one root, or one child of one node"),
+        ("left", 2, 0, "one root, or one child of one node"),
+        ("roots", 1, 0, "one root, or one child of one node"),
+        ("missing", 0, 0, "missing must lead to the left or to the right"),
+        ("missing", 2, 10**6, "missing must lead to the left or to the right"),
+        ("features", 0, CHANNELS * LENGTH, "features must be from 0 to 23"),
+        ("features", 0, -1, "features must be from 0 to 23"),
+        ("values", 0, torch.nan, "values has values that are not finite"),
+        ("values", -1, 3e38, "sums of leaves has values that are not finite"),
+        ("base", 1, torch.inf, "base has values that are not finite"),
     ],
 )
-def test_xgboost_follows_no_link_that_leads_nowhere(damage, message):
-    x, y, mask = batch(3)
-    model = boosted(3)
-    model.fit(x, y, mask, seed=0)
-    content = json.loads(model.trees.numpy().tobytes())
-    damage(content["learner"]["gradient_booster"]["model"])
-    model.trees = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
+def test_xgboost_follows_no_link_that_leads_nowhere(name, place, value, message):
+    model = fitted(3)
+    getattr(model, name)[place] = value
     with pytest.raises(ValueError, match=message):
         model.check_fitted()
 
 
-@pytest.mark.parametrize("base", ["nan", "[1,2]", "[]", "x"])
-def test_xgboost_starts_from_numbers(base):
-    x, y, mask = batch(3)
-    model = boosted(3)
-    model.fit(x, y, mask, seed=0)
-    content = json.loads(model.trees.numpy().tobytes())
-    content["learner"]["learner_model_param"]["base_score"] = base
-    model.trees = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
-    with pytest.raises(ValueError, match="is not a model of XGBoost") as caught:
+@pytest.mark.parametrize("name", ["base", "roots", "features", "values", "left", "right", "missing"])
+def test_xgboost_of_another_number_of_trees_or_nodes_is_refused(name):
+    model = fitted(3)
+    setattr(model, name, getattr(model, name)[:-1])
+    with pytest.raises(ValueError, match="has shape"):
         model.check_fitted()
-    assert "\n" not in str(caught.value)
+
+
+def chain(model: XGBoostClassifier, left: list[int], right: list[int]) -> XGBoostClassifier:
+    """A model of one tree, of these links."""
+    model.base, model.roots, model.values = torch.zeros(1), torch.tensor([0]), torch.zeros(len(left))
+    model.left, model.missing, model.right = torch.tensor(left), torch.tensor(left), torch.tensor(right)
+    model.features = torch.zeros(len(left), dtype=torch.int64)
+    return model
+
+
+def test_each_walk_ends_in_a_leaf():
+    model = XGBoostClassifier(CHANNELS, 2, LENGTH, num_trees=1, max_depth=2)
+    chain(model, [1, 1, 3, 3, 4], [2, 1, 4, 3, 4]).check_fitted()
+    with pytest.raises(ValueError, match="a tree is deeper than 2"):
+        chain(model, [1, 1, 3, 3, 5, 5, 6], [2, 1, 4, 3, 6, 5, 6]).check_fitted()
+    with pytest.raises(ValueError, match="a child must come after its node"):
+        chain(model, [0, 1, 2], [0, 2, 2]).check_fitted()
+    with pytest.raises(ValueError, match="a child must come after its node"):
+        chain(model, [0, 2, 1, 3, 4], [0, 3, 4, 3, 4]).check_fitted()
 
 
 def test_xgboost_of_other_data_is_refused():
-    x, y, mask = batch(3)
-    model = boosted(3)
-    model.fit(x, y, mask, seed=0)
-    other = XGBoostClassifier(CHANNELS, 3, LENGTH + 1)
-    with pytest.raises(ValueError, match="booster, objective, features"):
-        reload(model, other)
-    model.trees = model.trees[:-5]
-    with pytest.raises(ValueError, match="not a model of XGBoost"):
-        model.check_fitted()
+    model = fitted(3)
+    with pytest.raises(ValueError, match="features must be from 0 to 2"):
+        reload(model, XGBoostClassifier(1, 3, 3, num_trees=3, max_depth=2))
+    with pytest.raises(ValueError, match="roots has shape"):
+        reload(model, XGBoostClassifier(CHANNELS, 3, LENGTH))
+    with pytest.raises(ValueError, match="not been fitted"):
+        boosted(3).check_fitted()
 
 
 # ----------------------------------------------------------------------------------------------------- ROCKET and DTW

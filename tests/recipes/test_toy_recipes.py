@@ -51,7 +51,7 @@ def learn(name, steps, **fields):
         optimizer.step()
     whole = task.format.collate(list(task.test))
     with torch.no_grad():
-        return task.metric.shown(float(task.step(model.eval(), whole)["accuracy"]))
+        return task.metric.shown(float(task.step(model.eval(), whole)["accuracy"]) / task.size(whole))
 
 
 def test_recall_of_one_pair_is_learned_at_once():

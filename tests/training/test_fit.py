@@ -64,6 +64,15 @@ def test_result_holds_both_protocols(finished):
     assert "on the test set" in paper["selection"]
 
 
+def test_accuracy_is_a_fraction_without_rounding_errors(finished):
+    folder, _ = finished
+    task = recipe().build_task()
+    for record in records(folder):
+        for name, examples in (("test/accuracy", len(task.test)), ("train/accuracy", len(task.train))):
+            if name in record:
+                assert record[name] == round(record[name] * examples) / examples
+
+
 def test_evaluates_when_the_recipe_says(finished):
     evaluated = [record["epoch"] for record in records(finished[0]) if "test/accuracy" in record]
     assert evaluated == [0, 1, 2, 3]

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,7 @@ def test_every_command_on_a_fitted_run(xgboost, waves, tmp_path, capsys):
     paper, honest = found["protocols"]["paper"], found["protocols"]["honest"]
     assert paper == honest
     assert paper["value"] > 45  # a third by chance
+    assert paper["value"] == 100 * (round(paper["value"] * 18 / 100) / 18)  # no rounding errors
     assert paper["selection"] == "the only evaluation: nothing was chosen"
     assert (paper["fit"], paper["published"]) == (1, None)
     assert {one.name for one in run.rglob("*.*") if one.is_file() and one.name != ".lock"} == {
@@ -116,9 +118,26 @@ def test_interrupted_fit_leaves_nothing_half_written(xgboost, waves, tmp_path, m
 def test_damaged_trees_are_refused_in_words(xgboost, waves, tmp_path, capsys):
     shutil.copytree(xgboost, tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / "last.safetensors"
-    save_file({"trees": load_file(path)["trees"][:-3]}, path)
+    tensors = load_file(path)
+    save_file({**tensors, "left": tensors["left"] + 10**9}, path)
     assert main(["predict", str(tmp_path / "run"), waves["test_file"]]) == 2
-    assert "trees is not a model of XGBoost for this data" in capsys.readouterr().err
+    assert "cannot be used: left and right do not make trees" in capsys.readouterr().err
+
+
+def test_trees_in_the_json_of_xgboost_are_refused_in_words(xgboost, waves, tmp_path, capsys):
+    shutil.copytree(xgboost, tmp_path / "run")
+    save_file({"trees": torch.zeros(9, dtype=torch.uint8)}, tmp_path / "run" / "checkpoints" / "last.safetensors")
+    assert main(["predict", str(tmp_path / "run"), waves["test_file"]]) == 2
+    assert "does not fit the model that recipe.json describes: weights that are missing" in capsys.readouterr().err
+
+
+def test_grown_trees_are_used_without_xgboost(xgboost, waves, monkeypatch, capsys):
+    assert main(["predict", str(xgboost), waves["test_file"]]) == 0
+    wanted = capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "xgboost", None)
+    assert main(["predict", str(xgboost), waves["test_file"]]) == 0
+    assert capsys.readouterr().out == wanted
+    assert main(["evaluate", str(xgboost)]) == 0
 
 
 def test_numbers_of_another_dtype_are_refused(tcn, waves, tmp_path, capsys):
@@ -127,12 +146,10 @@ def test_numbers_of_another_dtype_are_refused(tcn, waves, tmp_path, capsys):
     tensors = load_file(path)
     save_file({**tensors, "classifier.counts": tensors["classifier.counts"].float()}, path)
     assert main(["predict", str(tmp_path / "run"), waves["test_file"]]) == 2
-    assert "of another shape or dtype, the first is classifier.counts" in capsys.readouterr().err
+    assert "of another shape or dtype: 1, the first classifier.counts" in capsys.readouterr().err
 
 
 def test_absent_library_is_named_before_anything_is_written(waves, tmp_path, monkeypatch, capsys):
-    import sys
-
     monkeypatch.setitem(sys.modules, "xgboost", None)
     assert main(words("xgboost", waves, tmp_path / "run")) == 2
     assert "pip install 'flowformer[xgboost]'" in capsys.readouterr().err
@@ -196,6 +213,13 @@ def test_lstm_is_trained_as_the_others_are(waves, tmp_path, capsys):
     assert "best of 2 on the validation set" in result(tmp_path / "run")["protocols"]["honest"]["selection"]
     assert main(["evaluate", str(tmp_path / "run"), "--checkpoint", "best-validation"]) == 0
     assert "test/loss" in capsys.readouterr().out
+
+
+def test_two_runs_of_an_lstm_are_equal(waves, tmp_path):
+    for name, seed in (("one", "3"), ("two", "3"), ("other", "4")):
+        assert main(words("lstm", waves, tmp_path / name, "--seed", seed)) == 0
+    assert same(tmp_path / "one", tmp_path / "two")
+    assert not same(tmp_path / "one", tmp_path / "other")
 
 
 @pytest.mark.slow  # aeon compiles with numba

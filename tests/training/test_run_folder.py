@@ -400,7 +400,7 @@ def test_best_round_is_remembered_by_value(tmp_path, moved, monkeypatch):
     def worse_each_time(self, model, batch):
         values = plain(self, model, batch)
         if not model.training:
-            values["accuracy"] = values["accuracy"] * 0 + (1 / len(seen) if seen else 0)
+            values["accuracy"] = values["accuracy"] * 0.0 + (1 / len(seen) if seen else 0)
             seen.append(True)
         return values
 

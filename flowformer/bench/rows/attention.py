@@ -191,7 +191,7 @@ def _contenders(
         function = partial(row.operation, backend=backend) if backend else row.operation
         made = partial(
             registry.Contender, operation=operation, function=Form(function, row.layout, variant), reference=reference,
-            ours=True, flops=count,
+            ours=True, flops=count, needs_bytes=variant.needs_bytes,
             unavailable=partial(unavailable, row, backend), device=device,
         )  # fmt: skip
         about = f"ops.{row.operation.__name__}{words}{variant.about}"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from flowformer.bench import registry
 from flowformer.bench.rows.attention import FAMILIES
 from flowformer.bench.rows.forms import Form
-from flowformer.bench.rows.variants import Draw, Kind, Variant, find_variant
+from flowformer.bench.rows.variants import CLUSTER_WINDOW, Draw, Kind, Variant, find_variant
 from flowformer.mechanisms import find_attention
 
 HASHES, BUCKET, WINDOW, LANDMARKS = 8, 64, 64, 64
@@ -149,6 +149,21 @@ def sinkhorn(q: Tensor, k: Tensor, v: Tensor, *nulls: Tensor, causal: bool) -> T
         del layer.null_keys, layer.null_values
         layer.null_keys, layer.null_values = (x.unsqueeze(1) for x in nulls)
     return layer(*_heads_first(q, k, v)).transpose(1, 2)
+
+
+@lru_cache(maxsize=4)
+def _clusters(clusters: int, window: int, heads: int, channels: int) -> Any:
+    made = importlib.import_module("routing_transformer.routing_transformer").KmeansAttention
+    return made(clusters, window, heads, channels).eval()
+
+
+def routing(q: Tensor, k: Tensor, v: Tensor, centroids: Tensor, *, causal: bool) -> Tensor:
+    """``KmeansAttention`` of routing-transformer, with clusters as given."""
+    heads, clusters, channels = centroids.shape
+    layer = _clusters(clusters, CLUSTER_WINDOW, heads, channels)
+    layer.kmeans.means = centroids.detach()
+    layer.kmeans.initted.fill_(True)
+    return layer(*_heads_first(q, k, v))[0].transpose(1, 2)
 
 
 def _layer(model: str, name: str) -> Any:
@@ -323,6 +338,10 @@ PACKAGES = (
     Package(
         "sinkhorn-transformer", "sinkhorn_transformer", sinkhorn, "sinkhorn", _sinkhorn_variant, 2 * BUCKET,
         released=True,
+    ),
+    Package(
+        "routing-transformer", "routing_transformer", routing, "routing", lambda kind: find_variant("routing"),
+        causal=False,
     ),
     Package(
         "hf-longformer", "transformers", hf_longformer, "longformer", _with(window=LONG_WINDOW), LONG_WINDOW,

@@ -65,6 +65,7 @@ class Variant:
         per_channel: Whether there are as many heads as channels, where the mechanism has a key for each head.
         decodes: Whether steps are timed: not where a learned tensor is quadratic in the length of the context.
         flops: ``(shape, kind) -> `` floating-point operations.
+        squares: Tensors with a number for each head and pair of tokens that are in memory at a time.
     """
 
     name: str = ""
@@ -75,6 +76,11 @@ class Variant:
     per_channel: bool = False
     decodes: bool = True
     flops: Callable[[Shape, Kind], float] | None = None
+    squares: int = 0
+
+    def needs_bytes(self, shape: Shape) -> float:
+        """Memory of a call above its inputs, where that is quadratic in the length; else 0."""
+        return 4.0 * self.squares * shape.batch * shape.heads * shape.length**2
 
 
 PLAIN = Variant()
@@ -207,7 +213,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         Variant(about=f", {CLUSTERS} clusters of {CLUSTER_WINDOW} tokens", learned=_centroids, by_channels=True),
     ),
     "soft": (Variant(learned=_landmarks, by_channels=True),),
-    "synthesizer": (Variant("", ", factorized random scores", {"kind": "factorized_random"}, _scores),),
+    "synthesizer": (Variant("", ", factorized random scores", {"kind": "factorized_random"}, _scores, squares=3),),
     "aft_full": (
         Variant("", _FREE, learned=_table, decodes=False, flops=full_flops),
         Variant("factors", _TWO, learned=_factors, flops=factor_flops),

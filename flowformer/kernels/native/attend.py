@@ -113,7 +113,13 @@ def products(
         op, Q, K, V, Masks(None, None), feature_map=GIVEN, log_decay=log_decay, causal=past is not None, memory=memory
     )
     after = None if memory is None else (memory[..., -1].contiguous(), memory[..., :-1].contiguous())
-    return out[..., -1:], out[..., :-1], after
+    product, total = out.split([V.shape[-1] - 1, 1], -1)  # not slices, whose gradients are padded and added up
+    return total, product, after
+
+
+def ratio(op: str, Q: Tensor, K: Tensor, V: Tensor, least: float) -> Tensor:
+    """Return product / (total + least), (batch, L, heads, V), of the bidirectional form of :func:`products`."""
+    return attend(op, Q, K, V, Masks(None, None), feature_map=GIVEN, eps=least)[0]
 
 
 def attend_step(

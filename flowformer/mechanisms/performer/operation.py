@@ -155,9 +155,10 @@ def performer_attention(
 
 
 def attend_by(
-    products: Products, walk: Walk, given: Checked, projection: Tensor | None, options: PerformerOptions
-) -> tuple[Tensor, PerformerState | None]:
-    """Either form, with sums over keys by a backend: the output, and the state after it."""
+    products: Products, walk: Walk, given: Checked, projection: Tensor | None, options: PerformerOptions,
+    ratio: Ratio | None = None,
+) -> tuple[Tensor, PerformerState | None]:  # fmt: skip
+    """Either form, with sums over keys by a backend, or their ratio: the output, and the state after it."""
 
     def scaled(Q: Tensor, K: Tensor, V: Tensor, past: Past, scale: tuple[Tensor, Tensor] | None) -> Any:
         if scale is None:
@@ -167,9 +168,11 @@ def attend_by(
 
     if given.causal and given.state is None:
         given = given._replace(state=_fresh(given.sequences, given.q, given.v, projection, options))
-    return run_dense(_dense(products, scaled, walk, given.causal, projection, options), given)
+    return run_dense(_dense(products, scaled, walk, given.causal, projection, options, ratio=ratio), given)
 
 
+# product / (total + least) of :data:`Products` over all keys, ``ratio(Q, K, V, least)``.
+Ratio = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 # On Q, K, V, the past, and scales: that of each token, (batch, tokens, heads), and that of the past, (batch, heads).
 # K, and what is summed, is relative to them. The same results as of Products.
 ScaledProducts = Callable[..., tuple[Tensor, Tensor, Past]]
@@ -193,6 +196,7 @@ def _dense(
     projection: Tensor | None,
     options: PerformerOptions,
     chunk: int = 1,
+    ratio: Ratio | None = None,
 ) -> Dense:
     """Both forms; ``chunk`` is what divides the tokens that ``scaled`` takes."""
 
@@ -203,11 +207,11 @@ def _dense(
         return cut(out, tokens[0].shape[1]), state
 
     def whole(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None) -> Tensor:
-        return _bidirectional(q, k, v, key, query, projection, options, products)
+        return _bidirectional(q, k, v, key, query, projection, options, products, ratio)
 
     def dense(q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, query: Tensor | None, state: Any) -> Any:
         over_all = causal and options.exponential and options.maximum == "all"
-        largest = _largest_of_all(k, key, projection, options) if over_all else None
+        largest = options.exponents(k, projection, key).largest.amax(1, keepdim=True) if over_all else None
         return walk(block, whole, causal, (projection, largest))(q, k, v, key, query, state)
 
     return dense
@@ -225,31 +229,10 @@ def _queries(
 
     Zeros at padding.
     """
-    if not options.exponential:
-        return fill(options.project(fill(q, mask), projection)[0].relu() + options.offset, mask), None
-    exponents, largest = options.exponents(fill(q, mask), projection)
-    scale, excess = _scale(largest)
-    Q = (exponents - scale.unsqueeze(-1)).exp() + options.offset * excess.exp()
-    return fill(Q, mask), (-excess).exp() * Q.shape[-1] ** -0.5
-
-
-def _keys(
-    k: Tensor, mask: Tensor | None, projection: Tensor | None, options: PerformerOptions
-) -> tuple[Tensor, Tensor]:
-    """Exponents of features of keys (..., m), and M of each key (...), next to -inf at padding.
-
-    With the relu kernel, features without eps, and zeros.
-    """
-    if not options.exponential:
-        features = options.project(fill(k, mask), projection)[0].relu()
-        return features, features.new_zeros(features.shape[:-1])
-    exponents, largest = options.exponents(fill(k, mask), projection)
-    return exponents, fill(largest, mask, LOG_ZERO)
-
-
-def _largest_of_all(k: Tensor, mask: Tensor | None, projection: Any, options: PerformerOptions) -> Tensor:
-    """M over all keys, (batch, 1, heads)."""
-    return _keys(k, mask, projection, options)[1].amax(1, keepdim=True)
+    exponents = options.exponents(q, projection, mask)
+    scale, excess = _scale(exponents.largest)
+    Q = exponents.features(scale) + fill(options.offset * excess.exp(), mask)
+    return Q, (-excess).exp() * Q.shape[-1] ** -0.5 if options.exponential else None
 
 
 def _divide(
@@ -283,18 +266,25 @@ def _bidirectional(
     projection: Tensor | None,
     options: PerformerOptions,
     products: Products,
+    ratio: Ratio | None,
 ) -> Tensor:
     with no_autocast(q.device):
         Q, unit = _queries(q, query_mask, projection, options)
-        exponents, largest = _keys(k, key_mask, projection, options)
-        largest = largest.amax(1, keepdim=True)  # (batch, 1, heads)
-        scale, excess = _scale(largest)
-        K = fill(_relative(exponents, scale, options), key_mask)
-        V = fill(v, key_mask).to(Q.dtype)
-        total, product, _ = products(Q, K, V)
-        real = v.shape[1] if key_mask is None else key_mask.sum(1).view(-1, 1, 1, 1)
-        weight = options.offset * excess.exp() * Q.sum(-1, keepdim=True)
-        out = _divide(product + weight * V.sum(1, keepdim=True), total + weight * real, Q, unit, excess, options)
+        exponents = options.exponents(k, projection, key_mask)
+        scale, excess = _scale(exponents.largest.amax(1, keepdim=True))
+        K, V = exponents.features(scale), fill(v, key_mask).to(Q.dtype)
+        least = options.offset * excess.exp()  # (batch, 1, heads, 1)
+        # As a part of features its gradient is a sum over keys of what is rounded alike, too coarse where it is wanted.
+        if ratio is not None and not options.absolute and not least.requires_grad:
+            if key_mask is not None:
+                least = fill(least.expand(-1, k.shape[1], -1, -1), key_mask)
+            out = ratio(Q, K + least, V, TINY)
+        else:
+            total, product, _ = products(Q, K, V)
+            real = v.shape[1] if key_mask is None else key_mask.sum(1).view(-1, 1, 1, 1)
+            weight = least * Q.sum(-1, keepdim=True)
+            product = torch.addcmul(product, weight, V.sum(1, keepdim=True))
+            out = _divide(product, total + weight * real, Q, unit, excess, options)
         return out.to(q.dtype).contiguous()
 
 
@@ -302,12 +292,6 @@ def _scale(largest: Tensor) -> tuple[Tensor, Tensor]:
     """The scale of keys (...), which has no gradient, and M less the scale (..., 1)."""
     scale = largest.detach().ceil()
     return scale, (largest - scale).unsqueeze(-1)
-
-
-def _relative(exponents: Tensor, scale: Tensor, options: PerformerOptions) -> Tensor:
-    """Features of keys without eps, relative to a scale."""
-    # Where no key is real the scale is next to -inf; what is computed of it is masked.
-    return (exponents - scale.unsqueeze(-1)).clamp(max=0).exp() if options.exponential else exponents
 
 
 def _causal(
@@ -323,8 +307,8 @@ def _causal(
     q, k, v = tokens
     with no_autocast(q.device):
         Q, unit = _queries(q, mask, projection, options)
-        exponents, largest = _keys(k, mask, projection, options)
-        scales = None
+        exponents = options.exponents(k, projection, mask)
+        largest, scales = exponents.largest, None
         if of_all is not None:
             largest = of_all.expand_as(largest)
         elif options.exponential:
@@ -332,13 +316,13 @@ def _causal(
             largest = torch.maximum(largest.cummax(1).values, past.unsqueeze(1))
             scales = largest.detach().ceil(), past.detach().ceil()
         scale, excess = _scale(largest)
-        K, V = fill(_relative(exponents, scale, options), mask), fill(v, mask).to(Q.dtype)
+        K, V = exponents.features(scale), fill(v, mask).to(Q.dtype)
         total, product, past = products(Q, K, V, state[:2], scales)
         seen = _counted(mask, V, state)
         so_far, values = running_sums(V, state.value_sum)
         weight = options.offset * excess.exp() * Q.sum(-1, keepdim=True)
         total = total + weight * seen.to(Q.dtype)[..., None, None]
-        out = _divide(product + weight * so_far, total, Q, unit, excess, options)
+        out = _divide(torch.addcmul(product, weight, so_far), total, Q, unit, excess, options)
         maximum = largest[:, -1].to(values.dtype) if options.exponential else state.maximum
         # Copies, since a view would keep the numbers of all tokens in memory.
         return out.to(v.dtype), PerformerState(*past, values.clone(), maximum.clone(), seen[:, -1].clone())
@@ -383,13 +367,13 @@ def performer_attention_step(
     with no_autocast(q.device):
         compute = state.memory.dtype
         Q, unit = _queries(q.to(compute), None, projection, options)
-        exponents, largest = _keys(k.to(compute), None, projection, options)
-        factor, maximum = None, state.maximum
+        exponents = options.exponents(k.to(compute), projection)
+        largest, factor, maximum = exponents.largest, None, state.maximum
         if options.exponential:
             largest = maximum = torch.maximum(largest, maximum)
             factor = (state.maximum.detach().ceil() - largest.detach().ceil()).exp().unsqueeze(-1)
         scale, excess = _scale(largest)
-        K, V = _relative(exponents, scale, options), v.to(compute)
+        K, V = exponents.features(scale), v.to(compute)
         total, product, past = token_products(Q, K, V, state[:2], factor)
         values, length = state.value_sum + V, state.length + 1
         weight = options.offset * excess.exp() * Q.sum(-1, keepdim=True)

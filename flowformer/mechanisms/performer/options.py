@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from flowformer.common.names import nearest
 from flowformer.core.checks import check_flag, check_number, check_table
-from flowformer.core.precision import sum_dtype
+from flowformer.core.masks import fill
+from flowformer.core.precision import LOG_ZERO, sum_dtype
 
 
 @dataclass(frozen=True)
@@ -69,18 +70,50 @@ class PerformerOptions:
         """Whether the scale of features matters, for something is added to denominators."""
         return self.sum_eps > 0 or self.least > 0
 
-    def project(self, x: Tensor, projection: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return W x' (..., m), in the dtype of sums, and x'."""
-        x = x.to(sum_dtype(x.dtype)) * (x.shape[-1] ** -0.25 if self.scale is None else self.scale)
-        return (x if projection is None else x @ projection.to(x.dtype).T), x
+    def project(self, x: Tensor, projection: Tensor | None) -> Tensor:
+        """Return W x' (..., m), in the dtype of sums."""
+        x = x.to(sum_dtype(x.dtype))
+        scale = self.scale_of(x)
+        return x * scale if projection is None else x @ (projection.to(x.dtype) * scale).T
 
-    def exponents(self, x: Tensor, projection: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return W x' - |x'|^2 / 2, (..., m), and M of each x, (...)."""
-        projected, x = self.project(x, projection)
-        exponents = projected - x.square().sum(-1, keepdim=True) / 2
+    def scale_of(self, x: Tensor) -> float:
+        """Return s for queries or keys (..., K)."""
+        return x.shape[-1] ** -0.25 if self.scale is None else self.scale
+
+    def exponents(self, x: Tensor, projection: Tensor | None, mask: Tensor | None = None) -> Exponents:
+        """Return the exponents of features of x (..., K), with a mask of the first axes."""
+        x = fill(x, mask).to(sum_dtype(x.dtype))
+        projected = self.project(x, projection)
+        if not self.exponential:
+            return Exponents(projected.relu(), None, projected.new_zeros(projected.shape[:-1]), mask)
+        half = x.square().sum(-1, keepdim=True) * (self.scale_of(x) ** 2 / 2)
+        largest = projected.amax(-1)
         # Without eps, M cancels: any bound will do, and the lowest keeps most in range.
-        largest = (projected if self.offset else exponents).amax(-1)
-        return exponents, largest.detach() if self.detach else largest
+        largest = fill(largest if self.offset else largest - half.squeeze(-1), mask, LOG_ZERO)
+        return Exponents(projected, half, largest.detach() if self.detach else largest, mask)
+
+
+class Exponents(NamedTuple):
+    """Exponents of features of tokens, W x' - |x'|^2 / 2, as a difference: a scale can be subtracted in the same pass.
+
+    Attributes:
+        projected: W x', (..., m); with the relu kernel features without eps.
+        half: |x'|^2 / 2, (..., 1); ``None`` with the relu kernel.
+        largest: M of each token, (...), next to -inf at padding; zeros with the relu kernel.
+        mask: Which tokens are real.
+    """
+
+    projected: Tensor
+    half: Tensor | None
+    largest: Tensor
+    mask: Tensor | None
+
+    def features(self, scale: Tensor) -> Tensor:
+        """Return features without eps, relative to exp(scale) for a scale (...); zeros at padding."""
+        if self.half is None:
+            return self.projected
+        # A sum, for that of a difference has a negation in its gradient.
+        return (self.projected + fill(-(self.half + scale.unsqueeze(-1)), self.mask, LOG_ZERO)).exp_()
 
 
 OPTIONS = tuple(field.name for field in fields(PerformerOptions))

@@ -17,12 +17,12 @@ def performer_weights(
     """Return rows phi(q_i) . phi(k_j) / sum_j phi(q_i) . phi(k_j) of one sequence."""
     options = performer_options(**overrides)
     if not options.exponential:
-        Q, K = (options.project(x, projection)[0].relu() + options.offset for x in (q, k))
+        Q, K = (options.project(x, projection).relu() + options.offset for x in (q, k))
         return _relu_rows(Q, K, causal, options)
-    (a, of_queries), (b, of_keys) = (options.exponents(x, projection) for x in (q, k))
-    root = a.shape[-1] ** -0.5
-    Q = root * ((a - of_queries.unsqueeze(-1)).exp() + options.offset)
-    K = (b - of_keys.unsqueeze(-1)).exp()
+    queries, keys = (options.exponents(x, projection) for x in (q, k))
+    of_keys, root = keys.largest, keys.projected.shape[-1] ** -0.5
+    Q = root * (queries.features(queries.largest) + options.offset)
+    K = keys.features(of_keys)
 
     def rows(places: Tensor) -> Tensor:
         # Features of key j as query i sees them: exp(b_j - M_i) + eps = K_j exp(of_keys_j - M_i) + eps.

@@ -317,13 +317,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, options: Options) -> tu
     scores = pick(q, own) @ pick(k, context).transpose(-1, -2)
     mine, others = own.unsqueeze(-1), context.unsqueeze(-2)
     if not options.form.sees_itself:
-        scores = scores.masked_fill(mine == others, ITSELF)
+        scores.masked_fill_(mine == others, ITSELF)  # in place, since no gradient needs the products
     hidden = others == length
     if options.causal:
         hidden = hidden | (others > mine)
-    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
     largest = scores.detach().amax(-1, keepdim=True)
-    weights = (scores - largest).exp()
+    weights = (scores - largest).exp_()
     total = weights.sum(-1, keepdim=True)  # not in a logarithm with -5e4, of which float32 keeps no fraction
     out = (weights @ pick(v, context)) / total
     return pick(out.flatten(2, 3), slots), (largest + total.log()).flatten(2).gather(-1, slots)

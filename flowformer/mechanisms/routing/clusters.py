@@ -23,14 +23,20 @@ def check_centroids(op: str, centroids: Any, q: Tensor) -> None:
 
 def unit(x: Tensor) -> Tensor:
     """Return vectors of length 1; zeros, which have no direction, stay zeros."""
-    size = x.norm(dim=-1, keepdim=True)
-    return x / size.masked_fill(size == 0, torch.inf)
+    return x / _size(x).unsqueeze(-1)
+
+
+def _size(x: Tensor) -> Tensor:
+    """What vectors are divided by: their length, infinity for zeros."""
+    size = x.norm(dim=-1)
+    return size.masked_fill(size == 0, torch.inf)
 
 
 def similarity(x: Tensor, centroids: Tensor) -> Tensor:
     """Return products (batch, heads, clusters, tokens) of centroids with directions of x (batch, heads, tokens, K)."""
     wide = state_dtype(x.device)
-    return centroids.detach().to(wide) @ unit(x.detach().to(wide)).mT
+    x = x.detach().to(wide)
+    return (centroids.detach().to(wide) @ x.mT) / _size(x).unsqueeze(-2)  # clusters are fewer than channels
 
 
 def nearest(x: Tensor, centroids: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from flowformer.core.masks import close_up, fill, spread
 from flowformer.core.precision import LOG_ZERO, no_autocast, state_dtype, sum_dtype
 from flowformer.core.run import Given, check_inputs, run
 from flowformer.core.tracing import is_traced, is_transformed
+from flowformer.core.tracing import shift as move
 from flowformer.mechanisms.past import PastState, check_no_packed_state, fresh, recall
 
 EPS = 1e-6  # in logarithms, of sinkhorn-transformer
@@ -191,7 +192,9 @@ def _check_tensors(op: str, given: Given, options: Options, tensors: tuple[Any, 
 def _cut(x: Tensor, width: int, before: int = 0) -> Tensor:
     """Cut (batch, length, heads, channels) into buckets (batch, heads, buckets, width, channels), zeros where none."""
     after = -(x.shape[1] + before) % width
-    return nn.functional.pad(x, (0, 0, 0, 0, before, after)).unflatten(1, (-1, width)).movedim(3, 1)
+    padded = nn.functional.pad(x, (0, 0, 0, 0, before, after)) if before or after or is_traced() else x
+    # Copied once, where each product and sum would copy it otherwise.
+    return padded.unflatten(1, (-1, width)).movedim(3, 1).contiguous()
 
 
 def _join(x: Tensor, length: int, before: int = 0) -> Tensor:
@@ -225,15 +228,17 @@ def _take(x: Tensor, places: Tensor) -> Tensor:
     return x.flatten(0, 2).index_select(0, (row + places).flatten()).unflatten(0, places.shape)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, more: Tensor | None = None) -> Tensor:
-    """Softmax attention of each bucket to its keys, those sorted to it included; ``more`` is added to scores."""
+def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """What hides keys when it is added to scores, which is several times as fast as filling them on a CPU."""
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, LOG_ZERO)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Softmax attention of each bucket to its keys, those sorted to it included; ``bias`` is added to scores."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = (q / q.shape[-1] ** 0.5) @ k.transpose(-1, -2)
-        scores = scores if more is None else scores + more
-        if hidden is not None:
-            scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-        return scores.softmax(-1) @ v
+        return (scores if bias is None else scores + bias).softmax(-1) @ v
 
     if is_traced() or is_transformed() or not any(x.requires_grad for x in (q, k, v)):
         return attend(q, k, v)
@@ -255,26 +260,25 @@ def _bidirectional(
     real = _cut(real[..., None, None].to(compute), width)[..., 0] > 0  # (batch, 1, buckets, width)
     Q, K, V = (_cut(x.to(compute), width) for x in (q, k, v))
     count = real.sum(-1, keepdim=True).clamp(min=1)
-    means = (_cut(x, width).sum(-2, dtype=wide) / count for x in (q, k))  # few of them, and choices hang on them
-    of_q, of_k = means
+    of_q, of_k = (x.sum(-2, dtype=wide) / count for x in (Q, K))  # few of them, and choices hang on them
     scores = of_q @ of_k.transpose(-1, -2) / q.shape[-1] ** 0.5
     some = real.any(-1)
     own = real.unsqueeze(-2).expand(*K.shape[:3], 1, width)
+    taken = (K,) if options.values == "keys" else (K, V)
     if noise is None:
         places, weights, found = _choose(scores, some.unsqueeze(-2), min(options.num_top, scores.shape[-1]))
         weights = weights.to(compute)[..., None, None]
-        sorted_k, sorted_v = ((_take(x, places) * weights).flatten(3, 4) for x in (K, V))
+        arranged = [(_take(x, places) * weights).flatten(3, 4) for x in taken]
         there = (_take(own.squeeze(-2).unsqueeze(-1), places).squeeze(-1) & found.unsqueeze(-1)).flatten(3, 4)
     else:
         R = _balance(scores, some, noise[:, : scores.shape[-1], : scores.shape[-1]].to(wide), options).to(compute)
-        sorted_k, sorted_v = (torch.einsum("bhuj,bhjwc->bhuwc", R, x) for x in (K, V))
+        arranged = [torch.einsum("bhuj,bhjwc->bhuwc", R, x) for x in taken]
         there = own[:, :, :1].squeeze(-2).expand(*K.shape[:4])  # no bucket has more tokens than the first
-    if options.values == "keys":
-        sorted_v = sorted_k
     # Whole buckets, of which each finds as many as it may: nothing is hidden.
     whole = mask is None and length % width == 0 and not is_traced()
-    hidden = None if whole else ~torch.cat([there.unsqueeze(-2), own], -1)
-    return _join(_attend(Q, torch.cat([sorted_k, K], -2), torch.cat([sorted_v, V], -2), hidden), length)
+    bias = None if whole else _bias(~torch.cat([there.unsqueeze(-2), own], -1), compute)
+    K, V = torch.cat([arranged[0], K], -2), torch.cat([arranged[-1], V], -2)
+    return _join(_attend(Q, K, V, bias), length)
 
 
 def _balance(scores: Tensor, some: Tensor, noise: Tensor, options: Options) -> Tensor:
@@ -314,7 +318,7 @@ def _causal_half(
     width = min(options.bucket_length, length + 1)  # a longer bucket holds no more but in null buckets
     Q, K, V = (_cut(x.to(compute), width, shift) for x in (q, k, v))
     buckets = Q.shape[2]
-    scores = _causal_scores(q, k, shift, width) / options.temperature
+    scores = _causal_scores(Q, K, shift) / options.temperature
     scores = nn.functional.pad(scores, (top, 0))  # the null buckets
     place = torch.arange(buckets, device=q.device)
     past = (place < place.unsqueeze(-1)) & (place >= shift)
@@ -330,26 +334,39 @@ def _causal_half(
     if shift:  # what was put before the first token
         first = (place == 0).view(-1, 1, 1) & (torch.arange(width, device=q.device) < shift)
         own = own | first
-    hidden, more = torch.cat([before, own], -1), None
+    bias = _bias(torch.cat([before, own], -1), compute)
     if width < options.bucket_length:  # there is one bucket, and all that is sorted to it are null buckets
-        more = torch.zeros((top + 1) * width, dtype=compute, device=q.device)
-        more[: top * width] = math.log(options.bucket_length / width)
-    return _join(_attend(Q, torch.cat([sorted_k, K], -2), torch.cat([sorted_v, V], -2), hidden, more), length, shift)
+        bias[..., : top * width] += math.log(options.bucket_length / width)
+    return _join(_attend(Q, torch.cat([sorted_k, K], -2), torch.cat([sorted_v, V], -2), bias), length, shift)
 
 
-def _causal_scores(q: Tensor, k: Tensor, shift: int, width: int) -> Tensor:
-    """Scores (batch, heads, buckets, buckets) of buckets that begin with buckets that are over, in float64."""
-    wide, alone = state_dtype(q.device), shift * (width - 1)  # tokens before the first limit
-    length = q.shape[1]
-    count = torch.arange(1 - alone, length + 1 - alone, device=q.device).clamp(min=1).view(-1, 1, 1)
-    means = (_without_first(x.to(wide), alone).cumsum(1) / count for x in (q, k))
-    of_q, of_k = (_cut(x, width, shift) for x in means)
-    return of_q[..., 0, :] @ of_k.sum(-2).transpose(-1, -2) / q.shape[-1] ** 0.5
+def _causal_scores(q: Tensor, k: Tensor, shift: int) -> Tensor:
+    """Scores (batch, heads, buckets, buckets) of buckets that begin with buckets that are over, in float64.
+
+    Args:
+        q: Queries cut into buckets.
+        k: Keys, likewise.
+        shift: Whether the first bucket, of no token and those before the first limit, is left out.
+    """
+    wide, (buckets, width) = state_dtype(q.device), q.shape[2:4]
+    count = torch.arange(1, buckets * width + 1, device=q.device).view(buckets, width) - shift * width
+    inverse = 1 / count.clamp(min=1).to(wide)
+    # The mean up to a token is that of what is before its bucket and what is in it: a token is in the means of those
+    # behind it in the bucket, and what is before is in all of them.
+    parts = inverse.flip(-1).cumsum(-1).flip(-1)
+    shares = torch.stack([torch.ones_like(parts), parts], -2)  # (buckets, 2, width)
+    of_first, (of_bucket, of_means) = q[..., 0, :].to(wide), (shares @ k.to(wide)).unbind(-2)
+    sums = q.sum(-2, dtype=wide), of_bucket
+    if shift:
+        of_first, of_means, *sums = (_without_first(x) for x in (of_first, of_means, *sums))
+    before_q, before_k = (move(x, 0.0).cumsum(-2) for x in sums)  # nothing of a bucket that is not over
+    of_q, of_k = (before_q + of_first) * inverse[:, :1], before_k * parts[:, :1] + of_means
+    return of_q @ of_k.transpose(-1, -2) / q.shape[-1] ** 0.5
 
 
-def _without_first(x: Tensor, count: int) -> Tensor:
-    """Set the first ``count`` tokens of (batch, length, ...) to zero."""
-    return torch.cat([torch.zeros_like(x[:, :count]), x[:, count:]], 1)
+def _without_first(x: Tensor) -> Tensor:
+    """Set the first bucket of (batch, heads, buckets, ...) to zero."""
+    return torch.cat([torch.zeros_like(x[:, :, :1]), x[:, :, 1:]], 2)
 
 
 # ---------------------------------------------------------------------------------------- Long Range Arena's form

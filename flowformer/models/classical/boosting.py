@@ -1,24 +1,23 @@
-"""Boosted trees on flattened series: XGBoost."""
+"""Boosted trees on flattened series: XGBoost grows them, and they are stored and read as tensors."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flowformer.models.classical.fitted import FittedModel, check_not_empty
+from flowformer.models.classical.fitted import (
+    FittedModel,
+    check_finite,
+    check_integers,
+    check_not_empty,
+    check_shape,
+)
 
-_NUMBERS_OF_A_NODE = (
-    "left_children", "right_children", "parents", "split_indices", "split_conditions", "split_type", "default_left",
-    "base_weights", "loss_changes", "sum_hessian",
-)  # fmt: skip
-_FRACTIONS = ("split_conditions", "base_weights", "loss_changes", "sum_hessian")
-_NO_NODE = 2**31 - 1  # the parent of a root
+_INDICES = ("roots", "features", "left", "right", "missing")
 
 
 class XGBoostClassifier(FittedModel):
@@ -27,6 +26,11 @@ class XGBoostClassifier(FittedModel):
     A series is flattened to a vector of all steps and channels. Steps that it does not have are missing values, for
     which each split learns a side.
 
+    XGBoost only grows the trees. They are tensors over the nodes of all trees, and :meth:`forward` walks along them
+    itself, to the float32 sums that XGBoost has: a value below that of a node leads to the left, another one to the
+    right. A leaf leads to itself. Tree ``i`` votes for class ``i % num_classes``; of two classes, all vote for the
+    second one.
+
     Args:
         in_chans: Channels of a series.
         num_classes: Number of classes.
@@ -34,10 +38,18 @@ class XGBoostClassifier(FittedModel):
         num_trees: Rounds of boosting, each of a tree per class (one tree for two classes).
         max_depth: Depth of a tree.
         learning_rate: Shrinkage of each round.
-        threads: Threads of XGBoost.
+        threads: Threads that XGBoost grows trees with.
     """
 
-    trees: Tensor
+    library: ClassVar[str] = "xgboost"
+
+    base: Tensor  # (classes,) what a sum of votes starts from
+    roots: Tensor  # (trees,) as all links, indices of nodes
+    features: Tensor  # (nodes,) as all that follow
+    values: Tensor  # what the feature is compared with; in a leaf, the vote
+    left: Tensor
+    right: Tensor
+    missing: Tensor  # left or right, for a missing value
 
     def __init__(
         self,
@@ -50,142 +62,114 @@ class XGBoostClassifier(FittedModel):
         learning_rate: float = 0.3,
         threads: int = 1,
     ) -> None:
-        import xgboost  # takes a second; an installation without it is noticed before a run starts
-
         super().__init__()
-        self._booster: Any = xgboost.Booster()
         self.in_chans, self.num_classes, self.max_length, self.threads = in_chans, num_classes, max_length, threads
-        self.options = {"n_estimators": num_trees, "max_depth": max_depth, "learning_rate": learning_rate}
-        self.register_buffer("trees", torch.empty(0, dtype=torch.uint8))  # XGBoost's JSON in UTF-8
+        self.num_trees, self.max_depth, self.learning_rate = num_trees, max_depth, learning_rate
+        for name in _INDICES:
+            self.register_buffer(name, torch.empty(0, dtype=torch.int64))
+        for name in ("base", "values"):
+            self.register_buffer(name, torch.empty(0))
 
     def fit(self, x: Tensor, y: Tensor, mask: Tensor, *, seed: int) -> None:
         """Grow the trees. By default nothing in it is random."""
         from xgboost import XGBClassifier
 
-        classifier = XGBClassifier(**self.options, random_state=seed, n_jobs=self.threads)
-        classifier.fit(self._prepare(x, mask), y.numpy())
-        self._booster = classifier.get_booster()
-        self.trees = torch.frombuffer(self._booster.save_raw("json"), dtype=torch.uint8).clone()
+        classifier = XGBClassifier(
+            n_estimators=self.num_trees, max_depth=self.max_depth, learning_rate=self.learning_rate,
+            random_state=seed, n_jobs=self.threads,
+        )  # fmt: skip
+        classifier.fit(self._flatten(x, mask).numpy(), y.numpy())
+        learner = json.loads(classifier.get_booster().save_raw("json"))["learner"]
+        base = json.loads(learner["learner_model_param"]["base_score"])  # a number, or since version 3 a list
+        start = torch.tensor(base, dtype=torch.float32).expand(self._votes).clone()
+        self.base = start if self.num_classes > 2 else -torch.log(1 / start - 1)  # that of two is a probability
+        for name, value in _join(learner["gradient_booster"]["model"]["trees"]).items():
+            setattr(self, name, torch.from_numpy(value))
+        self.check_fitted()
 
     def check_fitted(self) -> None:
-        """Check trees that were loaded: XGBoost follows their links wherever they lead."""
-        check_not_empty("trees", self.trees)
-        try:
-            learner = json.loads(self._content())["learner"]
-            self._check_learner(learner)
-            model = learner["gradient_booster"]["model"]
-            for place, tree in enumerate(model["trees"]):
-                _check_tree(tree, place, self.in_chans * self.max_length)
-            count, groups = len(model["trees"]), self._groups
-            rounds, numbers = model["iteration_indptr"], model["gbtree_model_param"]
-            if not (
-                _integers(model["tree_info"], count, 0, groups - 1)
-                and int(numbers["num_trees"]) == count
-                and int(numbers.get("num_parallel_tree", 1)) == 1
-                and rounds == list(range(0, count + 1, groups))
-                and all(
-                    [*model["tree_info"][a:b]] == list(range(groups)) for a, b in itertools.pairwise(rounds)
-                )
-            ):  # fmt: skip
-                raise ValueError("its rounds and trees do not fit each other")
-            self._booster.load_model(bytearray(self._content()))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            first = (str(error).splitlines() or [""])[0]  # XGBoost adds a trace of its own
-            raise ValueError(f"trees is not a model of XGBoost for this data: {first}") from error
-
-    @property
-    def _groups(self) -> int:
-        """Trees of a round."""
-        return self.num_classes if self.num_classes > 2 else 1
-
-    def _check_learner(self, learner: dict[str, Any]) -> None:
-        numbers = learner["learner_model_param"]
-        few = self.num_classes == 2
-        found = (
-            learner["gradient_booster"]["name"],
-            learner["objective"]["name"],
-            int(numbers["num_feature"]),
-            int(numbers["num_class"]),
-            int(numbers.get("num_target", 1)),
-        )
-        wanted = (
-            "gbtree",
-            "binary:logistic" if few else "multi:softprob",
-            self.in_chans * self.max_length,
-            0 if few else self.num_classes,
-            1,
-        )
-        if found != wanted:
-            raise ValueError(f"booster, objective, features, classes and targets are {found}, expected {wanted}")
-        base = json.loads(numbers["base_score"])  # a number, or since version 3 a list
-        base = base if isinstance(base, list) else [base]
-        if not (len(base) in (1, self._groups) and _numbers(base, len(base))):
-            raise ValueError(f"base_score is {numbers['base_score']!r}")
-        categories = learner["gradient_booster"]["model"].get("cats", {})
-        if any(learner.get(name) for name in ("feature_names", "feature_types")) or any(categories.values()):
-            raise ValueError("there are names, types or categories of features")
+        """Check buffers that were loaded: nodes are those of trees, and each walk ends in a leaf."""
+        check_not_empty("roots", self.roots)
+        nodes = len(self.values)
+        check_shape("base", self.base, self._votes)
+        check_shape("roots", self.roots, self.num_trees * self._votes)
+        for name in ("features", "left", "right", "missing"):
+            check_shape(name, getattr(self, name), nodes)
+        check_integers("features", self.features, 0, self.in_chans * self.max_length - 1)
+        check_finite("base", self.base)
+        check_finite("values", self.values)
+        own = torch.arange(nodes, device=self.left.device)
+        inner = (self.left != own) | (self.right != own)
+        check_finite("sums of leaves", self.values.masked_fill(inner, 0).abs().amax() * self.num_trees)
+        left, right = self.left[inner], self.right[inner]
+        if not torch.equal(torch.cat([self.roots, left, right]).sort().values, own):
+            raise ValueError("left and right do not make trees: a node must be one root, or one child of one node")
+        if not bool(((left > own[inner]) & (right > own[inner])).all()):
+            raise ValueError("left and right do not make trees: a child must come after its node")
+        if not bool(((self.missing == self.left) | (self.missing == self.right)).all()):
+            raise ValueError("missing must lead to the left or to the right")
+        reached = self.roots
+        for _ in range(self.max_depth):
+            reached = torch.cat([self.left[reached], self.right[reached]]).unique()
+        if bool(inner[reached].any()):
+            raise ValueError(f"a tree is deeper than {self.max_depth}")
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return log-probabilities of classes."""
-        import xgboost
+        votes = self.votes(x, mask)
+        if self.num_classes > 2:
+            return votes.log_softmax(1)
+        return nn.functional.logsigmoid(torch.cat([-votes, votes], dim=1))
 
-        self._booster.set_param({"nthread": self.threads})
-        real = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
-        found = self._booster.predict(xgboost.DMatrix(self._prepare(x, real), nthread=self.threads))
-        if found.ndim == 1:
-            found = np.stack([1 - found, found], axis=1)
-        return torch.from_numpy(found).to(self.trees.device).log()
+    def votes(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return what XGBoost calls margins: sums over trees.
 
-    def _content(self) -> bytes:
-        return self.trees.cpu().numpy().tobytes()
+        Args:
+            x: (series, length, channels), padded on the right.
+            mask: (series, length) boolean, True = real time step.
 
-    def _prepare(self, x: Tensor, mask: Tensor) -> np.ndarray:
+        Returns:
+            (series, classes) float32; of two classes (series, 1), for the second one.
+        """
+        vectors = self._flatten(x, mask)
+        node = self.roots.expand(len(x), -1)
+        for _ in range(self.max_depth):
+            value = vectors.gather(1, self.features[node])
+            below = torch.where(value < self.values[node], self.left[node], self.right[node])
+            node = torch.where(value.isnan(), self.missing[node], below)
+        total = self.base.expand(len(x), -1)
+        for votes in self.values[node].split(self._votes, dim=1):  # in XGBoost's order, for its rounding
+            total = total + votes
+        return total
+
+    @property
+    def _votes(self) -> int:
+        """Sums of a series, and trees of a round."""
+        return self.num_classes if self.num_classes > 2 else 1
+
+    def _flatten(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Series as vectors, (series, max_length * channels), NaN where there is no step."""
-        padded = x.masked_fill(~mask[..., None], torch.nan)
+        padded = x if mask is None else x.masked_fill(~mask[..., None], torch.nan)
         missing = self.max_length - x.shape[1]
-        return torch.nn.functional.pad(padded, (0, 0, 0, missing), value=torch.nan).flatten(1).cpu().numpy()
+        return nn.functional.pad(padded, (0, 0, 0, missing), value=torch.nan).flatten(1)
 
 
-def _check_tree(tree: dict[str, Any], place: int, features: int) -> None:
-    """Check that a tree is one: links go down and back, numbers are finite, and features are there.
+def _join(trees: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Trees in XGBoost's JSON as arrays over the nodes of all of them, and their roots."""
+    sizes = [len(tree["left_children"]) for tree in trees]
+    roots = np.cumsum([0, *sizes[:-1]], dtype=np.int64)
 
-    Raises:
-        ValueError, LookupError, TypeError: if it is not.
-    """
-    nodes = int(tree["tree_param"]["num_nodes"])
-    left, right = tree["left_children"], tree["right_children"]
-    sizes = {name: len(tree[name]) for name in _NUMBERS_OF_A_NODE}
-    if nodes < 1 or set(sizes.values()) != {nodes}:
-        raise ValueError(f"a tree of {nodes} nodes has lists of {sorted(set(sizes.values()))}")
-    if tree["id"] != place:
-        raise ValueError(f"tree {place} has the number {tree['id']}")
-    param = tree["tree_param"]
-    if int(param["num_feature"]) != features or int(param.get("num_deleted", 0)):
-        raise ValueError(f"a tree is of {param['num_feature']} features, of {features}, or has deleted nodes")
-    if int(param.get("size_leaf_vector", 1)) > 1 or any(tree["split_type"]) or tree["categories"]:
-        raise ValueError("a tree has vectors or categories")
-    if not all(_numbers(tree[name], nodes) for name in _FRACTIONS) or not _integers(tree["default_left"], nodes, 0, 1):
-        raise ValueError("a tree has values that are not finite numbers, or sides that are neither 0 nor 1")
-    if not (_integers(left, nodes, -1, nodes - 1) and _integers(right, nodes, -1, nodes - 1)):
-        raise ValueError("a tree has links to nodes that are not there")
-    parents = [_NO_NODE] * nodes
-    for node, (one, other) in enumerate(zip(left, right, strict=True)):
-        if one == other == -1:
-            continue
-        if not (one > node and other > node and one != other and parents[one] == parents[other] == _NO_NODE):
-            raise ValueError(f"node {node} of a tree has the children {one} and {other}")
-        parents[one] = parents[other] = node
-    if tree["parents"] != parents or _NO_NODE in parents[1:]:
-        raise ValueError("a tree has links to parents that are not those of its links to children")
-    if not _integers(tree["split_indices"], nodes, 0, features - 1):
-        raise ValueError(f"a tree has splits of features that are not there, of {features}")
+    def join(name: str, dtype: type) -> np.ndarray:
+        return np.concatenate([np.array(tree[name], dtype=dtype) for tree in trees])
 
-
-def _integers(values: Any, count: int, least: int, most: int) -> bool:
-    """Whether there are so many integers, within bounds."""
-    return len(values) == count and all(type(one) is int and least <= one <= most for one in values)
-
-
-def _numbers(values: Any, count: int) -> bool:
-    """Whether there are so many finite numbers."""
-    return len(values) == count and all(type(one) in (int, float) and math.isfinite(one) for one in values)
+    own, first = np.arange(sum(sizes)), np.repeat(roots, sizes)
+    leaf = join("left_children", np.int64) == -1
+    left, right = (np.where(leaf, own, join(f"{side}_children", np.int64) + first) for side in ("left", "right"))
+    return {
+        "roots": roots,
+        "features": join("split_indices", np.int64),
+        "values": join("split_conditions", np.float32),
+        "left": left,
+        "right": right,
+        "missing": np.where(join("default_left", np.int64) == 1, left, right),
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -42,6 +42,8 @@ class DTWClassifier(FittedModel):
     Raises:
         ValueError: for an unknown scaling.
     """
+
+    library: ClassVar[str] = "aeon"
 
     x: Tensor
     lengths: Tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,12 @@ class FittedModel(nn.Module, ABC):
 
     What it has learned is in its buffers, which are empty before :meth:`fit`: a fitted model is saved and loaded like
     any other, as tensors, and nothing is unpickled.
+
+    Attributes:
+        library: The module that fits it.
     """
+
+    library: ClassVar[str]
 
     @abstractmethod
     def fit(self, x: Tensor, y: Tensor, mask: Tensor, *, seed: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -44,6 +44,8 @@ class RocketClassifier(FittedModel):
         num_kernels: Number of kernels.
         threads: Threads of aeon.
     """
+
+    library: ClassVar[str] = "aeon"
 
     weights: Tensor
     kernel_lengths: Tensor

@@ -7,7 +7,7 @@ scikit_wrappers.py).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,8 @@ class TCNClassifier(FittedModel):
         encoder: The encoder.
         num_classes: Number of classes.
     """
+
+    library: ClassVar[str] = "sklearn"
 
     def __init__(self, encoder: CausalEncoder, num_classes: int) -> None:
         super().__init__()

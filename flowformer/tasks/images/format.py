@@ -122,7 +122,7 @@ class ImageFormat:
         if not channels == len(mean) == len(std) or channels not in (1, 3):
             raise ValueError(f"expected 1 or 3 channels, means and deviations, got {channels}, {len(mean)}, {len(std)}")
         size, crop = read_integer(values, "size"), read_number(values, "crop", above=0)
-        return cls(read_texts(values, "classes"), size, channels, mean, std, crop)
+        return cls(read_texts(values, "classes", distinct=True), size, channels, mean, std, crop)
 
     def classify_files(self, model: nn.Module, paths: Sequence[Path]) -> tuple[list[str], np.ndarray]:
         """Return class probabilities of image files by a trained model. Unreadable files are logged.

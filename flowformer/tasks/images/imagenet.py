@@ -382,20 +382,20 @@ class ImageNetTask:
         """Run the model on a batch.
 
         Returns:
-            Means over it: of the cross-entropy, "loss"; in an evaluation also of "accuracy" (top-1) and of "top5",
-            whether the class is among the five likeliest. Of mixed images, as in training, there is no accuracy.
+            The mean cross-entropy, "loss"; in an evaluation also the numbers of images whose class is the likeliest,
+            "accuracy" (top-1), and among the five likeliest, "top5". Of mixed images, as in training, there are none.
         """
         self._record(batch)
         x, y = batch["x"], batch["y"]
         if not len(x):
-            zero = torch.zeros((), device=x.device)
-            return {"loss": zero, "accuracy": zero, "top5": zero}
+            none = torch.zeros((), dtype=torch.int64, device=x.device)
+            return {"loss": none.float(), "accuracy": none, "top5": none}
         logits = model(x).float()
         loss = nn.functional.cross_entropy(logits, y)
         if y.ndim == 2:
             return {"loss": loss}
         best = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
-        return {"loss": loss, "accuracy": best[:, 0].float().mean(), "top5": best.any(1).float().mean()}
+        return {"loss": loss, "accuracy": best[:, 0].sum(), "top5": best.any(1).sum()}
 
     def size(self, batch: Mapping[str, Any]) -> int:
         """Images in a batch."""

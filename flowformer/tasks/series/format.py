@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flowformer.common.errors import DataError
 from flowformer.common.fields import option
-from flowformer.common.values import read_integer, read_numbers, read_texts
+from flowformer.common.values import read_flag, read_integer, read_numbers, read_texts
 from flowformer.models.timeseries import SeriesClassifier
 from flowformer.tasks.scenes import Scene, View, find_mechanisms, line_strips
 from flowformer.tasks.series.dataset import SeriesSet
@@ -217,8 +217,9 @@ class SeriesFormat:
         if not len(mean) == len(std) == len(names or mean):
             raise ValueError(f"{len(mean)} means, {len(std)} deviations and {len(names or mean)} names of channels")
         scaler = SeriesScaler(np.array(mean), np.array(std))
-        trim = values.get("trim") is True
-        return cls(read_texts(values, "classes"), read_integer(values, "max_length"), scaler, trim, names)
+        trim = read_flag(values, "trim")
+        classes = read_texts(values, "classes", distinct=True)
+        return cls(classes, read_integer(values, "max_length"), scaler, trim, names)
 
     def classify_files(self, model: nn.Module, paths: Sequence[Path]) -> tuple[list[str], np.ndarray]:
         """Return class probabilities of the series in files by a trained model.

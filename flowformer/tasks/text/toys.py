@@ -64,20 +64,20 @@ class ToyTask(TextTask):
         return Metric("accuracy", "accuracy", "percent", lambda share: 100 * share)
 
     def step(self, model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the mean loss of the tokens of answers, and the fraction of right answers."""
+        """Return the mean loss of the tokens of answers, and the number of right answers."""
         answers = batch["targets"]
         logits = model(batch["tokens"], batch.get("mask"))
         loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), answers.flatten(), ignore_index=IGNORED)
         return {"loss": loss, "accuracy": self.score(logits.argmax(-1) == answers, answers != IGNORED)}
 
     def score(self, right: Tensor, asked: Tensor) -> Tensor:
-        """Return the fraction of right answers.
+        """Count right answers.
 
         Args:
             right: (batch, length) boolean, whether the likeliest token is the target.
             asked: (batch, length) boolean, where the targets are tokens of answers.
         """
-        return (right | ~asked).all(-1).float().mean()
+        return (right | ~asked).all(-1).sum()
 
     def size(self, batch: Mapping[str, Tensor]) -> int:
         """Return the number of problems in a batch."""

@@ -217,3 +217,10 @@ def test_two_contenders_of_one_name_are_refused(monkeypatch):
     registry.add_contender(registry.Contender("softmax", "causal", partial(print), None, "another"))
     with pytest.raises(ValueError, match="two contenders of 'causal' are called 'softmax'"):
         registry.contenders()
+
+
+def test_matrices_of_scores_are_left_out_where_they_do_not_fit():
+    rows = [row for row in registry.contenders().values() if row.operation == "bidirectional"]
+    needs = {row.name: row.needs_bytes(Shape(16_384)) for row in rows if row.ours}
+    assert {name for name, many in needs.items() if many} == {"synthesizer"}
+    assert needs["synthesizer"] > 2e10

@@ -147,7 +147,7 @@ def without_state(of: str, causal: bool) -> str:
 @cases
 def test_equals_its_truth(feature_map: int, eps: float | None, of: str, channels: Any, causal: bool) -> None:
     arguments = given(77, without_state(of, causal), channels=channels)
-    compare(arguments, NO_MASKS, feature_map, eps, causal, 2e-5)
+    compare(arguments, NO_MASKS, feature_map, eps, causal, 1e-5)
 
 
 @both_forms
@@ -155,7 +155,7 @@ def test_equals_its_truth(feature_map: int, eps: float | None, of: str, channels
 def test_padding_is_invisible(feature_map: int, eps: float | None, of: str, causal: bool) -> None:
     mask = torch.rand(2, 77, generator=torch.Generator().manual_seed(0)) < 0.6
     arguments = given(77, without_state(of, causal))
-    compare(arguments, Masks(mask, mask), feature_map, eps, causal, 2e-5)
+    compare(arguments, Masks(mask, mask), feature_map, eps, causal, 1e-5)
     spoilt = arguments._replace(v=arguments.v.masked_fill(~mask[..., None, None], torch.nan))
     (out, *_), (want, *_) = (native(x, Masks(mask, mask), feature_map, eps, causal) for x in (spoilt, arguments))
     assert torch.equal(out, want)
@@ -166,8 +166,8 @@ def test_queries_may_be_of_other_tokens(feature_map: int, eps: float | None, of:
     key = torch.rand(2, 77, generator=torch.Generator().manual_seed(0)) < 0.6
     query = torch.rand(2, 40, generator=torch.Generator().manual_seed(1)) < 0.6
     arguments = given(40, without_state(of, False), sources=77)
-    compare(arguments, NO_MASKS, feature_map, eps, False, 2e-5)
-    compare(arguments, Masks(key, query), feature_map, eps, False, 2e-5)
+    compare(arguments, NO_MASKS, feature_map, eps, False, 1e-5)
+    compare(arguments, Masks(key, query), feature_map, eps, False, 1e-5)
 
 
 @both_forms
@@ -190,7 +190,7 @@ def test_packed_sequences_are_those_one_by_one(of: str, causal: bool) -> None:
 @both_forms
 def test_gradients_of_decay_hold_over_many_chunks(causal: bool) -> None:
     """They are sums of differences that are taken anew at every 512th token."""
-    compare(given(1100, "decay-token", batch=1), NO_MASKS, ELU, 1e-6, causal, 2e-5)
+    compare(given(1100, "decay-token", batch=1), NO_MASKS, ELU, 1e-6, causal, 1e-5)
 
 
 @both_forms
@@ -198,7 +198,7 @@ def test_gradients_of_decay_hold_over_many_chunks(causal: bool) -> None:
 def test_decays_at_the_ends_of_their_range(log_decay: float, causal: bool) -> None:
     arguments = given(77)._replace(log_decay=torch.full((2, 77, HEADS), log_decay))
     arguments.log_decay[..., 0] = -0.1  # else nothing but rounding would be left of the gradient, which is 0
-    compare(arguments, NO_MASKS, ELU, None, causal, 2e-5)
+    compare(arguments, NO_MASKS, ELU, None, causal, 1e-5)
 
 
 @both_forms

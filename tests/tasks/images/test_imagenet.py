@@ -16,6 +16,7 @@ from flowformer.tasks.images import imagenet
 from flowformer.tasks.images.files import find_images
 from flowformer.tasks.images.format import IMAGENET_MEAN, IMAGENET_STD, ImageFormat
 from flowformer.tasks.images.imagenet import Augmentation, DrawSampler, ImageNetFormat, seeded
+from flowformer.training.module import total
 
 WNIDS = ("n01440764", "n01443537", "n15075141")  # classes 0, 1 and 999
 
@@ -358,7 +359,7 @@ def test_top_five(small):
     logits[:, :6] = torch.tensor([6.0, 5, 4, 3, 2, 1])
     given = {"x": torch.zeros(4, 3, 32, 32), "y": torch.tensor([0, 4, 5, 999]), "left_out": []}
     values = task.step(lambda x: logits, given)
-    assert (float(values["accuracy"]), float(values["top5"]), task.size(given)) == (0.25, 0.5, 4)
+    assert (float(values["accuracy"]), float(values["top5"]), task.size(given)) == (1, 2, 4)
     torch.testing.assert_close(values["loss"], torch.nn.functional.cross_entropy(logits, given["y"]))
 
 
@@ -395,13 +396,13 @@ def damaged(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_cannot_be_read_is_not_counted(damaged, batch_size, workers, caplog):
     task = imagenet.load(damaged, image_size=32)
-    total, sums = 0, {"accuracy": 0.0, "loss": 0.0}
+    size, sums = 0, {"accuracy": 0.0, "loss": 0.0}
     for given in loader(task, task.test, batch_size, workers):
         values = task.step(Bright(), given)
-        total += task.size(given)
+        size += task.size(given)
         for name in sums:
-            sums[name] += float(values[name]) * task.size(given)
-    assert total == 4
+            sums[name] += total(values[name], task.size(given))
+    assert size == 4
     assert sums["accuracy"] == 3
     assert np.isfinite(sums["loss"])
     assert set(task.test.files.left_out) == {"a/1.jpg", "b/0.jpg", "b/1.jpg"}

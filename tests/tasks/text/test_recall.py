@@ -98,9 +98,8 @@ def test_accuracy_counts_queries_and_nothing_else():
     row, place = asked.nonzero()[0].tolist()
     answers[row, place] = 0  # one of eight is wrong
     values = task.step(Fixed(answers, 32), batch)
-    assert float(values["accuracy"]) == pytest.approx(7 / 8)
+    assert int(values["accuracy"]) == 7
     assert task.size(batch) == 8
-    assert task.metric.shown(float(values["accuracy"])) == pytest.approx(87.5)
     logits = Fixed(answers, 32).logits
     wanted = torch.nn.functional.cross_entropy(logits[asked], batch["targets"][asked])
     torch.testing.assert_close(values["loss"], wanted)
