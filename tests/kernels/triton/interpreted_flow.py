@@ -130,9 +130,11 @@ def test_several_segments(decay: str | None, causal: bool, monkeypatch: pytest.M
 
 
 def test_in_parts_of_heads_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = inputs(20, decay="token")
+    # With AVX-512, torch.sigmoid rounds a vector's lanes otherwise than what is left over: a part has whole vectors.
+    length = 64
+    tensors = inputs(length, decay="token")
     tensors.insert(3, TEMPERATURES)
-    mask = torch.rand(1, 20, generator=torch.Generator().manual_seed(0)) < 0.7
+    mask = torch.rand(1, length, generator=torch.Generator().manual_seed(0)) < 0.7
     whole = run(with_temperatures, tensors, torch.float16, mask=mask, backend="triton")
     monkeypatch.setattr(parts, "SMALLEST", 1)
     assert len(parts.parts_of(tensors[0])) == HEADS
