@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flowformer.core.tracing import is_traced
+
 
 class Cut(NamedTuple):
     """Chunks of buckets, one bucket after the other.
@@ -57,7 +59,12 @@ def cut_apart(bucket: Tensor, width: int, count: int) -> Cut:
 def pick(x: Tensor, places: Tensor) -> Tensor:
     """Tokens of x (batch, heads, length, channels) at places (batch, heads, ...); any one where there is none."""
     batch, heads, length, channels = x.shape
-    row = torch.arange(batch * heads, device=x.device).view(batch, heads, *(1,) * (places.ndim - 2)) * length
-    flat = (row + places.clamp(max=length - 1)).flatten()
+    row, head = (torch.arange(n, device=x.device) for n in (batch, heads))
+    row, head = (n.view(-1, *(1,) * more) for n, more in ((row, places.ndim - 1), (head, places.ndim - 2)))
+    places = places.clamp(max=length - 1)
+    if not is_traced() and x.stride(1) < x.stride(2):  # heads lie next to each other: nothing is to be copied
+        x, flat = x.transpose(1, 2), (row * length + places) * heads + head
+    else:
+        flat = (row * heads + head) * length + places
     # index_select, not indexing: its gradient is added in one pass.
-    return x.reshape(-1, channels).index_select(0, flat).unflatten(0, places.shape)
+    return x.reshape(-1, channels).index_select(0, flat.flatten()).unflatten(0, places.shape)

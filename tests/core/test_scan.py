@@ -1,4 +1,4 @@
-"""The scan and the sums that mechanisms share."""
+"""The scan that mechanisms share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from flowformer.core.scan import scan
-from flowformer.core.sums import CHANNELS_FIRST, HEADS_FIRST, TOKENS_FIRST, sum_over_tokens, times_sum
 
 
 class Total(NamedTuple):
@@ -77,63 +76,3 @@ def test_gradients_of_gradients_are_refused() -> None:
     out, _ = scan(running_sum, (x, None), start())
     with pytest.raises(RuntimeError, match="not support second-order gradients"):
         torch.autograd.grad(out.sum(), x, create_graph=True)
-
-
-@pytest.mark.parametrize("length", [1, 127, 128, 129, 300, 1024])
-def test_sums_over_tokens_are_sums(length: int) -> None:
-    random = torch.Generator().manual_seed(length)
-    A, B = (torch.randn(2, 3, length, n, generator=random, dtype=torch.float64).requires_grad_() for n in (4, 5))
-    M = torch.randn(2, 3, 4, 5, generator=random, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(sum_over_tokens(A, B), A.transpose(-1, -2) @ B)
-    torch.testing.assert_close(times_sum(A, M), A @ M)
-    upstream = torch.randn(2, 3, length, 5, generator=random, dtype=torch.float64)
-    got = torch.autograd.grad(times_sum(A, M), (A, M), upstream)
-    torch.testing.assert_close(got, torch.autograd.grad(A @ M, (A, M), upstream))
-
-
-@pytest.mark.parametrize("layout", [HEADS_FIRST, TOKENS_FIRST, CHANNELS_FIRST])
-def test_layouts_in_memory_change_no_sum(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flowformer.core.sums.LARGE", 1)
-    random = torch.Generator().manual_seed(0)
-
-    def tokens(channels: int) -> Tensor:
-        x = torch.randn(2, 3, 300, channels, generator=random, dtype=torch.float64)
-        return _laid_out(x, layout).requires_grad_()
-
-    A, B, upstream = tokens(4), tokens(5), tokens(5).detach()
-    M = torch.randn(2, 3, 4, 5, generator=random, dtype=torch.float64, requires_grad=True)
-    out = times_sum(A, M, layout)
-    assert out.stride() == upstream.stride()
-    torch.testing.assert_close(out, A @ M)
-    got = torch.autograd.grad(out, (A, M), upstream)
-    assert got[0].stride() == A.stride()
-    torch.testing.assert_close(got, torch.autograd.grad(A @ M, (A, M), upstream))
-    torch.testing.assert_close(sum_over_tokens(A, B), A.mT @ B)
-    got = torch.autograd.grad(sum_over_tokens(A, B), (A, B), M)
-    assert [x.stride() for x in got] == [A.stride(), B.stride()]
-    torch.testing.assert_close(got, torch.autograd.grad(A.mT @ B, (A, B), M))
-
-
-def _laid_out(x: Tensor, layout: str) -> Tensor:
-    """x as it lies in memory by a layout."""
-    if layout == CHANNELS_FIRST:
-        return x.mT.contiguous().mT
-    return x.transpose(1, 2).contiguous().transpose(1, 2) if layout == TOKENS_FIRST else x
-
-
-def test_gradients_of_gradients_of_sums() -> None:
-    A, B = (torch.randn(1, 2, 130, n, dtype=torch.float64, requires_grad=True) for n in (2, 1))
-    M = torch.randn(1, 2, 2, 1, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(sum_over_tokens, (A, B), fast_mode=True)
-    assert torch.autograd.gradgradcheck(times_sum, (A, M), fast_mode=True)
-
-
-@pytest.mark.parametrize("heads", [0, 2])
-def test_sums_over_tokens_do_not_drift(heads: int) -> None:
-    shape = (1, heads, 300_000) if heads else (300_000,)
-    A, B = torch.full((*shape, 4), 0.35), torch.full((*shape, 5), 0.7)
-    exact = 300_000 * A.flatten()[0].double() * B.flatten()[0].double()
-    assert ((sum_over_tokens(A, B).double() - exact).abs() <= 3e-6 * exact).all()
-    M = torch.ones(*shape[:-1], 4, 5, requires_grad=True)
-    (grad,) = torch.autograd.grad(times_sum(A, M), M, B)
-    assert ((grad.double() - exact).abs() <= 3e-6 * exact).all()

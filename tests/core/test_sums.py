@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from flowformer.core.sums import RUN, running_sums, sum_over_tokens
+from flowformer.core.sums import (
+    CHANNELS_FIRST,
+    HEADS_FIRST,
+    RUN,
+    TOKENS_FIRST,
+    running_sums,
+    sum_over_tokens,
+    times_sum,
+)
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 100])
@@ -28,15 +37,65 @@ def test_running_sums_of_float32_do_not_drift() -> None:
     assert last.dtype == torch.float64
 
 
-@pytest.mark.parametrize("length", [0, 1, RUN - 1, RUN, RUN + 1, 3 * RUN])
-def test_sums_over_tokens_are_matrix_products(length: int) -> None:
+@pytest.mark.parametrize("batch", [(2, 3), (1,)])
+@pytest.mark.parametrize("length", [0, 1, RUN - 1, RUN, RUN + 1, 300, 3 * RUN])
+def test_sums_over_tokens_are_sums(length: int, batch: tuple[int, ...]) -> None:
     random = torch.Generator().manual_seed(length)
-    A, B = (
-        torch.randn(*batch, length, width, generator=random, dtype=torch.float64).requires_grad_()
-        for batch, width in (((1,), 3), ((2,), 4))
-    )
+    A = torch.randn(*batch, length, 4, generator=random, dtype=torch.float64, requires_grad=True)
+    B = torch.randn(2, *batch[1:], length, 5, generator=random, dtype=torch.float64, requires_grad=True)
+    M = torch.randn(2, *batch[1:], 4, 5, generator=random, dtype=torch.float64, requires_grad=True)
     got, want = sum_over_tokens(A, B), A.mT @ B
     torch.testing.assert_close(got, want)
-    weights = torch.randn(got.shape, generator=random, dtype=torch.float64)
-    grads, wanted = (torch.autograd.grad((y * weights).sum(), (A, B)) for y in (got, want))
-    torch.testing.assert_close(grads, wanted)
+    torch.testing.assert_close(torch.autograd.grad(got, (A, B), M), torch.autograd.grad(want, (A, B), M))
+    torch.testing.assert_close(times_sum(A, M), A @ M)
+    upstream = torch.randn_like(B)
+    got = torch.autograd.grad(times_sum(A, M), (A, M), upstream)
+    torch.testing.assert_close(got, torch.autograd.grad(A @ M, (A, M), upstream))
+
+
+@pytest.mark.parametrize("layout", [HEADS_FIRST, TOKENS_FIRST, CHANNELS_FIRST])
+def test_layouts_in_memory_change_no_sum(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowformer.core.sums.LARGE", 1)
+    random = torch.Generator().manual_seed(0)
+
+    def tokens(channels: int) -> Tensor:
+        x = torch.randn(2, 3, 300, channels, generator=random, dtype=torch.float64)
+        return _laid_out(x, layout).requires_grad_()
+
+    A, B, upstream = tokens(4), tokens(5), tokens(5).detach()
+    M = torch.randn(2, 3, 4, 5, generator=random, dtype=torch.float64, requires_grad=True)
+    out = times_sum(A, M, layout)
+    assert out.stride() == upstream.stride()
+    torch.testing.assert_close(out, A @ M)
+    got = torch.autograd.grad(out, (A, M), upstream)
+    assert got[0].stride() == A.stride()
+    torch.testing.assert_close(got, torch.autograd.grad(A @ M, (A, M), upstream))
+    torch.testing.assert_close(sum_over_tokens(A, B), A.mT @ B)
+    got = torch.autograd.grad(sum_over_tokens(A, B), (A, B), M)
+    assert [x.stride() for x in got] == [A.stride(), B.stride()]
+    torch.testing.assert_close(got, torch.autograd.grad(A.mT @ B, (A, B), M))
+
+
+def _laid_out(x: Tensor, layout: str) -> Tensor:
+    """x as it lies in memory by a layout."""
+    if layout == CHANNELS_FIRST:
+        return x.mT.contiguous().mT
+    return x.transpose(1, 2).contiguous().transpose(1, 2) if layout == TOKENS_FIRST else x
+
+
+def test_gradients_of_gradients_of_sums() -> None:
+    A, B = (torch.randn(1, 2, 130, n, dtype=torch.float64, requires_grad=True) for n in (2, 1))
+    M = torch.randn(1, 2, 2, 1, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(sum_over_tokens, (A, B), fast_mode=True)
+    assert torch.autograd.gradgradcheck(times_sum, (A, M), fast_mode=True)
+
+
+@pytest.mark.parametrize("heads", [0, 2])
+def test_sums_over_tokens_do_not_drift(heads: int) -> None:
+    shape = (1, heads, 300_000) if heads else (300_000,)
+    A, B = torch.full((*shape, 4), 0.35), torch.full((*shape, 5), 0.7)
+    exact = 300_000 * A.flatten()[0].double() * B.flatten()[0].double()
+    assert ((sum_over_tokens(A, B).double() - exact).abs() <= 3e-6 * exact).all()
+    M = torch.ones(*shape[:-1], 4, 5, requires_grad=True)
+    (grad,) = torch.autograd.grad(times_sum(A, M), M, B)
+    assert ((grad.double() - exact).abs() <= 3e-6 * exact).all()

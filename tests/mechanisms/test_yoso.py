@@ -192,3 +192,23 @@ def test_rows_and_heads_that_are_computed_at_a_time_change_nothing(
     want = found()
     monkeypatch.setattr("flowformer.mechanisms.yoso.IN_CACHE", fit)
     torch.testing.assert_close(found(), want, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("form", ["exact", "surrogate", "sampled"])
+def test_transforms_have_the_gradients_of_each_form(causal: bool, form: str) -> None:
+    q, k, v = (torch.randn(2, 19, 2, 4, dtype=torch.float64) for _ in range(3))
+    given: dict[str, Any] = {
+        "causal": causal,
+        "hash_code_len": 3,
+        "gradient": "exact" if form == "exact" else "surrogate",
+    }
+    rotations = torch.randn(5, 4, 3, dtype=torch.float64) if form == "sampled" else None
+    mask = torch.rand(2, 19) < 0.8
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ops.yoso_attention(q, k, v, rotations, mask=mask, **given).sin().sum()
+
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    want = torch.autograd.grad(loss(*leaves), leaves)
+    torch.testing.assert_close(torch.func.grad(loss, argnums=(0, 1, 2))(q, k, v), tuple(want))
