@@ -76,9 +76,9 @@ def test_zeros_as_keys_are_refused_where_there_is_padding() -> None:
     [
         ({"window": 0}, ValueError, "window must be positive, got 0"),
         ({"window": 2.0}, TypeError, "window must be a whole number, got 2.0"),
-        ({"look_backward": -1}, ValueError, "look_backward must be at least 0, got -1"),
+        ({"look_backward": -1}, ValueError, "look_backward must be at least 0 and at most 2147483647, got -1"),
         ({"look_backward": None}, TypeError, "look_backward must be a whole number, got None"),
-        ({"look_forward": -1}, ValueError, "look_forward must be at least 0, got -1"),
+        ({"look_forward": -1}, ValueError, "look_forward must be at least 0 and at most 2147483647, got -1"),
         ({"look_forward": 1, "causal": True}, ValueError, "look_forward must be 0 or None in the causal form, got 1"),
         ({"exact_window": 1}, TypeError, "exact_window must be True or False, got 1"),
         ({"released": "mine"}, ValueError, "released must be None or one of local-attention, lra, got 'mine'"),
