@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flowformer.tasks.text.stored import StoredTokens
+from flowformer.tasks.stored import StoredTokens
 from flowformer.tasks.text.tokenizers import Tokenizer
 
 

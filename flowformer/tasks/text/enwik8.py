@@ -11,10 +11,10 @@ import numpy as np
 
 from flowformer.common.errors import DataError
 from flowformer.tasks.downloads import DATASETS, checksum, describe_missing, search_folders
+from flowformer.tasks.stored import StoredTokens
 from flowformer.tasks.text.corpus import Corpus
-from flowformer.tasks.text.stored import StoredTokens
-from flowformer.tasks.text.token_cache import keep, open_bytes
 from flowformer.tasks.text.tokenizers import BytesTokenizer
+from flowformer.tasks.token_cache import keep, open_bytes
 
 # Bytes of train, validation and test: the usual split, as in Transformer-XL's prep_enwik8.py.
 SPLIT_SIZES = (90_000_000, 5_000_000, 5_000_000)

@@ -13,8 +13,8 @@ from typing import IO, Any
 from flowformer.common.errors import DataError
 from flowformer.tasks.encodings import COMPRESSED, DAMAGE, find_mark, find_undecodable, open_binary
 from flowformer.tasks.text.corpus import Corpus
-from flowformer.tasks.text.token_cache import keep, open_bytes, open_tokens, write_tokens
 from flowformer.tasks.text.tokenizers import FITTED, BytesTokenizer, Tokenizer, create_tokenizer, read_tokenizer
+from flowformer.tasks.token_cache import keep, open_bytes, open_tokens, write_tokens
 
 # Files of a folder that are taken; a file that is named itself may be called anything.
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".htm", ".html", ".xml", ".raw", ".tokens")

@@ -16,8 +16,8 @@ from flowformer.common.errors import DataError
 from flowformer.tasks.downloads import DATASETS, describe_missing, search_folders
 from flowformer.tasks.encodings import open_text
 from flowformer.tasks.text.corpus import Corpus
-from flowformer.tasks.text.token_cache import keep, open_tokens, write_tokens
 from flowformer.tasks.text.tokenizers import Tokenizer, WordTokenizer, read_tokenizer
+from flowformer.tasks.token_cache import keep, open_tokens, write_tokens
 
 # Tokens of each part, with one <eos> for each line, and the vocabulary of train with <eos> and <unk>: what fairseq and
 # Transformer-XL count. Words of one part are called as its files are.

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from flowformer.common.errors import DataError
+from flowformer.tasks.stored import StoredTokens
 from flowformer.tasks.text import files as text_files
-from flowformer.tasks.text.stored import StoredTokens
 
 pytestmark = pytest.mark.usefixtures("cache")
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from flowformer.common.errors import DataError
+from flowformer.tasks.stored import StoredTokens
 from flowformer.tasks.text import wikitext
-from flowformer.tasks.text.stored import StoredTokens
 
 pytestmark = pytest.mark.usefixtures("cache")
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from flowformer.common.errors import DataError
-from flowformer.tasks.text.stored import StoredTokens
+from flowformer.tasks.stored import StoredTokens
 from flowformer.tasks.text.task import TokenBlocks
-from flowformer.tasks.text.token_cache import open_bytes, open_tokens, write_tokens
+from flowformer.tasks.token_cache import open_bytes, open_tokens, write_tokens
 
 TRUTH = (np.arange(5000) * 7919 % 60_000).astype(np.uint16)
 
@@ -35,7 +35,7 @@ def test_reads_what_an_array_has(tokens, place):
 
 
 def test_behaves_like_an_array(tokens, monkeypatch):
-    monkeypatch.setattr("flowformer.tasks.text.stored.PIECE_TOKENS", 999)
+    monkeypatch.setattr("flowformer.tasks.stored.PIECE_TOKENS", 999)
     assert (len(tokens), tokens.shape, tokens.dtype, tokens.nbytes) == (5000, (5000,), np.uint16, 10_000)
     np.testing.assert_array_equal(tokens, TRUTH)
     assert list(tokens) == list(TRUTH)

@@ -13,8 +13,8 @@ import pytest
 from filelock import FileLock
 
 from flowformer.common.errors import DataError
-from flowformer.tasks.text.stored import StoredTokens
-from flowformer.tasks.text.token_cache import keep, open_bytes, open_tokens, write_tokens
+from flowformer.tasks.stored import StoredTokens
+from flowformer.tasks.token_cache import keep, open_bytes, open_tokens, write_tokens
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -23,7 +23,7 @@ MAKER = """
 import os, signal, sys, time
 from pathlib import Path
 import numpy as np
-from flowformer.tasks.text.token_cache import keep, open_tokens, write_tokens
+from flowformer.tasks.token_cache import keep, open_tokens, write_tokens
 
 source, log, die = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "die"
 

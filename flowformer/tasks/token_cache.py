@@ -19,7 +19,7 @@ import numpy as np
 
 from flowformer.common.errors import DataError
 from flowformer.tasks.downloads import BLOCK_BYTES, data_folder, locked, make_folder, sync, writing
-from flowformer.tasks.text.stored import StoredTokens
+from flowformer.tasks.stored import StoredTokens
 
 # Part of every folder's name: raise it when what is made of a source changes.
 VERSION = 2

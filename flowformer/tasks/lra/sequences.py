@@ -1,0 +1,55 @@
+"""Sequences of tokens with classes, in memory or in files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from flowformer.tasks.fingerprint import hash_values
+from flowformer.tasks.stored import StoredTokens
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSequences(Dataset[tuple[np.ndarray, int]]):
+    """Sequences of tokens with class indices; a map-style PyTorch data set.
+
+    Attributes:
+        tokens: (total,) unsigned integers, an array or a file of all sequences.
+        starts: (n,) int64, where each sequence starts in ``tokens``.
+        stops: (n,) int64, where it ends.
+        labels: (n,) int64, indices of classes.
+    """
+
+    tokens: np.ndarray | StoredTokens
+    starts: np.ndarray
+    stops: np.ndarray
+    labels: np.ndarray
+
+    @classmethod
+    def joined(cls, tokens: np.ndarray | StoredTokens, lengths: np.ndarray, labels: np.ndarray) -> TokenSequences:
+        """Make a data set of sequences that follow each other in ``tokens``, given their lengths, (n,) integers."""
+        stops = np.cumsum(lengths, dtype=np.int64)
+        return cls(tokens, stops - lengths, stops, labels.astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return np.asarray(self.tokens[int(self.starts[index]) : int(self.stops[index])]), int(self.labels[index])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each sequence: (n,) int64."""
+        return self.stops - self.starts
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> TokenSequences:
+        """Return the sequences at ``indices``, in that order; the tokens are shared, not copied."""
+        rows = np.asarray(indices, dtype=np.int64)
+        return TokenSequences(self.tokens, self.starts[rows], self.stops[rows], self.labels[rows])
+
+    def fingerprint(self) -> str:
+        """Return a hash of the sequences and their classes."""
+        return hash_values([self.lengths, self.labels, *(self[index][0] for index in range(len(self)))])
