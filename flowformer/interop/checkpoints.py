@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from flowformer.interop.state_dicts import fill, rename, require, split_qkv
 from flowformer.interop.weights import read_folder
-from flowformer.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from flowformer.models.language import LanguageModel
 from flowformer.models.language_models import flowformer_wikitext
 from flowformer.models.timeseries import SeriesClassifier
 from flowformer.models.vision import VisionModel
+from flowformer.models.vocabulary.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 
 # thuml/Flowformer, Flowformer_TimeSeries -> ours, as patterns.
 _TIMESERIES_NAMES = (
@@ -248,7 +248,8 @@ def wikitext_state_dict(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Returns:
         A state dict for :class:`flowformer.models.language.LanguageModel`, without a head that is the embedding; of an
-        adaptive embedding or softmax, for that of :mod:`flowformer.models.adaptive`. What was tied there is a copy.
+        adaptive embedding or softmax, for that of :mod:`flowformer.models.vocabulary.adaptive`. What was tied there is
+        a copy.
 
     Raises:
         TypeError: for anything but tensors of floating point numbers.

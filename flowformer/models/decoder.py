@@ -15,10 +15,10 @@ from torch.types import Device
 
 from flowformer.core.checks import apply, check_flag, check_optional_sizes, check_probability, check_sizes, describe
 from flowformer.core.masks import fill
-from flowformer.models.cross_entropy import TOKEN_DTYPES, check_tokens
 from flowformer.models.encoder import Encoder, EncoderBlock
 from flowformer.models.initialization import GPT_STD, LanguageInit
 from flowformer.models.positions import LearnedPositions, count_positions, create_positions
+from flowformer.models.vocabulary.cross_entropy import TOKEN_DTYPES, check_tokens
 
 
 class LanguageState(NamedTuple):

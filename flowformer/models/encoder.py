@@ -177,7 +177,7 @@ class Encoder(nn.Module):
         if mask is None:
             return self._run(x)
         check_mask(f"{type(self).__name__}: mask", mask, x.shape[:2], x.device)
-        if not may_look(x) or not len(x):
+        if not may_look(x) or not mask.any():  # a packed batch has at least one token
             return fill(self._run(x, mask=mask), mask)
         if mask.all():
             return self._run(x)

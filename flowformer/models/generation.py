@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from flowformer.core.checks import describe
 from flowformer.core.precision import dtype_and_device, state_dtype
 from flowformer.core.tracing import may_look
-from flowformer.models.cross_entropy import TOKEN_DTYPES, check_tokens
 from flowformer.models.decoder import LanguageState
 from flowformer.models.positions import LearnedPositions
 from flowformer.models.step_graph import StepGraph, check_graph
+from flowformer.models.vocabulary.cross_entropy import TOKEN_DTYPES, check_tokens
 
 if TYPE_CHECKING:
     from flowformer.models.language import LanguageModel

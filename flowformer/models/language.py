@@ -12,9 +12,9 @@ from torch.types import Device
 from flowformer.core.checks import check_flag, check_mask, check_sizes, describe
 from flowformer.core.precision import dtype_and_device
 from flowformer.models import generation
-from flowformer.models.cross_entropy import check_tokens, cross_entropy, weight_or_layer
 from flowformer.models.decoder import LanguageState, TokenDecoder, check_token_ids, find_targets
 from flowformer.models.initialization import draw_parameters
+from flowformer.models.vocabulary.cross_entropy import check_tokens, cross_entropy, weight_or_layer
 
 
 class LanguageModel(TokenDecoder):
@@ -241,7 +241,8 @@ class LanguageModel(TokenDecoder):
                 but the last token of a row are read, all but the first are predicted.
             mask: (batch, length) boolean, True = a real token. Padding does not count.
             ignore_index: Target that does not count.
-            reduction: ``"mean"``, ``"sum"`` or ``"none"``: see :func:`flowformer.models.cross_entropy.cross_entropy`.
+            reduction: ``"mean"``, ``"sum"`` or ``"none"``: see
+                :func:`flowformer.models.vocabulary.cross_entropy.cross_entropy`.
 
         Returns:
             The loss; with ``"none"`` that of each target, (batch, length), or (batch, length - 1) without ``targets``.

@@ -48,27 +48,34 @@ class LearnedPositions(nn.Embedding):
 
 
 class SinusoidalPositions(nn.Module):
-    """Sinusoidal position embedding: sines, then cosines, of frequencies from 1 to 1 / 10,000; any length.
+    """Sinusoidal position embedding: sines and cosines of frequencies down to 1 / 10,000; any length.
 
     The angles are found in float64: a float32 one is off by 0.06 after a million tokens.
 
     Args:
         dim: Channels.
         first: The number of the first position. fairseq begins at 2, after the number of its padding symbol.
+        interleaved: A sine and a cosine of each frequency side by side, and frequencies 10,000^(-2 i / dim), as in
+            Vaswani et al., 2017, and Long Range Arena. Otherwise all sines before all cosines, and the last frequency
+            is 1 / 10,000, as in fairseq.
 
-    Source: fairseq, modules/sinusoidal_positional_embedding.py.
+    Source: fairseq, modules/sinusoidal_positional_embedding.py; google-research/long-range-arena, common_layers.py.
     """
 
-    def __init__(self, dim: int, first: int = 2) -> None:
+    def __init__(self, dim: int, first: int = 2, *, interleaved: bool = False) -> None:
         super().__init__()
-        self.dim, self.first = dim, first
+        self.dim, self.first, self.interleaved = dim, first, interleaved
 
     def forward(self, positions: Tensor) -> Tensor:
         """Return the vectors (..., dim) of positions (...), counted from 0."""
-        half = self.dim // 2
+        half = (self.dim + 1) // 2 if self.interleaved else self.dim // 2
         numbers = torch.arange(half, dtype=state_dtype(positions.device), device=positions.device)
-        frequencies = torch.exp(numbers * (-math.log(10_000) / max(half - 1, 1)))
+        frequencies = torch.exp(
+            numbers * (-math.log(10_000) / (self.dim / 2 if self.interleaved else max(half - 1, 1)))
+        )
         angles = (positions + self.first).unsqueeze(-1) * frequencies
+        if self.interleaved:
+            return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)[..., : self.dim].float()
         waves = torch.cat((angles.sin(), angles.cos()), -1).float()
         return nn.functional.pad(waves, (0, self.dim % 2))
 

@@ -91,7 +91,7 @@ def test_the_loss_runs_the_hooks_of_the_model_and_of_its_head(targets: bool) -> 
 def test_a_head_that_is_called_gives_the_gradients_of_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, results = tokens(0), []
     for hooked, chunk in ((False, 2**24), (True, 2**24), (True, 30)):
-        monkeypatch.setattr("flowformer.models.cross_entropy.CHUNK_SCORES", chunk)
+        monkeypatch.setattr("flowformer.models.vocabulary.cross_entropy.CHUNK_SCORES", chunk)
         model = build()
         if hooked:
             model.head.register_forward_hook(lambda *_: None)  # pyright: ignore[reportOptionalMemberAccess]

@@ -17,6 +17,7 @@ from flowformer.models.vision import VisionModel
 
 LANGUAGE = {"vocab_size": 67, "max_length": 24, "dim": 48, "num_layers": 2, "num_heads": 4}
 SERIES = {"in_chans": 3, "num_classes": 4, "max_length": 24, "dim": 48, "num_heads": 4, "ffn_dim": 96}
+SEQUENCE = {"vocab_size": 67, "num_classes": 4, "max_length": 24, "dim": 48, "num_heads": 4, "ffn_dim": 96}
 PYRAMID = {"img_size": 32, "embed_dims": (32, 48), "depths": (1, 2), "num_heads": 4, "layer_scale": 1e-5}
 VIT = {"img_size": 64, "embed_dims": (48,), "depths": (2,), "num_heads": 4}
 OPTIONS = {"aft_local": {"window": 4}, "aft_full": {"position_dim": 8}, "aft_conv": {"kernel_size": 3}}
@@ -28,9 +29,8 @@ def tiny(name: str) -> dict:
     file = find_model(name).__module__.rpartition(".")[2]
     if file == "vision":
         return PYRAMID if name.startswith("flowformer") else VIT
-    return {"language_models": LANGUAGE, "timeseries": SERIES, "lstm": {"in_chans": 3, "num_classes": 5, "dim": 8}}[
-        file
-    ]
+    others = {"language_models": LANGUAGE, "timeseries": SERIES, "sequence": SEQUENCE}
+    return {**others, "lstm": {"in_chans": 3, "num_classes": 5, "dim": 8}}[file]
 
 
 BUILDERS = {name: (lambda name=name, **more: create_model(name, **tiny(name), **more)) for name in list_models()}

@@ -46,6 +46,8 @@ def build(name: str, device: str, **options: Any) -> Case:
         stages = 3 if "micro" in name else 4 if "vision" in name else 1
         model = create_model(name, num_classes=CLASSES, img_size=32, depths=(1,) * stages, device=device, **options)
         return Case(model.train(), (torch.zeros(2, 3, *model.img_size, device=device),))
+    if name == "flowformer_sequence":
+        options["num_classes"] = CLASSES
     model = create_model(name, vocab_size=VOCABULARY, max_length=LENGTH, num_layers=2, device=device, **options)
     tokens = torch.zeros(2, LENGTH, dtype=torch.int64, device=device)
     return Case(model.train(), (tokens, mask))

@@ -16,11 +16,15 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "flowformer_text": {"vocab_size": 9, "max_length": 8, "dim": 16, "num_heads": 2, "num_layers": 1, "ffn_dim": 8},
     "flowformer_vision_micro": {"in_chans": 3, "img_size": 32, "patch_size": 2, "num_heads": 4},
+    "flowformer_sequence": {
+        "vocab_size": 9, "num_classes": 2, "max_length": 8, "dim": 16, "num_heads": 2, "num_layers": 1, "ffn_dim": 8,
+    },
 }  # fmt: skip
 PROBABILITIES = {
     "flowformer_timeseries": ("dropout",),
     "flowformer_text": ("dropout", "activation_dropout"),
     "flowformer_vision_micro": ("dropout", "drop_path_rate"),
+    "flowformer_sequence": ("dropout",),
 }
 NO_SIZE = (-1, 0, 1.5, math.nan, True, "3", 2**63, 10**20)
 NO_PROBABILITY = (-0.1, 1, 1.0, 2, math.nan, math.inf, "0.1", True)

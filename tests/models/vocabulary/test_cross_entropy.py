@@ -6,8 +6,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flowformer.models.cross_entropy import CHUNK_SCORES, cross_entropy
 from flowformer.models.language import LanguageModel
+from flowformer.models.vocabulary.cross_entropy import CHUNK_SCORES, cross_entropy
 
 TOKENS, DIM, VOCABULARY = (3, 7), 5, 11
 REDUCTIONS = ("mean", "sum", "none")

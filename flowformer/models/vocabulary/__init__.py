@@ -1,0 +1,1 @@
+"""Layers over a vocabulary: the loss in pieces, and adaptive embedding and softmax."""
