@@ -9,6 +9,8 @@ import numpy as np
 from flowformer.common.errors import DataError
 from flowformer.tasks.classes import find_class
 
+SPLIT_SEED = 0  # of a test part that we hold out ourselves: the same for all runs
+
 
 def stratify(labels: np.ndarray, classes: Sequence[str], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Choose examples to hold out, the same fraction of each class.

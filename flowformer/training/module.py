@@ -49,7 +49,8 @@ class TaskModule(lightning.LightningModule):
         """Return the optimizer and its learning rate schedule."""
         classes = {"radam": torch.optim.RAdam, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
         recipe = self.recipe
-        options: dict[str, Any] = {"lr": recipe.learning_rate, "betas": (recipe.beta1, recipe.beta2)}
+        betas = (recipe.beta1, recipe.beta2)
+        options: dict[str, Any] = {"lr": recipe.learning_rate, "betas": betas, "eps": recipe.optimizer_eps}
         if recipe.optimizer != "radam" and self.device.type in ("cpu", "cuda") and recipe.used_precision == "32-true":
             # One pass, and no copy of a large embedding beside it. Lightning does not clip with it in mixed precision.
             options["fused"] = True

@@ -138,6 +138,13 @@ class GradientRecipe(Recipe):
     beta2: float = option(
         0.999, "decay rate of the optimizer's second moment", group="optimisation", at_least=0, below=1
     )
+    optimizer_eps: float = option(
+        1e-8,
+        "number that the optimizer adds to the root of the second moment",
+        group="optimisation",
+        above=0,
+        largest=1,
+    )
     weight_decay: float = option(0.0, "weight decay", group="optimisation", at_least=0, largest=100)
     decayed: Decayed = option(
         "all",

@@ -142,7 +142,7 @@ class ImageFormat:
             if not path.exists():
                 raise DataError(f"{path}: no such file or folder")
             check_file(path)
-            files += _find_pictures(path)
+            files += find_pictures(path)
         names, pieces = [], []
         for start in range(0, len(files), 64):
             read = [(file, image) for file in files[start : start + 64] if (image := self._read(file)) is not None]
@@ -215,8 +215,8 @@ def _stage(name: str) -> int:
     return int(name.split(".")[1])
 
 
-def _find_pictures(path: Path) -> list[Path]:
-    """The file itself, or all pictures in a folder."""
+def find_pictures(path: Path) -> list[Path]:
+    """Return the file itself, or all pictures in a folder, subfolders included, sorted."""
     within = sorted(one for one in path.rglob("*") if one.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
     return [one for one in within if one.is_file()]
 

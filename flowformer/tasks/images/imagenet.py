@@ -25,9 +25,8 @@ from flowformer.tasks.images.decoding import UnreadableImage
 from flowformer.tasks.images.files import ImageFiles, find_images
 from flowformer.tasks.images.format import ImageFormat
 from flowformer.tasks.images.numbering import choose_classes, classes, renumber
-from flowformer.tasks.images.task import SPLIT_SEED
 from flowformer.tasks.metric import Metric
-from flowformer.tasks.splits import stratify
+from flowformer.tasks.splits import SPLIT_SEED, stratify
 
 if TYPE_CHECKING:
     from PIL.Image import Image

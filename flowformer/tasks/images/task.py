@@ -15,10 +15,9 @@ from flowformer.tasks.images import cifar
 from flowformer.tasks.images.cifar import LabelledImages
 from flowformer.tasks.images.format import ImageFormat
 from flowformer.tasks.metric import Metric
-from flowformer.tasks.splits import stratify
+from flowformer.tasks.splits import SPLIT_SEED, stratify
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of the training set, of 1
-SPLIT_SEED = 0  # of a test part that we hold out ourselves: the same for all runs
 
 
 @dataclass(frozen=True, eq=False)
