@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 
 from flowformer.common.errors import DataError
 from flowformer.common.processes import available_cpus, map_in_order
+from flowformer.common.progress import progress_bar
 from flowformer.tasks.lra.listops_blocks import VOCABULARY, Block, Grammar, draw_block
 from flowformer.tasks.lra.listops_files import FILES, read_sequences
 from flowformer.tasks.lra.sequences import Splits, open_splits, write_sequences
@@ -151,15 +152,18 @@ def generate(
     grammar = grammar or Grammar()
 
     def build(folder: Path) -> None:
-        with closing(_blocks(grammar, seed, workers or available_cpus())) as blocks:
-            expressions = _different(_shown(blocks, sum(sizes.values()), console))
+        total = sum(sizes.values())
+        with (
+            closing(_blocks(grammar, seed, workers or available_cpus())) as blocks,
+            progress_bar("ListOps", total, console) as advance,
+        ):
+            expressions = _different(blocks, advance)
             for part, size in sizes.items():
-                written = write_sequences(folder, part, itertools.islice(expressions, size), _TYPE)
-                if written < size:
-                    total = sum(sizes.values())
+                if write_sequences(folder, part, itertools.islice(expressions, size), _TYPE) < size:
                     raise ValueError(
                         f"{total:,} expressions must differ from each other, but there are too few: {grammar}"
                     )
+            advance(total)
 
     options = {"sizes": sizes, "seed": seed, "grammar": asdict(grammar)}
     return open_splits(keep("listops", None, [], build, options=options))
@@ -173,34 +177,21 @@ def _blocks(grammar: Grammar, seed: int, workers: int) -> Generator[Block, None,
         yield from blocks
 
 
-def _different(blocks: Iterable[Block]) -> Iterator[tuple[np.ndarray, int]]:
+def _different(blocks: Iterable[Block], advance: Callable[[int], object]) -> Iterator[tuple[np.ndarray, int]]:
     """The expressions and values of blocks that did not come before, until there is nothing new for long."""
     taken: set[bytes] = set()
     failures = 0
     for block in blocks:
         known = len(taken)
-        for tokens, label in zip(np.split(block.tokens, np.cumsum(block.lengths)[:-1]), block.labels, strict=True):
+        for tokens, label in zip(np.split(block.tokens, np.cumsum(block.lengths))[:-1], block.labels, strict=True):
             digest = hashlib.blake2b(tokens.tobytes(), digest_size=_DIGEST_BYTES).digest()
             if digest not in taken:
                 taken.add(digest)
                 yield tokens, int(label)
+        advance(len(taken) - known)
         failures = failures + 1 if len(taken) == known else 0
         if failures == _MOST_FAILURES:
             return
-
-
-def _shown(blocks: Iterable[Block], total: int, console: Console | None) -> Iterator[Block]:
-    """The same blocks, with a bar of the expressions in them."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=console is None) as bar:
-        task = bar.add_task("ListOps", total=total)
-        count = 0
-        for block in blocks:
-            count += len(block.labels)
-            bar.update(task, completed=min(count, total))
-            yield block
 
 
 __all__ = [

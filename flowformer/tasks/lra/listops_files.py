@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from flowformer.common.errors import DataError
+from flowformer.common.progress import progress_bar
 from flowformer.tasks.downloads import make_folder, sync, writing
 from flowformer.tasks.encodings import open_text
 from flowformer.tasks.list_operations import END, OPERATIONS, add_parentheses, evaluate
@@ -179,7 +180,7 @@ def print_check(path: str | Path, console: Console) -> bool:
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description} {task.completed:,.0f} expressions"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(Path(path).name, total=None)
         checked = check(path, progress=lambda: bar.advance(task))
     lines = [f"{path}: {checked.count:,} expressions, {checked.wrong:,} wrong", *checked.first]
@@ -211,7 +212,11 @@ def write(folder: str | Path, splits: Splits, *, console: Console | None = None)
     if folder.is_dir() and any(folder.iterdir()):
         raise DataError(f"{folder} contains files, expected a new folder or an empty one")
     make_folder(folder.parent)
-    with writing(folder.parent), _replacing_folder(folder) as staged, _shown(splits, console) as advance:
+    with (
+        writing(folder.parent),
+        _replacing_folder(folder) as staged,
+        progress_bar("writing", sum(map(len, splits)), console) as advance,
+    ):
         for part, name in FILES.items():
             _write_file(staged / name, getattr(splits, part), advance)
     return folder
@@ -235,25 +240,14 @@ def _replacing_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-@contextmanager
-def _shown(splits: Splits, console: Console | None) -> Iterator[Callable[[], object]]:
-    """A function to call after each expression, which moves a bar."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=console is None) as bar:
-        task = bar.add_task("writing", total=sum(map(len, splits)))
-        yield lambda: bar.advance(task)
-
-
-def _write_file(path: Path, part: TokenSequences, advance: Callable[[], object]) -> None:
+def _write_file(path: Path, part: TokenSequences, advance: Callable[[int], object]) -> None:
     with path.open("w", encoding="ascii", newline="") as file:
         writer = csv.writer(file, delimiter="\t")
         writer.writerow(_COLUMNS)
         for index in range(len(part)):
             tokens, label = part[index]
             writer.writerow((detokenize(tokens), label))
-            advance()
+            advance(1)
 
 
 def _read_line(file: IO[str], path: Path, line: int) -> str:
