@@ -9,26 +9,19 @@ are equally frequent answers.
 from __future__ import annotations
 
 import random
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from flowformer.tasks.fingerprint import hash_values
+from flowformer.tasks.list_operations import END, OPERATIONS
 from flowformer.tasks.text.format import IGNORED, TextFormat
 from flowformer.tasks.text.tokenizers import END_OF_LINE, WordTokenizer
 from flowformer.tasks.text.toys import DIGITS, LICENCE, ToyTask
 
-# Of an even number of digits the median is the mean of the middle two, rounded down, as in both sources.
-OPERATIONS: dict[str, Callable[[Sequence[int]], int]] = {
-    "[MIN": min,
-    "[MAX": max,
-    "[MED": lambda values: int(statistics.median(values)),
-    "[SM": lambda values: sum(values) % 10,
-}
-_WORDS = [*DIGITS, *OPERATIONS, "]", "=", END_OF_LINE]
+_WORDS = [*DIGITS, *OPERATIONS, END, "=", END_OF_LINE]
 _TOKENS = {word: token for token, word in enumerate(_WORDS)}
 _NESTED = 0.25  # chance that an argument is an operation (VALUE_P of both sources)
 _MOST_ARGUMENTS = 5  # MAX_ARGS of ListOps; Long Range Arena has 10
@@ -137,7 +130,7 @@ def _collect(rng: random.Random, depth: int, length: int, count: int, taken: set
 
 def _is_shallow(row: list[int], depth: int) -> bool:
     """Whether an expression is a single operation where more are allowed."""
-    return depth > 1 and row.count(_TOKENS["]"]) == 1
+    return depth > 1 and row.count(_TOKENS[END]) == 1
 
 
 def _draw(rng: random.Random, depth: int) -> tuple[list[int], int]:
@@ -152,4 +145,4 @@ def _draw(rng: random.Random, depth: int) -> tuple[list[int], int]:
             inner = [value]  # tokens 0 to 9 are the digits
         tokens += inner
         values.append(value)
-    return [*tokens, _TOKENS["]"]], OPERATIONS[name](values)
+    return [*tokens, _TOKENS[END]], OPERATIONS[name](values)
