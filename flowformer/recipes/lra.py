@@ -148,8 +148,10 @@ class ListOpsRecipe(SequenceRecipe):
     def build_task(self, form: SequenceFormat | None = None) -> SequenceTask:
         """Generate the expressions, or read them."""
         if self.data_dir is None:
+            from rich.console import Console
+
             sizes = {"validation": self.test_examples, "test": self.test_examples}
-            parts = listops.generate(train=self.train_examples, **sizes, console=progress_console())
+            parts = listops.generate(train=self.train_examples, **sizes, console=Console(stderr=True))
             source = f"generated here: {self.train_examples:,} expressions to train on, {self.test_examples:,} to test"
         else:
             parts, source = listops.load(self.data_dir), str(self.data_dir)

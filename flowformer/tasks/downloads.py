@@ -32,22 +32,24 @@ logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 2**20
 TIMEOUT_SECONDS = 60
-_ZIP_START = b"PK\x03\x04"
+# What a file begins with, by the end of its name.
+_STARTS = {".zip": b"PK\x03\x04", ".gz": b"\x1f\x8b"}
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set distributed as one zip file.
+    """A data set distributed as one archive.
 
     Attributes:
         name: What it is called on the command line.
         title: What it is called in sentences.
-        addresses: Where the zip file is; each is tried in its turn.
-        size_bytes: Of the zip file.
-        sha256: Of the zip file.
+        addresses: Where the archive is; each is tried in its turn.
+        size_bytes: Of the archive.
+        sha256: Of the archive.
         folder: The folder that its files go to.
-        files: Files of the zip file that are kept, by path there, with their names in the folder.
+        files: Files of a zip archive that are kept, by path there, with their names in the folder. If empty, the
+            archive is kept as it is, zip or gz, and read by the loader.
         licence: What is known of the terms.
     """
 
@@ -62,13 +64,14 @@ class Dataset:
 
     @property
     def archive(self) -> str:
-        """File name of the zip file."""
+        """File name of the archive."""
         return self.addresses[0].rsplit("/", 1)[1]
 
 
 # Sizes: the cards of Salesforce/wikitext (download_size, while it still read the zip file) and of enwik8 on the Hugging
-# Face hub. SHA-256: public projects that pin these downloads, several alike for each. Torchtext gives the zip file of
-# WikiText-103 the MD5 9ddaacaf6af0710eda8c456decff7832.
+# Face hub; the checksums of tensorflow_datasets for IMDB. SHA-256: public projects that pin these downloads, several
+# alike for each. Torchtext gives the zip file of WikiText-103 the MD5 9ddaacaf6af0710eda8c456decff7832, and the archive
+# of IMDB 7c2ac02c03563afcf9b574c7e56c153a.
 DATASETS: Mapping[str, Dataset] = {
     one.name: one
     for one in (
@@ -101,6 +104,19 @@ DATASETS: Mapping[str, Dataset] = {
                 "Enwik8 (M. Mahoney, Large Text Compression Benchmark, https://mattmahoney.net/dc/textdata.html): text "
                 "of the English Wikipedia of 3 March 2006, GNU Free Documentation License; since 2009 also Creative "
                 "Commons Attribution-ShareAlike 3.0."
+            ),
+        ),
+        Dataset(
+            name="lra-text",
+            title="Large Movie Review Dataset (IMDB)",
+            addresses=("https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",),
+            size_bytes=84_125_825,
+            sha256="c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe",
+            folder="imdb",
+            files={},
+            licence=(
+                "Large Movie Review Dataset v1.0 (Maas et al. 2011, https://ai.stanford.edu/~amaas/data/sentiment/): "
+                "reviews by users of IMDb; no licence is stated."
             ),
         ),
     )
@@ -185,11 +201,15 @@ def search_folders(dataset: Dataset, data_dir: str | Path | None) -> list[Path]:
 
 
 def is_here(dataset: Dataset, data_dir: str | Path | None = None) -> bool:
-    """Return whether all files of a data set, or its zip file, are in one of the searched folders."""
+    """Return whether all files of a data set, or its archive, are in one of the searched folders."""
     return any(
-        (folder / dataset.archive).is_file() or all((folder / name).is_file() for name in dataset.files.values())
+        (folder / dataset.archive).is_file() or _is_unpacked(dataset, folder)
         for folder in search_folders(dataset, data_dir)
     )
+
+
+def _is_unpacked(dataset: Dataset, folder: Path) -> bool:
+    return bool(dataset.files) and all((folder / name).is_file() for name in dataset.files.values())
 
 
 def describe_missing(dataset: Dataset, wanted: str, looked_in: Iterable[Path]) -> str:
@@ -220,7 +240,7 @@ def checksum(paths: Iterable[Path], algorithm: str = "sha256") -> str:
 
 
 def fetch(name: str, folder: str | Path | None = None, *, console: Console) -> Path:
-    """Download a data set, verify and unpack it, unless it is already there.
+    """Download a data set, verify it, and unpack it if it is not kept as an archive, unless it is already there.
 
     An interrupted download is kept and continued by the next call. If two processes download the same data set, the
     second waits for the first.
@@ -248,14 +268,18 @@ def fetch(name: str, folder: str | Path | None = None, *, console: Console) -> P
         for leftover in place.glob(".unpack-*"):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         _download(dataset, archive, console)
-        _unpack(dataset, archive, place)
-        archive.unlink()
+        if dataset.files:
+            _unpack(dataset, archive, place)
+            archive.unlink()
+        else:
+            sync(archive)
+            archive.replace(place / dataset.archive)
     console.print(f"{dataset.title} is in {place}", highlight=False, markup=False, soft_wrap=True)
     return place
 
 
 def _is_there(dataset: Dataset, place: Path) -> bool:
-    if all((place / file).is_file() for file in dataset.files.values()):
+    if _is_unpacked(dataset, place):
         return True
     archive = place / dataset.archive  # somebody may have put it there, and it is read as it is
     return archive.is_file() and checksum([archive]) == dataset.sha256
@@ -278,7 +302,7 @@ def _download(dataset: Dataset, archive: Path, console: Console) -> None:
         for address in dataset.addresses:
             task = bar.add_task(dataset.title, total=dataset.size_bytes)
             try:
-                _receive(address, archive, dataset.size_bytes, bar, task)
+                _receive(dataset, address, archive, bar, task)
                 _verify(dataset, archive)
                 return
             except (OSError, HTTPException, DataError) as error:
@@ -292,22 +316,23 @@ def _download(dataset: Dataset, archive: Path, console: Console) -> None:
     )
 
 
-def _receive(address: str, archive: Path, size_bytes: int, bar: Progress, task: TaskID) -> None:
+def _receive(dataset: Dataset, address: str, archive: Path, bar: Progress, task: TaskID) -> None:
     """Download the missing part of a file, or all of it if the server does not support ranges."""
     start = archive.stat().st_size if archive.exists() else 0
-    if start >= size_bytes:  # whole, or of something else: its checksum tells
+    if start >= dataset.size_bytes:  # whole, or of something else: its checksum tells
         return
     request = urllib.request.Request(address, headers={"User-Agent": "flowformer", "Range": f"bytes={start}-"})
     with _ask(request, archive) as response:
         if response.status != 206:  # the whole file comes
             start = 0
         block = response.read(BLOCK_BYTES)
-        if not start and not _ZIP_START.startswith(block[: len(_ZIP_START)]):
+        suffix = Path(dataset.archive).suffix
+        if not start and not _STARTS[suffix].startswith(block[: len(_STARTS[suffix])]):
             kind = response.headers.get_content_type()
-            raise DataError(f"the server sent something else ({kind}: {block[:40]!r}), not a zip file")
+            raise DataError(f"the server sent something else ({kind}: {block[:40]!r}), not a {suffix} file")
         with archive.open("ab" if start else "wb") as file:
             bar.update(task, completed=start)
-            while block and file.tell() <= size_bytes:
+            while block and file.tell() <= dataset.size_bytes:
                 file.write(block)
                 bar.update(task, advance=len(block))
                 block = response.read(BLOCK_BYTES)

@@ -1,6 +1,7 @@
 """Downloads, from a server on this machine: whole or not at all, and no byte twice."""
 
 import errno
+import gzip
 import hashlib
 import io
 import os
@@ -16,7 +17,16 @@ from rich.console import Console
 
 from flowformer.common.errors import DataError
 from flowformer.tasks import downloads
-from flowformer.tasks.downloads import DATASETS, Dataset, checksum, data_folder, fetch, find_dataset, make_folder
+from flowformer.tasks.downloads import (
+    DATASETS,
+    Dataset,
+    checksum,
+    data_folder,
+    fetch,
+    find_dataset,
+    is_here,
+    make_folder,
+)
 from flowformer.tasks.text import enwik8, wikitext
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -36,13 +46,15 @@ class Server:
     """A server of `content`; `requests` are the first bytes that were asked for.
 
     Attributes:
-        content: What is served at /own.zip; anything else is not found.
+        content: What is served at ``path``; anything else is not found.
+        path: At first /own.zip.
         ranges: Whether it can go on in the middle.
         stops_at: Byte at which it closes the connection, though it promised more.
     """
 
     def __init__(self, content):
         self.content, self.ranges, self.stops_at, self.requests = content, True, None, []
+        self.path = "/own.zip"
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -64,7 +76,7 @@ class Server:
     def answer(self, request):
         first = int(request.headers["Range"].removeprefix("bytes=").removesuffix("-"))
         self.requests.append(first)
-        if request.path != "/own.zip":
+        if request.path != self.path:
             request.send_error(404)
         elif self.ranges and first >= len(self.content):
             request.send_error(416)
@@ -311,6 +323,41 @@ def test_what_is_fetched_is_found(name, load, console, monkeypatch, tmp_path):
     for folder in (tmp_path / "mine", place):
         with pytest.raises(DataError, match="incomplete"):  # found, and seen to be another
             load(folder)
+
+
+@pytest.fixture
+def kept(own, server, monkeypatch):
+    """The same data set, of an archive that is kept as it is."""
+    server.content = gzip.compress(TEXT)
+    size, sha256 = len(server.content), hashlib.sha256(server.content).hexdigest()
+    addresses = tuple(address.replace("own.zip", "own.tar.gz") for address in own.addresses)
+    dataset = replace(own, addresses=addresses, size_bytes=size, sha256=sha256, files={})
+    monkeypatch.setattr(downloads, "DATASETS", {"own": dataset})
+    server.path = "/own.tar.gz"
+    return dataset
+
+
+def test_an_archive_that_is_kept_is_not_unpacked(kept, server, console, cache):
+    assert not is_here(kept)
+    place = fetch("own", console=console)
+    assert names(place) == ["own.tar.gz"]
+    assert (place / "own.tar.gz").read_bytes() == server.content
+    assert is_here(kept)
+    assert is_here(kept, cache)
+    fetch("own", console=console)
+    assert "already" in console.file.getvalue()
+    assert server.requests == [0, 0]
+    (place / "own.tar.gz").write_bytes(server.content[:-1])
+    fetch("own", console=console)
+    assert (place / "own.tar.gz").read_bytes() == server.content
+
+
+@pytest.mark.usefixtures("kept")
+def test_a_zip_file_in_place_of_a_gzip_file_is_not_kept(server, console, cache):
+    server.content = pack(TEXT)
+    with pytest.raises(DataError, match=r"the server sent something else \(text/plain: b'PK.*, not a .gz file"):
+        fetch("own", console=console)
+    assert names(cache / "own-folder") == []
 
 
 def test_the_table_is_in_order():

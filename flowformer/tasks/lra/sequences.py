@@ -59,6 +59,48 @@ class TokenSequences(Dataset[tuple[np.ndarray, int]]):
         return hash_values([self.lengths, self.labels, *(self[index][0] for index in range(len(self)))])
 
 
+@dataclass(frozen=True, eq=False)
+class TokenPairs(Dataset[tuple[tuple[np.ndarray, np.ndarray], int]]):
+    """Pairs of sequences of tokens with class indices; a map-style PyTorch data set.
+
+    A sequence that is part of several pairs is stored once.
+
+    Attributes:
+        tokens: (total,) unsigned integers, an array or a file of all sequences.
+        starts: (n, 2) int64, where the two sequences of each pair start in ``tokens``.
+        stops: (n, 2) int64, where they end.
+        labels: (n,) int64, indices of classes.
+    """
+
+    tokens: np.ndarray | StoredTokens
+    starts: np.ndarray
+    stops: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[tuple[np.ndarray, np.ndarray], int]:
+        return (self._sequence(index, 0), self._sequence(index, 1)), int(self.labels[index])
+
+    def _sequence(self, index: int, which: int) -> np.ndarray:
+        return np.asarray(self.tokens[int(self.starts[index, which]) : int(self.stops[index, which])])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of the sequences of each pair: (n, 2) int64."""
+        return self.stops - self.starts
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> TokenPairs:
+        """Return the pairs at ``indices``, in that order; the tokens are shared, not copied."""
+        rows = np.asarray(indices, dtype=np.int64)
+        return TokenPairs(self.tokens, self.starts[rows], self.stops[rows], self.labels[rows])
+
+    def fingerprint(self) -> str:
+        """Return a hash of the pairs and their classes."""
+        return hash_values([self.lengths, self.labels, *(self[index][0] for index in range(len(self)))])
+
+
 class Splits(NamedTuple):
     """The three parts of a data set."""
 

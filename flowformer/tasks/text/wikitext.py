@@ -15,6 +15,7 @@ from typing import IO
 from flowformer.common.errors import DataError
 from flowformer.tasks.downloads import DATASETS, describe_missing, search_folders
 from flowformer.tasks.encodings import open_text
+from flowformer.tasks.parquet import find_shards, read_columns
 from flowformer.tasks.text.corpus import Corpus
 from flowformer.tasks.text.tokenizers import Tokenizer, WordTokenizer, read_tokenizer
 from flowformer.tasks.token_cache import keep, open_tokens, write_tokens
@@ -44,7 +45,6 @@ OF_DEVELOPMENT = ("softmax", "linear", "trf", "trf-gate")
 
 # What is made tokens of at a time.
 PIECE_CHARACTERS = 2**20
-PARQUET_ROWS = 2**13
 
 
 @dataclass(frozen=True)
@@ -141,35 +141,16 @@ def _find_zip(folder: Path) -> _Found | None:
 def _find_parquet(folder: Path) -> _Found | None:
     # The hub's name for the part that the files call valid.
     names = {"train": "train", "valid": "validation", "test": "test"}
-    shards = {part: sorted(folder.glob(f"{name}-*-of-*.parquet")) for part, name in names.items()}
-    if not any(shards.values()):
+    if not any(any(folder.glob(f"{name}-*-of-*.parquet")) for name in names.values()):
         return None
-    for part, files in shards.items():
-        _check_shards(folder, names[part], files)
+    shards = {part: find_shards(folder, name) for part, name in names.items()}
     return _Found(tuple(chain(*shards.values())), lambda part: chain.from_iterable(map(_read_parquet, shards[part])))
 
 
-def _check_shards(folder: Path, name: str, files: list[Path]) -> None:
-    count = int(files[0].stem.rsplit("-", 1)[1]) if files else 1
-    wanted = [f"{name}-{index:05}-of-{count:05}.parquet" for index in range(count)]
-    if missing := set(wanted).symmetric_difference(file.name for file in files):
-        raise DataError(
-            f"{folder}: expected {', '.join(wanted)} and no others; missing or unexpected: {', '.join(sorted(missing))}"
-        )
-
-
 def _read_parquet(file: Path) -> Iterator[str]:
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-        if "text" not in table.schema_arrow.names:
-            raise DataError(f"{file} has no column text; available: {', '.join(table.schema_arrow.names)}")
-        for batch in table.iter_batches(PARQUET_ROWS, columns=["text"]):
-            # A row is a line, on the hub with its line feed but where it is empty.
-            yield "".join(line if line.endswith("\n") else f"{line}\n" for line in batch.column(0).to_pylist())
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
+    for (lines,) in read_columns(file, ["text"]):
+        # A row is a line, on the hub with its line feed but where it is empty.
+        yield "".join(line if line.endswith("\n") else f"{line}\n" for line in lines)
 
 
 def _pieces(text: IO[str]) -> Iterator[str]:

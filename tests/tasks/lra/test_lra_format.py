@@ -110,7 +110,10 @@ def test_pairs_are_classified(tmp_path):
         (tmp_path / f"{name}.txt").write_text(name * 3)
     paths = [tmp_path / f"{name}.txt" for name in "abcb"]
     names, found = PAIRS.classify_files(model(PAIRS, pairs="joined"), paths)
-    assert [[Path(part).name for part in name.split(", ")] for name in names] == [["a.txt", "b.txt"], ["c.txt", "b.txt"]]
+    assert [[Path(part).name for part in name.split(", ")] for name in names] == [
+        ["a.txt", "b.txt"],
+        ["c.txt", "b.txt"],
+    ]
     assert found.shape == (2, 2)
     with pytest.raises(DataError, match="two texts for each pair, got 3 texts"):
         PAIRS.classify_files(model(PAIRS, pairs="joined"), paths[:3])

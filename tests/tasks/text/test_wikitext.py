@@ -96,7 +96,7 @@ def test_tokens_are_made_once(tmp_path, monkeypatch, form):
 @pytest.mark.parametrize("form", FORMS)
 def test_pieces_do_not_show(tmp_path, monkeypatch, form, size):
     monkeypatch.setattr(wikitext, "PIECE_CHARACTERS", size)
-    monkeypatch.setattr(wikitext, "PARQUET_ROWS", size)
+    monkeypatch.setattr("flowformer.tasks.parquet.BATCH_ROWS", size)
     write(tmp_path, form)
     assert len(wikitext.load(tmp_path).train) == 21
 
