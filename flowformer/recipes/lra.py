@@ -30,6 +30,8 @@ from flowformer.recipes.lra_published import (
 from flowformer.recipes.mechanism import check_attention
 from flowformer.recipes.model import build_model, check_model
 from flowformer.recipes.registry import find_recipe, register_recipe
+from flowformer.tasks.downloads import DATASETS
+from flowformer.tasks.images import cifar
 from flowformer.tasks.lra import image, imdb, listops, retrieval
 from flowformer.tasks.lra.format import PairFormat, SequenceFormat
 from flowformer.tasks.lra.task import PUBLISHED, SequenceTask
@@ -150,8 +152,10 @@ class ListOpsRecipe(SequenceRecipe):
         if self.data_dir is None:
             from rich.console import Console
 
-            sizes = {"validation": self.test_examples, "test": self.test_examples}
-            parts = listops.generate(train=self.train_examples, **sizes, console=Console(stderr=True))
+            parts = listops.generate(
+                train=self.train_examples, validation=self.test_examples, test=self.test_examples,
+                console=Console(stderr=True),
+            )  # fmt: skip
             source = f"generated here: {self.train_examples:,} expressions to train on, {self.test_examples:,} to test"
         else:
             parts, source = listops.load(self.data_dir), str(self.data_dir)
@@ -202,7 +206,7 @@ class BytesRecipe(HeldOutRecipe):
         found = SequenceFormat("bytes", imdb.CLASSES, self.length)
         return self.hold_out(SequenceTask(
             "text", train, test, form or self.fit_format(found), PUBLISHED["text"], str(self.data or "the cache"),
-            imdb.LICENCE, tested_in_training=True,
+            DATASETS["lra-text"].licence, tested_in_training=True,
         ))  # fmt: skip
 
     @property
@@ -284,7 +288,7 @@ class GreyRecipe(HeldOutRecipe):
         train, validation, test = image.load(self.data)
         found = SequenceFormat("grey", image.CLASSES, image.LENGTH)
         return self.hold_out(SequenceTask(
-            "image", train, test, form or self.fit_format(found), PUBLISHED["image"], str(self.data), image.LICENCE,
+            "image", train, test, form or self.fit_format(found), PUBLISHED["image"], str(self.data), cifar.LICENCE,
             validation=validation,
         ))  # fmt: skip
 

@@ -83,6 +83,14 @@ def load(path: str | Path | None = None, *, check_counts: bool = True) -> tuple[
     return parts["train"], parts["validation"], parts["test"]
 
 
+def is_here(path: str | Path | None = None) -> bool:
+    """Return whether :func:`load` would find the files."""
+    try:
+        return bool(_find(data_folder("aan") if path is None else Path(path)))
+    except DataError:
+        return False
+
+
 def make_pairs(
     papers: str | Path,
     citations: str | Path,
