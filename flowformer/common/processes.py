@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import multiprocessing
 import os
+import pickle
 import signal
-import threading
+import subprocess
+import sys
+import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from typing import TypeVar
-
-from flowformer.common.interrupts import check_signals
+from collections.abc import Callable, Generator, Iterable
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_AHEAD = 2  # items of each worker that are computed or wait while the caller uses a result
+_AHEAD = 2  # items that each worker has
+_PROGRAM = (
+    "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
+    "from flowformer.common.processes import serve; serve()"
+)
 
 
 def available_cpus() -> int:
@@ -32,13 +34,14 @@ def map_in_order(
 ) -> Generator[Result, None, None]:
     """Yield ``function(item)`` of each item, in the order of the items, computed by several processes.
 
-    Items may be endless: each worker is at most two ahead. An error of the function is raised here in its turn. When
-    the iterator is closed, or is left by an exception such as Ctrl-C, the processes end once they have finished what
-    they compute; when this process is killed, they end at once.
+    Items may be endless: each worker has at most two. An error of the function is raised here in its turn. The
+    processes end when the iterator is closed, or left by an exception such as Ctrl-C, and when this process is killed.
+    They do not import the script that is running, as those of :mod:`multiprocessing` do: it needs no
+    ``if __name__ == "__main__":``.
 
     Args:
-        function: A function of a module, or a :func:`functools.partial` of one. Each process imports its module.
-        items: What can be pickled.
+        function: A function of a module, not of the script that is running, or a :func:`functools.partial` of one.
+        items: What can be pickled. They should take about the same time, since workers take turns.
         workers: Number of processes; with 1 this process computes everything.
 
     Raises:
@@ -47,50 +50,86 @@ def map_in_order(
     if workers == 1:
         yield from map(function, items)
         return
-    # Forking would copy the locks of other threads, PyTorch's among them, in whatever state they are.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
+    processes: list[subprocess.Popen[bytes]] = []
     left = iter(items)
     try:
-        with _signals_are_ours():
-            waiting = deque(pool.submit(function, item) for item in itertools.islice(left, _AHEAD * workers))
+        for _ in range(workers):
+            processes.append(_start())
+            _send(processes[-1], sys.path)
+            _send(processes[-1], function)
+        turns = itertools.cycle(processes)
+        waiting = deque(_send(next(turns), item) for item in itertools.islice(left, _AHEAD * workers))
         while waiting:
-            yield waiting.popleft().result()
-            waiting.extend(pool.submit(function, item) for item in itertools.islice(left, 1))
-    except BrokenProcessPool as error:
-        check_signals()
-        raise RuntimeError(
-            "a worker process could not start, or was killed: a script that starts them needs "
-            "`if __name__ == '__main__':` around its code; with workers=1 there are none"
-        ) from error
+            process = waiting.popleft()
+            result = _receive(process)
+            waiting.extend(_send(process, item) for item in itertools.islice(left, 1))
+            yield result
     finally:
-        pool.shutdown(cancel_futures=True)
+        for process in processes:
+            _end(process)
 
 
-@contextmanager
-def _signals_are_ours() -> Iterator[None]:
-    """Context for starting processes: Ctrl-C and a closed terminal, which reach every process, interrupt only this one.
+def serve() -> None:
+    """Be a worker: compute what comes through standard input until it is closed, and write it to standard output."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows Ctrl-C reaches workers too
+    source, target = sys.stdin.buffer, sys.stdout.buffer
+    sys.stdout = sys.stderr  # of what a function prints nothing may come between results
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        function = pickle.load(source)
+        while True:
+            target.write(_answer(function, pickle.load(source)))
+            target.flush()
+    os._exit(0)  # a result that cannot be written any more is no error
 
-    Blocked signals stay blocked in processes that are started, from their first instruction.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
+
+def _answer(function: Callable[[Any], Any], item: Any) -> bytes:
+    """A result and None, or an error and its traceback."""
     try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return pickle.dumps((function(item), None))
+    except Exception as error:
+        try:
+            return pickle.dumps((error, traceback.format_exc()))
+        except Exception:  # an error that cannot be pickled
+            return pickle.dumps((RuntimeError(f"{type(error).__name__}: {error}"), traceback.format_exc()))
 
 
-def _begin() -> None:
-    """Prepare a worker: Ctrl-C does not interrupt it, and it ends when its parent does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _start() -> subprocess.Popen[bytes]:
+    # In a session of its own, which the terminal's Ctrl-C does not reach.
+    return subprocess.Popen(
+        [sys.executable, "-c", _PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+def _send(process: subprocess.Popen[bytes], value: Any) -> subprocess.Popen[bytes]:
+    assert process.stdin is not None
+    data = pickle.dumps(value)
+    try:
+        process.stdin.write(data)
+        process.stdin.flush()
+    except BrokenPipeError as error:
+        raise _ended(process) from error
+    return process
+
+
+def _receive(process: subprocess.Popen[bytes]) -> Any:
+    assert process.stdout is not None
+    try:
+        result, trace = pickle.load(process.stdout)
+    except (EOFError, pickle.UnpicklingError) as error:
+        raise _ended(process) from error
+    if trace is not None:
+        raise result from RuntimeError(f"in a worker process:\n{trace}")
+    return result
+
+
+def _ended(process: subprocess.Popen[bytes]) -> RuntimeError:
+    return RuntimeError(f"a worker process could not start, or was killed: its exit status is {process.wait()}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):  # what was not sent yet
+            if pipe is not None:
+                pipe.close()

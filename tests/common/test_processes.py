@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import math
 import os
 import signal
@@ -12,14 +13,13 @@ import pytest
 
 from flowformer.common.processes import available_cpus, map_in_order
 
-# Two workers that sleep; a line is printed once both have begun.
+# Two workers that sleep; a line is printed for each item.
 SLEEPER = """
 import itertools, time
 from flowformer.common.processes import map_in_order
 
-if __name__ == "__main__":
-    for _ in map_in_order(time.sleep, itertools.chain([0, 0, 0, 0], itertools.repeat(0.2)), 2):
-        print("begun", flush=True)
+for _ in map_in_order(time.sleep, itertools.chain([0, 0, 0, 0], itertools.repeat(0.2)), 2):
+    print("begun", flush=True)
 """
 posix = pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
 
@@ -31,17 +31,42 @@ def test_results_come_in_the_order_of_endless_items(workers):
     results.close()
 
 
-def test_few_items_an_error_in_its_turn_and_no_items():
-    results = map_in_order(math.sqrt, [4, 9, -1, 16], 2)
-    assert [next(results), next(results)] == [2, 3]
-    with pytest.raises(ValueError):  # noqa: PT011 (its message differs between versions of Python)
-        next(results)
+def test_few_items_and_none():
+    assert list(map_in_order(math.sqrt, [4], 3)) == [2]
     assert list(map_in_order(math.sqrt, [], 2)) == []
 
 
-def test_a_worker_that_is_killed_is_an_error_that_says_what_to_do():
-    with pytest.raises(RuntimeError, match=r"could not start, or was killed.*__main__.*workers=1"):
-        list(map_in_order(os._exit, [3], 2))
+def test_an_error_comes_in_its_turn_with_its_traceback():
+    results = map_in_order(json.loads, ["1", "[2]", "{", "4"], 2)
+    assert [next(results), next(results)] == [1, [2]]
+    with pytest.raises(json.JSONDecodeError, match="line 1 column 2") as raised:
+        next(results)
+    assert "in decode" in str(raised.value.__cause__)
+    assert list(results) == []
+
+
+def test_what_cannot_be_pickled_is_an_error():
+    with pytest.raises(TypeError, match="pickle"):
+        list(map_in_order(memoryview, [b"1"], 2))
+
+
+def test_what_a_function_prints_is_no_result(capfd):
+    assert list(map_in_order(print, ["a", "b"], 2)) == [None, None]
+    assert sorted(capfd.readouterr().err.split()) == ["a", "b"]
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_worker_that_ends_is_an_error(status):
+    with pytest.raises(RuntimeError, match=f"could not start, or was killed: its exit status is {status}"):
+        list(map_in_order(os._exit, [status], 2))
+
+
+def test_a_script_needs_no_guard(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from flowformer.common.processes import map_in_order\nprint(*map_in_order(abs, [-1, -2, -3], 2))\n"
+    )
+    assert subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout == "1 2 3\n"
 
 
 def test_cpus():

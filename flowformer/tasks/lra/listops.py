@@ -132,8 +132,7 @@ def generate(
         seed: Decides the expressions; not negative.
         grammar: Which expressions there are; as published if absent: at most 10 deep, 2 to 10 arguments, more than 500
             tokens and fewer than 2,000.
-        workers: Processes that generate; one for each CPU if absent, and none besides this one with 1. A script that
-            calls this with more needs ``if __name__ == "__main__":`` around its code.
+        workers: Processes that generate; one for each CPU if absent, and none besides this one with 1.
         console: Where progress is shown.
 
     Raises:

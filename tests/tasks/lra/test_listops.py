@@ -27,15 +27,14 @@ END = VOCABULARY.index("]")
 GENERATOR = """
 from flowformer.tasks.lra import listops
 
-if __name__ == "__main__":
-    different = listops._different
-    def tell(blocks, advance):
-        for number, one in enumerate(different(blocks, advance)):
-            if number == 1_500:
-                print("begun", flush=True)
-            yield one
-    listops._different = tell
-    listops.generate(workers=2)
+different = listops._different
+def tell(blocks, advance):
+    for number, one in enumerate(different(blocks, advance)):
+        if number == 1_500:
+            print("begun", flush=True)
+        yield one
+listops._different = tell
+listops.generate(workers=2)
 """
 
 
@@ -150,6 +149,16 @@ def test_expressions_are_distributed_as_those_of_the_published_program():
     labels = np.bincount(block.labels, minlength=10) / len(block.labels)
     assert set(labels.argsort()[-2:].tolist()) == {0, 9}
     assert labels.min() > 0.04
+
+
+def test_mean_length_is_what_the_probabilities_give():
+    """Without limits of length; an argument is an operation with probability 1/4, and has 6 arguments on average."""
+    node = 1.0
+    for _ in range(8):
+        node = 0.75 + 0.25 * (2 + 6 * node)
+    block = draw_block(Grammar(min_length=1, max_length=10**9), 0, 0)
+    assert len(block.lengths) == 1_024
+    assert abs(block.lengths.mean() - (2 + 6 * node)) < 3 * block.lengths.std() / 32
 
 
 def test_draws_are_uniform_and_exact():
