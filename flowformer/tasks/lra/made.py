@@ -1,0 +1,48 @@
+"""Data of Long Range Arena that is made here instead of downloaded, by name on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flowformer.tasks.lra import listops
+from flowformer.tasks.lra.describing import describe
+from flowformer.tasks.lra.listops_files import print_check, write
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Made:
+    """A data set that is made.
+
+    Attributes:
+        title: What it is called in sentences.
+        make: Makes it in the cache; in a folder too, if one is given. Raises DataError.
+        check: Checks a file of it, prints a summary, and returns whether it is right; ``None`` where none can be.
+    """
+
+    title: str
+    make: Callable[[Path | None, Console], None]
+    check: Callable[[Path, Console], bool] | None = None
+
+
+def _make_listops(folder: Path | None, console: Console) -> None:
+    splits = listops.generate(console=console)
+    if folder is not None:
+        write(folder, splits, console=console)
+    where = "the cache, where the recipe lra/listops finds it" if folder is None else folder
+    _say(console, describe(splits._asdict(), listops.CLASSES), f"ListOps is in {where}")
+
+
+def _say(console: Console, *lines: str) -> None:
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+MADE: Mapping[str, Made] = {
+    "lra-listops": Made("ListOps, 100,000 generated expressions", _make_listops, print_check),
+}
