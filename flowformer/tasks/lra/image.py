@@ -75,7 +75,7 @@ def _order(count: int) -> list[int]:
 
 
 def to_grey(images: np.ndarray) -> np.ndarray:
-    """Convert images as ``tf.image.rgb_to_grayscale`` does, to the bit.
+    """Convert images as ``tf.image.rgb_to_grayscale`` does, bit for bit.
 
     Args:
         images: (..., 3) uint8, red, green and blue.
@@ -83,7 +83,8 @@ def to_grey(images: np.ndarray) -> np.ndarray:
     Returns:
         (...) uint8.
     """
-    # Summed in this order without fused multiplication, all 256**3 colours come out as in TensorFlow 2.21 on a CPU.
+    # Summed in this order without fused multiplication, all 256**3 colours in images of 32 x 32 come out as in
+    # TensorFlow 2.21 on a CPU.
     red, green, blue = (images[..., channel] * _TO_FLOAT * _WEIGHTS[channel] for channel in range(3))
     return ((red + green + blue) * _FROM_FLOAT).astype(np.uint8)
 

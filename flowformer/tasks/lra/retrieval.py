@@ -38,7 +38,7 @@ LICENCE = (
 _COLUMNS = ("label", "id1", "id2", "text1", "text2")
 _FOLDERS = ("", "tsv_data", "lra_release/tsv_data", "lra_release/lra_release/tsv_data")
 _MOST_LINE_BYTES = 2**26  # what a compressed file unpacks to may be of any size
-_TRIES = 100  # to find by chance a paper that another does not cite, before all are looked at
+_TRIES = 100  # to find by chance a cited paper that another does not cite, before all are looked at
 
 Pair = tuple[bytes, bytes, int]
 Papers = Mapping[str, bytes]
@@ -102,9 +102,9 @@ def make_pairs(
 
     The papers that cite or are cited are split first, so that no paper is in two parts: they are put in an order in
     which those linked by citations follow each other, which is then cut. Citations across a cut are left out. To each
-    pair of a citing and a cited paper comes another of the same citing paper and one in the same part, drawn at random,
-    neither of which cites the other. The same arguments give the same pairs; they are kept in the folder ``tokens`` of
-    the cache.
+    pair of a citing and a cited paper comes another of the same citing paper and one that others in its part cite,
+    drawn at random, neither of which cites the other. (Of a paper that cites all of them, another citing paper stands
+    in for it.) The same arguments give the same pairs; they are kept in the folder ``tokens`` of the cache.
 
     Args:
         papers: JSON lines (``.jsonl``, ``.jsonl.gz``) with the fields ``id`` (or ``acl_id``) and ``text``.
@@ -119,8 +119,8 @@ def make_pairs(
 
     Raises:
         DataError: for files that are not there or damaged; papers without a text; a paper or a citation that is there
-            twice; a citation of an unknown paper, or of itself; parts without any citation, or in which a paper
-            cites all others.
+            twice; a citation of an unknown paper, or of itself; parts without any citation, or with fewer pairs
+            that do not cite than that do.
         ValueError: for fractions that are not three of a sum of 1, or nothing to train on.
     """
     papers, citations = Path(papers), Path(citations)
@@ -294,7 +294,7 @@ def _pair(
                 f"{origin}: no citation among the {len(members)} papers of the {part} part: enlarge its fraction, "
                 f"{fraction:g}, or choose another seed than {seed}"
             )
-        others = _draw(f"{origin}: {part} part", cited, sorted(members), links, generator)
+        others = _draw(f"{origin}: {part} part", cited, links, generator)
         both = [(*pair, label) for two in zip(others, cited, strict=True) for label, pair in enumerate(two)]
         pairs[part] = [(papers[first], papers[second], label) for first, second, label in both]
     kept = sum(map(len, pairs.values())) // 2
@@ -325,26 +325,35 @@ def _shuffle(names: Iterable[str], generator: np.random.Generator) -> list[str]:
 
 
 def _draw(
-    origin: str,
-    cited: Sequence[tuple[str, str]],
-    members: Sequence[str],
-    links: Mapping[str, set[str]],
-    generator: np.random.Generator,
+    origin: str, cited: Sequence[tuple[str, str]], links: Mapping[str, set[str]], generator: np.random.Generator
 ) -> list[tuple[str, str]]:
-    """For each pair, one of the same citing paper and another that it is not linked with; no pair is drawn twice."""
+    """For each pair, one of the same citing paper and a paper that others cite; no pair is drawn twice.
+
+    Both classes have citing papers first and cited ones second, and often cited ones as often: otherwise a model could
+    tell the class by one text alone.
+    """
     drawn: set[frozenset[str]] = set()
-    pairs = []
-    for citing, _ in cited:
+    pairs: list[tuple[str, str]] = []
+    firsts, seconds = ([pair[which] for pair in cited] for which in range(2))
 
-        def is_free(paper: str, citing: str = citing) -> bool:
-            return paper != citing and paper not in links[citing] and frozenset((citing, paper)) not in drawn
+    def find_free(first: str, candidates: Iterable[str]) -> Iterator[tuple[str, str]]:
+        for second in candidates:
+            if second != first and second not in links[first] and frozenset((first, second)) not in drawn:
+                yield first, second
 
-        guesses = [members[int(index)] for index in generator.integers(len(members), size=_TRIES)]
-        # All of them are looked at where few are free.
-        free = next(([paper] for paper in guesses if is_free(paper)), None) or list(filter(is_free, members))
-        if not free:
-            raise DataError(f"{origin}: {citing} is paired with every other of {len(members)} papers already")
-        found = free[int(generator.integers(len(free)))]
-        drawn.add(frozenset((citing, found)))
-        pairs.append((citing, found))
+    for citing in firsts:
+        guesses = [seconds[int(index)] for index in generator.integers(len(seconds), size=_TRIES)]
+        found = next(find_free(citing, guesses), None)
+        if found is None:
+            # Of one that cites nearly all of them, what is left; else another citing paper stands in for it.
+            others = [citing, *_shuffle(set(firsts), generator)]
+            free = next(filter(None, (list(find_free(one, sorted(set(seconds)))) for one in others)), None)
+            if free is None:
+                raise DataError(
+                    f"{origin}: {len(cited)} pairs that cite, but only {len(pairs)} of a citing and a cited paper "
+                    "that do not: enlarge its fraction, or choose another seed"
+                )
+            found = free[int(generator.integers(len(free)))]
+        drawn.add(frozenset(found))
+        pairs.append(found)
     return pairs

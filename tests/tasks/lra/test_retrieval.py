@@ -175,8 +175,10 @@ def every(parts):
     return [part for part in parts if part is not None]
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_papers_are_in_one_part_and_citations_tell_the_class(tmp_path, seed):
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("tries", [0, 1, 100])
+def test_papers_are_in_one_part_and_citations_tell_the_class(tmp_path, monkeypatch, seed, tries):
+    monkeypatch.setattr(retrieval, "_TRIES", tries)
     names, cited = collection()
     linked = {frozenset(pair) for pair in cited}
     parts = [named(part) for part in every(retrieval.make_pairs(*write_collection(tmp_path), seed=seed))]
@@ -193,6 +195,8 @@ def test_papers_are_in_one_part_and_citations_tell_the_class(tmp_path, seed):
         assert sorted(first for first, _, label in part if label) == sorted(
             first for first, _, label in part if not label
         )
+        # And the second ones are cited.
+        assert {second for _, second, _ in part} == {second for _, second, label in part if label}
     kept = sum(len(part) // 2 for part in parts)
     assert len(cited) - 12 <= kept <= len(cited)  # at most those of the two groups in which the cuts are
     sizes = np.array([len(part) for part in members]) / (len(names) - 1)
@@ -211,7 +215,7 @@ def test_the_same_arguments_give_the_same_pairs_and_others_others(tmp_path, monk
     assert retrieval.make_pairs(*files, fractions=(0.7, 0.2, 0.1))[0].fingerprint() != found
     more = write_collection(tmp_path / "c", cited=cited[:-1])[1]
     assert retrieval.make_pairs(files[0], more)[0].fingerprint() != found
-    assert retrieval.make_pairs(*files)[0].fingerprint() == found  # kept beside it
+    assert len([place for place in (tmp_path / "another/tokens").iterdir() if place.is_dir()]) == 5  # all are kept
 
 
 def test_texts_are_bytes_of_utf8_and_cut(tmp_path):
@@ -238,6 +242,15 @@ def test_two_papers_that_cite_each_other_are_one_pair(tmp_path):
     assert sorted(pair for pair in named(train) if pair[2]) == [("a", "b", 1), ("d", "c", 1)]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_of_a_paper_that_cites_all_others_stand_in(tmp_path, seed):
+    cited = [("a", "x"), ("a", "y"), ("a", "z"), ("b", "x"), ("c", "y"), ("d", "z")]
+    files = write_collection(tmp_path, "abcdxyz", cited)
+    train = named(retrieval.make_pairs(*files, fractions=(1, 0, 0), seed=seed)[0])
+    found = {(first, second) for first, second, label in train if not label}
+    assert found == {("b", "y"), ("b", "z"), ("c", "x"), ("c", "z"), ("d", "x"), ("d", "y")}
+
+
 @pytest.mark.parametrize(
     ("names", "cited", "message"),
     [
@@ -249,7 +262,7 @@ def test_two_papers_that_cite_each_other_are_one_pair(tmp_path):
         ("abcd", [], "cited.tsv: no citations"),
         ("abca", [("a", "b")], "papers.jsonl, line 4: paper 'a' is there twice"),
         ("", [], "papers.jsonl: no papers"),
-        ("ab", [("a", "b")], "train part: a is paired with every other of 2 papers already"),
+        ("ab", [("a", "b")], "train part: 1 pairs that cite, but only 0 of a citing and a cited paper that do not"),
     ],
 )
 def test_wrong_collections(tmp_path, names, cited, message):
