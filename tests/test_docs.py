@@ -23,7 +23,8 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
-def test_python_of_a_page_runs(page):
+def test_python_of_a_page_runs(page, monkeypatch, tmp_path):
+    monkeypatch.setenv("FLOWFORMER_DATA", str(tmp_path))
     names: dict = {}
     for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec"), names)

@@ -87,7 +87,14 @@ def started():
 
 
 @posix
-def test_an_interrupt_from_the_terminal_ends_all_processes_without_noise_from_workers():
+def test_workers_are_not_reached_by_signals_of_the_terminal():
+    assert os.getsid(0) not in map_in_order(os.getsid, [0, 0], 2)
+    handlers = list(map_in_order(signal.getsignal, [signal.SIGINT, signal.SIGINT], 2))
+    assert handlers == [signal.SIG_IGN, signal.SIG_IGN]
+
+
+@posix
+def test_an_interrupt_from_the_terminal_ends_all_processes():
     process = started()
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=60)[1]  # returns once all processes, which share its pipes, have ended

@@ -123,6 +123,14 @@ def test_other_options_are_kept_beside(source, cache):
     assert len(folders(cache)) == 2
 
 
+def test_what_is_generated_has_no_source(cache):
+    calls = []
+    places = [keep("made", None, [], calls.append, options={"seed": seed}) for seed in (1, 2, 1)]
+    assert places[0] == places[2] != places[1]
+    assert len(calls) == 2
+    assert len(folders(cache)) == 2
+
+
 def test_other_sources_are_kept_beside(tmp_path, cache):
     for name in ("one", "two"):
         (tmp_path / name).write_bytes(name.encode())
