@@ -1,7 +1,8 @@
-"""Cache of tokenized texts as files, safe with several processes.
+"""Cache of tokens as files, safe with several processes.
 
 What is made from one source is a folder in the folder ``tokens`` of the cache. Its name tells what it was made of, down
-to sizes and times of the source's files: a source that changes makes another folder, and the former one goes.
+to sizes and times of the source's files: a source that changes makes another folder, and the former one goes. Data that
+a program generates have no source: their options alone, the seed among them, say what they are.
 """
 
 from __future__ import annotations
@@ -21,26 +22,26 @@ from flowformer.common.errors import DataError
 from flowformer.tasks.downloads import BLOCK_BYTES, data_folder, locked, make_folder, sync, writing
 from flowformer.tasks.stored import StoredTokens
 
-# Part of every folder's name: raise it when what is made of a source changes.
+# Part of every folder's name: raise it when what is made of a source, or generated, changes.
 VERSION = 2
 MANIFEST = "manifest.json"
 
 
 def keep(
     name: str,
-    origin: Path,
+    origin: Path | None,
     sources: Sequence[Path],
     build: Callable[[Path], None],
     *,
     options: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Return the folder that ``build`` made from a source, building it if it is absent or incomplete.
+    """Return the folder that ``build`` made, building it if it is absent or incomplete.
 
     Other processes that need the same folder wait for the first one and use its result.
 
     Args:
         name: How the folder's name begins.
-        origin: The source: a file or a folder.
+        origin: The source: a file or a folder. ``None`` for data that are generated.
         sources: The source's files. When they are others, or their sizes or times change, it is made again.
         build: Writes files into the empty folder that it gets. If it raises, nothing is kept.
         options: How it is made, as JSON has it. What is made otherwise is kept beside it.
@@ -53,7 +54,8 @@ def keep(
     """
     folder = data_folder("tokens")
     # The slot is what stays when the source changes.
-    slot = f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)[:60]}-{_digest([str(origin.resolve()), dict(options or {})])}"
+    place_of_origin = None if origin is None else str(origin.resolve())
+    slot = f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)[:60]}-{_digest([place_of_origin, dict(options or {})])}"
     place = folder / f"{slot}-{_digest([VERSION, [_state(path) for path in sources]])}"
     if _is_whole(place):
         return place
