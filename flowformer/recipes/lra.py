@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 from torch import nn
 
 from flowformer.common.fields import option
+from flowformer.common.processes import available_cpus
 from flowformer.models.sequence import SequenceClassifier
 from flowformer.recipes.lra_published import (
     ABLATIONS,
     IMAGE,
     MODEL_FIELDS,
     OPTIONS,
+    PATHFINDER,
     PICTURES,
     TEXTS,
     faults,
@@ -32,7 +34,7 @@ from flowformer.recipes.model import build_model, check_model
 from flowformer.recipes.registry import find_recipe, register_recipe
 from flowformer.tasks.downloads import DATASETS
 from flowformer.tasks.images import cifar
-from flowformer.tasks.lra import image, imdb, listops, retrieval
+from flowformer.tasks.lra import image, imdb, listops, pathfinder, pathfinder_files, retrieval
 from flowformer.tasks.lra.format import PairFormat, SequenceFormat
 from flowformer.tasks.lra.task import PUBLISHED, SequenceTask
 from flowformer.tasks.splits import SPLIT_SEED, stratify
@@ -119,7 +121,7 @@ class SequenceRecipe(StepRecipe):
         rows = {self.attention: {}, **(ABLATIONS if self.attention == "flow" else {})}
         return next((row for row, more in rows.items() if options == {**base, **more}), "")
 
-    def published_table(self) -> tuple[str, Mapping[str, float]]:
+    def published_table(self) -> tuple[str, Mapping[str, float]] | None:
         """The published accuracies on the task."""
         return "accuracy, percent (Wu et al., ICML 2022)", PUBLISHED[self.task_name]
 
@@ -298,6 +300,56 @@ class GreyRecipe(HeldOutRecipe):
         return "unknown"
 
 
+@dataclass(frozen=True, kw_only=True)
+class PathfinderRecipe(SequenceRecipe):
+    """A classifier of pictures by whether two markers lie on one dashed contour."""
+
+    side: ClassVar[int] = 32
+
+    difficulty: Literal["easy", "intermediate", "hard"] = option(
+        "hard", "length of the contours: 6, 9 or 14 dashes", group="data"
+    )
+    data_dir: Path | None = option(
+        None, "folder with the published pictures (pathfinder32, ...); null to generate pictures", group="data",
+        neutral=True,
+    )  # fmt: skip
+    num_images: int = option(
+        pathfinder_files.NUM_IMAGES, "number of generated pictures, 80 % of them to train on", group="data",
+        at_least=20, largest=1_000_000_000,
+    )  # fmt: skip
+
+    def build_task(self, form: SequenceFormat | None = None) -> SequenceTask:
+        """Generate the pictures, or read them."""
+        from rich.console import Console
+
+        console = Console(stderr=True)
+        if self.data_dir is None:
+            parts = pathfinder_files.load(
+                self.difficulty, self.side, num_images=self.num_images, workers=available_cpus(), console=console
+            )
+            source = f"generated here: {self.num_images:,} pictures, {self.difficulty}"
+        else:
+            parts = pathfinder_files.load_official(self.data_dir, self.difficulty, self.side, console=console)
+            source = f"{self.data_dir}, {self.difficulty}"
+        found = SequenceFormat("grey", pathfinder.CLASSES, self.side**2)
+        # The published figures are of the hard pictures of 32 x 32 pixels.
+        published = PUBLISHED["pathfinder"] if (self.side, self.difficulty) == (32, "hard") else {}
+        return SequenceTask(
+            "pathfinder", parts.train, parts.test, form or self.fit_format(found), published, source,
+            validation=parts.validation,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathXRecipe(PathfinderRecipe):
+    """The same of 128 x 128 pixels, 16,384 tokens."""
+
+    side: ClassVar[int] = 128
+
+    def published_table(self) -> None:
+        """No row of the table solved it."""
+
+
 @register_recipe("lra/listops")
 def lra_listops(**fields: Any) -> ListOpsRecipe:
     """Long Range Arena, ListOps: nested list operations of 500 to 2,000 tokens, generated here or read.
@@ -362,3 +414,35 @@ def lra_image(**fields: Any) -> GreyRecipe:
         "learning_rate": 5e-4, "warmup_steps": 175, "steps": 35_000, "eval_every": 175,
     }  # fmt: skip
     return GreyRecipe(**merge_published("lra/image", published, IMAGE, fields, {**OPTIONS, **PICTURES}))
+
+
+@register_recipe("lra/pathfinder")
+def lra_pathfinder(**fields: Any) -> PathfinderRecipe:
+    """Long Range Arena, Pathfinder: are two markers on one dashed contour? 32 x 32 pixels, generated here or read.
+
+    1 layer of 256 channels, 8 heads of 16, the mean over pixels; 200 epochs of 312 steps of 512 at 1e-4, evaluated
+    after each on the validation set, tested once. Baselines have the sizes and the learning rate, 1e-3, of their own
+    configurations.
+    """
+    published = {
+        **sizes(1, 8, 256, 128, 256), "pool": "mean", "dropout": 0.2, "batch_size": 512, "schedule": "cosine",
+        "learning_rate": 1e-4, "warmup_steps": 312, "steps": 62_400, "eval_every": 312,
+    }  # fmt: skip
+    return PathfinderRecipe(
+        **merge_published("lra/pathfinder", published, PATHFINDER, fields, {**OPTIONS, **PICTURES})
+    )  # fmt: skip
+
+
+@register_recipe("lra/pathfinder-128")
+def lra_pathfinder_128(**fields: Any) -> PathXRecipe:
+    """Long Range Arena, Path-X: Pathfinder of 128 x 128 pixels, which no mechanism of the table solves.
+
+    The configuration of Long Range Arena, for all mechanisms: 1 layer of 32 channels, 2 heads of 8, learned positions,
+    200 epochs of 2,500 steps of 64, gradient norm 1.
+    """
+    published = {
+        **sizes(1, 2, 32, 16, 32), "pool": "mean", "positions": "learned", "dropout": 0.1, "batch_size": 64,
+        "schedule": "cosine", "learning_rate": 1e-3, "warmup_steps": 2_500, "steps": 500_000, "eval_every": 2_500,
+        "clip_grad_norm": 1.0,
+    }  # fmt: skip
+    return PathXRecipe(**merge_published("lra/pathfinder-128", published, {}, fields, {**OPTIONS, **PICTURES}))

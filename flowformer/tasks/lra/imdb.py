@@ -16,8 +16,8 @@ import numpy as np
 from flowformer.common.errors import DataError
 from flowformer.tasks.downloads import DATASETS, describe_missing, search_folders
 from flowformer.tasks.encodings import check_file
-from flowformer.tasks.lra.sequences import TokenSequences
-from flowformer.tasks.lra.texts import open_texts, read_json_lines, read_text, to_bytes, write_texts
+from flowformer.tasks.lra.sequences import TokenSequences, open_sequences
+from flowformer.tasks.lra.texts import read_json_lines, read_text, to_bytes, write_texts
 from flowformer.tasks.parquet import find_shards, read_columns
 from flowformer.tasks.token_cache import keep
 
@@ -97,7 +97,7 @@ def load(path: str | Path | None = None, *, check_counts: bool = True) -> tuple[
             write_texts(folder, part, ((one.text, one.label) for one in reviews if one.part == part))
 
     folder = keep("imdb", found.origin, found.files, build)
-    parts = {part: open_texts(folder, part) for part in PARTS}
+    parts = {part: open_sequences(folder, part) for part in PARTS}
     _check(found.origin, parts, check_counts)
     return parts["train"], parts["test"] if len(parts["test"]) else None
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowformer.tasks.lra import listops
+from flowformer.common.processes import available_cpus
+from flowformer.tasks.lra import listops, pathfinder_files
 from flowformer.tasks.lra.describing import describe
-from flowformer.tasks.lra.listops_files import print_check, write
+from flowformer.tasks.lra.listops.files import print_check, write
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,6 +40,14 @@ def _make_listops(folder: Path | None, console: Console) -> None:
     _say(console, describe(splits._asdict(), listops.CLASSES), f"ListOps is in {where}")
 
 
+def _make_pathfinder(difficulty: str, side: int, folder: Path | None, console: Console) -> None:
+    if folder is not None:
+        raise ValueError("Pathfinder is kept in the cache only (FLOWFORMER_DATA names its folder): leave --dir out")
+    parts = pathfinder_files.load(difficulty, side, workers=available_cpus(), console=console)
+    counts = ", ".join(f"{len(part):,} ({name})" for name, part in parts._asdict().items())
+    _say(console, f"Pathfinder, {difficulty}, {side} x {side}: {counts}, in the cache, where recipes find it")
+
+
 def _say(console: Console, *lines: str) -> None:
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -45,4 +55,13 @@ def _say(console: Console, *lines: str) -> None:
 
 MADE: Mapping[str, Made] = {
     "lra-listops": Made("ListOps, 100,000 generated expressions", _make_listops, print_check),
-}
+    **{
+        f"lra-pathfinder{suffix}": Made(
+            f"Pathfinder, 200,000 generated pictures of {side} x {side}, {difficulty}",
+            partial(_make_pathfinder, difficulty, side),
+        )
+        for suffix, difficulty, side in (
+            ("", "hard", 32), ("-intermediate", "intermediate", 32), ("-easy", "easy", 32), ("-128", "hard", 128),
+        )
+    },
+}  # fmt: skip

@@ -13,8 +13,8 @@ from flowformer.tasks.encodings import open_text
 from flowformer.tasks.images.decoding import UnreadableImage, decode
 from flowformer.tasks.images.format import ImageFormat, find_pictures
 from flowformer.tasks.lra.image import to_grey
-from flowformer.tasks.lra.listops_blocks import VOCABULARY
-from flowformer.tasks.lra.listops_files import read_rows, tokenize
+from flowformer.tasks.lra.listops.blocks import VOCABULARY
+from flowformer.tasks.lra.listops.files import read_rows, tokenize
 from flowformer.tasks.lra.texts import VOCAB_SIZE, encode_bytes
 
 if TYPE_CHECKING:

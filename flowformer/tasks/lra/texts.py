@@ -12,8 +12,7 @@ import numpy as np
 
 from flowformer.common.errors import DataError
 from flowformer.tasks.encodings import open_text
-from flowformer.tasks.lra.sequences import TokenSequences
-from flowformer.tasks.token_cache import open_tokens, write_tokens
+from flowformer.tasks.lra.sequences import write_sequences
 
 # Token of a byte: its value plus 1, for 0 is padding, as with ByteTextEncoder of tensorflow_datasets.
 VOCAB_SIZE = 257
@@ -27,22 +26,8 @@ def encode_bytes(text: bytes) -> np.ndarray:
 
 
 def write_texts(folder: Path, part: str, texts: Iterable[tuple[bytes, int]]) -> None:
-    """Write the tokens of texts with their classes to files of a folder that :func:`open_texts` reads."""
-    rows: list[tuple[int, int]] = []
-
-    def pieces() -> Iterator[np.ndarray]:
-        for text, label in texts:
-            rows.append((len(text), label))
-            yield encode_bytes(text)
-
-    write_tokens(folder / f"{part}.npy", pieces(), DTYPE)
-    np.save(folder / f"{part}-rows.npy", np.array(rows, np.int64).reshape(-1, 2))
-
-
-def open_texts(folder: Path, part: str) -> TokenSequences:
-    """Open what :func:`write_texts` wrote; the tokens stay in their file."""
-    lengths, labels = np.load(folder / f"{part}-rows.npy").T
-    return TokenSequences.joined(open_tokens(folder / f"{part}.npy"), lengths, labels)
+    """Write the tokens of texts with their classes to files that ``open_sequences`` reads."""
+    write_sequences(folder, part, ((encode_bytes(text), label) for text, label in texts), DTYPE)
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from flowformer.tasks.list_operations import evaluate
 from flowformer.tasks.lra import listops
 from flowformer.tasks.lra.listops import CLASSES, SIZES, VOCABULARY, Grammar, generate
-from flowformer.tasks.lra.listops_blocks import draw_block
+from flowformer.tasks.lra.listops.blocks import draw_block
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -162,7 +162,7 @@ def test_mean_length_is_what_the_probabilities_give():
 
 
 def test_draws_are_uniform_and_exact():
-    from flowformer.tasks.lra.listops_blocks import _draw
+    from flowformer.tasks.lra.listops.blocks import _draw
 
     drawn = _draw(np.random.PCG64(0), 100_001, 9)
     assert len(drawn) == 100_001

@@ -11,7 +11,7 @@ from rich.console import Console
 from flowformer.common.errors import DataError
 from flowformer.tasks.lra import listops
 from flowformer.tasks.lra.listops import Grammar, generate, load
-from flowformer.tasks.lra.listops_files import check, detokenize, print_check, read_sequences, tokenize, write
+from flowformer.tasks.lra.listops.files import check, detokenize, print_check, read_sequences, tokenize, write
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -244,7 +244,7 @@ def test_writing_that_is_interrupted_leaves_nothing(splits, tmp_path, monkeypatc
             raise error
         return detokenize(tokens)
 
-    monkeypatch.setattr("flowformer.tasks.lra.listops_files.detokenize", fail)
+    monkeypatch.setattr("flowformer.tasks.lra.listops.files.detokenize", fail)
     with pytest.raises((KeyboardInterrupt, DataError)):
         write(tmp_path / "folder" / "here", splits)
     assert list((tmp_path / "folder").iterdir()) == []

@@ -22,8 +22,8 @@ import numpy as np
 from flowformer.common.errors import DataError
 from flowformer.common.processes import available_cpus, map_in_order
 from flowformer.common.progress import progress_bar
-from flowformer.tasks.lra.listops_blocks import VOCABULARY, Block, Grammar, draw_block
-from flowformer.tasks.lra.listops_files import FILES, read_sequences
+from flowformer.tasks.lra.listops.blocks import VOCABULARY, Block, Grammar, draw_block
+from flowformer.tasks.lra.listops.files import FILES, read_sequences
 from flowformer.tasks.lra.sequences import Splits, open_splits, write_sequences
 from flowformer.tasks.token_cache import keep
 
@@ -93,7 +93,7 @@ def read(files: Mapping[str, str | Path]) -> Splits:
 
     Raises:
         DataError: for a file that is not there, empty, damaged or no text, and for a line whose expression or value is
-            wrong in form; whether values are right is what :func:`flowformer.tasks.lra.listops_files.check` tells.
+            wrong in form; whether values are right is what :func:`flowformer.tasks.lra.listops.files.check` tells.
         ValueError: for other parts.
     """
     if set(files) != set(FILES):

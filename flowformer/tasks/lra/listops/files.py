@@ -18,7 +18,7 @@ from flowformer.common.progress import progress_bar
 from flowformer.tasks.downloads import make_folder, sync, writing
 from flowformer.tasks.encodings import open_text
 from flowformer.tasks.list_operations import END, OPERATIONS, add_parentheses, evaluate
-from flowformer.tasks.lra.listops_blocks import VOCABULARY
+from flowformer.tasks.lra.listops.blocks import VOCABULARY
 from flowformer.tasks.lra.sequences import Splits, TokenSequences
 
 if TYPE_CHECKING:
