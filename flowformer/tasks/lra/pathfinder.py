@@ -26,7 +26,7 @@ CLASSES = ("different", "connected")
 _FAR = np.float32(1e4)  # where dashes lie that are not there
 _TURNS = 12  # that are tried at once
 _MOST_BACK = 6  # dashes of both contours that are given up at once
-_MOST_STEPS = 50
+_STEPS = 4  # for each dash of a contour, before it starts afresh
 _DISTRACTOR_TRIES = 5  # max_distractor_contour_retrial of snakes2_wrapper.py, and the first
 _PLACES = 8  # for a distractor, tried at once
 # Rounded, so that every machine has the same: all else is additions, multiplications, divisions and roots.
@@ -194,8 +194,8 @@ class _Scenes:
 def _grow(kind: Kind, count: int, rng: np.random.Generator) -> _Scenes:
     """Return scenes with two long contours each, which grow by a dash in turn.
 
-    One that is stuck loses some dashes and goes another way. After many steps it starts afresh, as it does where the
-    distance between the markers would tell the label.
+    One that is stuck, or whose ends would tell the label by where they lie, loses some dashes and goes another way.
+    After many steps it starts afresh.
     """
     scenes = _Scenes.empty(kind, rng.choice(np.array(kind.margins, np.float32), count))
     slots, steps = np.zeros(count, np.int64), np.zeros(count, np.int64)
@@ -205,29 +205,35 @@ def _grow(kind: Kind, count: int, rng: np.random.Generator) -> _Scenes:
         rows = rows[slots[rows] > 0]
         found = _extend(scenes, rows, slots[rows], slots[rows] - 2, rng)
         slots[rows[found]] += 1
-        stuck = rows[~found]
-        back = np.maximum(slots[stuck] - rng.integers(1, _MOST_BACK + 1, len(stuck)), 2)
         steps[rows] += 1
-        slots[stuck] = np.where(steps[stuck] < _MOST_STEPS, back, 0)
+        ready = rows[slots[rows] == 2 * kind.contour_length]
+        difference = _choose_markers(scenes.take(ready))[1]
+        stuck = np.concatenate([rows[~found], ready[difference > kind.dash_length * kind.contour_length / 6]])
+        back = np.maximum(slots[stuck] - rng.integers(1, _MOST_BACK + 1, len(stuck)), 2)
+        slots[stuck] = np.where(steps[stuck] < _STEPS * kind.contour_length, back, 0)
         steps[slots == 0] = 0
-        done = rows[slots[rows] == 2 * kind.contour_length]
-        part = scenes.take(done)
-        slots[done[_choose_markers(part)[1] > kind.dash_length * kind.contour_length / 6]] = 0
         scenes.remove(rows, slots[rows])
     return scenes
 
 
 def _choose_markers(scenes: _Scenes) -> tuple[np.ndarray, np.ndarray]:
-    """Choose the start that is marked for either label: the end that is marked too is nearly as far for both.
+    """Choose the start that is marked for either label: the end that is marked too lies alike for both.
 
     Returns:
-        Which contour's start it is, (n,) int64; and how much the distances for the two labels differ, (n,).
+        Which contour's start it is, (n,) int64; and how much the ends differ, (n,), in their distance from it or from
+        the centre of the image, whichever differs more.
     """
     tips = scenes.tips()
-    row, column = tips[..., :2, None] - tips[..., None, 2:]
-    distances = np.sqrt(row * row + column * column)  # (n, starts, ends)
+    starts, ends, centre = tips[..., :2], tips[..., 2:], np.float32(scenes.kind.side / 2)
+    distances = _length(starts[..., None] - ends[..., None, :])  # (n, starts, ends)
+    outward = _length(ends - centre)
     differences = np.abs(distances[..., 0] - distances[..., 1])
+    differences = np.maximum(differences, np.abs(outward[:, :1] - outward[:, 1:]))
     return differences.argmin(axis=1), differences.min(axis=1)
+
+
+def _length(vectors: np.ndarray) -> np.ndarray:
+    return np.sqrt(vectors[0] * vectors[0] + vectors[1] * vectors[1])
 
 
 def _seed(scenes: _Scenes, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:

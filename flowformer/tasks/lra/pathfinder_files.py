@@ -148,8 +148,7 @@ def split(images: TokenSequences) -> Splits:
 def read_metadata(path: Path, folder: Path) -> list[Row]:
     """Read a file of metadata: subfolder, file, number, label, and parameters of each image.
 
-    It is a NumPy array of strings, or text (whatever its suffix) with one image a line and spaces between columns, as in
-    the release.
+    It is a NumPy array of strings, or text, as in the release: one image a line, with spaces between columns.
 
     Args:
         path: The file.

@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 
 from flowformer.common.errors import DataError
-from flowformer.tasks.lra.pathfinder import BLOCK_IMAGES, DIFFICULTIES, Drawings, draw, draw_block, find_kind
+from flowformer.tasks.lra.pathfinder import DIFFICULTIES, Drawings, draw, draw_block, find_kind
 from flowformer.tasks.lra.pathfinder_sheet import draw_sheet
 from tests.tasks.lra.tracing import connects, find_markers
 
@@ -117,11 +117,11 @@ def test_pixels_show_what_is_described():
 def test_whoever_follows_dashes_knows_the_label():
     drawings = drawn(32, "easy")
     pixels = drawings.pixels()
-    answers = [connects(pixels[index], 6, 2, 2) for index in range(80)]
-    assert (np.array(answers) == drawings.labels[:80]).mean() >= 0.95
+    answers = [connects(pixels[index], 6, 2, 2) for index in range(60)]
+    assert (np.array(answers) == drawings.labels[:60]).mean() >= 0.95
 
 
-@pytest.mark.parametrize(("difficulty", "count"), [("easy", 2000), ("hard", 400)])
+@pytest.mark.parametrize(("difficulty", "count"), [("easy", 1500), ("hard", 300)])
 def test_nothing_simple_tells_the_label(difficulty, count):
     drawings = drawn(32, difficulty, count)
     pixels = drawings.pixels()
@@ -134,11 +134,12 @@ def test_nothing_simple_tells_the_label(difficulty, count):
     assert cross_val_score(LogisticRegression(max_iter=1000), found, drawings.labels, cv=5).mean() <= 0.55
 
 
-def test_blocks_differ_and_repeat():
+def test_blocks_differ_and_repeat(monkeypatch):
+    monkeypatch.setattr("flowformer.tasks.lra.pathfinder.BLOCK_IMAGES", 50)
     kind = find_kind(32, "easy")
     first, again, other, later = (draw_block(kind, *which).pixels() for which in ((1, 0), (1, 0), (2, 0), (1, 1)))
     assert np.array_equal(first, again)
-    assert len({image.tobytes() for image in np.concatenate([first, other, later])}) == 3 * BLOCK_IMAGES
+    assert len({image.tobytes() for image in np.concatenate([first, other, later])}) == 150
 
 
 def test_a_sheet_of_images(tmp_path):
