@@ -34,8 +34,10 @@ from flowformer.recipes.model import build_model, check_model
 from flowformer.recipes.registry import find_recipe, register_recipe
 from flowformer.tasks.downloads import DATASETS
 from flowformer.tasks.images import cifar
-from flowformer.tasks.lra import image, imdb, listops, pathfinder, pathfinder_files, retrieval
+from flowformer.tasks.lra import image, imdb, listops, retrieval
 from flowformer.tasks.lra.format import PairFormat, SequenceFormat
+from flowformer.tasks.lra.pathfinder import files as pathfinder
+from flowformer.tasks.lra.pathfinder.drawing import CLASSES as CONNECTED
 from flowformer.tasks.lra.task import PUBLISHED, SequenceTask
 from flowformer.tasks.splits import SPLIT_SEED, stratify
 from flowformer.training.recipe import DataState, StepRecipe
@@ -314,7 +316,7 @@ class PathfinderRecipe(SequenceRecipe):
         neutral=True,
     )  # fmt: skip
     num_images: int = option(
-        pathfinder_files.NUM_IMAGES, "number of generated pictures, 80 % of them to train on", group="data",
+        pathfinder.NUM_IMAGES, "number of generated pictures, 80 % of them to train on", group="data",
         at_least=20, largest=1_000_000_000,
     )  # fmt: skip
 
@@ -324,14 +326,14 @@ class PathfinderRecipe(SequenceRecipe):
 
         console = Console(stderr=True)
         if self.data_dir is None:
-            parts = pathfinder_files.load(
+            parts = pathfinder.load(
                 self.difficulty, self.side, num_images=self.num_images, workers=available_cpus(), console=console
             )
             source = f"generated here: {self.num_images:,} pictures, {self.difficulty}"
         else:
-            parts = pathfinder_files.load_official(self.data_dir, self.difficulty, self.side, console=console)
+            parts = pathfinder.load_official(self.data_dir, self.difficulty, self.side, console=console)
             source = f"{self.data_dir}, {self.difficulty}"
-        found = SequenceFormat("grey", pathfinder.CLASSES, self.side**2)
+        found = SequenceFormat("grey", CONNECTED, self.side**2)
         # The published figures are of the hard pictures of 32 x 32 pixels.
         published = PUBLISHED["pathfinder"] if (self.side, self.difficulty) == (32, "hard") else {}
         return SequenceTask(

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowformer.common.processes import available_cpus
-from flowformer.tasks.lra import listops, pathfinder_files
+from flowformer.tasks.lra import listops
 from flowformer.tasks.lra.describing import describe
 from flowformer.tasks.lra.listops.files import print_check, write
+from flowformer.tasks.lra.pathfinder import files as pathfinder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +44,7 @@ def _make_listops(folder: Path | None, console: Console) -> None:
 def _make_pathfinder(difficulty: str, side: int, folder: Path | None, console: Console) -> None:
     if folder is not None:
         raise ValueError("Pathfinder is kept in the cache only (FLOWFORMER_DATA names its folder): leave --dir out")
-    parts = pathfinder_files.load(difficulty, side, workers=available_cpus(), console=console)
+    parts = pathfinder.load(difficulty, side, workers=available_cpus(), console=console)
     counts = ", ".join(f"{len(part):,} ({name})" for name, part in parts._asdict().items())
     _say(console, f"Pathfinder, {difficulty}, {side} x {side}: {counts}, in the cache, where recipes find it")
 

@@ -8,8 +8,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 
 from flowformer.common.errors import DataError
-from flowformer.tasks.lra.pathfinder import DIFFICULTIES, Drawings, draw, draw_block, find_kind
-from flowformer.tasks.lra.pathfinder_sheet import draw_sheet
+from flowformer.tasks.lra.pathfinder.drawing import DIFFICULTIES, Drawings, draw, draw_block, find_kind
+from flowformer.tasks.lra.pathfinder.sheet import draw_sheet
 from tests.tasks.lra.tracing import connects, find_markers
 
 KINDS = [(32, "easy"), (32, "intermediate"), (32, "hard"), (128, "easy")]
@@ -135,7 +135,7 @@ def test_nothing_simple_tells_the_label(difficulty, count):
 
 
 def test_blocks_differ_and_repeat(monkeypatch):
-    monkeypatch.setattr("flowformer.tasks.lra.pathfinder.BLOCK_IMAGES", 50)
+    monkeypatch.setattr("flowformer.tasks.lra.pathfinder.drawing.BLOCK_IMAGES", 50)
     kind = find_kind(32, "easy")
     first, again, other, later = (draw_block(kind, *which).pixels() for which in ((1, 0), (1, 0), (2, 0), (1, 1)))
     assert np.array_equal(first, again)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flowformer.tasks.lra.pathfinder import DIFFICULTIES, draw, find_kind
+from flowformer.tasks.lra.pathfinder.drawing import DIFFICULTIES, draw, find_kind
 
 _EDGE, _GREY = 2, 110
 

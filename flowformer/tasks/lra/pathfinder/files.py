@@ -5,24 +5,27 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
 from flowformer.common.errors import DataError, describe
 from flowformer.common.processes import map_in_order
+from flowformer.common.progress import progress_bar
 from flowformer.tasks.images.decoding import UnreadableImage, decode
-from flowformer.tasks.lra.pathfinder import BLOCK_IMAGES, VERSION, Kind, draw_block, find_kind
+from flowformer.tasks.lra.pathfinder.drawing import BLOCK_IMAGES, VERSION, Kind, draw_block, find_kind
 from flowformer.tasks.lra.sequences import Splits, TokenSequences, open_sequences, write_sequences
 from flowformer.tasks.token_cache import keep
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +82,9 @@ def load(
     def build(folder: Path) -> None:
         blocks = map_in_order(partial(_draw, kind, seed), range(-(-num_images // BLOCK_IMAGES)), workers)
         title = f"Pathfinder {side} x {side}, {difficulty}"
-        with closing(blocks), _progress(title, num_images, console) as advance:
-            images = (image for block in blocks for image in zip(*block, strict=True))
-            write_sequences(folder, _NAME, advance(islice(images, num_images)), np.uint8)
+        with closing(blocks), progress_bar(title, num_images, console) as advance:
+            images = islice((image for block in blocks for image in zip(*block, strict=True)), num_images)
+            write_sequences(folder, _NAME, _counted(images, advance), np.uint8)
 
     options = {"kind": asdict(kind), "images": num_images, "seed": seed, "version": VERSION}
     return split(open_sequences(keep(f"pathfinder{side}-{difficulty}", None, [], build, options=options), _NAME))
@@ -126,8 +129,8 @@ def load_official(
     def build(place: Path) -> None:
         rows = [row for file in files for row in read_metadata(file, folder)]
         _check_once(rows)
-        with _progress(f"Pathfinder {side} x {side}, {difficulty}", len(rows), console) as advance:
-            count = write_sequences(place, _NAME, _read_images(advance(rows), side), np.uint8)
+        with progress_bar(f"Pathfinder {side} x {side}, {difficulty}", len(rows), console) as advance:
+            count = write_sequences(place, _NAME, _read_images(_counted(rows, advance), side), np.uint8)
         if skipped := len(rows) - count:
             logger.warning("%s: %d of %d images are empty or damaged and were skipped", folder, skipped, len(rows))
         if count < 10:
@@ -170,17 +173,11 @@ def _draw(kind: Kind, seed: int, block: int) -> tuple[np.ndarray, list[int]]:
     return drawings.pixels().reshape(BLOCK_IMAGES, -1), drawings.labels.tolist()
 
 
-@contextmanager
-def _progress(title: str, total: int, console: Console | None) -> Iterator[Callable[[Iterable], Iterable]]:
-    """A function to iterate with, which moves a bar; it changes nothing without a console."""
-    if console is None:
-        yield lambda items: items
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        yield lambda items: bar.track(items, total=total, description=title)
+def _counted(items: Iterable[T], advance: Callable[[int], None]) -> Iterator[T]:
+    """The items, each of which moves the bar once the next is asked for."""
+    for item in items:
+        yield item
+        advance(1)
 
 
 def _find_folder(data_dir: Path, side: int, difficulty: str) -> Path:

@@ -1,0 +1,1 @@
+"""Pathfinder images of Long Range Arena: how they are drawn, kept and read."""
