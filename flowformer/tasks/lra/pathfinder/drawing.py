@@ -356,11 +356,14 @@ def _is_free(scenes: _Scenes, ends: np.ndarray, slots: np.ndarray, previous: np.
     squares = _point_to_dash(tips[:, row, tip], ends[:, row, choice], kind.dash_length)
     _strike(free, row, choice, squares < room[row] ** 2)
     # The disc at the end of a contour on no dash but its last.
-    near = free[..., None] & _are_near(ends[2:], _middles(earlier), room + kind.dash_length / 2)
-    near &= ((slots >= 2 * kind.contour_length - 2) & (slots < 2 * kind.contour_length))[:, None, None]
-    if previous is not None:
-        near[here, :, previous] = False
+    last = np.flatnonzero((slots >= 2 * kind.contour_length - 2) & (slots < 2 * kind.contour_length))
+    if previous is None or not len(last):
+        return free
+    near = _are_near(ends[2:, last], _middles(earlier[:, last]), room[last] + kind.dash_length / 2)
+    near &= free[last, :, None]
+    near[np.arange(len(last)), :, previous[last]] = False
     row, choice, other = np.nonzero(near)
+    row = last[row]
     squares = _point_to_dash(ends[2:, row, choice], earlier[:, row, other], kind.dash_length)
     _strike(free, row, choice, squares < room[row] ** 2)
     return free
