@@ -37,7 +37,7 @@ from flowformer.tasks.images import cifar
 from flowformer.tasks.lra import image, imdb, listops, retrieval
 from flowformer.tasks.lra.format import PairFormat, SequenceFormat
 from flowformer.tasks.lra.pathfinder import files as pathfinder
-from flowformer.tasks.lra.pathfinder.drawing import CLASSES as CONNECTED
+from flowformer.tasks.lra.pathfinder.kinds import CLASSES as CONNECTED
 from flowformer.tasks.lra.task import PUBLISHED, SequenceTask
 from flowformer.tasks.splits import SPLIT_SEED, stratify
 from flowformer.training.recipe import DataState, StepRecipe

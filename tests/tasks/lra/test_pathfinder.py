@@ -8,7 +8,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 
 from flowformer.common.errors import DataError
-from flowformer.tasks.lra.pathfinder.drawing import DIFFICULTIES, Drawings, draw, draw_block, find_kind
+from flowformer.tasks.lra.pathfinder.drawing import Drawings, draw, draw_block
+from flowformer.tasks.lra.pathfinder.kinds import DIFFICULTIES, find_kind
 from flowformer.tasks.lra.pathfinder.sheet import draw_sheet
 from tests.tasks.lra.tracing import connects, find_markers
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from flowformer.common.errors import DataError
 from flowformer.tasks.lra.pathfinder import files as pathfinder_files
-from flowformer.tasks.lra.pathfinder.drawing import find_kind
 from flowformer.tasks.lra.pathfinder.files import load, load_official, split
+from flowformer.tasks.lra.pathfinder.kinds import find_kind
 from flowformer.tasks.lra.sequences import TokenSequences
 from flowformer.tasks.stored import StoredTokens
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 16 images; processes that are started have others."""
-    monkeypatch.setattr("flowformer.tasks.lra.pathfinder.files.BLOCK_IMAGES", 16)
+    monkeypatch.setattr("flowformer.tasks.lra.pathfinder.drawing.BLOCK_IMAGES", 16)
     monkeypatch.setattr("flowformer.tasks.lra.pathfinder.files.BLOCK_IMAGES", 16)
 
 

@@ -18,7 +18,8 @@ from flowformer.common.errors import DataError, describe
 from flowformer.common.processes import map_in_order
 from flowformer.common.progress import progress_bar
 from flowformer.tasks.images.decoding import UnreadableImage, decode
-from flowformer.tasks.lra.pathfinder.drawing import BLOCK_IMAGES, VERSION, Kind, draw_block, find_kind
+from flowformer.tasks.lra.pathfinder.drawing import BLOCK_IMAGES, VERSION, draw_block
+from flowformer.tasks.lra.pathfinder.kinds import Kind, find_kind
 from flowformer.tasks.lra.sequences import Splits, TokenSequences, open_sequences, write_sequences
 from flowformer.tasks.token_cache import keep
 

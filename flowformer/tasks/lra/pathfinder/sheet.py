@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flowformer.tasks.lra.pathfinder.drawing import DIFFICULTIES, draw, find_kind
+from flowformer.tasks.lra.pathfinder.drawing import draw
+from flowformer.tasks.lra.pathfinder.kinds import DIFFICULTIES, find_kind
 
 _EDGE, _GREY = 2, 110
 
