@@ -68,12 +68,9 @@ def draw(kind: Kind, count: int, rng: np.random.Generator) -> Drawings:
 def draw_block(kind: Kind, seed: int, block: int) -> Drawings:
     """Return block number ``block`` of an endless row of images, ``BLOCK_IMAGES`` of them.
 
-    A block depends on nothing but the arguments, so that several processes may each make some.
+    A block depends on nothing but the arguments.
     """
     return draw(kind, BLOCK_IMAGES, np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(block,))))
-
-
-# --- where dashes lie -------------------------------------------------------------------------------------------------
 
 
 class _Scenes:
@@ -150,7 +147,7 @@ def _choose_markers(scenes: _Scenes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _length(vectors: np.ndarray) -> np.ndarray:
-    return np.sqrt(vectors[0] * vectors[0] + vectors[1] * vectors[1])
+    return np.sqrt(vectors[0] ** 2 + vectors[1] ** 2)
 
 
 def _seed(scenes: _Scenes, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -347,9 +344,6 @@ def _try_distractor(scenes: _Scenes, rows: np.ndarray, start: int, rng: np.rando
     return found
 
 
-# --- what is drawn ----------------------------------------------------------------------------------------------------
-
-
 def _finish(kind: Kind, scenes: _Scenes, labels: np.ndarray) -> Drawings:
     count, rows = len(labels), np.arange(len(labels))
     tips = scenes.tips().transpose(1, 2, 0)
@@ -375,8 +369,7 @@ def _render(drawings: Drawings) -> np.ndarray:
     contrasts = np.where(drawings.contours < 2, kind.contour_contrast, kind.distractor_contrast).astype(np.float32)
     places, dashes = np.nonzero(~np.isnan(drawings.dashes[:, :, 0, 0]))
     ends = drawings.dashes[places, dashes].reshape(-1, 4).T
-    reach = kind.dash_length / 2 + kind.thickness
-    _paint(image, places, ends, kind.thickness / 2, reach, contrasts[dashes], kind)
+    _paint(image, places, ends, kind.thickness / 2, kind.dash_length / 2 + kind.thickness, contrasts[dashes], kind)
     places = np.repeat(np.arange(count), 2)
     centres = drawings.markers.reshape(-1, 2).T
     discs = np.concatenate([centres, centres])
