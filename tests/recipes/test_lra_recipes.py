@@ -10,15 +10,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from flowformer import list_attentions
+from flowformer import create_model, list_attentions
 from flowformer.recipes import create_recipe
 from flowformer.recipes.lra_published import OPTIONS
-from flowformer.tasks.lra.format import SequenceFormat
+from flowformer.tasks.lra.format import PairFormat, SequenceFormat
 from flowformer.tasks.lra.task import PUBLISHED
 from flowformer.training.fit import train
 from flowformer.training.schedules import learning_rate_factor
 
-TASKS = ("lra/listops", "lra/text", "lra/text-4000", "lra/retrieval", "lra/image")
+TASKS = ("lra/listops", "lra/text", "lra/text-4000", "lra/retrieval", "lra/image", "lra/pathfinder")
 SMALL = {"dim": 16, "num_heads": 2, "head_dim": None, "ffn_dim": 16, "num_layers": 1, "steps": 2, "eval_every": 1}
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -79,6 +79,41 @@ def test_every_published_row_has_a_recipe(name):
 def test_every_mechanism_is_built(attention):
     recipe = create_recipe("lra/listops", attention=attention)
     assert recipe.build_model(SequenceFormat("listops", ("a", "b"), 64)) is not None
+
+
+FORMATS = {
+    "listops": SequenceFormat("listops", tuple("0123456789"), 2_000),
+    "text": SequenceFormat("bytes", ("a", "b"), 1_000),
+    "text-4000": SequenceFormat("bytes", ("a", "b"), 4_000),
+    "retrieval": PairFormat(("a", "b"), 4_000),
+    "image": SequenceFormat("grey", tuple("0123456789"), 1_024),
+    "pathfinder": SequenceFormat("grey", ("a", "b"), 1_024),
+}
+
+
+def count_parameters(task, attention, monkeypatch):
+    monkeypatch.setattr("flowformer.recipes.lra.build_model", create_model)  # which does not draw parameters on meta
+    with torch.device("meta"):
+        model = create_recipe(f"lra/{task}", attention=attention).build_model(FORMATS[task])
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_table_of_parameters(monkeypatch):
+    """That of docs/lra.md: every mechanism on every task, and by how much it differs from the Transformer."""
+    lines = (Path(__file__).parents[2] / "docs" / "lra.md").read_text(encoding="utf-8").splitlines()
+    found = {
+        line.split("`")[1]: line.split("|")[2:-1] for line in lines if line.startswith("| `") and line.count("|") == 8
+    }
+    assert list(found) == list_attentions()
+    plain = {task: count_parameters(task, "softmax", monkeypatch) for task in FORMATS}
+    for attention, cells in found.items():
+        for task, cell in zip(FORMATS, cells, strict=True):
+            count = count_parameters(task, attention, monkeypatch)
+            more = 100 * (count / plain[task] - 1)
+            assert cell.strip() == (f"{count:,} ({more:+.1f} %)" if abs(more) >= 0.05 else f"{count:,}"), (
+                attention,
+                task,
+            )
 
 
 def test_rows_of_the_published_table():
@@ -155,6 +190,16 @@ def test_pictures_become_grey_sequences(tmp_path):
     assert "tested once" in run(recipe, tmp_path / "run")["protocols"]["honest"]["selection"]
     with pytest.raises(ValueError, match="--data PATH is required"):
         create_recipe("lra/image").build_task()
+
+
+def test_pathfinder_is_generated_and_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr("flowformer.recipes.lra.available_cpus", lambda: 1)
+    recipe = create_recipe("lra/pathfinder", **SMALL, difficulty="easy", num_images=20, batch_size=8)
+    assert create_recipe("lra/pathfinder").learning_rate == 1e-4
+    assert create_recipe("lra/pathfinder", attention="linear").learning_rate == 1e-3
+    result = run(recipe, tmp_path / "run")
+    assert result["protocols"]["paper"]["published"] is None  # of hard pictures
+    assert create_recipe("lra/pathfinder-128").published_table() is None
 
 
 @pytest.mark.parametrize("attention", ["flow", "local", "softmax"])
