@@ -116,7 +116,8 @@ class SequenceRecipe(StepRecipe):
     def row(self) -> str:
         """The name of this model in the published table; "" if it is not in it."""
         known = find_recipe(self.name)(attention=self.attention)
-        if any(getattr(self, name) != getattr(known, name) for name in (*MODEL_FIELDS, "model")):
+        fields = (*MODEL_FIELDS, "model", *(["length"] if hasattr(self, "length") else []))
+        if any(getattr(self, name) != getattr(known, name) for name in fields):
             return ""
         options = {name: value for name, value in self.attention_options.items() if name not in faults(self.attention)}
         base = dict(cast("SequenceRecipe", known).attention_options)
@@ -163,9 +164,11 @@ class ListOpsRecipe(SequenceRecipe):
             source = f"generated here: {self.train_examples:,} expressions to train on, {self.test_examples:,} to test"
         else:
             parts, source = listops.load(self.data_dir), str(self.data_dir)
+        sizes_differ = tuple(map(len, parts)) != tuple(listops.SIZES.values())
         found = SequenceFormat("listops", listops.CLASSES, self.length)
         return SequenceTask(
-            "listops", parts.train, parts.test, form or self.fit_format(found), PUBLISHED["listops"], source,
+            "listops", parts.train, parts.test, form or self.fit_format(found),
+            {} if sizes_differ else PUBLISHED["listops"], source,
             listops.LICENCE, validation=parts.validation, tested_in_training=True,
         )  # fmt: skip
 
@@ -186,7 +189,7 @@ class HeldOutRecipe(SequenceRecipe):
             kept, held = stratify(task.train.labels, task.format.classes, self.test_fraction, SPLIT_SEED)
             task = replace(
                 task, train=task.train.subset(kept), test=task.train.subset(held),
-                name=f"{task.name} (a part held out)",
+                name=f"{task.name} (a part held out)", published={},
                 source=f"{task.source}, without a test set: {self.test_fraction:g} of it held out",
             )  # fmt: skip
         if task.validation is None and self.validation_fraction:
@@ -260,12 +263,13 @@ class RetrievalRecipe(SequenceRecipe):
         if self.papers is not None and self.citations is not None:
             train, validation, test = retrieval.make_pairs(self.papers, self.citations)
             name, source = "retrieval (own pairs)", f"pairs made of {self.papers} and {self.citations}"
+            published = {}
         else:
             train, validation, test = retrieval.load(self.data_dir)
-            name, source = "retrieval", str(self.data_dir or "the cache")
+            name, source, published = "retrieval", str(self.data_dir or "the cache"), PUBLISHED["retrieval"]
         found = PairFormat(retrieval.CLASSES, self.length)
         return SequenceTask(
-            name, train, test, form or self.fit_format(found), PUBLISHED["retrieval"], source, retrieval.LICENCE,
+            name, train, test, form or self.fit_format(found), published, source, retrieval.LICENCE,
             validation=validation,
         )  # fmt: skip
 
@@ -334,8 +338,9 @@ class PathfinderRecipe(SequenceRecipe):
             parts = pathfinder.load_official(self.data_dir, self.difficulty, self.side, console=console)
             source = f"{self.data_dir}, {self.difficulty}"
         found = SequenceFormat("grey", CONNECTED, self.side**2)
-        # The published figures are of the hard pictures of 32 x 32 pixels.
-        published = PUBLISHED["pathfinder"] if (self.side, self.difficulty) == (32, "hard") else {}
+        # The published figures are of 200,000 hard pictures of 32 x 32 pixels.
+        as_published = (self.side, self.difficulty) == (32, "hard") and self.num_images == pathfinder.NUM_IMAGES
+        published = PUBLISHED["pathfinder"] if as_published else {}
         return SequenceTask(
             "pathfinder", parts.train, parts.test, form or self.fit_format(found), published, source,
             validation=parts.validation,

@@ -122,6 +122,7 @@ def test_rows_of_the_published_table():
     assert create_recipe("lra/text", attention_options={"allocation": False}).row == "flow-no-allocation"
     assert create_recipe("lra/text", attention_options={"preset": "core"}).row == ""
     assert create_recipe("lra/text", dim=128, head_dim=32).row == ""
+    assert create_recipe("lra/text", length=999).row == ""
     assert create_recipe("lra/text", attention="local", released=True).row == "local"
     assert create_recipe("lra/text", attention="mobile").row == "mobile"
     assert create_recipe("lra/text", attention="mobile").published_table()[1].get("mobile") is None
@@ -163,6 +164,7 @@ def test_texts_without_a_test_set_are_held_out(tmp_path, monkeypatch):
     assert [len(part) for part in (task.train, task.test, task.validation)] == [12, 2, 6]
     assert task.format.collate([task.train[0]])["tokens"].shape[1] <= 12
     assert "held out" in task.name
+    assert task.published == {}  # the published figures are of another test set
     assert run(recipe, tmp_path / "run")["protocols"]["honest"]["value"] >= 0
 
 
@@ -173,6 +175,7 @@ def test_papers_become_pairs(tmp_path):
     recipe = create_recipe("lra/retrieval", **SMALL, papers=papers, citations=citations, batch_size=2, length=16)
     result = run(recipe, tmp_path / "run")
     assert "tested once" in result["protocols"]["honest"]["selection"]
+    assert result["protocols"]["honest"]["published"] is None
     with pytest.raises(ValueError, match="papers and citations are needed together, got no citations"):
         create_recipe("lra/retrieval", papers=papers)
 
