@@ -137,7 +137,6 @@ def test_channels(sizes: tuple[int, int]) -> None:
         both(operation, tensors, causal=causal, **options)
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of NumPy, where a GPU has infinity, and is right
 @EACH
 def test_outputs_do_not_know_the_future(case: str) -> None:
     operation, tensors, options = given(case, 70)
