@@ -14,6 +14,8 @@ import numpy as np
 from triton.language import core
 from triton.runtime import interpreter
 
+from flowformer.kernels.triton import launch
+
 
 def interpret_faster() -> None:
     """Let the interpreter keep what it finds more than once: results are the same, in half of the time.
@@ -21,6 +23,7 @@ def interpret_faster() -> None:
     Of infinity, and of NaN from it, which kernels drop, it does not warn, as a GPU does not.
     """
     np.seterr(over="ignore", invalid="ignore")
+    launch.SEGMENT = 64  # sequences are short: some have several segments all the same
     _replace_language_once()
     interpreter._get_np_dtype = _by_name(interpreter._get_np_dtype)
     core.block_type.__init__ = _remembering(

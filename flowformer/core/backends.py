@@ -38,6 +38,7 @@ class Backend:
         describe: What runs here, in words; called where ``refuses`` is empty.
         device: The type of device that its laws are checked on.
         rank: Backends are tried in ascending order.
+        longest: The longest sequence that its laws are checked on, where more would take too long; 0 for any length.
         by_request: Why it is chosen only where it is asked for by name; empty where it is chosen by itself.
     """
 
@@ -48,6 +49,7 @@ class Backend:
     describe: Callable[[], str]
     device: str = "cpu"
     rank: int = 0
+    longest: int = 0
     by_request: str = ""
 
 

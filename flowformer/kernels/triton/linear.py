@@ -136,7 +136,7 @@ def _start_backward(
     weight, scale = _by_heads(given.weight), _by_heads(given.scale)
     if given.eps is None and scale is None:
         return _Backward(None, weight, grads.sums, None)
-    scale = 1 / (totals + given.eps) if scale is None else scale
+    scale = 1 / (totals + (given.eps or 0.0)) if scale is None else scale
     reads = launch.dots(of, grads.out, out) / scale if out.dtype == torch.float32 else again()
     if given.eps is None:
         return _Backward(scale, weight, grads.sums, reads)
@@ -266,9 +266,9 @@ class _Local:
         (q, k, v, *_), of = self.given, self.of
         out, found = torch.empty_like(grad_out), torch.zeros(of.heads, of.length, device=q.device)
         for back, strict in self.sinks:
-            options = {"dot": self.dots.gradients, "reverse": back, "strict": strict}
             given = q, k, v, states.ours(back), out, None, states.weight, grad_out
-            one: Any = launch.attend(of, *given, **options)
+            one = launch.attend(of, *given, dot=self.dots.gradients, reverse=back, strict=strict)
+            assert one is not None
             found += one
         return found
 

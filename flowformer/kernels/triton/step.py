@@ -62,11 +62,11 @@ def emit(out, row, Q, matrix, scale, m, there, M: tl.constexpr):
     tl.store(out + row * M + m, (tl.sum(Q[:, None] * matrix, 0) * scale).to(out.dtype.element_ty), there)
 
 
-def run_by_head(kernel: Any, q: Tensor, v: Tensor, *arguments: Any, **options: Any) -> None:
+def run_by_head(kernel: Any, q: Tensor, v: Tensor, *arguments: Any, warps: int = 4, **options: Any) -> None:
     """Launch a kernel of one token on q (batch, heads, D) and v (batch, heads, M), of which it takes the sizes."""
     batch, heads, D = q.shape
     M = v.shape[-1]
     width = launch.padded(D)
     block = min(launch.padded(M), max(16, LARGEST // width))
     grid = batch * heads, triton.cdiv(M, block)
-    launch.run(kernel, grid, *arguments, **options, D=D, M=M, BD=width, BM=block, num_warps=4)
+    launch.run(kernel, grid, *arguments, **options, D=D, M=M, BD=width, BM=block, num_warps=warps)

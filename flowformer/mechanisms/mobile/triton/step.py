@@ -96,10 +96,12 @@ def run_step(
 ) -> tuple[Tensor, ...]:
     """Return the output (batch, heads, M) of one token, and the parts of the state after it."""
     state = length, log_normaliser, memory
+    all_heads = triton.next_power_of_2(q.shape[1])
+    elements = all_heads * triton.next_power_of_2(q.shape[2])
     out, *after = (x.new_empty(x.shape) for x in (v, *state))
     run_by_head(
         mobile_step, q, v, *(x.contiguous() for x in (q, k, v, *state)), out, *after, q.shape[1], options.eps,
-        0.0 if options.clamp is None else options.clamp, BH=triton.next_power_of_2(q.shape[1]),
+        0.0 if options.clamp is None else options.clamp, BH=all_heads, warps=min(16, max(4, elements // 512)),
         MAP=FEATURE_MAPS[options.feature_map], CLAMPED=options.clamp is not None,
         COMPETITION=COMPETITIONS[options.competition], ALLOCATION=options.allocation, NORMALIZE=options.normalize,
     )  # fmt: skip
