@@ -23,6 +23,9 @@ QUICK_LAWS = (
     "test_5_padding_anywhere or test_6_a_batch or test_6_tokens or test_8_bad"
 )
 FIRST_VARIANTS = "flow-core or linear-default or mobile-default or aft_simple-default or performer-default"
+CANCELLING = (
+    "test_2_gradients_in_half and flow-lra"  # gradients of queries under relu are small beside what they are of
+)
 
 STEPS = ("step", "linear_step", "mobile_step", "aft_step")
 
@@ -53,7 +56,7 @@ def test_interpreted_slowly(file: str) -> None:
 @pytest.mark.long
 def test_laws_interpreted() -> None:
     laws = HERE.parents[1] / "laws.py"
-    assert " passed" in run(str(laws), "-k", f"triton and ({QUICK_LAWS}) and ({FIRST_VARIANTS})")
+    assert " passed" in run(str(laws), "-k", f"triton and (({QUICK_LAWS}) and ({FIRST_VARIANTS}) or {CANCELLING})")
 
 
 @pytest.mark.slow
