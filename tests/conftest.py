@@ -21,6 +21,11 @@ _device_constructors()
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from interpreter import interpret_faster
+
+    interpret_faster()
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that start long processes come first: at the end, one worker would be waiting for the other."""

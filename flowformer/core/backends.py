@@ -38,6 +38,7 @@ class Backend:
         describe: What runs here, in words; called where ``refuses`` is empty.
         device: The type of device that its laws are checked on.
         rank: Backends are tried in ascending order.
+        longest: The longest sequence that its laws are checked on, where more would take too long; 0 for any length.
         by_request: Why it is chosen only where it is asked for by name; empty where it is chosen by itself.
     """
 
@@ -48,6 +49,7 @@ class Backend:
     describe: Callable[[], str]
     device: str = "cpu"
     rank: int = 0
+    longest: int = 0
     by_request: str = ""
 
 
@@ -135,13 +137,16 @@ class Explanation:
 
 
 def choose(
-    op: str, backend: str = "auto", like: Tensor | None = None, refusals: Mapping[str, str] | None = None
-) -> str:
+    op: str, backend: str = "auto", like: Tensor | None = None, refusals: Mapping[str, str] | None = None, *,
+    everywhere: bool = False,
+) -> str:  # fmt: skip
     """Choose the backend of an operation; arguments and errors as in :func:`choose_and_say_why`.
 
-    ``refusals`` are the reasons why backends cannot compute it with its options, by the name of the backend.
+    ``refusals`` are the reasons why backends cannot compute it with its options, by the name of the backend. With
+    ``everywhere``, plain PyTorch is the choice where a backend has no kernels for it: so for one token, which is little
+    work.
     """
-    return _decide(op, backend, like, refusals)[0]
+    return _decide(op, backend, like, refusals, everywhere)[0]
 
 
 def choose_and_say_why(op: str, backend: str = "auto", like: Tensor | None = None) -> tuple[str, str]:
@@ -163,10 +168,16 @@ def choose_and_say_why(op: str, backend: str = "auto", like: Tensor | None = Non
     return chosen, why or find_backend(chosen).describe()
 
 
-def _decide(op: str, backend: str, like: Tensor | None, refusals: Mapping[str, str] | None = None) -> tuple[str, str]:
+def _decide(
+    op: str,
+    backend: str,
+    like: Tensor | None,
+    refusals: Mapping[str, str] | None = None,
+    everywhere: bool = False,
+) -> tuple[str, str]:
     device, dtype = ("cpu", torch.float32) if like is None else (like.device.type, like.dtype)
     reasons = tuple((refusals or {}).items())
-    chosen, why = _choose(op, backend, device, dtype, is_exporting(), is_transformed(), reasons)
+    chosen, why = _choose(op, backend, device, dtype, is_exporting(), is_transformed(), reasons, everywhere)
     if not torch.compiler.is_compiling() and _asking.now:
         raise _OnlyAskedError(op, like, chosen, why)
     return chosen, why
@@ -181,6 +192,7 @@ def _choose(
     exporting: bool,
     transformed: bool,
     refusals: tuple[tuple[str, str], ...],
+    everywhere: bool,
 ) -> tuple[str, str]:
     source = "requested by the backend argument"
     if backend == "auto":
@@ -201,7 +213,7 @@ def _choose(
         if not reason:
             return row.name, ""  # the description is added on request
         reasons.append(reason)
-    if backend != "auto":
+    if backend != "auto" and not (everywhere and backend not in _IMPLEMENTATIONS.get(op, ())):
         raise ValueError(f"{op}: backend {backend!r} ({source}) cannot run here: {reasons[0]}")
     return TORCH.name, f"plain PyTorch, since {', and '.join(reasons)}"
 

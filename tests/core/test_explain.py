@@ -96,9 +96,17 @@ def test_nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_is_explained() -> None:
     token, state = HEADS[:, 0], ops.init_flow_state(2, 2, 4, 4)
     assert ops.explain("flow_attention_step", token, token, token, state).op == "flow_attention_step"
+    with pytest.raises(ValueError, match="softmax_attention_step has only one implementation, in plain PyTorch"):
+        ops.explain("softmax_attention_step", token, token, token, ops.init_softmax_state(2, 2, 4, 4))
     token = CHANNELS[:, 0]
-    with pytest.raises(ValueError, match="aft_simple_step has only one implementation, in plain PyTorch"):
-        ops.explain("aft_simple_step", token, token, token, ops.init_aft_simple_state(2, 8))
+    for backend in ("auto", "native"):  # it has no C++ kernels
+        told = ops.explain("aft_simple_step", token, token, token, ops.init_aft_simple_state(2, 8), backend=backend)
+        assert told.backend == "torch"
+        assert "aft_simple_step has no native kernels" in told.why
+    with pytest.raises(
+        ValueError, match=r"aft_simple_step: .*'triton'.* cannot run here: the Triton kernels run on GPU"
+    ):
+        ops.explain("aft_simple_step", token, token, token, ops.init_aft_simple_state(2, 8), backend="triton")
 
 
 def test_mistakes_are_those_of_the_operation() -> None:
@@ -114,7 +122,9 @@ def test_mistakes_are_those_of_the_operation() -> None:
         with pytest.raises(TypeError, match="op must be an operation or its name, got"):
             ops.explain(wrong, HEADS, HEADS, HEADS)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"partial.* has only one implementation, in plain PyTorch"):
-        ops.explain(functools.partial(ops.aft_simple_step), *[CHANNELS[:, 0]] * 3, ops.init_aft_simple_state(2, 8))
+        ops.explain(
+            functools.partial(ops.softmax_attention_step), *[HEADS[:, 0]] * 3, ops.init_softmax_state(2, 2, 4, 4)
+        )
     with pytest.raises(TypeError, match="position_bias"):
         ops.explain("aft_full", CHANNELS, CHANNELS, CHANNELS)
     with pytest.raises(ValueError, match=r"q must be \(batch, length, channels\)"):

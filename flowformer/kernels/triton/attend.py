@@ -14,9 +14,14 @@ from torch import Tensor
 from flowformer.core.backends import refuse_second_gradients
 from flowformer.core.checks import Masks
 from flowformer.core.feature_products import Past
-from flowformer.kernels.triton.operators import like_decays, operator, with_adjacent_channels
+from flowformer.kernels.triton.operators import (
+    MOST_CHANNELS,
+    check_channels,
+    like_decays,
+    operator,
+    with_adjacent_channels,
+)
 
-MOST_CHANNELS = 256  # of keys and of values, behind the feature map
 MOST_FEATURES = 128  # of a group: see products()
 GIVEN = 3  # of device.py: q and k are features already
 
@@ -49,9 +54,7 @@ def attend(
     Raises:
         ValueError: for too many channels.
     """
-    widest = max(q.shape[-1], v.shape[-1])
-    if widest > MOST_CHANNELS:
-        raise ValueError(f"{op}: the Triton kernels have {MOST_CHANNELS} channels at most, got {widest}")
+    check_channels(op, q, v)
     if not causal:
         out, _ = torch.ops.flowformer.attend_triton(q, k, v, *masks, log_decay, weight, scale, feature_map, eps, False)
         return out, None, None

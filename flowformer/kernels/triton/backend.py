@@ -58,5 +58,6 @@ def _describe() -> str:
 
 BACKEND = Backend(
     "triton", "Triton kernels: float32 and half precision on GPUs", DTYPES, _refuses, _describe, rank=5,
+    longest=130 if interpreted() else 0,  # the interpreter takes milliseconds for what a GPU does in microseconds
     by_request="the Triton kernels have not been checked on a GPU, and run only where they are asked for by name",
 )  # fmt: skip

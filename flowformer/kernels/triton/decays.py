@@ -9,7 +9,7 @@ from flowformer.core.decay import clip_log_decay
 from flowformer.core.masks import fill
 from flowformer.kernels.triton.launch import Sequences
 
-LOWEST = -64.0  # log-decay of a token: exp(-64) = 2e-28 is nothing beside the token's own part
+LOWEST = -750.0  # log-decay of a token: exp(-750) is 0 in float64
 
 
 def add_up(log_decay: Tensor, mask: Tensor | None, q: Tensor) -> Tensor:
@@ -52,11 +52,16 @@ def by_tokens(of: Sequences, starts: Tensor, parts: Tensor) -> Tensor:
     """
     size = of.per * of.chunk
     parts = torch.nn.functional.pad(parts, (0, of.segments * size - of.length)).view(of.heads, of.segments, size)
-    found = starts[:, :-1, None] - (parts.cumsum(-1) - parts)
-    # What rounding has left over at the end of a segment, where the gradient is known, it has gathered on the way.
-    place = torch.arange(of.segments * size, device=parts.device).view(of.segments, size)
-    width = (place[:, -1:].clamp(max=of.length - 1) + 1 - place[:, :1]).double()
-    left = starts[:, 1:] - (found[..., -1] - parts[..., -1])
-    found = found + left.unsqueeze(-1) * (place - place[:, :1]) / width
+    # From the end of a segment: where nothing later has a gradient it is zero, not what rounding leaves over.
+    found = starts[:, 1:, None] + _from_the_end(parts)
+    # What that leaves over at the start, where the gradient is known too, has been gathered from parts by their size.
+    gathered = _from_the_end(parts.abs())
+    left = starts[:, :-1, None] - found[..., :1]
+    found = found + left * (gathered / gathered[..., :1].clamp(min=torch.finfo(parts.dtype).tiny))
     found = found.flatten(1)[:, : of.length].view(of.batch, of.per_sequence, of.length).transpose(1, 2)
     return fill(found, of.mask)
+
+
+def _from_the_end(x: Tensor) -> Tensor:
+    """Sums of each element and all behind it, along the last axis."""
+    return x.flip(-1).cumsum(-1).flip(-1)

@@ -236,7 +236,7 @@ def flows(
         q, k, states, _given(of, weights), of.masks(), *of.decays, out, *_strides(q), *_strides(k),
         of.per_sequence, of.heads, of.length, of.chunks, of.decay_heads, eps_sink, eps_source, constant, D=D,
         BD=padded(D), MAP=of.feature_map, WEIGHTED=weights is not None, REVERSE=reverse, STRICT=strict, DOT=dot,
-        num_warps=warps, num_stages=1, **of.flags(),
+        num_warps=2 * warps if D > 128 else warps, num_stages=1, **of.flags(),
     )  # fmt: skip
     return out
 

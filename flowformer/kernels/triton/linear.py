@@ -12,10 +12,13 @@ not divided by it, for mechanisms that divide in another way.
 
 The gradient of phi(q_i) . phi(k_j) gamma(i, j) is a_i (g_i . w_j v_j) + t_i, where g is the gradient of outputs, and
 t_i that of T_i: given, or -a_i (g_i . out_i). So the gradients of features are the same sums with other vectors.
+
+In half precision g_i . out_i is computed again: where gradients cancel, the rounding of outputs would show in them.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -126,15 +129,18 @@ class _Backward(NamedTuple):
     of_scale: Tensor | None
 
 
-def _start_backward(given: Inputs, of: Sequences, out: Tensor, totals: Tensor, grads: OfResults) -> _Backward:
-    grad_out, of_sums = grads
+def _start_backward(
+    given: Inputs, of: Sequences, out: Tensor, totals: Tensor, grads: OfResults, again: Callable[[], Tensor]
+) -> _Backward:
+    """Find the numbers of tokens; ``again`` computes g_i . out_i / a_i from the inputs."""
     weight, scale = _by_heads(given.weight), _by_heads(given.scale)
+    if given.eps is None and scale is None:
+        return _Backward(None, weight, grads.sums, None)
+    scale = 1 / (totals + (given.eps or 0.0)) if scale is None else scale
+    reads = launch.dots(of, grads.out, out) / scale if out.dtype == torch.float32 else again()
     if given.eps is None:
-        if scale is None:
-            return _Backward(None, weight, of_sums, None)
-        return _Backward(scale, weight, of_sums, launch.dots(of, grad_out, out) / scale)
-    scale = 1 / (totals + given.eps)
-    return _Backward(scale, weight, -scale * launch.dots(of, grad_out, out), None)
+        return _Backward(scale, weight, grads.sums, reads)
+    return _Backward(scale, weight, -scale.square() * reads, None)
 
 
 # ---------------------------------------------------------------------------------- with an order of tokens, or a decay
@@ -208,8 +214,9 @@ class _Local:
     ) -> Gradients:  # fmt: skip
         """Write the gradients of q, k and v to ``goals``; return those of all inputs."""
         (q, k, v, *_), of, grad_out = self.given, self.of, of_results.out
-        known = _start_backward(self.given, of, out, totals, of_results)
-        states = _States(self, grad_out, known, grad_state)
+        states = _States(self, grad_out, grad_state)
+        again = functools.partial(self._reads, grad_out, states)
+        known = states.known = _start_backward(self.given, of, out, totals, of_results, again)
         dot, several = self.dots.gradients, len(self.sinks) > 1
         one = torch.ones(of.heads, of.length, device=q.device)
         parts = torch.zeros_like(one, dtype=torch.float64) if of_decay else None
@@ -254,12 +261,25 @@ class _Local:
             None if known.weight is None else _by_tokens(of_weight, of), _by_tokens(known.of_scale, of), before,
         )  # fmt: skip
 
+    def _reads(self, grad_out: Tensor, states: _States) -> Tensor:
+        """Products g_i . out_i / a_i of outputs that are computed again, (batch * heads, length)."""
+        (q, k, v, *_), of = self.given, self.of
+        out, found = torch.empty_like(grad_out), torch.zeros(of.heads, of.length, device=q.device)
+        for back, strict in self.sinks:
+            given = q, k, v, states.ours(back), out, None, states.weight, grad_out
+            one = launch.attend(of, *given, dot=self.dots.gradients, reverse=back, strict=strict)
+            assert one is not None
+            found += one
+        return found
+
 
 class _States:
     """Sums before and behind tokens that the backward pass reads: found when they are asked for, once."""
 
-    def __init__(self, form: _Local, grad_out: Tensor, known: _Backward, grads: State | None) -> None:
-        self.form, self.grad_out, self.known = form, grad_out, known
+    known: _Backward  # set where all but sums of keys and values is asked for
+
+    def __init__(self, form: _Local, grad_out: Tensor, grads: State | None) -> None:
+        self.form, self.grad_out, self.weight = form, grad_out, _by_heads(form.given.weight)
         self.grads = grads and grads.by_heads()
         self._found: dict[tuple[str, bool], Tensor] = {}  # a cache of methods would be a cycle, which keeps memory
 
@@ -272,7 +292,7 @@ class _States:
         """Sums of w phi(k) v^T."""
         form = self.form
         first = form.before and form.before.memory
-        given = form.given.k, form.given.v, self.known.weight, back, first, "memory", form.dots.gradients
+        given = form.given.k, form.given.v, self.weight, back, first, "memory", form.dots.gradients
         return self._once("memory", back, form.matrices, *given)
 
     def theirs(self, back: bool) -> Tensor:
@@ -368,8 +388,13 @@ class _Global:
     def backward(self, out: Tensor, totals: Tensor, of_results: OfResults) -> Gradients:
         """Return the gradients of all inputs."""
         (q, k, v, *_), dot, grad_out = self.given, self.dots.gradients, of_results.out
-        known = _start_backward(self.given, self.sinks, out, totals, of_results)
-        ours = self.matrix(self.sources, k, v, known.weight, dot)
+        ours = self.matrix(self.sources, k, v, _by_heads(self.given.weight), dot)
+
+        def again() -> Any:
+            options = {"other": grad_out, "local": False, "dot": dot}
+            return launch.attend(self.sinks, q, q, out, ours, torch.empty_like(out), **options)
+
+        known = _start_backward(self.given, self.sinks, out, totals, of_results, again)
         theirs = self.matrix(self.sinks, q, grad_out, known.scale, dot)
         grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
         of_weight = launch.attend(

@@ -12,6 +12,8 @@ from torch import Tensor
 from flowformer.core.backends import adjacent
 from flowformer.core.precision import no_autocast
 
+MOST_CHANNELS = 256  # of keys and of values, behind the feature map
+
 
 def operator(
     name: str, arguments: str, fake: Callable[..., tuple[Tensor, ...]], returns: int
@@ -40,6 +42,18 @@ def operator(
         return function
 
     return register
+
+
+def check_channels(op: str, q: Tensor, v: Tensor) -> None:
+    """Raise ValueError for more channels, of keys behind the feature map or of values, than kernels have."""
+    widest = max(q.shape[-1], v.shape[-1])
+    if widest > MOST_CHANNELS:
+        raise ValueError(f"{op}: the Triton kernels have {MOST_CHANNELS} channels at most, got {widest}")
+
+
+def wants_gradients(*given: Tensor | None) -> bool:
+    """Return whether gradients of any of them are wanted: an operator of one token has none, a sequence of one has."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
 
 
 def with_adjacent_channels(*tensors: Tensor) -> list[Tensor]:

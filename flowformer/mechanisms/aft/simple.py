@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flowformer.core.backends import TORCH, choose, implementation
 from flowformer.core.checks import CHANNELS, check_fresh_state
 from flowformer.core.masks import close_up_if, spread
 from flowformer.core.precision import LOG_ZERO, state_dtype
@@ -100,7 +101,9 @@ def _triangle(size: int, like: Tensor) -> Tensor:
     return torch.full((size, size), LOG_ZERO, dtype=like.dtype, device=like.device).triu(1)
 
 
-def aft_simple_step(q: Tensor, k: Tensor, v: Tensor, state: AFTSimpleState) -> tuple[Tensor, AFTSimpleState]:
+def aft_simple_step(
+    q: Tensor, k: Tensor, v: Tensor, state: AFTSimpleState, *, backend: str = "auto"
+) -> tuple[Tensor, AFTSimpleState]:
     """Compute one token of causal AFT-simple.
 
     Args:
@@ -108,6 +111,7 @@ def aft_simple_step(q: Tensor, k: Tensor, v: Tensor, state: AFTSimpleState) -> t
         k: Key (batch, channels).
         v: Value (batch, channels).
         state: State before the token; not changed.
+        backend: ``"auto"``, ``"torch"``, or ``"triton"`` on a GPU; ``"native"`` is plain PyTorch too.
 
     Returns:
         Output (batch, channels) and the state after the token.
@@ -115,10 +119,18 @@ def aft_simple_step(q: Tensor, k: Tensor, v: Tensor, state: AFTSimpleState) -> t
     Raises:
         TypeError, ValueError: for invalid arguments.
     """
+    op = "aft_simple_step"
     start_step(
-        "aft_simple_step", q, k, v, state, AFTSimpleState,
+        op, q, k, v, state, AFTSimpleState,
         lambda batch: init_aft_simple_state(batch, v.shape[-1], device=v.device), CHANNELS,
     )  # fmt: skip
+    chosen = choose(op, backend, q, everywhere=True)
+    compute = step_in_torch if chosen == TORCH.name else implementation(op, chosen)
+    return compute(q, k, v, state)
+
+
+def step_in_torch(q: Tensor, k: Tensor, v: Tensor, state: AFTSimpleState) -> tuple[Tensor, AFTSimpleState]:
+    """:func:`aft_simple_step` in plain PyTorch, on checked arguments."""
     wide = state.mean.dtype
     log_weight = log_add(state.log_weight, k.to(wide))
     mean = state.mean + (k.to(wide) - log_weight).exp() * (v.to(wide) - state.mean)

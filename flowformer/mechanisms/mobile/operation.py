@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flowformer.core.backends import TORCH, choose, implementation
 from flowformer.core.checks import HEADS, check_fresh_state, check_state, check_step
 from flowformer.core.chunks import join_chunks, pad_to_chunks, split_chunks
 from flowformer.core.masks import fill
@@ -271,7 +272,7 @@ def _decay(sources: Tensor, sinks: Tensor, ahead: int) -> Tensor:
 
 
 def mobile_attention_step(
-    q: Tensor, k: Tensor, v: Tensor, state: MobileState, **overrides: Any
+    q: Tensor, k: Tensor, v: Tensor, state: MobileState, *, backend: str = "auto", **overrides: Any
 ) -> tuple[Tensor, MobileState]:
     """Compute one token of causal Mobile-Attention, in time and memory independent of the number of tokens before it.
 
@@ -281,6 +282,7 @@ def mobile_attention_step(
         v: Value, (batch, heads, V).
         state: State before the token, from :func:`init_mobile_state`, a step, or ``mobile_attention(..., causal=True,
             return_state=True)``; not changed.
+        backend: ``"auto"``, ``"torch"``, or ``"triton"`` on a GPU; ``"native"`` is plain PyTorch too.
         **overrides: As in :func:`mobile_attention`.
 
     Returns:
@@ -294,6 +296,16 @@ def mobile_attention_step(
     check_step(op, q, k, v, state, MobileState, LAYOUT)
     batch, heads, channels = q.shape
     check_state(op, state, init_mobile_state(batch, heads, channels, v.shape[-1], device=q.device))
+    chosen = choose(op, backend, q, everywhere=True)
+    compute = step_in_torch if chosen == TORCH.name else implementation(op, chosen)
+    return compute(q, k, v, state, options)
+
+
+def step_in_torch(
+    q: Tensor, k: Tensor, v: Tensor, state: MobileState, options: MobileOptions
+) -> tuple[Tensor, MobileState]:
+    """:func:`mobile_attention_step` in plain PyTorch, on checked arguments."""
+    heads = q.shape[1]
     with no_autocast(q.device):
         compute = state.memory.dtype  # one token is little work
         Q, K = features(q, None, options.feature_map).to(compute), features(k, None, options.feature_map).to(compute)

@@ -130,10 +130,10 @@ def test_what_is_for_a_gpu_is_not_on_the_cpu_unless_it_is_named():
     for form in ("bidirectional", "bidirectional-training"):
         assert found[form] == {*triton, *of_features, "sdpa-flash"}
         assert found[f"aft-{form}"] == {"aft-simple-triton"}
-    assert found["step"] == triton - {"mobile-triton"}
+    assert found["step"] == {*triton, "aft-simple-triton"}
     for form in ("language-training", "vision", "vision-training"):
         assert found[form] == {"flow-triton", "linear-triton", "mobile-triton", "aft-simple-triton", *of_features}
-    assert found["language-step"] == {"flow-triton", "linear-triton"}
+    assert found["language-step"] == {"flow-triton", "linear-triton", "mobile-triton", "aft-simple-triton"}
     for device, there in (("cpu", False), ("cuda", True)):
         ((_, rows),) = Plan(operations=("causal",), device=device).rows()
         assert ("flow-triton" in [row.name for row in rows]) == there

@@ -24,14 +24,19 @@ from flowformer import ops
 from flowformer.kernels.triton import device, launch, linear
 from flowformer.kernels.triton.attend import GIVEN
 from flowformer.mechanisms.aft.triton import CHUNK, walk
+from flowformer.mechanisms.aft.triton.step import run_step as run_aft_step
 from flowformer.mechanisms.flow.equations import Learned
 from flowformer.mechanisms.flow.options import PRESETS
 from flowformer.mechanisms.flow.triton import bidirectional, causal, decayed
 from flowformer.mechanisms.flow.triton.setting import Flows
 from flowformer.mechanisms.flow.triton.step import run_step
+from flowformer.mechanisms.linear.triton.step import run_step as run_linear_step
+from flowformer.mechanisms.mobile.options import MobileOptions
+from flowformer.mechanisms.mobile.triton.step import run_step as run_mobile_step
 
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.bool: "i1",
+    torch.int64: "i64",
 }  # fmt: skip
 SHOWN = ("C", "BM", "BO", "DOT", "DECAY", "REVERSE", "LOCAL", "OTHER", "WEIGHTED", "num_warps", "num_stages")
 COMPILER = ("num_warps", "num_stages")
@@ -76,6 +81,7 @@ def record(dtype: torch.dtype, channels: int, length: int = 1_024) -> Launches:
         if dtype == torch.float32:
             _features(channels, length)
         _aft(*(x.flatten(2) for x in (q, k, v)))
+        _steps(q[:, 0], k[:, 0], v[:, 0])
         numbers = torch.ones(2, length)
         for log_decay, preset in ((None, "core"), (-torch.rand(1, length, 2), "distance")):
             options = PRESETS[preset].values()
@@ -133,6 +139,20 @@ def _aft(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     *_, log_weight, mean, marks = walk.causal_forward(form, q, None, None)
     walk.causal_backward(form, q, marks, q, None, mean)
     walk.means_backward(form, marks, log_weight, mean)
+
+
+def _steps(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """One token of linear attention, of Mobile-Attention with 16 heads, and of AFT-simple."""
+    _, heads, channels = q.shape
+    keys, memory = torch.zeros(1, heads, channels).double(), torch.zeros(1, heads, channels, channels).double()
+    for log_decay in (None, -torch.ones(1, heads)):
+        run_linear_step(q, k, v, log_decay, keys, memory, 1e-6)
+    q, k, v = (x.repeat(1, 8, 1) for x in (q, k, v))
+    state = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 8 * heads).double(), memory.repeat(1, 8, 1, 1)
+    for options in ({}, {"competition": "heads", "clamp": None, "normalize": True}):
+        run_mobile_step(q, k, v, *state, MobileOptions(**options))
+    number = torch.zeros(1, heads * channels).double()
+    run_aft_step(*(x[:, :heads].flatten(1) for x in (q, k, v)), number, number)
 
 
 def figures(kernel: Any, source: ASTSource, compiler: dict[str, Any], target: str) -> dict[str, Any]:

@@ -84,6 +84,22 @@ def test_resumes_from_a_state(case: str) -> None:
     resumed(operation, tensors, 33, **options)
 
 
+def test_a_fresh_state_is_none_at_all() -> None:
+    tensors = [t.float() for t in inputs("aft_simple", 5)]
+    options = {"causal": True, "backend": "triton"}
+    fresh = ops.init_aft_simple_state(1, tensors[0].shape[-1])
+    assert torch.equal(ops.aft_simple(*tensors, initial_state=fresh, **options), ops.aft_simple(*tensors, **options))
+
+
+def test_gradients_of_decays_do_not_reach_the_future() -> None:
+    *tensors, decay = (t.float() for t in inputs("linear", 40, decay="token"))
+    decay.requires_grad_()
+    out = ops.linear_attention(*tensors, decay, causal=True, backend="triton")
+    (grad,) = torch.autograd.grad(out[:, :20].sum(), [decay])
+    assert not grad[:, 20:].any()
+    assert grad[:, :20].any()
+
+
 @pytest.mark.slow
 def test_in_parts_of_a_batch_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     operation, tensors, _ = given("linear-token", 20, batch=2)
@@ -137,7 +153,6 @@ def test_channels(sizes: tuple[int, int]) -> None:
         both(operation, tensors, causal=causal, **options)
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of NumPy, where a GPU has infinity, and is right
 @EACH
 def test_outputs_do_not_know_the_future(case: str) -> None:
     operation, tensors, options = given(case, 70)

@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from triton.runtime import interpreter
 
 FORMS = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
-
-
-def replace_language_once() -> None:
-    """Let Triton's language stay replaced by the interpreter's.
-
-    It replaces the language again for each call of a device function, which is more than a third of its time.
-    """
-    replace: Callable[[Any], Any] = interpreter._patch_lang
-    done = set()
-
-    def once(function: Any) -> SimpleNamespace:
-        if function not in done:
-            done.add(function)
-            replace(function)
-        return SimpleNamespace(restore=lambda: None)
-
-    interpreter._patch_lang = once
-
-
-replace_language_once()
 
 
 def run(function: Any, tensors: list[Tensor], dtype: torch.dtype, **options: Any) -> list[Tensor]:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from flowformer.core.backends import implements, refuse_second_gradients
+from flowformer.core.checks import Masks
 from flowformer.core.masks import fill, run_packed
 from flowformer.core.precision import no_autocast, sum_dtype
 from flowformer.core.run import Checked
-from flowformer.kernels.triton.operators import operator, with_adjacent_channels
+from flowformer.kernels.triton.operators import operator, wants_gradients, with_adjacent_channels
 from flowformer.mechanisms.aft.simple import AFTSimpleState
 
 CHUNK = 32  # tokens that a thread walks through
@@ -34,6 +35,18 @@ def attend(given: Checked) -> tuple[Tensor, AFTSimpleState | None]:
     return run_packed(lambda q, k, v, mask, state: dense(q, k, v, mask, mask, state), (q, k, v), cu_seqlens, state)
 
 
+@implements("aft_simple_step", "triton")
+def step(q: Tensor, k: Tensor, v: Tensor, state: AFTSimpleState) -> tuple[Tensor, AFTSimpleState]:
+    """Compute one token: the output, and the state after it."""
+    if wants_gradients(q, k, v, *state):  # a sequence of one token: that has a backward pass
+        q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
+        out, after = attend(Checked(q, k, v, True, Masks(None, None), None, state))
+        assert after is not None
+        return out.squeeze(1), after
+    out, *parts = torch.ops.flowformer.aft_step_triton(q, k, v, *state)
+    return out, AFTSimpleState(*parts)
+
+
 def _gated(q: Tensor, mean: Tensor, mask: Tensor | None) -> Tensor:
     with no_autocast(q.device):
         gate = fill(q, mask).to(sum_dtype(q.dtype)).sigmoid()
@@ -45,8 +58,23 @@ def _new_state(k: Tensor) -> tuple[Tensor, Tensor]:
     return one, other
 
 
+def _chunk_of(k: Tensor) -> int:
+    return CHUNK if k.shape[1] > 1 else 1  # a step with gradients is a sequence of one token
+
+
 def _new_marks(k: Tensor) -> Tensor:
     return k.new_empty(k.shape[0], -(-k.shape[1] // CHUNK) + 1, 3, k.shape[2], dtype=torch.float32)
+
+
+def _fake_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (q, *state))
+
+
+@operator("aft_step_triton", "Tensor q, Tensor k, Tensor v, Tensor log_weight, Tensor mean", _fake_step, 3)
+def _step(*given: Tensor) -> Any:
+    from flowformer.mechanisms.aft.triton.step import run_step
+
+    return run_step(*given)
 
 
 # ------------------------------------------------------------------------------------------------------------- causal
@@ -63,7 +91,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *before: Tenso
     from flowformer.mechanisms.aft.triton import walk
 
     q, k, v = with_adjacent_channels(q, k, v)
-    return walk.causal_forward(walk.Form(k, v, mask, CHUNK), q, *before)
+    return walk.causal_forward(walk.Form(k, v, mask, _chunk_of(k)), q, *before)
 
 
 def _fake_causal_backward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -82,7 +110,7 @@ def _causal_backward(
     from flowformer.mechanisms.aft.triton import walk
 
     q, k, v, grad_out = with_adjacent_channels(q, k, v, grad_out)
-    return walk.causal_backward(walk.Form(k, v, mask, CHUNK), q, marks, grad_out, *grad_state)
+    return walk.causal_backward(walk.Form(k, v, mask, _chunk_of(k)), q, marks, grad_out, *grad_state)
 
 
 def _keep_causal(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -112,7 +140,7 @@ def _means(k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
     from flowformer.mechanisms.aft.triton import walk
 
     k, v = with_adjacent_channels(k, v)
-    marks, after = walk.Form(k, v, mask, CHUNK).sum(None, None)
+    marks, after = walk.Form(k, v, mask, _chunk_of(k)).sum(None, None)
     return *after, marks
 
 
@@ -130,7 +158,7 @@ def _means_backward(k: Tensor, v: Tensor, mask: Tensor | None, *rest: Tensor) ->
     from flowformer.mechanisms.aft.triton import walk
 
     k, v = with_adjacent_channels(k, v)
-    return walk.means_backward(walk.Form(k, v, mask, CHUNK), *rest)
+    return walk.means_backward(walk.Form(k, v, mask, _chunk_of(k)), *rest)
 
 
 def _keep_means(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

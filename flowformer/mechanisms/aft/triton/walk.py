@@ -98,7 +98,8 @@ def carry(marks, log_weight, mean, log_weight_after, mean_after, chunks, D: tl.c
     if FIRST:
         given = tl.load(log_weight + b * D + d, inside, 0.0)
         m = given.to(tl.float32)
-        s = tl.exp(given - m.to(tl.float64))
+        # Of a state without tokens the rounding of LOG_ZERO itself is large.
+        s = tl.exp(tl.where(given > 0.5 * NOTHING, given - m.to(tl.float64), 0.0))
         w = s * tl.load(mean + b * D + d, inside, 0.0)
     for chunk in range(chunks + 1):
         p = marks + (b * (chunks + 1) + chunk) * 3 * D + d

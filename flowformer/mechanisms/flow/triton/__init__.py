@@ -11,12 +11,16 @@ from flowformer.core.backends import implements, refuse_second_gradients
 from flowformer.core.checks import Masks
 from flowformer.core.masks import run_packed
 from flowformer.core.run import Checked
-from flowformer.kernels.triton.operators import like_decays, operator, with_adjacent_channels
+from flowformer.kernels.triton.operators import (
+    check_channels,
+    like_decays,
+    operator,
+    wants_gradients,
+    with_adjacent_channels,
+)
 from flowformer.mechanisms.flow.equations import Learned, features_first, single, state_of
 from flowformer.mechanisms.flow.options import FlowOptions, KernelOptions
 from flowformer.mechanisms.flow.state import FlowState, init_flow_state
-
-MOST_CHANNELS = 256  # of keys and of values, behind the feature map
 
 
 @implements("flow_attention", "triton")
@@ -45,7 +49,7 @@ def _dense(
 ) -> tuple[Tensor, FlowState | None]:  # fmt: skip
     dtype = v.dtype
     q, k, v, values = features_first(q, k, v, masks, learned, options)
-    _check_channels(q, k, v)
+    check_channels("flow_attention", q, v)
     given = single(learned.log_decay), single(learned.temperatures)
     if not causal:
         out, *_ = torch.ops.flowformer.flow_bidirectional_triton(q, k, v, *masks, *given, *values)
@@ -63,10 +67,10 @@ def step(
     dtype, log_decay, temperatures = v.dtype, single(learned.log_decay), single(learned.temperatures)
     tokens = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
     *tokens, values = features_first(*tokens, Masks(None, None), learned, options)
-    _check_channels(*tokens)
+    check_channels("flow_attention", tokens[0], tokens[2])
     before = state_of(state, learned)
     given = (*tokens, log_decay, temperatures, *before)
-    if plain or not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)):
+    if plain or not wants_gradients(*given):
         tokens = (x.squeeze(1) for x in tokens)
         out, *after = torch.ops.flowformer.flow_step_triton(*tokens, log_decay, temperatures, *before, *values)
         return out.to(dtype), *after
@@ -75,12 +79,6 @@ def step(
     # A sequence of one token: that has a backward pass.
     found = torch.ops.flowformer.flow_causal_triton(*tokens, None, log_decay, temperatures, *before, *values)
     return found[0].squeeze(1).to(dtype), *found[1:5]
-
-
-def _check_channels(q: Tensor, k: Tensor, v: Tensor) -> None:
-    widest = max(q.shape[-1], v.shape[-1])
-    if widest > MOST_CHANNELS:
-        raise ValueError(f"flow_attention: the Triton kernels have {MOST_CHANNELS} channels at most, got {widest}")
 
 
 # ------------------------------------------------------------------------------------------------------- the operators

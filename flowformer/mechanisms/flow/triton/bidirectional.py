@@ -152,7 +152,13 @@ def backward(
     later = form.matrix(sinks, grad_out, found.gate, dot)
     grad_v = torch.empty_like(v, memory_format=torch.contiguous_format)
     of_weight = form.read(sources, later, grad_v, found.weight, other=v, dot=dot)
-    reads = launch.dots(sinks.of, grad_out, out)
+    matrix = form.matrix(sources, v, found.weight, dot)
+    if out.dtype == torch.float32:
+        reads = launch.dots(sinks.of, grad_out, out)
+    else:  # of outputs computed again: where gradients cancel, their rounding would show
+        again = form.read(sinks, matrix, torch.empty_like(out), None, other=grad_out, dot=dot)
+        assert again is not None
+        reads = found.gate * again
 
     ratio = sinks.number / sources.number
     of_in, of_allocation = form.gates.of_incoming(conserved_in * ratio, reads)
@@ -175,7 +181,6 @@ def backward(
     of_queries = sources.sum(of_outgoing.unsqueeze(0), eps).float()
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     grad_k = torch.empty_like(k, memory_format=torch.contiguous_format)
-    matrix = form.matrix(sources, v, found.weight, dot)
     launch.gradient(
         sinks.of, q, q, grad_out, grad_out, matrix, found.gate, grad_q, None,
         Pairs(torch.stack([of_incoming, of_in]), None, torch.cat([keys, scaled_keys], 1), constant=eps),

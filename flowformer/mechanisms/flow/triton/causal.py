@@ -224,9 +224,10 @@ class _Backward:
     def run(self, out: Tensor, grad_out: Tensor, of_decay: bool) -> Gradients:
         """Return all gradients."""
         grad_v, of_weights, later, grad_memory = self._values(grad_out)
-        reads = launch.dots(self.of, grad_out, out)
+        before = self._matrices()
+        reads = self._reads(out, grad_out, before[0])
         grads, dn, of_sums, grad_past, learned = self._flows(reads, of_weights)
-        sides = self._sides(grad_out, later, grads, of_decay)
+        sides = self._sides(grad_out, later, before, grads, of_decay)
         before = FlowState(torch.zeros_like(grad_past), sides.sums, grad_past, grad_memory)
         decays = None
         if of_decay:
@@ -248,6 +249,27 @@ class _Backward:
         assert of_weights is not None
         assert first is not None
         return grad_v, of_weights, later, first
+
+    def _matrices(self) -> tuple[Tensor, Tensor | None]:
+        """Sums of keys and values before segments, and after the last."""
+        of, k, v = self.of, self.k, self.v
+        matrices = launch.memory(of, k, v, self.known.weight, dot=self.setting.dots.gradients)
+        first = self.state.memory.reshape(of.heads, *matrices.shape[2:])
+        return matrices, launch.carry(of, matrices, first, step=of.per, last=True)
+
+    def _reads(self, out: Tensor, grad_out: Tensor, matrices: Tensor) -> Tensor:
+        """Products of outputs and their gradients, (batch * heads, length).
+
+        In half precision of outputs computed again: where gradients cancel, their rounding would show.
+        """
+        if out.dtype == torch.float32:
+            return launch.dots(self.of, grad_out, out)
+        found = launch.attend(
+            self.of, self.q, self.k, self.v, matrices, torch.empty_like(out), None, self.known.weight, grad_out,
+            dot=self.setting.dots.gradients,
+        )  # fmt: skip
+        assert found is not None
+        return self.known.gate * found
 
     def _flows(
         self, reads: Tensor, of_weights: Tensor
@@ -304,7 +326,9 @@ class _Backward:
             dot=self.setting.dots.flows, reverse=True,
         )  # fmt: skip
 
-    def _sides(self, grad_out: Tensor, later: Tensor, grads: _OfFlows, of_decay: bool) -> _Sides:
+    def _sides(
+        self, grad_out: Tensor, later: Tensor, before: tuple[Tensor, Tensor | None], grads: _OfFlows, of_decay: bool
+    ) -> _Sides:
         """Gradients of queries, keys and the sums before, and what there is of decays."""
         of, known, eps, given = self.of, self.known, self.options.eps, self.grads.sums
         dot = self.setting.dots.gradients
@@ -313,10 +337,7 @@ class _Backward:
         of_sources = torch.stack([grads.outgoing, grads.conserved_out])
         sources = torch.stack([one, known.n / known.flows.outgoing])
         sinks = torch.stack([one, known.n / known.flows.incoming])
-        matrices = launch.memory(of, self.k, self.v, known.weight, dot=dot)
-        memory = launch.carry(
-            of, matrices, self.state.memory.reshape(of.heads, *matrices.shape[2:]), step=of.per, last=True
-        )
+        matrices, memory = before
         keys, after_k = self._states(self.k, sources, self.sums[:, [0, 2]], 0.0, False)
         queries, after_q = self._states(self.q, sinks, self.sums[:, [1, 3]], 0.0, False)
         later_queries, first_q = self._states(self.q, of_sinks, None if given is None else given[:, [0, 2]], eps, True)

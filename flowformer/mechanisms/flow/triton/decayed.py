@@ -227,7 +227,8 @@ class _Backward:
         gates = form.setting.gates
         others = form.matrices(form.q, self.grad_out, self.gate, self.dot)
         of_weight = self._values(others)
-        reads = launch.dots(self.of, self.grad_out, out)
+        matrices = form.matrices(form.k, form.v, self.weight, self.dot)
+        reads = self._reads(out, matrices)
         of_in, of_allocation = gates.of_incoming(flows.conserved_in, reads)
         found = self._compete(of_weight)
         of_out, of_competition = gates.of_outgoing(flows.conserved_out, found.logits)
@@ -237,11 +238,27 @@ class _Backward:
         one = torch.ones_like(reads)
         sums = _Vectors(form, torch.stack([one, 1 / flows.outgoing]), torch.stack([one, 1 / flows.incoming]),
                         torch.stack([incoming, of_in]), torch.stack([outgoing, of_out]))  # fmt: skip
-        matrices = form.matrices(form.k, form.v, self.weight, self.dot)
         parts_q = self._side(True, matrices, sums, of_decay)
         parts_k = self._side(False, others, sums, of_decay)
         decays = self._decays(parts_q + parts_k, matrices, others, sums, found) if of_decay else None
         return decays, of_temperatures(of_competition, of_allocation)
+
+    def _reads(self, out: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
+        """Products of outputs and their gradients, (batch * heads, length).
+
+        In half precision of outputs computed again: where gradients cancel, their rounding would show.
+        """
+        if out.dtype == torch.float32:
+            return launch.dots(self.of, self.grad_out, out)
+        form, scratch, total = self.form, torch.empty_like(out), torch.zeros_like(self.gate)
+        for back, before in zip(DIRECTIONS, matrices, strict=True):
+            found = launch.attend(
+                self.of, form.q, form.k, form.v, before, scratch, None, self.weight, self.grad_out, dot=self.dot,
+                reverse=back, strict=back,
+            )  # fmt: skip
+            assert found is not None
+            total += found
+        return self.gate * total
 
     def _values(self, others: tuple[Tensor, Tensor]) -> Tensor:
         """Write the gradient of values, and return that of weights."""

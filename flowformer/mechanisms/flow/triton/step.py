@@ -1,12 +1,11 @@
 """One token of causal Flow-Attention by one Triton kernel; ``step.py`` above has the equations.
 
-A program has some channels of values of one head; what is a vector or a number of the head, every program of it finds
-for itself. All of it is in float64, as the state is: one token is little work, and its time is that of reading the
-state.
+:mod:`flowformer.kernels.triton.step` has what steps share.
 """
 
 # Triton's language has Python's syntax, not its types.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
 from __future__ import annotations
 
@@ -14,21 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowformer.kernels.triton import launch
-from flowformer.kernels.triton.device import load_tokens
+from flowformer.kernels.triton.step import (
+    decay_of_one,
+    emit,
+    features_of_one,
+    log_add,
+    remember,
+    run_by_head,
+)
 from flowformer.mechanisms.flow.equations import FEATURE_MAPS, Learned
 from flowformer.mechanisms.flow.options import KernelOptions
 from flowformer.mechanisms.flow.state import FlowState
 
 COMPETITIONS = {None: 0, "sequence": 1, "heads": 2}
-LARGEST = 2_048  # elements of a matrix to a program: 128 bytes a thread in float64
-
-
-@triton.jit
-def _features(x, d, inside, MAP: tl.constexpr):
-    """Return the features of one token, (channels,)."""
-    one = tl.arange(0, 1)
-    return tl.sum(load_tokens(x, one.to(tl.int64), one == 0, 0, d, inside, MAP), 0).to(tl.float64)
 
 
 @triton.jit
@@ -38,22 +35,13 @@ def _flow(a, total, inside, eps):
 
 
 @triton.jit
-def _decay_of(log_decay, row, decay_rows, DECAY: tl.constexpr):
-    """Return the log-decay of a row, at most 0."""
-    if DECAY:
-        given = tl.load(log_decay + row % decay_rows).to(tl.float64)
-        return tl.where(given > 0, 0.0, given)
-    return tl.full([], 0.0, tl.float64)
-
-
-@triton.jit
 def _find(
     q, k, temperatures, tokens, sums, row, heads, decay, eps, flow_eps, clamp, d, inside,
     D: tl.constexpr, MAP: tl.constexpr, CLAMPED: tl.constexpr, TEMPERED: tl.constexpr,
 ):  # fmt: skip
     """Return features, count, the four sums after the token, the incoming flow, and what gate and weight are of."""
     gamma = tl.exp(decay)
-    Q, K = _features(q + row * D, d, inside, MAP), _features(k + row * D, d, inside, MAP)
+    Q, K = features_of_one(q + row * D, d, inside, MAP), features_of_one(k + row * D, d, inside, MAP)
     n = tl.load(tokens + row) * gamma + 1.0
     p = sums + row * 4 * D + d
     keys = tl.load(p, inside, 0.0) * gamma + K
@@ -85,22 +73,20 @@ def step(
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d, m = tl.arange(0, BD), block * BM + tl.arange(0, BM)
     inside, there = d < D, m < M
-    decay = _decay_of(log_decay, row, decay_rows, DECAY)
+    decay = decay_of_one(log_decay, row, decay_rows, DECAY)
     Q, K, n, keys, queries, scaled_keys, scaled_queries, incoming, conserved_in, logit = _find(
         q, k, temperatures, tokens, sums, row, heads, decay, eps, flow_eps, clamp, d, inside, D, MAP, CLAMPED, TEMPERED
     )
     normaliser = tl.load(log_normaliser + row)
     weight = n * 0.0 + 1.0
     if COMPETITION == 1:
-        past = normaliser + decay
-        most = tl.maximum(logit, past)
-        normaliser = most + tl.log(tl.exp(logit - most) + tl.exp(past - most))
+        normaliser = log_add(logit, normaliser + decay)
         weight = n * tl.exp(logit - normaliser)
     if COMPETITION == 2:
         most, total = logit, logit * 0.0
         for other in range(heads):
             beside = row - row % heads + other
-            its = _decay_of(log_decay, beside, decay_rows, DECAY)
+            its = decay_of_one(log_decay, beside, decay_rows, DECAY)
             _, _, _, _, _, _, _, _, _, theirs = _find(
                 q, k, temperatures, tokens, sums, beside, heads, its, eps, flow_eps, clamp, d, inside, D, MAP, CLAMPED,
                 TEMPERED,
@@ -120,30 +106,22 @@ def step(
         tl.store(p + D, queries, inside)
         tl.store(p + 2 * D, scaled_keys, inside)
         tl.store(p + 3 * D, scaled_queries, inside)
-    value = tl.load(v + row * M + m, there, 0.0).to(tl.float64) * weight
-    at, ok = row * D * M + d[:, None] * M + m[None, :], inside[:, None] & there[None, :]
-    matrix = tl.load(memory + at, ok, 0.0) * tl.exp(decay) + K[:, None] * value[None, :]
-    tl.store(memory_after + at, matrix, ok)
-    tl.store(out + row * M + m, (tl.sum(Q[:, None] * matrix, 0) * gate).to(out.dtype.element_ty), there)
+    matrix = remember(v, memory, memory_after, row, K, weight, tl.exp(decay), d, m, inside, there, D, M)
+    emit(out, row, Q, matrix, gate, m, there, M)
 
 
 def run_step(
     q: Tensor, k: Tensor, v: Tensor, learned: Learned, state: FlowState, options: KernelOptions
 ) -> tuple[Tensor, FlowState]:
     """Return the output (batch, heads, M) of one token, and the state after it."""
-    batch, heads, D = q.shape
-    M, rows = v.shape[-1], batch * heads
     out, after = v.new_empty(v.shape), FlowState(*(part.new_empty(part.shape) for part in state))
-    width = launch.padded(D)
-    block = min(launch.padded(M), max(16, LARGEST // width))
     clamp, log_decay, temperatures = options.clamp, learned.log_decay, learned.temperatures
-    launch.run(
-        step, (rows, triton.cdiv(M, block)),
-        *(x.contiguous() for x in (q, k, v)), *(q if x is None else x.contiguous() for x in learned[:2]),
-        *(part.contiguous() for part in state), out, *after, heads, 1 if log_decay is None else log_decay.numel(),
-        options.eps, options.flow_eps, 0.0 if clamp is None else clamp, D=D, M=M, BD=width, BM=block,
+    run_by_head(
+        step, q, v, *(x.contiguous() for x in (q, k, v)), *(q if x is None else x.contiguous() for x in learned[:2]),
+        *(part.contiguous() for part in state), out, *after, q.shape[1],
+        1 if log_decay is None else log_decay.numel(), options.eps, options.flow_eps, 0.0 if clamp is None else clamp,
         MAP=FEATURE_MAPS[options.feature_map], DECAY=log_decay is not None, CLAMPED=clamp is not None,
         COMPETITION=COMPETITIONS[options.competition], ALLOCATION=options.allocation,
-        TEMPERED=temperatures is not None, num_warps=4,
+        TEMPERED=temperatures is not None,
     )  # fmt: skip
     return out, after

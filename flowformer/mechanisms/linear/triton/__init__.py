@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flowformer.core.backends import implements
@@ -11,11 +12,10 @@ from flowformer.core.checks import Masks
 from flowformer.core.masks import run_packed
 from flowformer.core.run import Checked
 from flowformer.kernels.triton.attend import attend
-from flowformer.mechanisms.linear.operation import LinearState, init_linear_state, step_in_torch
+from flowformer.kernels.triton.operators import check_channels, operator, wants_gradients
+from flowformer.mechanisms.linear.operation import LinearState, init_linear_state
 
 ELU = 2  # of kernels/triton/device.py
-
-implements("linear_attention_step", "triton")(step_in_torch)  # one token is little work
 
 
 @implements("linear_attention", "triton")
@@ -48,3 +48,36 @@ def _dense(
     assert keys is not None
     assert memory is not None
     return out, LinearState(keys, memory)
+
+
+@implements("linear_attention_step", "triton")
+def step(
+    q: Tensor, k: Tensor, v: Tensor, state: LinearState, log_decay: Tensor | None, eps: float
+) -> tuple[Tensor, LinearState]:
+    """Compute one token: the output, and the state after it."""
+    check_channels("linear_attention_step", q, v)
+    if wants_gradients(q, k, v, log_decay, *state):  # a sequence of one token: that has a backward pass
+        if log_decay is not None and log_decay.ndim == 2:
+            log_decay = log_decay.unsqueeze(1)
+        q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
+        out, after = _dense(q, k, v, Masks(None, None), state, log_decay, eps)
+        assert after is not None
+        return out.squeeze(1), after
+    out, *sums = torch.ops.flowformer.linear_step_triton(q, k, v, log_decay, *state, eps)
+    return out, LinearState(*sums)
+
+
+def _fake_step(q: Tensor, k: Tensor, v: Tensor, _: Any, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (v, *rest[:2]))
+
+
+@operator(
+    "linear_step_triton",
+    "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor key_sum, Tensor memory, float eps",
+    _fake_step,
+    3,
+)
+def _step(*given: Any) -> Any:
+    from flowformer.mechanisms.linear.triton.step import run_step
+
+    return run_step(*given)
