@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from published_listops import draw_published, value_published, write_published
+from plain_listops import draw_tree, value_of, write_tree
 
 from flowformer.tasks.list_operations import add_parentheses, evaluate
 
@@ -84,10 +84,10 @@ def test_deep_nesting():
 
 def test_values_and_form_are_those_of_the_published_program():
     rng = random.Random(0)
-    trees = [draw_published(rng, 5) for _ in range(1_000)]
+    trees = [draw_tree(rng, 5) for _ in range(1_000)]
     assert max(length for _, length in trees) > 100
     for tree, _ in trees:
-        text = write_published(tree)
+        text = write_tree(tree)
         words = text.replace("(", "").replace(")", "").split()
-        assert evaluate(text) == evaluate(" ".join(words)) == value_published(tree)
+        assert evaluate(text) == evaluate(" ".join(words)) == value_of(tree)
         assert add_parentheses(words) == text

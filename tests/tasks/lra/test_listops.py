@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from published_listops import draw_published
+from plain_listops import draw_tree
 from rich.console import Console
 
 from flowformer.tasks.list_operations import evaluate
@@ -129,7 +129,7 @@ def count_arguments(tokens):
 def test_expressions_are_distributed_as_those_of_the_published_program():
     rng, published = random.Random(0), []
     while len(published) < 100:
-        _, length = draw_published(rng, 1)
+        _, length = draw_tree(rng, 1)
         if 500 < length < 2_000:
             published.append(length)
     block = draw_block(Grammar(), 0, 0)

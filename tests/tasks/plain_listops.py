@@ -1,15 +1,18 @@
-"""The published program of ListOps, as short as it goes: lra_benchmarks/data/listops.py of Long Range Arena."""
+"""ListOps by recursion over trees of pairs, one expression at a time: what the fast generator is compared with.
+
+Chances and forms are those of Long Range Arena, lra_benchmarks/data/listops.py.
+"""
 
 import numpy as np
 
 
-def draw_published(rng, depth):
-    """A tree of pairs, and its length: generate_tree."""
+def draw_tree(rng, depth):
+    """Return a random tree of pairs, and its length."""
     if (rng.random() if depth < 10 else 1) > 0.25:
         return rng.choice(range(10)), 1
     length, values = 2, []
     for _ in range(rng.randint(2, 10)):
-        tree, size = draw_published(rng, depth + 1)
+        tree, size = draw_tree(rng, depth + 1)
         values.append(tree)
         length += size
     tree = (rng.choice(["[MIN", "[MAX", "[MED", "[SM"]), values[0])
@@ -18,16 +21,16 @@ def draw_published(rng, depth):
     return (tree, "]"), length
 
 
-def write_published(tree):
-    """A tree in text: to_string."""
-    return f"( {write_published(tree[0])} {write_published(tree[1])} )" if isinstance(tree, tuple) else str(tree)
+def write_tree(tree):
+    """Return a tree as text with parentheses."""
+    return f"( {write_tree(tree[0])} {write_tree(tree[1])} )" if isinstance(tree, tuple) else str(tree)
 
 
-def value_published(tree):
-    """The value of a tree: to_value."""
+def value_of(tree):
+    """Return the value of a tree; of an operation whose arguments are not all there, those so far."""
     if not isinstance(tree, tuple):
         return tree
-    left, right = map(value_published, tree)
+    left, right = map(value_of, tree)
     if isinstance(left, str):
         return left, [right]
     if right == "]":
