@@ -30,8 +30,9 @@ def main(words: Sequence[str]) -> int:
     )
     values = parser.parse(words)
     if not values.name:
-        if values.check is not None:
-            raise UsageError("--check requires the name of a data set")
+        for flag, value in (("--check", values.check), ("--dir", values.dir)):
+            if value is not None:
+                raise UsageError(f"{flag} requires the name of a data set")
         print("\n".join(_list(downloads.DATASETS.values(), MADE)))
         return 0
     if values.name not in (known := [*downloads.DATASETS, *MADE]):
@@ -39,6 +40,8 @@ def main(words: Sequence[str]) -> int:
     made = MADE.get(values.name)
     if values.check is not None and (made is None or made.check is None):
         raise UsageError(f"--check: {values.name} has no files to check")
+    if values.check is not None and values.dir is not None:
+        raise UsageError("--dir has no effect with --check")
     if values.dir is not None:
         check_folder(values.dir, "--dir")
 

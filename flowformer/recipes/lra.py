@@ -23,8 +23,8 @@ from flowformer.recipes.lra_published import (
     OPTIONS,
     PATHFINDER,
     PICTURES,
+    RELEASED_PATHFINDER,
     TEXTS,
-    faults,
     inverse_root,
     merge_published,
     sizes,
@@ -119,7 +119,8 @@ class SequenceRecipe(StepRecipe):
         fields = (*MODEL_FIELDS, "model", *(["length"] if hasattr(self, "length") else []))
         if any(getattr(self, name) != getattr(known, name) for name in fields):
             return ""
-        options = {name: value for name, value in self.attention_options.items() if name not in faults(self.attention)}
+        faults = RELEASED_PATHFINDER.get(self.attention, {})
+        options = {name: value for name, value in self.attention_options.items() if name not in faults}
         base = dict(cast("SequenceRecipe", known).attention_options)
         rows = {self.attention: {}, **(ABLATIONS if self.attention == "flow" else {})}
         return next((row for row, more in rows.items() if options == {**base, **more}), "")
@@ -151,6 +152,10 @@ class ListOpsRecipe(SequenceRecipe):
         listops.SIZES["test"], "number of generated expressions to test with, and to validate with", group="data",
         at_least=1, largest=1_000_000_000,
     )  # fmt: skip
+
+    def misfits(self) -> dict[str, str]:
+        """Return fields that have no effect beside the values of the others."""
+        return super().misfits() | _without_effect(self.data_dir, "data_dir", "train_examples", "test_examples")
 
     def build_task(self, form: SequenceFormat | None = None) -> SequenceTask:
         """Generate the expressions, or read them."""
@@ -249,6 +254,10 @@ class RetrievalRecipe(SequenceRecipe):
             missing = "papers" if self.papers is None else "citations"
             raise ValueError(f"papers and citations are needed together, got no {missing}")
 
+    def misfits(self) -> dict[str, str]:
+        """Return fields that have no effect beside the values of the others."""
+        return super().misfits() | _without_effect(self.papers, "papers", "data_dir")
+
     @property
     def more_of_model(self) -> dict[str, Any]:
         """Pairs, with or without interaction."""
@@ -324,6 +333,10 @@ class PathfinderRecipe(SequenceRecipe):
         at_least=20, largest=1_000_000_000,
     )  # fmt: skip
 
+    def misfits(self) -> dict[str, str]:
+        """Return fields that have no effect beside the values of the others."""
+        return super().misfits() | _without_effect(self.data_dir, "data_dir", "num_images")
+
     def build_task(self, form: SequenceFormat | None = None) -> SequenceTask:
         """Generate the pictures, or read them."""
         from rich.console import Console
@@ -355,6 +368,10 @@ class PathXRecipe(PathfinderRecipe):
 
     def published_table(self) -> None:
         """No row of the table solved it."""
+
+
+def _without_effect(given: Any, name: str, *others: str) -> dict[str, str]:
+    return {} if given is None else {other: f"{other} has no effect with {name}" for other in others}
 
 
 @register_recipe("lra/listops")
@@ -436,7 +453,9 @@ def lra_pathfinder(**fields: Any) -> PathfinderRecipe:
         "learning_rate": 1e-4, "warmup_steps": 312, "steps": 62_400, "eval_every": 312,
     }  # fmt: skip
     return PathfinderRecipe(
-        **merge_published("lra/pathfinder", published, PATHFINDER, fields, {**OPTIONS, **PICTURES})
+        **merge_published(
+            "lra/pathfinder", published, PATHFINDER, fields, {**OPTIONS, **PICTURES}, RELEASED_PATHFINDER
+        )
     )  # fmt: skip
 
 

@@ -28,8 +28,9 @@ RELEASED: Mapping[str, Mapping[str, Any]] = {
     "longformer": {"released": "lra"},
     "bigbird": {"released": "lra"},
     "reformer": {"form": "lra"},
-    "sinkhorn": {"sort": "lra_softmax"},
 }
+# Its sum of all blocks needs a length that they divide: without a class token, then.
+RELEASED_PATHFINDER: Mapping[str, Mapping[str, Any]] = {**RELEASED, "sinkhorn": {"sort": "lra_softmax"}}
 # Image and Pathfinder have blocks of 64 of their 1,024 tokens.
 PICTURES: Mapping[str, Mapping[str, Any]] = {"local": {"window": 64}, "sinkhorn": {"bucket_length": 64}}
 # Rows of the published table that are not the mechanism of that name with the options above.
@@ -76,20 +77,15 @@ PATHFINDER: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def faults(attention: str) -> Mapping[str, Any]:
-    """Return the options by which a mechanism computes what the released code does; empty for none."""
-    return RELEASED.get(attention, {})
-
-
 def merge_published(
     name: str, published: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]], fields: Mapping[str, Any],
-    options: Mapping[str, Mapping[str, Any]] = OPTIONS,
+    options: Mapping[str, Mapping[str, Any]] = OPTIONS, faults: Mapping[str, Mapping[str, Any]] = RELEASED,
 ) -> dict[str, Any]:  # fmt: skip
     """Merge the fields of a recipe: published ones, those of the mechanism's own configuration, and those given."""
     attention = fields.get("attention", "flow")
     chosen = dict(options.get(attention, {})) if isinstance(attention, str) else {}
     if isinstance(attention, str) and fields.get("released") is True:
-        chosen |= faults(attention)
+        chosen |= faults.get(attention, {})
     mine = own.get(attention, {}) if isinstance(attention, str) else {}
     return {"name": name, **_SHARED, **published, **mine, "attention_options": chosen, **fields}
 

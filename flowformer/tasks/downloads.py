@@ -212,20 +212,21 @@ def _is_unpacked(dataset: Dataset, folder: Path) -> bool:
     return bool(dataset.files) and all((folder / name).is_file() for name in dataset.files.values())
 
 
-def describe_missing(dataset: Dataset, wanted: str, looked_in: Iterable[Path]) -> str:
+def describe_missing(dataset: Dataset, wanted: str, looked_in: Iterable[Path], *, flag: str = "--data-dir") -> str:
     """Return an error message: what is missing, where it was searched, and how to get it.
 
     Args:
         dataset: The data set.
         wanted: The files that would do.
         looked_in: Folders.
+        flag: The option that names a folder.
     """
     looked_in = list(looked_in)
-    given = "" if data_folder(dataset.folder) in looked_in else "; without --data-dir, the cache is searched"
+    given = "" if data_folder(dataset.folder) in looked_in else f"; without {flag}, the cache is searched"
     return (
         f"{dataset.title}: no {wanted} in {', '.join(map(str, looked_in))}{given}. `flowformer data {dataset.name}` "
         f"downloads it; or get {dataset.addresses[0]} ({dataset.size_bytes:,} bytes, SHA-256 {dataset.sha256}) and "
-        f"put it into {data_folder(dataset.folder)}, or into any folder DIR and pass --data-dir DIR."
+        f"put it into {data_folder(dataset.folder)}, or into any folder DIR and pass {flag} DIR."
     )
 
 

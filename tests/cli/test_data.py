@@ -48,6 +48,8 @@ def test_expressions_are_written(capsys, tmp_path, monkeypatch):
         (["enwik8", "--check", "x"], "enwik8 has no files to check"),
         (["lra-pathfinder", "--check", "x"], "lra-pathfinder has no files to check"),
         (["--check", "x"], "--check requires the name of a data set"),
+        (["--dir", "x"], "--dir requires the name of a data set"),
+        (["lra-listops", "--dir", "x", "--check", "y"], "--dir has no effect with --check"),
         (["lra-listops", "--check", "absent.tsv"], "absent.tsv"),
         (["lra-pathfinder", "--dir", "x"], "leave --dir out"),
     ],

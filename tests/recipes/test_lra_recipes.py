@@ -13,6 +13,7 @@ from rich.console import Console
 from flowformer import create_model, list_attentions
 from flowformer.recipes import create_recipe
 from flowformer.recipes.lra_published import OPTIONS
+from flowformer.recipes.registry import check_given
 from flowformer.tasks.lra.format import PairFormat, SequenceFormat
 from flowformer.tasks.lra.task import PUBLISHED
 from flowformer.training.fit import train
@@ -193,6 +194,26 @@ def test_pictures_become_grey_sequences(tmp_path):
     assert "tested once" in run(recipe, tmp_path / "run")["protocols"]["honest"]["selection"]
     with pytest.raises(ValueError, match="--data PATH is required"):
         create_recipe("lra/image").build_task()
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "misfit"),
+    [
+        ("lra/listops", {"data_dir": "x", "train_examples": 50}, "train_examples has no effect with data_dir"),
+        ("lra/pathfinder", {"data_dir": "x", "num_images": 50}, "num_images has no effect with data_dir"),
+        ("lra/retrieval", {"papers": "x", "citations": "y", "data_dir": "z"}, "data_dir has no effect with papers"),
+    ],
+)
+def test_options_without_effect_are_refused(name, fields, misfit):
+    with pytest.raises(ValueError, match=misfit):
+        check_given(create_recipe(name, **fields), fields)
+
+
+def test_sinkhorn_as_released_where_its_blocks_divide_the_length():
+    assert "sort" not in create_recipe("lra/listops", attention="sinkhorn", released=True).attention_options
+    assert (
+        create_recipe("lra/pathfinder", attention="sinkhorn", released=True).attention_options["sort"] == "lra_softmax"
+    )
 
 
 def test_pathfinder_is_generated_and_trained(tmp_path, monkeypatch):

@@ -114,7 +114,8 @@ def _find(path: Path | None) -> _Found:
             wanted = f"a folder, or a file that ends in {', '.join((*_ARCHIVES, *_LINES))} or .parquet"
             raise DataError(f"{path}: {'expected ' + wanted if path.exists() else 'no such file or folder'}")
         wanted = f"train/neg and train/pos, {DATASETS['lra-text'].archive}, train-*.parquet or *.jsonl"
-        raise DataError(describe_missing(DATASETS["lra-text"], wanted, search_folders(DATASETS["lra-text"], path)))
+        folders = search_folders(DATASETS["lra-text"], path)
+        raise DataError(describe_missing(DATASETS["lra-text"], wanted, folders, flag="--data"))
     return found
 
 

@@ -89,8 +89,10 @@ def test_missing_files(published, tmp_path):
     ):
         load(tmp_path / "elsewhere")
     (published / "basic_val.tsv").unlink()
-    with pytest.raises(DataError, match=r"no basic_train.tsv, .* expressions are generated"):
+    with pytest.raises(DataError, match=r"no basic_val.tsv \(or .* expressions are generated"):
         load(published)
+    with pytest.raises(DataError, match=r"basic_train.tsv: a file, expected the folder with"):
+        load(published / "basic_train.tsv")
     with pytest.raises(DataError, match=r"absent: no such file"):
         listops.read(dict.fromkeys(("train", "validation", "test"), tmp_path / "absent"))
     with pytest.raises(DataError, match=r"published: not a file"):
@@ -215,7 +217,7 @@ def test_check_is_printed(published):
     assert lines[0] == f"{published / 'basic_val.tsv'}: 20 expressions, 0 wrong"
     assert lines[1] == f"{path}: 12 expressions, 12 wrong"
     assert lines[2] == "line 2: Target is 3, the expression gives 4: '[MAX 4 3 ]'"
-    assert lines[12:] == ["and 2 more", f"{path}: 0 expressions, 0 wrong"]
+    assert lines[12:] == ["and 2 more", f"{path}: 0 expressions, 0 wrong: there is a header, but no expression"]
     path.write_text("")
     with pytest.raises(DataError, match="is empty"):
         print_check(path, console)

@@ -78,9 +78,16 @@ def find_files(data_dir: str | Path) -> dict[str, Path]:
         }
         if len(found) == len(FILES):
             return found
+    if folders[0].exists() and not folders[0].is_dir():
+        raise DataError(f"{folders[0]}: a file, expected the folder with {', '.join(FILES.values())}")
+    missing = [
+        name
+        for name in FILES.values()
+        if not any((folder / one).is_file() for folder in folders for one in (name, f"{name}.gz"))
+    ]
     raise DataError(
-        f"ListOps: no {', '.join(FILES.values())} (or .gz) in {' or '.join(map(str, folders))}. They are part of "
-        "lra_release.gz of Long Range Arena; without a folder, expressions are generated"
+        f"ListOps: no {', '.join(missing or FILES.values())} (or .gz) in {' or '.join(map(str, folders))}. The three "
+        "files are part of lra_release.gz of Long Range Arena; without a folder, expressions are generated"
     )
 
 

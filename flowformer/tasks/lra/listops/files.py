@@ -183,7 +183,8 @@ def print_check(path: str | Path, console: Console) -> bool:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(Path(path).name, total=None)
         checked = check(path, progress=lambda: bar.advance(task))
-    lines = [f"{path}: {checked.count:,} expressions, {checked.wrong:,} wrong", *checked.first]
+    none = "" if checked.count else ": there is a header, but no expression"
+    lines = [f"{path}: {checked.count:,} expressions, {checked.wrong:,} wrong{none}", *checked.first]
     if checked.wrong > len(checked.first):
         lines.append(f"and {checked.wrong - len(checked.first):,} more")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
