@@ -94,9 +94,10 @@ def _answer(function: Callable[[Any], Any], item: Any) -> bytes:
 
 
 def _start() -> subprocess.Popen[bytes]:
-    # In a session of its own, which the terminal's Ctrl-C does not reach.
+    # In a session of its own, which the terminal's Ctrl-C does not reach; isolated, or a file pickle.py in the current
+    # folder would be imported.
     return subprocess.Popen(
-        [sys.executable, "-c", _PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-I", "-c", _PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
     )
 
 

@@ -69,6 +69,12 @@ def test_a_script_needs_no_guard(tmp_path):
     assert subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout == "1 2 3\n"
 
 
+def test_a_file_in_the_current_folder_is_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "pickle.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    assert list(map_in_order(abs, [-1, 2, -3], 2)) == [1, 2, 3]
+
+
 def test_cpus():
     assert 1 <= available_cpus() <= (os.cpu_count() or 1)
 

@@ -60,10 +60,11 @@ def _names(source: str, owner: str) -> set[str]:
 
 
 def _listed(kind: type) -> set[str]:
-    """Fields that are read by name, from the list of sizes of a language model."""
-    from flowformer.recipes import language
+    """Fields that are read by name, from the list of sizes of a language model or a classifier of sequences."""
+    from flowformer.recipes import language, lra, lra_published
 
-    return set(language._SIZES) if issubclass(kind, language.LanguageRecipe) else set()
+    lists = {language.LanguageRecipe: language._SIZES, lra.SequenceRecipe: lra_published.MODEL_FIELDS}
+    return {name for base, names in lists.items() if issubclass(kind, base) for name in names}
 
 
 def test_a_field_that_nothing_reads_is_found():

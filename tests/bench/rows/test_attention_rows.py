@@ -109,7 +109,7 @@ def test_every_mechanism_is_timed_in_all_that_it_can_do(name):
         wanted |= {f"{prefix}causal", f"{prefix}causal-training"}
     if row.can("state"):
         wanted |= {"step", "language-training", "language-step"}
-    assert found == wanted | {"vision", "vision-training"}
+    assert found == wanted | {"sequence-training", "vision", "vision-training"}
 
 
 def test_every_contender_is_in_the_documentation():
@@ -189,7 +189,7 @@ def test_mechanism_that_is_added_is_timed(mean, small):
     assert point["status"] == "timed", point
     assert point["ours"]
     assert {operation for operation, name in registry.contenders() if name == "test-mean"} == {
-        "bidirectional", "bidirectional-training", "vision", "vision-training",
+        "bidirectional", "bidirectional-training", "sequence-training", "vision", "vision-training",
     }  # fmt: skip
 
 
