@@ -94,12 +94,15 @@ def _attentions() -> Iterator[Row]:
 
 def _data() -> Iterator[Row]:
     from flowformer.tasks import downloads
+    from flowformer.tasks.lra.made import MADE
 
     for one in downloads.DATASETS.values():
         yield {
             "kind": "data", "name": one.name, "about": f"{one.title}, {one.size_bytes:,} bytes",
             "data": "here" if downloads.is_here(one) else "absent", "source": one.addresses[0], "licence": one.licence,
         }  # fmt: skip
+    for name, made in MADE.items():
+        yield {"kind": "data", "name": name, "about": made.title, "data": "here", "source": "generated here"}
 
 
 _KINDS: Mapping[str, tuple[str, Callable[[], Iterator[Row]]]] = {

@@ -284,10 +284,8 @@ class RetrievalRecipe(SequenceRecipe):
 
     @property
     def data_state(self) -> DataState:
-        """Return whether the pairs are on this machine; unknown where the user names papers."""
-        if self.papers is not None:
-            return "unknown"
-        return "here" if retrieval.is_here(self.data_dir) else "absent"
+        """Return whether the published pairs are on this machine; there is no download."""
+        return "here" if self.papers is None and retrieval.is_here(self.data_dir) else "unknown"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import flowformer
 from flowformer import cli
 from flowformer.recipes import list_recipes
 from flowformer.tasks import downloads
+from flowformer.tasks.lra.made import MADE
 from flowformer.tasks.series import uea
 
 
@@ -27,7 +28,8 @@ def rows(capsys, *words):
 def test_every_name_has_one_line(capsys):
     out = run(capsys)[1].splitlines()
     names = [line.split()[0] for line in out if line.startswith("  ")]
-    listed = [*list_recipes(), *flowformer.list_models(), *flowformer.list_attentions(), *downloads.DATASETS]
+    data = [*downloads.DATASETS, *MADE]
+    listed = [*list_recipes(), *flowformer.list_models(), *flowformer.list_attentions(), *data]
     assert names == listed
     assert len(out) == len(listed) + 4  # the headings
 

@@ -1,4 +1,7 @@
-"""Data of Long Range Arena that is made here instead of downloaded, by name on the command line."""
+"""Data of Long Range Arena that is made here instead of downloaded, by name on the command line.
+
+What makes it imports PyTorch, and is imported when it is asked for: listing the names takes no time.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowformer.common.processes import available_cpus
-from flowformer.tasks.lra import listops
-from flowformer.tasks.lra.describing import describe
-from flowformer.tasks.lra.listops.files import print_check, write
-from flowformer.tasks.lra.pathfinder import files as pathfinder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +33,10 @@ class Made:
 
 
 def _make_listops(folder: Path | None, console: Console) -> None:
+    from flowformer.tasks.lra import listops
+    from flowformer.tasks.lra.describing import describe
+    from flowformer.tasks.lra.listops.files import write
+
     splits = listops.generate(console=console)
     if folder is not None:
         write(folder, splits, console=console)
@@ -41,10 +44,18 @@ def _make_listops(folder: Path | None, console: Console) -> None:
     _say(console, describe(splits._asdict(), listops.CLASSES), f"ListOps is in {where}")
 
 
+def _check_listops(path: Path, console: Console) -> bool:
+    from flowformer.tasks.lra.listops.files import print_check
+
+    return print_check(path, console)
+
+
 def _make_pathfinder(difficulty: str, side: int, folder: Path | None, console: Console) -> None:
     if folder is not None:
         raise ValueError("Pathfinder is kept in the cache only (FLOWFORMER_DATA names its folder): leave --dir out")
-    parts = pathfinder.load(difficulty, side, workers=available_cpus(), console=console)
+    from flowformer.tasks.lra.pathfinder.files import load
+
+    parts = load(difficulty, side, workers=available_cpus(), console=console)
     counts = ", ".join(f"{len(part):,} ({name})" for name, part in parts._asdict().items())
     _say(console, f"Pathfinder, {difficulty}, {side} x {side}: {counts}, in the cache, where recipes find it")
 
@@ -55,7 +66,7 @@ def _say(console: Console, *lines: str) -> None:
 
 
 MADE: Mapping[str, Made] = {
-    "lra-listops": Made("ListOps, 100,000 generated expressions", _make_listops, print_check),
+    "lra-listops": Made("ListOps, 100,000 generated expressions", _make_listops, _check_listops),
     **{
         f"lra-pathfinder{suffix}": Made(
             f"Pathfinder, 200,000 generated pictures of {side} x {side}, {difficulty}",
