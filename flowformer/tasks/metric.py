@@ -34,3 +34,6 @@ class Metric:
     def best(self, records: Sequence[Mapping[str, Any]], split: str) -> Mapping[str, Any]:
         """Return the record with the best value on a set; the first one of equals."""
         return (max if self.higher_is_better else min)(records, key=lambda record: record[f"{split}/{self.key}"])
+
+
+ACCURACY = Metric("accuracy", "accuracy", "percent", lambda share: 100 * share)

@@ -26,15 +26,15 @@ from flowformer.bench.rows.forms import (
     count_bytes,
     mechanisms,
     name_of,
-    refusal,
 )
 from flowformer.bench.rows.models import (
-    CHANNELS_DIFFER,
     OfModel,
     apply,
+    build_alike,
     computed_by_truth,
     gradients_of,
     mixed,
+    model_refusal,
     per_sequence,
     substitute,
 )
@@ -91,17 +91,7 @@ def text(shape: registry.Shape, dtype: torch.dtype, layout: str) -> registry.Inp
 
 def build(attention: str, shape: registry.Shape) -> LanguageModel:
     """The model of a shape around an attention, float32."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = _fresh(attention, shape)
-        torch.manual_seed(0)
-        shared = dict(_fresh("softmax", shape).named_parameters())
-        for name, parameter in model.named_parameters():
-            if name not in shared:  # filters and position biases; fresh ones may be zeros
-                nn.init.normal_(parameter, std=NEW_STD)
-            elif parameter.shape == shared[name].shape:
-                parameter.data.copy_(shared[name].data)
-        return model
+    return build_alike(lambda name: _fresh(name, shape), attention, NEW_STD)
 
 
 def _fresh(attention: str, shape: registry.Shape) -> LanguageModel:
@@ -114,9 +104,8 @@ def _fresh(attention: str, shape: registry.Shape) -> LanguageModel:
 
 def unavailable(row: Mechanism, backend: str | None, inputs: registry.Inputs) -> str | None:
     """Why a model cannot run on these inputs, or ``None``."""
-    shape = inputs[0].shape
-    weights = torch.empty(0, dtype=inputs[0].dtype, device=inputs[0].tokens.device)
-    return CHANNELS_DIFFER if shape.channels != shape.value_channels else refusal(row, backend, weights)
+    given = inputs[0]
+    return model_refusal(row, backend, given.shape, given.dtype, given.tokens.device)
 
 
 # ------------------------------------------------------------------------------------------------------------ training

@@ -7,14 +7,17 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from flowformer.bench.registry import Call, Inputs, Outputs, Shape
+from flowformer.bench.rows.forms import refusal
 from flowformer.core.backends import ENVIRONMENT_VARIABLE
-from flowformer.mechanisms import Attention
+from flowformer.mechanisms import Attention, Mechanism
+
+M = TypeVar("M", bound=nn.Module)
 
 CHANNELS_DIFFER = "a model's values are as wide as its keys: --channels and --value-channels must be equal"
 
@@ -85,6 +88,35 @@ class OfModel:
 def apply(function: Callable[..., Any], inputs: Inputs) -> Any:
     """Call a contender, or its truth, with the inputs of a point."""
     return function(*inputs)
+
+
+def build_alike(fresh: Callable[[str], M], attention: str, new_std: float) -> M:
+    """Build a model around an attention whose weights are those of the model around softmax attention.
+
+    Args:
+        fresh: From the name of an attention to a fresh model around it.
+        attention: The name.
+        new_std: Of parameters that only this attention has, such as filters and position biases; fresh ones may be
+            zeros.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = fresh(attention)
+        torch.manual_seed(0)
+        shared = dict(fresh("softmax").named_parameters())
+        for name, parameter in model.named_parameters():
+            if name not in shared:
+                nn.init.normal_(parameter, std=new_std)
+            elif parameter.shape == shared[name].shape:
+                parameter.data.copy_(shared[name].data)
+        return model
+
+
+def model_refusal(row: Mechanism, backend: str | None, shape: Shape, dtype: torch.dtype, place: Any) -> str | None:
+    """Return why a model around a mechanism cannot run with these sizes, dtype and device, or ``None``."""
+    if shape.channels != shape.value_channels:
+        return CHANNELS_DIFFER
+    return refusal(row, backend, torch.empty(0, dtype=dtype, device=place))
 
 
 def gradients_of(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:

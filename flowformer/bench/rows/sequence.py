@@ -9,7 +9,7 @@ A contender is a function that takes :class:`Reviews` and returns what is timed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,8 +18,16 @@ from torch import Tensor, nn
 
 from flowformer.bench import registry
 from flowformer.bench.rows.attention import count_tokens
-from flowformer.bench.rows.forms import by_backend, mechanisms, name_of, refusal
-from flowformer.bench.rows.models import CHANNELS_DIFFER, OfModel, apply, computed_by_truth, gradients_of, mixed
+from flowformer.bench.rows.forms import by_backend, mechanisms, name_of
+from flowformer.bench.rows.models import (
+    OfModel,
+    apply,
+    build_alike,
+    computed_by_truth,
+    gradients_of,
+    mixed,
+    model_refusal,
+)
 from flowformer.mechanisms import Mechanism
 from flowformer.models.sequence import SequenceClassifier
 from flowformer.recipes.lra_published import OPTIONS
@@ -38,9 +46,7 @@ CHECKED = (
     "encoder.blocks.0.linear1.weight",
     "encoder.blocks.0.attention.v_proj.weight",
 )
-# Of the parameters that grow with the square of the length: floats for each pair of tokens.
-SQUARES: dict[str, Callable[[int], int]] = {"synthesizer": lambda heads: heads, "aft_full": lambda heads: 1}
-_COPIES = 4  # parameter, gradient, and what the backward pass holds beside them
+_COPIES = 4  # of a table of scores: the parameter, its gradient, and what the backward pass holds beside them
 
 
 class Reviews(NamedTuple):
@@ -68,17 +74,7 @@ def draw(shape: registry.Shape, dtype: torch.dtype, layout: str) -> registry.Inp
 
 def build(attention: str, shape: registry.Shape) -> SequenceClassifier:
     """The model of a shape around an attention, float32."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = _fresh(attention, shape)
-        torch.manual_seed(0)
-        shared = dict(_fresh("softmax", shape).named_parameters())
-        for name, parameter in model.named_parameters():
-            if name not in shared:
-                nn.init.normal_(parameter, std=NEW_STD)
-            elif parameter.shape == shared[name].shape:
-                parameter.data.copy_(shared[name].data)
-        return model
+    return build_alike(lambda name: _fresh(name, shape), attention, NEW_STD)
 
 
 def _fresh(attention: str, shape: registry.Shape) -> SequenceClassifier:
@@ -90,9 +86,8 @@ def _fresh(attention: str, shape: registry.Shape) -> SequenceClassifier:
 
 def unavailable(row: Mechanism, backend: str | None, inputs: registry.Inputs) -> str | None:
     """Why a model cannot run on these inputs, or ``None``."""
-    shape = inputs[0].shape
-    weights = torch.empty(0, dtype=inputs[0].dtype, device=inputs[0].tokens.device)
-    return CHANNELS_DIFFER if shape.channels != shape.value_channels else refusal(row, backend, weights)
+    given = inputs[0]
+    return model_refusal(row, backend, given.shape, given.dtype, given.tokens.device)
 
 
 def train(attention: str, given: Reviews) -> registry.Call:
@@ -131,9 +126,7 @@ registry.add_operation(
 def registered_mechanisms() -> Iterator[registry.Contender]:
     """The model around every mechanism, in every backend that its operation has."""
     for row in mechanisms("flow"):
-        fields: dict[str, Any] = {}
-        if row.name in SQUARES:
-            fields["needs_bytes"] = partial(_square_bytes, row.name)
+        fields: dict[str, Any] = {"needs_bytes": _table_bytes} if row.name == "synthesizer" else {}
         for name, backend, words, device in by_backend(name_of(row), row.operation):
             yield registry.Contender(
                 name, "sequence-training", OfModel(train, row.name, backend), OfModel(train_truth, row.name),
@@ -142,5 +135,6 @@ def registered_mechanisms() -> Iterator[registry.Contender]:
             )  # fmt: skip
 
 
-def _square_bytes(attention: str, shape: registry.Shape) -> float:
-    return 4.0 * _COPIES * SQUARES[attention](shape.heads) * shape.length**2
+def _table_bytes(shape: registry.Shape) -> float:
+    """Of synthesizer, which has a score for each head and pair of tokens among its parameters."""
+    return 4.0 * _COPIES * shape.heads * shape.length**2

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flowformer.tasks.images import cifar
 from flowformer.tasks.images.cifar import LabelledImages
 from flowformer.tasks.images.format import ImageFormat
-from flowformer.tasks.metric import Metric
+from flowformer.tasks.metric import ACCURACY, Metric
 from flowformer.tasks.splits import SPLIT_SEED, stratify
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of the training set, of 1
@@ -53,7 +53,7 @@ class ImageTask:
     @property
     def metric(self) -> Metric:
         """The figure of merit."""
-        return Metric("accuracy", "accuracy", "percent", lambda share: 100 * share)
+        return ACCURACY
 
     @property
     def evaluated(self) -> dict[str, Any]:

@@ -16,8 +16,8 @@ import numpy as np
 from flowformer.common.errors import DataError
 from flowformer.tasks.downloads import DATASETS, describe_missing, search_folders
 from flowformer.tasks.encodings import check_file
-from flowformer.tasks.lra.sequences import TokenSequences, open_sequences
-from flowformer.tasks.lra.texts import read_json_lines, read_text, to_bytes, write_texts
+from flowformer.tasks.lra.sequences import TokenSequences, open_sequences, write_sequences
+from flowformer.tasks.lra.texts import DTYPE, encode_bytes, read_json_lines, read_text, to_bytes
 from flowformer.tasks.parquet import find_shards, read_columns
 from flowformer.tasks.token_cache import keep
 
@@ -94,7 +94,8 @@ def load(path: str | Path | None = None, *, check_counts: bool = True) -> tuple[
     def build(folder: Path) -> None:
         reviews = _sort(found)
         for part in PARTS:
-            write_texts(folder, part, ((one.text, one.label) for one in reviews if one.part == part))
+            texts = ((encode_bytes(one.text), one.label) for one in reviews if one.part == part)
+            write_sequences(folder, part, texts, DTYPE)
 
     folder = keep("imdb", found.origin, found.files, build)
     parts = {part: open_sequences(folder, part) for part in PARTS}

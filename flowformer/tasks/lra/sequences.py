@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -15,9 +15,44 @@ from flowformer.tasks.fingerprint import hash_values
 from flowformer.tasks.stored import StoredTokens
 from flowformer.tasks.token_cache import open_tokens, write_tokens
 
+Data = TypeVar("Data", bound="_Labelled")
+
 
 @dataclass(frozen=True, eq=False)
-class TokenSequences(Dataset[tuple[np.ndarray, int]]):
+class _Labelled:
+    """Sequences, or pairs of them, as places in one array or file of tokens, with class indices."""
+
+    tokens: np.ndarray | StoredTokens
+    starts: np.ndarray
+    stops: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        raise NotImplementedError
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each sequence, int64 of the shape of ``starts``."""
+        return self.stops - self.starts
+
+    def subset(self: Data, indices: Sequence[int] | np.ndarray) -> Data:
+        """Return the items at ``indices``, in that order; the tokens are shared, not copied."""
+        rows = np.asarray(indices, dtype=np.int64)
+        return replace(self, starts=self.starts[rows], stops=self.stops[rows], labels=self.labels[rows])
+
+    def fingerprint(self) -> str:
+        """Return a hash of the items and their classes."""
+        return hash_values([self.lengths, self.labels, *(self[index][0] for index in range(len(self)))])
+
+    def _between(self, start: int, stop: int) -> np.ndarray:
+        return np.asarray(self.tokens[int(start) : int(stop)])
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSequences(_Labelled, Dataset[tuple[np.ndarray, int]]):
     """Sequences of tokens with class indices; a map-style PyTorch data set.
 
     Attributes:
@@ -27,40 +62,18 @@ class TokenSequences(Dataset[tuple[np.ndarray, int]]):
         labels: (n,) int64, indices of classes.
     """
 
-    tokens: np.ndarray | StoredTokens
-    starts: np.ndarray
-    stops: np.ndarray
-    labels: np.ndarray
-
     @classmethod
     def joined(cls, tokens: np.ndarray | StoredTokens, lengths: np.ndarray, labels: np.ndarray) -> TokenSequences:
         """Make a data set of sequences that follow each other in ``tokens``, given their lengths, (n,) integers."""
         stops = np.cumsum(lengths, dtype=np.int64)
         return cls(tokens, stops - lengths, stops, labels.astype(np.int64))
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return np.asarray(self.tokens[int(self.starts[index]) : int(self.stops[index])]), int(self.labels[index])
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Number of tokens of each sequence: (n,) int64."""
-        return self.stops - self.starts
-
-    def subset(self, indices: Sequence[int] | np.ndarray) -> TokenSequences:
-        """Return the sequences at ``indices``, in that order; the tokens are shared, not copied."""
-        rows = np.asarray(indices, dtype=np.int64)
-        return TokenSequences(self.tokens, self.starts[rows], self.stops[rows], self.labels[rows])
-
-    def fingerprint(self) -> str:
-        """Return a hash of the sequences and their classes."""
-        return hash_values([self.lengths, self.labels, *(self[index][0] for index in range(len(self)))])
+        return self._between(self.starts[index], self.stops[index]), int(self.labels[index])
 
 
 @dataclass(frozen=True, eq=False)
-class TokenPairs(Dataset[tuple[tuple[np.ndarray, np.ndarray], int]]):
+class TokenPairs(_Labelled, Dataset[tuple[tuple[np.ndarray, np.ndarray], int]]):
     """Pairs of sequences of tokens with class indices; a map-style PyTorch data set.
 
     A sequence that is part of several pairs is stored once.
@@ -72,33 +85,9 @@ class TokenPairs(Dataset[tuple[tuple[np.ndarray, np.ndarray], int]]):
         labels: (n,) int64, indices of classes.
     """
 
-    tokens: np.ndarray | StoredTokens
-    starts: np.ndarray
-    stops: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def __getitem__(self, index: int) -> tuple[tuple[np.ndarray, np.ndarray], int]:
-        return (self._sequence(index, 0), self._sequence(index, 1)), int(self.labels[index])
-
-    def _sequence(self, index: int, which: int) -> np.ndarray:
-        return np.asarray(self.tokens[int(self.starts[index, which]) : int(self.stops[index, which])])
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Number of tokens of the sequences of each pair: (n, 2) int64."""
-        return self.stops - self.starts
-
-    def subset(self, indices: Sequence[int] | np.ndarray) -> TokenPairs:
-        """Return the pairs at ``indices``, in that order; the tokens are shared, not copied."""
-        rows = np.asarray(indices, dtype=np.int64)
-        return TokenPairs(self.tokens, self.starts[rows], self.stops[rows], self.labels[rows])
-
-    def fingerprint(self) -> str:
-        """Return a hash of the pairs and their classes."""
-        return hash_values([self.lengths, self.labels, *(self[index][0] for index in range(len(self)))])
+        first, second = (self._between(*place) for place in zip(self.starts[index], self.stops[index], strict=True))
+        return (first, second), int(self.labels[index])
 
 
 class Splits(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flowformer.tasks.lra.format import PairFormat, SequenceFormat
-from flowformer.tasks.metric import Metric
+from flowformer.tasks.metric import ACCURACY, Metric
 from flowformer.tasks.splits import stratify
 
 TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
@@ -66,7 +66,7 @@ class SequenceTask:
     @property
     def metric(self) -> Metric:
         """The figure of merit."""
-        return Metric("accuracy", "accuracy", "percent", lambda share: 100 * share)
+        return ACCURACY
 
     @property
     def evaluated(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import numpy as np
 
 from flowformer.common.errors import DataError
 from flowformer.tasks.encodings import open_text
-from flowformer.tasks.lra.sequences import write_sequences
 
 # Token of a byte: its value plus 1, for 0 is padding, as with ByteTextEncoder of tensorflow_datasets.
 VOCAB_SIZE = 257
@@ -23,11 +22,6 @@ MOST_CHARACTERS = 2**26  # of a line: what a compressed file unpacks to may be o
 def encode_bytes(text: bytes) -> np.ndarray:
     """Return the tokens of a text, its bytes plus 1: (len(text),) uint16."""
     return np.frombuffer(text, np.uint8).astype(DTYPE) + DTYPE.type(1)
-
-
-def write_texts(folder: Path, part: str, texts: Iterable[tuple[bytes, int]]) -> None:
-    """Write the tokens of texts with their classes to files that ``open_sequences`` reads."""
-    write_sequences(folder, part, ((encode_bytes(text), label) for text, label in texts), DTYPE)
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flowformer.common.errors import DataError
 from flowformer.tasks.classes import find_class, order_classes
-from flowformer.tasks.metric import Metric
+from flowformer.tasks.metric import ACCURACY, Metric
 from flowformer.tasks.series.dataset import SeriesSet
 from flowformer.tasks.series.files import read_table
 from flowformer.tasks.series.format import (
@@ -58,7 +58,7 @@ class SeriesTask:
     @property
     def metric(self) -> Metric:
         """The figure of merit."""
-        return Metric("accuracy", "accuracy", "percent", lambda share: 100 * share)
+        return ACCURACY
 
     @property
     def evaluated(self) -> dict[str, SeriesSet]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from flowformer.tasks.fingerprint import hash_values
-from flowformer.tasks.metric import Metric
+from flowformer.tasks.metric import ACCURACY, Metric
 from flowformer.tasks.text.format import IGNORED, TextFormat
 from flowformer.tasks.text.task import TextTask
 from flowformer.tasks.text.tokenizers import CharacterTokenizer
@@ -61,7 +61,7 @@ class ToyTask(TextTask):
     @property
     def metric(self) -> Metric:
         """Right answers in percent."""
-        return Metric("accuracy", "accuracy", "percent", lambda share: 100 * share)
+        return ACCURACY
 
     def step(self, model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the mean loss of the tokens of answers, and the number of right answers."""
