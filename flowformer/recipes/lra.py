@@ -116,8 +116,7 @@ class SequenceRecipe(StepRecipe):
     def row(self) -> str:
         """The name of this model in the published table; "" if it is not in it."""
         known = find_recipe(self.name)(attention=self.attention)
-        fields = (*MODEL_FIELDS, "model", *(["length"] if hasattr(self, "length") else []))
-        if any(getattr(self, name) != getattr(known, name) for name in fields):
+        if any(getattr(self, name, None) != getattr(known, name, None) for name in (*MODEL_FIELDS, "model", "length")):
             return ""
         faults = RELEASED_PATHFINDER.get(self.attention, {})
         options = {name: value for name, value in self.attention_options.items() if name not in faults}

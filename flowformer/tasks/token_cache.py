@@ -56,7 +56,7 @@ def keep(
     # The slot is what stays when the source changes.
     place_of_origin = None if origin is None else str(origin.resolve())
     slot = f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)[:60]}-{_digest([place_of_origin, dict(options or {})])}"
-    place = folder / f"{slot}-{_digest([VERSION, [_state(path) for path in sources]])}"
+    place = folder / f"{slot}-{_digest([VERSION, _states(sources)])}"
     if _is_whole(place):
         return place
     make_folder(folder)
@@ -107,9 +107,15 @@ def _content(path: Path) -> list[int]:
         return [file.tell(), check]
 
 
-def _state(path: Path) -> list[Any]:
-    stat = path.stat()
-    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+def _states(paths: Sequence[Path]) -> list[list[Any]]:
+    # Folders are resolved once: it takes longer than all else, and a source may be of many thousand files.
+    folders = {folder: folder.resolve() for folder in {path.parent for path in paths}}
+    states = []
+    for path in paths:
+        stat = path.stat()
+        place = path.resolve() if path.is_symlink() else folders[path.parent] / path.name
+        states.append([str(place), stat.st_size, stat.st_mtime_ns])
+    return states
 
 
 def _digest(value: Any) -> str:

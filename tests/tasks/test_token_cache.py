@@ -252,3 +252,12 @@ def test_bytes_of_a_file(tmp_path):
     assert bytes(open_bytes(tmp_path / "text")) == b"0123456789"
     assert bytes(open_bytes(tmp_path / "text", 3, 5)) == b"34"
     assert not open_bytes(tmp_path / "text")[:].flags.writeable
+
+
+def test_a_source_by_way_of_links_is_the_same_source(tmp_path, cache):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "source").write_bytes(b"abc")
+    (tmp_path / "file").symlink_to(tmp_path / "folder" / "source")
+    (tmp_path / "other").symlink_to(tmp_path / "folder")
+    paths = [tmp_path / "folder" / "source", tmp_path / "file", tmp_path / "other" / "source"]
+    assert len({keep("own", path, [path], lambda folder: None) for path in paths}) == 1
