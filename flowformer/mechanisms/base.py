@@ -21,6 +21,7 @@ from flowformer.core.checks import (
     check_sizes,
     check_tokens_of,
 )
+from flowformer.core.dropout import Dropout
 from flowformer.core.masks import fill
 from flowformer.core.precision import dtype_and_device
 from flowformer.mechanisms.registry import Mechanism
@@ -140,7 +141,7 @@ class Attention(nn.Module, ABC):
             self.k_proj = nn.Linear(dim, self.key_width, bias=bias, **factory)
         self.v_proj = nn.Linear(dim, inner, bias=bias, **factory)
         self.out_proj = nn.Linear(inner, dim, bias=bias, **factory)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv, self.output_norm, self.output_gate = conv, output_norm, output_gate
         if output_norm:
             self.out_norm = nn.RMSNorm(self.norm_width, eps=NORM_EPS, **factory)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from flowformer.core.checks import apply, check_flag, check_optional_sizes, check_probability, check_sizes, describe
+from flowformer.core.dropout import Dropout
 from flowformer.core.masks import fill
 from flowformer.models.encoder import Encoder, EncoderBlock
 from flowformer.models.initialization import GPT_STD, LanguageInit
@@ -142,7 +143,7 @@ class TokenDecoder(nn.Module):
         self.scale = math.sqrt(dim) if scale_embedding else 1.0
         self.embed = nn.Embedding(vocab_size, dim, **factory)
         self.position = create_positions(positions, dim, max_length, **factory)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         blocks = [
             self.block_class(
                 dim, num_heads, ffn_dim, dropout=dropout, attention=attention, attention_options=attention_options,

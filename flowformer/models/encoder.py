@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from flowformer.core.checks import check_mask, check_probability, check_sizes, check_tokens_of
+from flowformer.core.dropout import Dropout
 from flowformer.core.masks import fill
 from flowformer.core.tracing import may_look
 from flowformer.mechanisms import create_attention
@@ -80,8 +81,8 @@ class EncoderBlock(nn.Module):
         self.linear1 = nn.Linear(dim, ffn_dim, **factory)
         self.linear2 = nn.Linear(ffn_dim, dim, **factory)
         self.norm2 = nn.LayerNorm(dim, **factory)
-        self.dropout = nn.Dropout(dropout)
-        self.activation_dropout = nn.Dropout(dropout if activation_dropout is None else activation_dropout)
+        self.dropout = Dropout(dropout)
+        self.activation_dropout = Dropout(dropout if activation_dropout is None else activation_dropout)
         self.activation = ACTIVATIONS[activation]()
 
     @overload

@@ -23,6 +23,7 @@ from flowformer.core.checks import (
     check_sizes,
     describe,
 )
+from flowformer.core.dropout import Dropout
 from flowformer.core.masks import fill
 from flowformer.models.encoder import Encoder, EncoderBlock
 from flowformer.models.initialization import Initializer, set_initializer, truncated_normal
@@ -110,7 +111,7 @@ class SequenceClassifier(nn.Module):
         self.embed = nn.Embedding(vocab_size, dim, **factory)
         self.class_token = nn.Parameter(torch.zeros(dim, **factory)) if pool == "class" else None
         self.positions = _create_positions(positions, dim, seen, factory)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.encoder = Encoder(
             [
                 EncoderBlock(

@@ -21,6 +21,7 @@ from flowformer.core.checks import (
     check_sizes,
     check_tokens_of,
 )
+from flowformer.core.dropout import Dropout
 from flowformer.core.masks import fill
 from flowformer.models.encoder import Encoder, EncoderBlock
 from flowformer.models.registry import register_model
@@ -90,7 +91,7 @@ class SeriesClassifier(nn.Module):
             ],
             dim, **factory,
         )  # fmt: skip
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.activation = nn.GELU()
         self.head = nn.Linear(max_length * dim, num_classes, **factory)
 

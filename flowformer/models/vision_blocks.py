@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from flowformer.core.checks import apply, check_number, check_probability, check_sizes, check_tokens_of
+from flowformer.core.dropout import Dropout
 from flowformer.mechanisms import create_attention
 
 NORM_EPS = 1e-6  # of every LayerNorm: Flowformer_CV and DeiT alike
@@ -92,7 +93,7 @@ class VisionBlock(nn.Module):
         self.linear2 = nn.Linear(ffn_dim, dim, **factory)
         self.layer_scale = layer_scale
         self.gamma = None if layer_scale is None else nn.Parameter(torch.empty(dim, **factory))
-        self.drop_path, self.dropout = DropPath(drop_path), nn.Dropout(dropout)
+        self.drop_path, self.dropout = DropPath(drop_path), Dropout(dropout)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from flowformer.core.checks import check_mask, check_probability, check_sizes, check_tokens_of
+from flowformer.core.dropout import Dropout
 from flowformer.core.masks import fill
 from flowformer.models.registry import register_model
 
@@ -49,7 +50,7 @@ class LSTMClassifier(nn.Module):
         self.in_chans, self.num_classes = in_chans, num_classes
         between = dropout if num_layers > 1 else 0.0  # torch warns about one that has no effect
         self.lstm = nn.LSTM(in_chans, dim, num_layers, batch_first=True, dropout=between, **factory)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.head = nn.Linear(dim, num_classes, **factory)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
