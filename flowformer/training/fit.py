@@ -80,7 +80,8 @@ def train(
             remove_staged(run.path)
             if form is None:
                 _write_start(run, recipe, task, data)
-        records = _train_model(recipe, task, model, run, console if is_first else None)
+        with run.forgotten_unless_started() if is_first and form is None else contextlib.nullcontext():
+            records = _train_model(recipe, task, model, run, console if is_first else None)
         result = _build_result(recipe, task, model, records, folder, command)
         if is_first:
             if form is not None:

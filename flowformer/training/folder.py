@@ -17,10 +17,11 @@ tensors and plain values (``torch.load`` with ``weights_only=True``) are read.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -111,6 +112,21 @@ class RunFolder:
             return read_json(self.path / name)
         except DataError as error:
             raise RunError(f"{error}: the run is damaged") from error
+
+    @contextlib.contextmanager
+    def forgotten_unless_started(self) -> Iterator[None]:
+        """Remove what a new run has written if it turns out to be impossible before its first checkpoint.
+
+        Some options are refused only when a model meets its data. Nothing is worth keeping then, and the same command
+        with another value would find the folder in use.
+        """
+        try:
+            yield
+        except (ValueError, TypeError):
+            if not self.resume_state.exists():
+                for name in ("recipe.json", "format.json", "metrics.jsonl"):
+                    (self.path / name).unlink(missing_ok=True)
+            raise
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Check that a recipe is that of the run, but for fields that do not change a result.

@@ -230,6 +230,29 @@ def test_divergence_is_said(tmp_path, monkeypatch):
         run(tmp_path)
 
 
+def test_a_run_that_its_first_batch_shows_to_be_impossible_leaves_the_folder_free(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(SeriesTask, "step", lambda *_: (_ for _ in ()).throw(ValueError("window must divide 29")))
+        with pytest.raises(ValueError, match="window must divide 29"):
+            run(tmp_path)
+    assert not list(tmp_path.glob("*.json*"))
+    run(tmp_path, epochs=1)
+
+
+def test_a_run_that_fails_after_its_first_checkpoint_is_kept(tmp_path, monkeypatch):
+    step = SeriesTask.step
+
+    def fails_later(self, model, batch):
+        if (tmp_path / "checkpoints" / "last.ckpt").exists():
+            raise ValueError("later")
+        return step(self, model, batch)
+
+    monkeypatch.setattr(SeriesTask, "step", fails_later)
+    with pytest.raises(ValueError, match="later"):
+        run(tmp_path)
+    assert (tmp_path / "recipe.json").exists()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
