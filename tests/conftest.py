@@ -47,6 +47,17 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of the cache: an empty one. Where it is not asked for, no test may write into the user's.
+
+    It is here for all tests, since pytest has a fixture of that name too, which would be used where this is not seen.
+    """
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("FLOWFORMER_DATA", str(folder))
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialised memory holds NaN in tests of the mathematics, so that reading it before writing cannot pass."""

@@ -14,7 +14,7 @@ from flowformer.common.fields import option
 from flowformer.recipes.language import LanguageRecipe
 from flowformer.recipes.mechanism import find_row, merge_fields
 from flowformer.recipes.registry import RECIPES, register_recipe
-from flowformer.tasks.images import density
+from flowformer.tasks.images import cifar, density
 from flowformer.tasks.images.density import DensityTask
 from flowformer.tasks.images.pixels import PixelFormat
 from flowformer.training.order import RoundSampler
@@ -74,7 +74,9 @@ class Cifar10DensityRecipe(PixelRecipe):
     """A model of CIFAR-10, or of other images of 32 x 32 pixels."""
 
     data: Path | None = option(
-        None, "folder or archive of CIFAR-10, or of PNG images in folders named by its classes", group="data"
+        None,
+        "folder or archive of CIFAR-10, or of PNG images in folders named by its classes; null for the cache",
+        group="data",
     )
     held_out: float = option(
         0.1, "fraction of the images used as test set if the data has none", group="data", above=0, below=1
@@ -82,14 +84,12 @@ class Cifar10DensityRecipe(PixelRecipe):
 
     def build_task(self, form: PixelFormat | None = None) -> DensityTask:
         """Read the images."""
-        if self.data is None:
-            raise ValueError(f"{self.name} requires --data PATH: a folder or archive of CIFAR-10")
-        return density.load_cifar10(self.data, flip=self.flip, shift=self.shift, held_out=self.held_out)
+        return density.load_cifar10(cifar.locate(self.data), flip=self.flip, shift=self.shift, held_out=self.held_out)
 
     @property
     def data_state(self) -> DataState:
-        """Unknown: the user specifies the folder or archive."""
-        return "unknown"
+        """Return whether CIFAR-10 is on this machine."""
+        return "here" if cifar.is_located(self.data) else "absent"
 
     @property
     def row(self) -> str:

@@ -17,6 +17,7 @@ from flowformer.models.vision import VisionModel
 from flowformer.recipes.mechanism import check_attention, merge_fields
 from flowformer.recipes.model import build_model, check_model
 from flowformer.recipes.registry import register_recipe
+from flowformer.tasks.images import cifar
 from flowformer.tasks.images import task as images
 from flowformer.tasks.images.format import ImageFormat
 from flowformer.tasks.images.task import ImageTask
@@ -101,16 +102,16 @@ class SmallImageRecipe(ImageRecipe):
 class Cifar10Recipe(SmallImageRecipe):
     """A classifier of CIFAR-10."""
 
-    data: Path | None = option(None, "folder or archive of CIFAR-10", group="data", neutral=True)
+    data: Path | None = option(None, "folder or archive of CIFAR-10; null for the cache", group="data", neutral=True)
 
     def build_task(self, form: ImageFormat | None = None) -> ImageTask:
         """Read CIFAR-10."""
-        return self._prepare(images.load_cifar10(str(self.data or ""), test_fraction=self.test_fraction), form)
+        return self._prepare(images.load_cifar10(self.data, test_fraction=self.test_fraction), form)
 
     @property
     def data_state(self) -> DataState:
-        """Unknown: the user specifies the folder or archive."""
-        return "unknown"
+        """Return whether CIFAR-10 is on this machine."""
+        return "here" if cifar.is_located(self.data) else "absent"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ _OURS: Mapping[str, Any] = {
 
 @register_recipe("images/cifar10")
 def cifar10(**fields: Any) -> Cifar10Recipe:
-    """A small hierarchical Flowformer on CIFAR-10, in any of its forms: --data PATH (not published).
+    """A small hierarchical Flowformer on CIFAR-10, in any of its forms, --data PATH or downloaded (not published).
 
     Without a test set (a part of the archive, say) a tenth of each class is held out, always the same.
     """

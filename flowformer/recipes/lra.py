@@ -291,25 +291,22 @@ class RetrievalRecipe(SequenceRecipe):
 class GreyRecipe(HeldOutRecipe):
     """A classifier of CIFAR-10 as 1,024 grey levels."""
 
-    data: Path | None = option(None, "folder or archive of CIFAR-10", group="data", neutral=True)
+    data: Path | None = option(None, "folder or archive of CIFAR-10; null for the cache", group="data", neutral=True)
 
     def build_task(self, form: SequenceFormat | None = None) -> SequenceTask:
         """Read the pictures."""
-        if self.data is None:
-            raise ValueError(
-                "--data PATH is required: a folder or archive of CIFAR-10 (binary, Python, or images by class)"
-            )
-        train, validation, test = image.load(self.data)
+        path = cifar.locate(self.data)
+        train, validation, test = image.load(path)
         found = SequenceFormat("grey", image.CLASSES, image.LENGTH)
         return self.hold_out(SequenceTask(
-            "image", train, test, form or self.fit_format(found), PUBLISHED["image"], str(self.data), cifar.LICENCE,
+            "image", train, test, form or self.fit_format(found), PUBLISHED["image"], str(path), cifar.LICENCE,
             validation=validation,
         ))  # fmt: skip
 
     @property
     def data_state(self) -> DataState:
-        """Unknown: the user specifies the folder or archive."""
-        return "unknown"
+        """Return whether CIFAR-10 is on this machine."""
+        return "here" if cifar.is_located(self.data) else "absent"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -425,7 +422,7 @@ def lra_retrieval(**fields: Any) -> RetrievalRecipe:
 
 @register_recipe("lra/image")
 def lra_image(**fields: Any) -> GreyRecipe:
-    """Long Range Arena, Image: CIFAR-10 as 1,024 grey levels, pixel by pixel: --data PATH.
+    """Long Range Arena, Image: CIFAR-10 as 1,024 grey levels, pixel by pixel.
 
     1 layer of 128 channels, 4 heads of 16, learned positions; 200 epochs of 175 steps of 256, evaluated after each on
     the validation set, tested once. Baselines have the sizes of their own configurations.

@@ -69,9 +69,9 @@ class Dataset:
 
 
 # Sizes: the cards of Salesforce/wikitext (download_size, while it still read the zip file) and of enwik8 on the Hugging
-# Face hub; the checksums of tensorflow_datasets for IMDB. SHA-256: public projects that pin these downloads, several
-# alike for each. Torchtext gives the zip file of WikiText-103 the MD5 9ddaacaf6af0710eda8c456decff7832, and the archive
-# of IMDB 7c2ac02c03563afcf9b574c7e56c153a.
+# Face hub; the checksums of tensorflow_datasets for IMDB and CIFAR-10. SHA-256: public projects that pin these
+# downloads, several alike for each. MD5: torchtext has 9ddaacaf6af0710eda8c456decff7832 for the zip file of
+# WikiText-103 and 7c2ac02c03563afcf9b574c7e56c153a for IMDB; CIFAR-10's authors c58f30108f718f92721af3d95e74349a.
 DATASETS: Mapping[str, Dataset] = {
     one.name: one
     for one in (
@@ -105,6 +105,16 @@ DATASETS: Mapping[str, Dataset] = {
                 "of the English Wikipedia of 3 March 2006, GNU Free Documentation License; since 2009 also Creative "
                 "Commons Attribution-ShareAlike 3.0."
             ),
+        ),
+        Dataset(
+            name="cifar10",
+            title="CIFAR-10",
+            addresses=("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",),
+            size_bytes=170_498_071,
+            sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+            folder="cifar10",
+            files={},
+            licence="CIFAR-10 (Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html): no licence is stated.",
         ),
         Dataset(
             name="lra-text",

@@ -16,7 +16,7 @@ def run(capsys, *words: str) -> tuple[int, str, str]:
 def test_everything_is_listed(capsys):
     status, out, _ = run(capsys)
     assert status == 0
-    for name in ("wikitext", "enwik8", "lra-text", "lra-listops", "lra-pathfinder", "lra-pathfinder-128"):
+    for name in ("wikitext", "enwik8", "cifar10", "lra-text", "lra-listops", "lra-pathfinder", "lra-pathfinder-128"):
         assert f"{name} " in out
 
 

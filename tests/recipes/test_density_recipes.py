@@ -220,12 +220,13 @@ def test_images_are_drawn_from_the_command_line(finished, tmp_path, capsys):
         (["generate", "RUN", "--out", "a.png", "--prompt", "x", "--stop", "y"], "--prompt, --stop does not apply to"),
         (["generate", "RUN", "--out", "a.png", "--count", "0"], "--count must be at least 1, got 0"),
         (["export", "RUN", "--to", "hf"], "data is images; available: evaluate, generate"),
-        (["train", "density/aft-simple"], "density/aft-simple requires --data PATH"),
+        (["train", "density/aft-simple"], "`flowformer data cifar10` downloads it"),
         (["train", "density/aft-simple", "--data", "nowhere"], "nowhere: no such file or folder"),
     ],
 )  # fmt: skip
 def test_mistakes_are_explained(finished, words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLOWFORMER_DATA", str(tmp_path))
     status, _, err = command(capsys, *(finished[0] if word == "RUN" else word for word in words))
     assert status == 2
     assert message in err

@@ -116,9 +116,10 @@ def test_what_would_be_ignored_is_refused(capsys):
     assert "unknown argument --image-size" in capsys.readouterr().err
 
 
-def test_the_command_says_what_is_missing(capsys):
+def test_the_command_says_what_is_missing(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLOWFORMER_DATA", str(tmp_path))
     assert main(["train", "images/cifar10"]) == 2
-    assert "--data PATH is required" in capsys.readouterr().err
+    assert "CIFAR-10: no cifar-10-python.tar.gz in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

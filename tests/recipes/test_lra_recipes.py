@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from flowformer import create_model, list_attentions
+from flowformer.common.errors import DataError
 from flowformer.recipes import create_recipe
 from flowformer.recipes.lra_published import OPTIONS
 from flowformer.recipes.registry import check_given
@@ -192,8 +193,19 @@ def test_pictures_become_grey_sequences(tmp_path):
     assert [len(part) for part in (task.train, task.validation, task.test)] == [130, 20, 30]
     assert task.format.collate([task.train[0]])["tokens"].shape == (1, 1024)
     assert "tested once" in run(recipe, tmp_path / "run")["protocols"]["honest"]["selection"]
-    with pytest.raises(ValueError, match="--data PATH is required"):
-        create_recipe("lra/image").build_task()
+
+
+def test_cifar10_is_read_from_the_cache_if_no_path_is_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLOWFORMER_DATA", str(tmp_path))
+    recipe = create_recipe("lra/image")
+    assert recipe.data_state == "absent"
+    with pytest.raises(DataError, match="`flowformer data cifar10` downloads it"):
+        recipe.build_task()
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / "cifar10" / "cifar-10-python.tar.gz").write_bytes(b"not an archive")
+    assert recipe.data_state == "here"
+    with pytest.raises(DataError, match=r"cifar-10-python\.tar\.gz"):
+        recipe.build_task()
 
 
 @pytest.mark.parametrize(

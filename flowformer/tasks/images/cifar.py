@@ -14,12 +14,14 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from flowformer.common.errors import DataError
+from flowformer.tasks.downloads import DATASETS, data_folder, describe_missing, is_here
 from flowformer.tasks.images.array_pickles import load_arrays
 from flowformer.tasks.images.decoding import UnreadableImage, decode
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32  # pixels
-LICENCE = "CIFAR-10 (https://www.cs.toronto.edu/~kriz/cifar.html): no licence is stated."
+_DATASET = DATASETS["cifar10"]
+LICENCE = _DATASET.licence
 
 _RECORD_BYTES = 1 + 3 * SIDE * SIDE  # a label, then the red, the green and the blue plane, row by row
 _TRAIN_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
@@ -62,6 +64,25 @@ class LabelledImages:
     def subset(self, indices: np.ndarray) -> LabelledImages:
         """Return the images at ``indices``, in that order."""
         return LabelledImages(self.images[indices], self.labels[indices])
+
+
+def locate(path: Path | None) -> Path:
+    """Return the path itself, or without one the archive of CIFAR-10 in the cache.
+
+    Raises:
+        DataError: if it is not there; the message says how to get it.
+    """
+    if path is not None:
+        return path
+    folder = data_folder(_DATASET.folder)
+    if not is_here(_DATASET):
+        raise DataError(describe_missing(_DATASET, _DATASET.archive, [folder], flag="--data"))
+    return folder / _DATASET.archive
+
+
+def is_located(path: Path | None) -> bool:
+    """Return whether :func:`locate` finds something, which is not looked into."""
+    return is_here(_DATASET) if path is None else path.exists()
 
 
 def read_cifar10(path: Path) -> tuple[LabelledImages, LabelledImages | None]:

@@ -111,23 +111,19 @@ def shift_at_random(x: Tensor, reach: int) -> Tensor:
     return padded[number, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
-def load_cifar10(path: str, *, test_fraction: float) -> ImageTask:
+def load_cifar10(path: Path | None, *, test_fraction: float) -> ImageTask:
     """Load CIFAR-10, or a part of it.
 
     Args:
-        path: As :func:`flowformer.tasks.images.cifar.read_cifar10` takes it.
+        path: As :func:`flowformer.tasks.images.cifar.read_cifar10` takes it; ``None`` for the cache.
         test_fraction: Part of the training set that is held out to test on, where there is no test set.
 
     Raises:
-        ValueError: where nothing is given.
-        DataError: as :func:`flowformer.tasks.images.cifar.read_cifar10`.
+        DataError: as :func:`flowformer.tasks.images.cifar.read_cifar10`; without a path, if the cache has none.
     """
-    if not path:
-        raise ValueError(
-            "--data PATH is required: a folder or archive of CIFAR-10 (binary, Python, or images by class)"
-        )
-    train, test = cifar.read_cifar10(Path(path))
-    name, source = "cifar10", path
+    path = cifar.locate(path)
+    train, test = cifar.read_cifar10(path)
+    name, source = "cifar10", str(path)
     if test is None:
         name, source = "cifar10 (a part held out)", f"{path}, without a test set: {test_fraction:g} of it held out"
         train, test = hold_out(train, cifar.CLASSES, test_fraction)

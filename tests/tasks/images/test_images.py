@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from flowformer.common.errors import DataError
 from flowformer.tasks.images.cifar import LabelledImages
 from flowformer.tasks.images.format import ImageFormat, classify
 from flowformer.tasks.images.task import ImageTask, hold_out, load_cifar10, load_digits, shift_at_random
@@ -166,9 +167,10 @@ def test_digits():
     assert batch["x"].std().item() == pytest.approx(1, abs=1e-3)
 
 
-def test_cifar10_wants_a_path():
-    with pytest.raises(ValueError, match="--data PATH is required"):
-        load_cifar10("", test_fraction=0.1)
+def test_cifar10_is_looked_for_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLOWFORMER_DATA", str(tmp_path))
+    with pytest.raises(DataError, match=r"CIFAR-10: no cifar-10-python\.tar\.gz in .*170,498,071 bytes"):
+        load_cifar10(None, test_fraction=0.1)
 
 
 def test_classify():
