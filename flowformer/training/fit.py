@@ -199,7 +199,7 @@ def fit(
         draws: Where random numbers come from; PyTorch's global generators, which are seeded, if absent.
 
     Returns:
-        One record of metrics per round; the first is before training, where there is something to evaluate on.
+        One record of metrics per round; the first is before training, where that is evaluated.
 
     Raises:
         RunError: if training diverges, a checkpoint cannot be resumed, or the folder cannot be written.
@@ -219,7 +219,7 @@ def fit(
         last = run.resume_state if run is not None and run.resume_state.exists() else None
         if last is not None:
             read_plain(last)  # Lightning would report damage in its own words
-        elif module.evaluated:
+        elif module.evaluated and 0 in recipe.evaluated_rounds:
             trainer.validate(module, verbose=False)
             history.add(trainer, 0, read_metrics(trainer))
         trainer.fit(module, ckpt_path=last, weights_only=True)
@@ -338,7 +338,7 @@ def protocols(recipe: Recipe, task: Task, records: list[dict[str, Any]], folder:
         }
 
     if "test" not in splits:
-        trained = evaluated[1:]  # the model before training has no checkpoint
+        trained = [record for record in evaluated if record[recipe.unit]]  # before training there is no checkpoint
         chosen = metric.best(trained, "validation")
         how = f"{recipe.unit} {chosen[recipe.unit]}, best of {len(trained)} on the validation set; tested once"
         model, _ = load(recipe, folder, "best-validation")
