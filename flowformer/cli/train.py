@@ -33,11 +33,9 @@ def _train(words: Sequence[str], command: str) -> int:
 
     from rich.console import Console
 
-    from flowformer.common.machine import keep_freed_memory
     from flowformer.report.tables import protocol_table
     from flowformer.training.fit import train
 
-    keep_freed_memory()
     console = Console()
     result = usable(
         train, asked.recipe, asked.folder, resume=asked.resume, data_changed_ok=asked.data_changed_ok,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import subprocess
@@ -26,19 +25,6 @@ def peak_memory_bytes() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def keep_freed_memory() -> None:
-    """Have this process keep the memory that it frees, for what it allocates next.
-
-    By default glibc returns every large tensor to the system, which then clears its pages anew for the next one: on a
-    CPU that can take a fifth of a training step. The setting is that of the whole process, so it is for commands, not
-    for functions that a user's process calls. Other C libraries are left as they are.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: what gets pages of its own, which are returned when freed; bytes
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is kept at the end of the heap; bytes
 
 
 def environment() -> dict[str, Any]:
