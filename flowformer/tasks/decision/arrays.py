@@ -265,7 +265,7 @@ def _order(path: Path) -> list[tuple[int, str]]:
 def _open(path: Path) -> Iterator[dict[str, np.ndarray]]:
     check_file(path)
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             yield _Members(path, archive)
     except DataError:
         raise
