@@ -81,15 +81,14 @@ def read_floats(values: Column, origin: str, into: np.ndarray | None = None) -> 
     return found
 
 
-def flatten(values: Column, steps: int, origin: str, wanted: str) -> np.ndarray:
-    """Return (steps,) values of an array of shape (steps,) or (steps, 1).
+def check_column(values: Column, steps: int, origin: str, wanted: str) -> None:
+    """Raise for an array that is not of shape (steps,) or (steps, 1).
 
     Raises:
-        DataError: for another shape.
+        DataError: naming shape and type.
     """
     if values.shape not in ((steps,), (steps, 1)):
         raise DataError(f"{origin}: {describe(values)}; expected ({steps},) {wanted}, one for each step")
-    return np.asarray(values[:]).reshape(-1)
 
 
 def read_flags(values: Column, steps: int, origin: str) -> np.ndarray:
@@ -98,7 +97,8 @@ def read_flags(values: Column, steps: int, origin: str) -> np.ndarray:
     Raises:
         DataError: for another shape, and other values.
     """
-    flags = flatten(values, steps, origin, "flags")
+    check_column(values, steps, origin, "flags")
+    flags = np.asarray(values[:]).reshape(-1)
     if flags.dtype != np.bool_:
         if flags.dtype.kind not in "iuf" or not np.isin(flags, (0, 1)).all():
             raise DataError(f"{origin}: {describe(values)}; expected true and false, or 1 and 0")
@@ -108,7 +108,8 @@ def read_flags(values: Column, steps: int, origin: str) -> np.ndarray:
 
 def read_rewards(values: Column, steps: int, origin: str) -> np.ndarray:
     """Read rewards, (steps,) float32, from an array of shape (steps,) or (steps, 1); errors as :func:`pieces`."""
-    return read_floats(flatten(values, steps, origin, "numbers"), origin)
+    check_column(values, steps, origin, "numbers")
+    return read_floats(values, origin).reshape(-1)
 
 
 def check_observations(values: Column, origin: str, *, steps: int | None = None) -> None:
@@ -149,7 +150,7 @@ def read_actions(values: Column, steps: int, origin: str) -> np.ndarray:
     """
     if not is_discrete(values, steps, origin):
         return read_floats(values, origin)
-    actions = flatten(values, steps, origin, "integers").astype(np.int64)
+    actions = np.asarray(values[:]).reshape(-1).astype(np.int64)
     if actions.min() < 0:
         raise DataError(f"{origin}[{actions.argmin()}] is {actions.min()}; expected discrete actions from 0")
     return actions

@@ -1,6 +1,7 @@
 """HDF5 files in the layout of D4RL, right ones and wrong ones."""
 
 import sys
+import tracemalloc
 
 import h5py
 import numpy as np
@@ -37,6 +38,21 @@ def test_other_types_and_shapes_are_read(episodes, tmp_path):
     arrays = {name: one.astype(np.float64) for name, one in arrays.items()}
     arrays = {name: one[:, None] if one.ndim == 1 else one for name, one in arrays.items()}
     assert_same(read_d4rl(write_hdf5(tmp_path / "a.hdf5", arrays)), episodes)
+
+
+def test_files_are_not_twice_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays_module, "PIECE", 2**14)
+    episodes = make_episodes([1000] * 40)
+    arrays = {
+        name: one.astype(np.float64 if one.dtype != bool else bool) for name, one in d4rl_arrays(episodes).items()
+    }
+    path = write_hdf5(tmp_path / "a.hdf5", arrays, chunk=1000)
+    read_d4rl(path)
+    tracemalloc.start()
+    found = read_d4rl(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * sum(getattr(found, name).nbytes for name in ("observations", "actions", "rewards"))
 
 
 def test_discrete_actions_are_read(tmp_path):
