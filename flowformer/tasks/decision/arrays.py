@@ -142,18 +142,24 @@ def is_discrete(values: Column, steps: int, origin: str) -> bool:
     return False
 
 
-def read_actions(values: Column, steps: int, origin: str) -> np.ndarray:
-    """Read actions: (steps, A) float32, or (steps,) int64 where they are integers.
+def read_actions(values: Column, steps: int, origin: str, first: int = 0) -> np.ndarray:
+    """Read actions: (steps, A) float32, or (steps,) int64 from 0 where they are integers.
+
+    Args:
+        values: The array.
+        steps: How many there are to be.
+        origin: File and key, for messages.
+        first: The integer that becomes 0.
 
     Raises:
-        DataError: for another shape or type, and negative integers.
+        DataError: for another shape or type, and smaller integers.
     """
     if not is_discrete(values, steps, origin):
         return read_floats(values, origin)
     actions = np.asarray(values[:]).reshape(-1).astype(np.int64)
-    if actions.min() < 0:
-        raise DataError(f"{origin}[{actions.argmin()}] is {actions.min()}; expected discrete actions from 0")
-    return actions
+    if actions.min() < first:
+        raise DataError(f"{origin}[{actions.argmin()}] is {actions.min()}; expected discrete actions from {first}")
+    return actions - first
 
 
 @dataclass(frozen=True)
@@ -210,14 +216,15 @@ class Space:
 
 
 def check_name(name: str, origin: str) -> str:
-    """Return the name of an environment that a file states, or raise: Gymnasium would import what is before a colon.
+    """Return the name of an environment that a file states, without a module, which Gymnasium would import.
 
     Raises:
-        DataError: for anything but letters, digits, and the signs of names; "" is no name, and returned.
+        DataError: for anything but letters, digits, and the signs of names.
     """
-    if not re.fullmatch(r"[\w./-]*", name):
+    found = name.rpartition(":")[2]
+    if not re.fullmatch(r"[\w./-]*", found):
         raise DataError(f"{origin}: environment {name!r:.80}; expected a name such as 'Hopper-v5'")
-    return name
+    return found
 
 
 def _read_bounds(values: Mapping[str, Any], key: str, origin: str) -> tuple[float, ...] | None:

@@ -84,7 +84,7 @@ def test_flags_of_every_step_and_the_last_observation_are_understood(tmp_path):
         ({"starts": [0.0, 3.0]}, r"starts: shape \(2,\), float64; expected \(episodes,\) integers"),
         ({"starts": [0, 3]}, r"terminated: shape \(1,\), bool; expected \(2,\) flags"),
         ({"observations": np.zeros((0, 4)), "actions": np.zeros((0, 2)), "rewards": []}, "no steps"),
-        ({"environment": "a:b"}, "environment 'a:b'; expected a name such as 'Hopper-v5'"),
+        ({"environment": "a:b\n"}, r"environment 'a:b\\n'; expected a name such as 'Hopper-v5'"),
         ({"environment": np.array([None])}, "environment: pickled objects"),
     ],
 )

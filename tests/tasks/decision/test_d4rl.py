@@ -68,6 +68,8 @@ def test_what_a_file_says_of_its_environment_is_read(episodes, tmp_path):
     path = write_hdf5(tmp_path / "a.hdf5", d4rl_arrays(episodes), environment="Hopper-v5", action_low=[-1.0, -2.0],
                       action_high=np.array([1, 2]))  # fmt: skip
     found = read_d4rl(path)
+    moduled = write_hdf5(tmp_path / "b.hdf5", d4rl_arrays(episodes), environment="os:Hopper-v5")
+    assert read_d4rl(moduled).environment == "Hopper-v5"
     assert (found.environment, found.action_low, found.action_high) == ("Hopper-v5", (-1, -2), (1, 2))
 
 
@@ -75,7 +77,7 @@ def test_what_a_file_says_of_its_environment_is_read(episodes, tmp_path):
     ("attributes", "message"),
     [
         ({"environment": 3}, "environment: int64 of shape .*expected a name"),
-        ({"environment": "os:Hopper-v5"}, "environment 'os:Hopper-v5'; expected a name such as 'Hopper-v5'"),
+        ({"environment": "Hopper v5"}, "environment 'Hopper v5'; expected a name such as 'Hopper-v5'"),
         ({"action_low": [-1.0], "action_high": [1.0]}, "actions of 2 numbers; bounds of 1 and 1"),
         ({"action_low": "low", "action_high": [1.0, 1.0]}, r"action_low: shape \(\).*expected \(size,\) numbers"),
         ({"num_actions": -1}, "num_actions: .*expected a whole number"),

@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from dataclasses import replace
 
 import gymnasium
 import h5py
@@ -102,6 +103,15 @@ def test_discrete_actions_and_the_environment_are_read(store):
     assert read_episodes(ID, "CartPole-v0").environment == "CartPole-v1"
 
 
+def test_first_discrete_action_becomes_0(store):
+    episodes = make_episodes([5, 3], discrete=True)
+    write_minari(replace(episodes, actions=episodes.actions - 1), action_space=gymnasium.spaces.Discrete(3, start=-1))
+    assert_same(read_episodes(ID), episodes)
+    write_minari(episodes, action_space=gymnasium.spaces.Discrete(3, start=1), name="from-v1")
+    with pytest.raises(DataError, match=r"episode_0: actions\[\d\] is 0; expected discrete actions from 1"):
+        read_episodes("from-v1")
+
+
 def test_many_episodes_stay_in_order(store):
     episodes = make_episodes([2] * 12)
     write_minari(episodes)
@@ -117,7 +127,6 @@ def test_many_episodes_stay_in_order(store):
         ({"observation_space": gymnasium.spaces.Dict({"a": BOX})}, "observation space Dict; expected a Box with"),
         ({"observation_space": gymnasium.spaces.Box(0, 255, (64, 64, 3), np.uint8)}, r"Box of shape \[64, 64, 3\]"),
         ({"action_space": gymnasium.spaces.MultiDiscrete([2, 2])}, "action space MultiDiscrete; expected a Box"),
-        ({"action_space": gymnasium.spaces.Discrete(3, start=1)}, "action space Discrete from 1; expected from 0"),
     ],
 )  # fmt: skip
 def test_other_spaces_are_refused(space, message, folder):
@@ -134,7 +143,11 @@ def test_other_spaces_are_refused(space, message, folder):
     [
         ({"total_episodes": 5}, "4 episodes, but metadata.json says 5: incomplete"),
         ({"data_format": "arrow"}, "data in the format 'arrow'.*expected the format 'hdf5'"),
-        ({"env_spec": '{"id": "os:CartPole-v1"}'}, "environment 'os:CartPole-v1'; expected a name"),
+        ({"env_spec": '{"id": "Cart Pole"}'}, "environment 'Cart Pole'; expected a name"),
+        (
+            {"action_space": '{"type": "Discrete", "start": 0.5}'},
+            "action space Discrete from 0.5; expected from a whole",
+        ),
         ({"action_space": "Box"}, "action_space in metadata.json is not JSON"),
         ({"action_space": "[1]"}, r"action_space in metadata.json: expected an object of JSON, got \[1\]"),
     ],
