@@ -157,6 +157,14 @@ def test_cuts_are_derived_from_the_limit_of_an_environment(environment, limit, t
             read_d4rl(path, unknown)
 
 
+def test_only_episode_is_compared_with_the_limit_of_its_environment(tmp_path):
+    episodes = make_episodes([5, 500]).subset([1])
+    path = write_hdf5(tmp_path / "a.hdf5", {**d4rl_arrays(episodes), "timeouts": None})
+    assert_same(read_d4rl(path, "CartPole-v1"), episodes)
+    with pytest.raises(DataError, match="none of the 500 steps ends an episode"):
+        read_d4rl(path)
+
+
 def test_limit_is_not_known_without_gymnasium(episodes, tmp_path, monkeypatch):
     arrays = {**d4rl_arrays(episodes), "timeouts": None, "next_observations": None}
     monkeypatch.setitem(sys.modules, "gymnasium", None)
