@@ -46,8 +46,8 @@ def read_d4rl(path: Path, environment: str = "") -> Episodes:
     is true in ``terminals``, in a terminal state, or in ``timeouts``, cut.
 
     Steps after the last end belong to an episode whose return is not known: they are left out, as in the published
-    code. So is a last episode that is cut at the last step of the file, and is shorter than another one that was cut:
-    there it was the recording that ended. ``partial_steps`` counts these steps.
+    code. So is, other than there, a last episode that is cut at the last step of the file, and is shorter than another
+    one that was cut: it was the recording that ended. ``partial_steps`` counts these steps.
 
     In a file without ``timeouts``, the steps that episodes were cut after are derived, by the first of these that it
     allows:
