@@ -1,0 +1,1 @@
+"""Offline reinforcement learning: recorded episodes, windows of them, and episodes in a simulator."""
