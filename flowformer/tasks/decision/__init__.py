@@ -1,0 +1,1 @@
+"""Offline reinforcement learning: recorded episodes, and simulators to try what was learned from them."""
