@@ -1,1 +1,1 @@
-"""Offline reinforcement learning: recorded episodes, and simulators to try what was learned from them."""
+"""Offline reinforcement learning: recorded episodes, windows of them, and episodes in a simulator."""
