@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flowformer.common.errors import RunError
+from flowformer.tasks.decision.format import DecisionFormat
 from flowformer.tasks.decision.simulators.environments import Spaces
 
 
@@ -118,12 +119,11 @@ class _Conditioned:
 
     Args:
         model: A ``DecisionTransformer``, or a model with the same interface, in evaluation mode.
-        form: Its ``DecisionFormat``: how observations are standardised and returns scaled.
+        form: Its format: how observations and actions are standardised, and returns scaled.
     """
 
-    def __init__(self, model: nn.Module, form: Any) -> None:
+    def __init__(self, model: nn.Module, form: DecisionFormat) -> None:
         self.model, self.form = model, form
-        self._mean, self._std = np.asarray(form.mean, np.float32), np.asarray(form.std, np.float32)
         weight = next(model.parameters())
         self._kind = {"device": weight.device, "dtype": weight.dtype}
         self._rows = np.zeros(0, np.int64)  # of the episodes that still run
@@ -139,25 +139,27 @@ class _Conditioned:
     @torch.inference_mode()
     def act(self, observations: np.ndarray, running: np.ndarray) -> np.ndarray:
         """Choose actions; see :class:`Policy`."""
-        actions = empty_actions(len(running), None if self.form.num_actions is not None else self.form.action_dim)
+        actions = empty_actions(len(running), self.form.action_dim)
         kept = running[self._rows]
         if not kept.all():
             self._rows = self._rows[kept]
             self._select(torch.from_numpy(np.flatnonzero(kept)).to(self._kind["device"]))
         if len(self._rows):
-            standard = torch.from_numpy((observations[self._rows] - self._mean) / self._std).to(**self._kind)
+            standard = torch.from_numpy(self.form.standardise(observations[self._rows])).to(**self._kind)
             to_go = torch.from_numpy(self._to_go[self._rows] / self.form.return_scale).to(**self._kind)
             now = min(self._time, self.form.max_timestep - 1)
             time = torch.full((len(self._rows),), now, dtype=torch.int64, device=self._kind["device"])
             predicted = self._predict(standard, to_go, time)
-            chosen = predicted.argmax(-1) if self.form.num_actions is not None else predicted
-            actions[self._rows] = chosen.cpu().numpy()
+            if self.form.num_actions is not None:
+                actions[self._rows] = predicted.argmax(-1).cpu().numpy()
+            else:
+                actions[self._rows] = self.form.unscale_actions(predicted.float().cpu().numpy())
         return actions
 
     @torch.inference_mode()
     def observe(self, actions: np.ndarray, rewards: np.ndarray) -> None:
         """Learn what came of it; see :class:`Policy`."""
-        done = torch.from_numpy(actions[self._rows]).to(self._kind["device"])
+        done = torch.from_numpy(self.form.scale_actions(actions[self._rows])).to(self._kind["device"])
         self._keep(done.to(self._kind["dtype"]) if done.is_floating_point() else done)
         self._to_go[self._rows] -= rewards[self._rows]
         self._time += 1
@@ -186,22 +188,22 @@ class WindowPolicy(_Conditioned):
 
     Args:
         model: A ``DecisionTransformer`` or ``BehaviourCloning``, in evaluation mode.
-        form: Its ``DecisionFormat``.
+        form: Its format.
         context: K; that of the format if absent.
     """
 
-    def __init__(self, model: nn.Module, form: Any, context: int | None = None) -> None:
+    def __init__(self, model: nn.Module, form: DecisionFormat, context: int | None = None) -> None:
         super().__init__(model, form)
         self.context = form.context if context is None else context
         if self.context < 1:
             raise ValueError(f"the context must be at least 1 step, got {self.context}")
 
     def _begin(self, count: int) -> None:
-        self._observations = torch.zeros(count, 0, len(self._mean), **self._kind)
+        self._observations = torch.zeros(count, 0, self.form.observation_dim, **self._kind)
         self._returns = torch.zeros(count, 0, **self._kind)
         self._times = torch.zeros(count, 0, dtype=torch.int64, device=self._kind["device"])
-        discrete = self.form.num_actions is not None
-        self._actions = self._times if discrete else self._returns.new_zeros(count, 0, self.form.action_dim)
+        size = self.form.action_dim
+        self._actions = self._times if size is None else self._returns.new_zeros(count, 0, size)
 
     def _select(self, kept: Tensor) -> None:
         self._observations, self._actions = self._observations[kept], self._actions[kept]
@@ -230,13 +232,13 @@ class RecurrentPolicy(_Conditioned):
 
     Args:
         model: A ``DecisionTransformer`` whose attention has a step, in evaluation mode.
-        form: Its ``DecisionFormat``.
+        form: Its format.
 
     Raises:
         RunError: for a model without a step, as behaviour cloning is.
     """
 
-    def __init__(self, model: nn.Module, form: Any) -> None:
+    def __init__(self, model: nn.Module, form: DecisionFormat) -> None:
         super().__init__(model, form)
         if not hasattr(model, "init_state") or not hasattr(model, "step"):
             raise RunError(f"{type(model).__name__} has no recurrent state: evaluate it with the window")

@@ -8,12 +8,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flowformer.common.errors import DataError
 from flowformer.common.names import nearest
+
+if TYPE_CHECKING:  # worker processes import this module: it does without torch
+    from flowformer.tasks.decision.format import DecisionFormat
 
 
 @dataclass(frozen=True)
@@ -152,18 +155,18 @@ def read_spaces(environment: Any, name: str) -> Spaces:
     return Spaces(observed.shape[0], acted.shape[0], None, acted.low.astype(np.float32), acted.high.astype(np.float32))
 
 
-def check_spaces(spaces: Spaces, form: Any, name: str) -> None:
+def check_spaces(spaces: Spaces, form: DecisionFormat, name: str) -> None:
     """Raise if an environment is not one that a format describes.
 
     Args:
         spaces: Of the environment.
-        form: A ``DecisionFormat``.
+        form: The format.
         name: Of the environment, for the message.
 
     Raises:
         DataError: saying what differs.
     """
-    wanted = (len(form.mean), form.action_dim, form.num_actions)
+    wanted = (form.observation_dim, form.action_dim, form.num_actions)
     if (spaces.observation_dim, spaces.action_dim, spaces.num_actions) != wanted:
         raise DataError(
             f"{name} has {_describe(spaces.observation_dim, spaces.action_dim, spaces.num_actions)}; the model was"
