@@ -11,7 +11,7 @@ import flowformer
 from flowformer.cli import bench, data, doctor, evaluate, export, generate, info, predict, train, visualize
 from flowformer.cli import list as listing
 from flowformer.cli.arguments.parser import Parser
-from flowformer.cli.failures import explain, failed
+from flowformer.cli.output.failures import explain, failed
 from flowformer.cli.output.streams import writable_output
 from flowformer.common.interrupts import Interrupted, signals_raise
 from flowformer.common.names import nearest

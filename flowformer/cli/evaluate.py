@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flowformer.cli.arguments.parser import Parser, UsageError, usable
-from flowformer.cli.trained import open_run, run_arguments
+from flowformer.cli.arguments.trained import open_run, run_arguments
 
 
 def main(words: Sequence[str]) -> int:

@@ -8,9 +8,9 @@ from typing import Any
 
 from flowformer.cli.arguments.options import add_options, read_options
 from flowformer.cli.arguments.parser import Parser, usable
+from flowformer.cli.arguments.trained import find_run, open_format, open_run, parse_for_run, require, run_arguments
 from flowformer.cli.output.paths import check_file
 from flowformer.cli.output.streams import show
-from flowformer.cli.trained import find_run, open_format, open_run, parse_for_run, require, run_arguments
 
 NOTE = "Options depend on the run: `flowformer generate RUN --help` shows them."
 

@@ -7,15 +7,17 @@ for those only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from flowformer.common.errors import RunError
-from flowformer.tasks.decision.format import DecisionFormat
 from flowformer.tasks.decision.simulators.environments import Spaces
+
+if TYPE_CHECKING:
+    from flowformer.tasks.decision.format import DecisionFormat
 
 
 class Policy(Protocol):

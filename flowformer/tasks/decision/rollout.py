@@ -6,6 +6,7 @@ whose process is killed, ends its episode, which is reported with the reason.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -87,6 +88,7 @@ def run_episodes(
     workers: int = 0,
     track: Track | None = None,
     record: Record | None = None,
+    host: Host | None = None,
 ) -> list[Episode]:
     """Run one episode for each target and seed.
 
@@ -102,6 +104,7 @@ def run_episodes(
         workers: Processes in which the environments run; 0 for this one.
         track: Shows progress over episodes.
         record: Is told of every step.
+        host: Where the environments run, instead of ``workers``; it is closed at the end.
 
     Returns:
         The episodes, in the order given; failed ones are among them.
@@ -119,7 +122,8 @@ def run_episodes(
     if (form := getattr(policy, "form", None)) is not None:
         check_spaces(spaces, form, environment)
     limit = max_steps or (MOST_STEPS if spec.max_episode_steps is None else None)
-    host: Host = InWorkers(spec, workers) if workers else Here(spec)
+    if host is None:
+        host = InWorkers(spec, workers) if workers else Here(spec)
     try:
         done = _Batch(host, spaces, targets, seeds, limit, record).run(policy)
         found = dict(track(done, len(seeds), "episodes") if track else done)
@@ -201,3 +205,47 @@ class _Batch:
         if self.record is not None:
             self.record.end(number, episode)
         return episode
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Episodes with the same target.
+
+    Attributes:
+        target: The return that was asked for.
+        episodes: All of them.
+    """
+
+    target: float
+    episodes: tuple[Episode, ...]
+
+    @property
+    def failed(self) -> list[Episode]:
+        """Those whose simulator failed: means are without them."""
+        return [episode for episode in self.episodes if episode.failed]
+
+    @property
+    def returns(self) -> np.ndarray:
+        """Returns of those that did not fail, (n,) float64."""
+        return np.array([episode.return_ for episode in self.episodes if not episode.failed], np.float64)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Their steps, (n,) float64."""
+        return np.array([episode.length for episode in self.episodes if not episode.failed], np.float64)
+
+    @staticmethod
+    def mean_of(values: np.ndarray) -> float:
+        """Mean of the values of such episodes; NaN of none."""
+        return float(values.mean()) if len(values) else math.nan
+
+    @staticmethod
+    def std_of(values: np.ndarray) -> float:
+        """Standard deviation, divided by their number, as published; NaN of none."""
+        return float(values.std()) if len(values) else math.nan
+
+
+def summarise(episodes: Sequence[Episode]) -> list[Summary]:
+    """Return the episodes by target, in the order in which targets first appear."""
+    targets = dict.fromkeys(episode.target for episode in episodes)
+    return [Summary(target, tuple(episode for episode in episodes if episode.target == target)) for target in targets]

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -78,6 +79,8 @@ def _needs_mujoco_py(spec: Any) -> bool:
 
 
 def _import(module: str, name: str) -> None:
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # last: it hides no installed module
     try:
         importlib.import_module(module)
     except Exception as error:  # whatever a user's module does

@@ -82,8 +82,11 @@ class Here:
     def _begin(self, number: int, seed: int) -> Moment:
         self._close(number)
         # A new one each time: what an earlier episode left in it cannot change this one.
-        self._running[number] = environment = make_environment(self.spec)
+        self._running[number] = environment = self._make()
         return _check(environment.reset(seed=seed)[0])
+
+    def _make(self) -> Any:
+        return make_environment(self.spec)
 
     def _act(self, number: int, action: Any) -> Moment:
         observation, reward, terminated, truncated, _ = self._running[number].step(action)
