@@ -154,24 +154,36 @@ class DecisionTask:
         return found if scores is None else {**found, "score": scores}
 
     def recount(self) -> dict[str, Any]:
-        """Return the episodes since the last call, each of them and by target: see ``protocols.Recounts``."""
+        """Return the episodes since the last call, each of them and by target: see ``protocols.Recounts``.
+
+        For comparison the recorded episodes are among the parts, all and the best tenth.
+        """
         episodes = list(self._episodes)
         self._episodes.clear()
         values, key = self._values(episodes), self.metric.key
         parts = []
         for target in dict.fromkeys(episode.target for episode in episodes):
             own = np.array([episode.target == target for episode in episodes])
-            said = f", {count} failed" if (count := sum(e.failed != "" for e in episodes if e.target == target)) else ""
-            parts.append({
-                "name": f"target {target:g}, {own.sum()} episodes{said}",
-                "value": float(values[key][own].mean()), "spread": float(values[key][own].std()),
-            })  # fmt: skip
+            failed = sum(episode.failed != "" for episode in episodes if episode.target == target)
+            said = f", {failed} failed" if failed else ""
+            parts.append(_part(f"target {target:g}, {own.sum()} episodes{said}", values[key][own]))
         records = [
             {"target": one.target, "seed": one.seed, "length": one.length, "failed": one.failed}
             | {name: float(values[name][row]) for name in ("return", "score") if name in values}
             for row, one in enumerate(episodes)
         ]
-        return {"parts": parts, "episodes": records}
+        return {"parts": [*parts, *self._describe_data()] if parts else [], "episodes": records}
+
+    def _describe_data(self) -> list[dict[str, Any]]:
+        returns = np.sort(self.train.episodes.returns)
+        recorded = normalise(returns, self.format.environment) if self.metric.key == "score" else returns
+        assert recorded is not None  # there are scores
+        best = recorded[-max(len(recorded) // 10, 1) :]
+        return [_part(f"data, {len(recorded)} episodes", recorded), _part("data, best tenth", best)]
+
+
+def _part(name: str, values: np.ndarray) -> dict[str, Any]:
+    return {"name": name, "value": float(values.mean()), "spread": float(values.std())}
 
 
 def _cross_entropies(logits: Tensor, actions: Tensor) -> Tensor:
