@@ -24,7 +24,7 @@ from flowformer.tasks.protocols import Track
 if TYPE_CHECKING:
     from flowformer.tasks.decision.format import DecisionFormat
 
-Memory = Literal["window", "state"]
+Memory = Literal["window", "recurrent"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,8 @@ class ActingOptions:
     env: str = option("", "environment, an identifier of Gymnasium or MODULE:IDENTIFIER (default: that of the run)")
     target: tuple[float, ...] = option((), "return to ask for (default: those of the run)")
     memory: Memory = option(
-        "window", "what the model sees: a window of the last steps, as published, or the whole episode by its state"
+        "window",
+        "what the model sees: a window of the last steps, as published, or the whole episode by its recurrent state",
     )
     seed: int = option(1, "seed of the run: the first episode has seed + 100", at_least=0, largest=2**31 - 1)
     max_steps: int | None = option(

@@ -6,7 +6,7 @@ for those only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -88,6 +88,30 @@ class RandomPolicy:
         return np.where(bounded, even, np.clip(generator.standard_normal(len(low)), low, high))
 
 
+class FunctionPolicy:
+    """A function of the observation.
+
+    Args:
+        function: Takes an observation (observation_dim,) float32, and returns an action (action_dim,), or a number.
+        spaces: Of the environment.
+    """
+
+    def __init__(self, function: Callable[[np.ndarray], Any], spaces: Spaces) -> None:
+        self.function, self.spaces = function, spaces
+
+    def reset(self, targets: np.ndarray, seeds: np.ndarray) -> None:  # noqa: D102 - see Policy
+        pass
+
+    def act(self, observations: np.ndarray, running: np.ndarray) -> np.ndarray:  # noqa: D102
+        actions = empty_actions(len(running), self.spaces.action_dim)
+        for row in np.flatnonzero(running):
+            actions[row] = self.function(observations[row])
+        return actions
+
+    def observe(self, actions: np.ndarray, rewards: np.ndarray) -> None:  # noqa: D102
+        pass
+
+
 class Blend:
     """A policy whose actions are replaced by random ones with a probability that each episode has of its own.
 
@@ -97,7 +121,7 @@ class Blend:
         shares: Probability of a random action by episode, in the order of :meth:`reset`.
     """
 
-    def __init__(self, policy: Policy, spaces: Spaces, shares: Sequence[float]) -> None:
+    def __init__(self, policy: Policy, spaces: Spaces, shares: Sequence[float] | np.ndarray) -> None:
         self.policy, self.random, self.shares = policy, RandomPolicy(spaces), np.asarray(shares, np.float64)
         self._generators: list[np.random.Generator] = []
 

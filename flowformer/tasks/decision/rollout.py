@@ -54,8 +54,8 @@ class Record(Protocol):
         """Episode ``number`` begins with an observation."""
         ...
 
-    def add(self, number: int, action: np.ndarray, moment: Moment, truncated: bool) -> None:
-        """An action was executed; ``truncated``: the environment's time is over, or the limit of steps reached."""
+    def add(self, number: int, action: np.ndarray, moment: Moment) -> None:
+        """An action was executed, within the bounds of the environment, and what came of it."""
         ...
 
     def end(self, number: int, episode: Episode) -> None:
@@ -192,7 +192,7 @@ class _Batch:
             self.lengths[number] += 1
             truncated = moment.truncated or self.lengths[number] == self.limit
             if self.record is not None:
-                self.record.add(number, actions[number], moment, truncated)
+                self.record.add(number, actions[number], moment)
             if moment.terminated or truncated:
                 yield number, self._end(number, "")
 
