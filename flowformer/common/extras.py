@@ -8,7 +8,7 @@ EXTRAS = {
     "xgboost": ("xgboost",),
     "text": (*_TRAINING, "transformers", "tokenizers", "accelerate", "pyarrow", "gensim"),
     "vision": (*_TRAINING, "PIL", "pyarrow", "sklearn", "timm", "torchvision"),
-    "rl": ("lightning", "rich", "safetensors", "jsonargparse", "gymnasium", "minari"),
+    "rl": ("lightning", "rich", "safetensors", "jsonargparse", "gymnasium", "minari", "h5py"),
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "bench": ("matplotlib", "rich"),
 }

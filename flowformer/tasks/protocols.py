@@ -100,6 +100,20 @@ class Format(Protocol):
         ...
 
 
+@runtime_checkable
+class Recounts(Protocol):
+    """A task that tells more of an evaluation than means over it, such as every episode."""
+
+    def recount(self) -> dict[str, Any]:
+        """Return what was evaluated since the last call, as JSON values.
+
+        Returns:
+            ``"parts"``: a list of the metric by part, each with ``"name"``, ``"value"`` and ``"spread"`` (the standard
+            deviation); and whatever else ``result.json`` is to hold.
+        """
+        ...
+
+
 class SupportsLoss(Protocol):
     """A language model with a loss that does not store the logits of a whole batch."""
 

@@ -54,7 +54,7 @@ def read_d4rl(path: Path, environment: str = "") -> Episodes:
 
     1. The attribute ``max_episode_steps`` of the file: an episode is cut after so many steps.
     2. ``next_observations`` (N, S): an episode was cut after step i if ``next_observations[i]`` is not
-       ``observations[i + 1]``. The last step counts as a cut, too, if there are others to compare the last episode with.
+       ``observations[i + 1]``. The last step counts as a cut, too, if there are others.
     3. The limit of the environment: 1,000 steps in Hopper, HalfCheetah and Walker2d, and of others the one that they
        are registered with in Gymnasium.
 

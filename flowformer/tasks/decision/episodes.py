@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 
 from flowformer.common.errors import DataError
 from flowformer.tasks.decision.scores import split_environment
 from flowformer.tasks.fingerprint import hash_values
+
+
+class Spaces(Protocol):
+    """Sizes of observations and actions of an environment, as :class:`Episodes` names them."""
+
+    @property
+    def observation_dim(self) -> int: ...  # noqa: D102 - numbers of an observation
+    @property
+    def action_dim(self) -> int | None: ...  # noqa: D102 - numbers of an action; None where they are discrete
+    @property
+    def num_actions(self) -> int | None: ...  # noqa: D102 - number of discrete actions
+    @property
+    def low(self) -> Any: ...  # noqa: D102 - (action_dim,) smallest actions
+    @property
+    def high(self) -> Any: ...  # noqa: D102 - (action_dim,) largest actions
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +161,30 @@ class Episodes:
             ", ".join(part.source for part in parts if part.source),
             low, high, max(counts, default=None), sum(part.partial_steps for part in parts),
         )  # fmt: skip
+
+    def match(self, spaces: Spaces, environment: str) -> Episodes:
+        """Return the same episodes with the bounds, or the number, of the actions of an environment.
+
+        Args:
+            spaces: Of the environment.
+            environment: Its name, for messages; that of the episodes stays.
+
+        Raises:
+            DataError: where observations or actions are not those of the environment.
+        """
+        size = self.observations.shape[1]
+        if size != spaces.observation_dim:
+            self._fail(f"observations of {size} numbers; {environment} has {spaces.observation_dim}")
+        own = "discrete" if self.num_actions is not None else f"of {self.actions.shape[1]} numbers"
+        other = "discrete" if spaces.num_actions is not None else f"of {spaces.action_dim} numbers"
+        if own != other:
+            self._fail(f"actions are {own}; in {environment} they are {other}")
+        if spaces.num_actions is None:
+            low, high = (tuple(np.asarray(one, dtype=np.float64).tolist()) for one in (spaces.low, spaces.high))
+            return replace(self, action_low=low, action_high=high)
+        if (most := int(self.actions.max())) >= spaces.num_actions:
+            self._fail(f"action {most}; {environment} has 0 to {spaces.num_actions - 1}")
+        return replace(self, num_actions=spaces.num_actions)
 
     def fingerprint(self) -> str:
         """Return a hash of all steps and of where episodes start and how they end."""

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from decision_writers import make_episodes
 from torch.utils.data import DataLoader
 
-from flowformer.tasks.decision.episodes import Episodes
 from flowformer.tasks.decision.format import DecisionFormat
 from flowformer.tasks.decision.trials import Trial, Trials
 from flowformer.tasks.decision.windows import Windows
@@ -14,20 +14,6 @@ from flowformer.tasks.decision.windows import Windows
 @pytest.fixture
 def episodes():
     return make_episodes([1, 7, 3, 12])
-
-
-def make_episodes(lengths, discrete=False, seed=0):
-    rng = np.random.default_rng(seed)
-    steps = sum(lengths)
-    actions = rng.integers(0, 3, steps) if discrete else rng.uniform(-1, 1, (steps, 2)).astype(np.float32)
-    return Episodes(
-        rng.normal(3, 2, (steps, 4)).astype(np.float32),
-        actions,
-        rng.normal(1, 1, steps).astype(np.float32),
-        np.concatenate([[0], np.cumsum(lengths)]),
-        np.arange(len(lengths)) % 2 == 0,
-        num_actions=3 if discrete else None,
-    )
 
 
 def cut_plainly(episodes, episode, start, context, padding):
