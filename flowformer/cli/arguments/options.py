@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from flowformer.cli.arguments.parser import UsageError
 from flowformer.cli.output.paths import output_path
@@ -45,6 +45,8 @@ def _describe(hint: Any, help: str) -> dict[str, Any]:
         return {
             "action": "append", "type": _READ[kind], "metavar": _METAVARS[kind], "help": f"{help}; may be repeated",
         }  # fmt: skip
+    if get_origin(hint) is Literal:
+        return {"choices": get_args(hint), "help": help}
     kind = next(one for one in _members(hint) if one is not type(None))
     return {"type": _READ[kind], "metavar": _METAVARS[kind], "help": help}
 

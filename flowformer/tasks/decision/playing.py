@@ -113,6 +113,25 @@ def _memory(form: DecisionFormat, memory: Memory) -> str:
     return f"window of {form.context} steps" if memory == "window" else "recurrent state over the episode"
 
 
+def describe_returns(episodes: Sequence[Episode], environment: str) -> str:
+    """Return a few lines about episodes: how many, their returns, and their scores where there are some."""
+    part = Summary(math.nan, tuple(episodes))
+    returns, steps = part.returns, int(part.lengths.sum())
+    found = f"{len(returns)} episodes, {steps:,} steps; return {returns.mean():.1f} (std {returns.std():.1f}, " + (
+        f"from {returns.min():.1f} to {returns.max():.1f})\n"
+    )
+    scores = normalise(returns, environment)
+    if scores is not None:
+        found += f"score {scores.mean():.1f}. {caution(environment)}\n"
+    return found + "".join(_failures(episodes))
+
+
+def _failures(episodes: Sequence[Episode]) -> Iterator[str]:
+    failed = [episode for episode in episodes if episode.failed]
+    if failed:
+        yield f"{len(failed)} of {len(episodes)} episodes failed and are left out; the first: {failed[0].failed}\n"
+
+
 def _row(episode: Episode, environment: str) -> str:
     score = normalise(episode.return_, environment)
     scored = "" if score is None else f", score {score:.1f}"
@@ -145,11 +164,9 @@ def _cells(name: str, part: Summary, environment: str) -> list[str]:
 
 
 def _remarks(episodes: Sequence[Episode], environment: str) -> Iterator[str]:
-    failed = [episode for episode in episodes if episode.failed]
-    if len(failed) == len(episodes):
-        raise RunError(f"every episode failed; the first: {failed[0].failed}")
-    if failed:
-        yield f"{len(failed)} of {len(episodes)} episodes failed and are left out; the first: {failed[0].failed}\n"
+    if all(episode.failed for episode in episodes):
+        raise RunError(f"every episode failed; the first: {episodes[0].failed}")
+    yield from _failures(episodes)
     if said := caution(environment):
         yield f"{said}\n"
 

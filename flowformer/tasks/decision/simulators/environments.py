@@ -60,7 +60,7 @@ def find_environment(name: str) -> Any:
 
     module, colon, rest = name.rpartition(":")
     if colon:
-        _import(module, name)
+        import_module(module, f"environment {name}")
     found = gymnasium.registry.get(rest)
     if found is None:
         raise DataError(f"there is no environment {rest!r}{nearest(rest, gymnasium.registry)}{_newest(rest)}")
@@ -78,13 +78,22 @@ def _needs_mujoco_py(spec: Any) -> bool:
     return getattr(spec.entry_point, "__name__", "") == "_raise_mujoco_py_error"
 
 
-def _import(module: str, name: str) -> None:
+def import_module(module: str, what: str) -> Any:
+    """Import a user's module, also from the current folder.
+
+    Args:
+        module: Its name.
+        what: What it is needed for, for the message.
+
+    Raises:
+        DataError: for whatever goes wrong in it.
+    """
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # last: it hides no installed module
     try:
-        importlib.import_module(module)
+        return importlib.import_module(module)
     except Exception as error:  # whatever a user's module does
-        raise DataError(f"environment {name}: module {module} cannot be imported: {error}") from error
+        raise DataError(f"{what}: module {module} cannot be imported: {error}") from error
 
 
 def _newest(name: str) -> str:
