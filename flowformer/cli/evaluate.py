@@ -56,16 +56,13 @@ def _test(values: argparse.Namespace) -> int:
     if values.data:
         recipe = _move_data(recipe, values.data, f"{values.run}/recipe.json")
 
-    from flowformer.report.tables import show_part
-    from flowformer.training.fit import build_task, evaluate, recount
+    from flowformer.training.fit import build_task, evaluate
     from flowformer.training.folder import RunFolder
 
     task, _ = usable(build_task, recipe, RunFolder(values.run), form, data_changed_ok=values.data_changed_ok)
     found = usable(evaluate, recipe, task, model)
     for name, value in found.items():
         print(f"{name}: {value:.4f}")
-    for part in recount(task).get("parts", ()):
-        print(f"test {task.metric}, {part['name']}: {show_part(part, task.metric.digits)}")
     print(f"test {task.metric}: {task.metric.shown(found[f'test/{task.metric.key}']):.{task.metric.digits}f}")
     return 0
 
