@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flowformer.cli.arguments.options import add_options, read_options
+from flowformer.cli.arguments.options import add_options, fill_options, read_options
 from flowformer.cli.arguments.parser import Parser, UsageError, usable
 from flowformer.cli.arguments.trained import is_run, open_format, open_run, parse_for_run, run_arguments, run_files
 from flowformer.cli.output.paths import check_file
@@ -45,7 +45,8 @@ def _act(words: Sequence[str], run: Path, form: Any) -> int:
     options = read_options(values, form.evaluate_options)
     if isinstance(out := getattr(options, "out", None), Path):
         check_file(out, inputs=run_files(values.run))
-    _, model, form = open_run(values.run, values.checkpoint)
+    recipe, model, form = open_run(values.run, values.checkpoint)
+    options = fill_options(options, recipe)
     usable(show_all, form.evaluate(model, options, track=track))
     return 0
 
@@ -56,16 +57,13 @@ def _test(values: argparse.Namespace) -> int:
     if values.data:
         recipe = _move_data(recipe, values.data, f"{values.run}/recipe.json")
 
-    from flowformer.report.tables import show_part
-    from flowformer.training.fit import build_task, evaluate, recount
+    from flowformer.training.fit import build_task, evaluate
     from flowformer.training.folder import RunFolder
 
     task, _ = usable(build_task, recipe, RunFolder(values.run), form, data_changed_ok=values.data_changed_ok)
     found = usable(evaluate, recipe, task, model)
     for name, value in found.items():
         print(f"{name}: {value:.4f}")
-    for part in recount(task).get("parts", ()):
-        print(f"test {task.metric}, {part['name']}: {show_part(part, task.metric.digits)}")
     print(f"test {task.metric}: {task.metric.shown(found[f'test/{task.metric.key}']):.{task.metric.digits}f}")
     return 0
 
