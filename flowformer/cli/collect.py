@@ -63,7 +63,7 @@ def _add_arguments(parser: Parser) -> None:
     parser.add_argument("--max-steps", type=_count, metavar="N", help="most steps (default: those of the environment)")
     parser.add_argument("--workers", type=_seed, default=0, metavar="N", help="processes in which environments run")
     parser.add_argument("--target", type=number, metavar="X", help="return to ask a run for (default: its first)")
-    parser.add_argument("--memory", choices=("window", "recurrent"), default="window", help="what a run sees")
+    parser.add_argument("--evaluation", choices=("window", "recurrent"), help="what a run sees (default: as in it)")
     parser.add_argument("--checkpoint", default="last", choices=CHECKPOINTS, help="which weights of a run")
 
 
@@ -105,11 +105,15 @@ def _make_policy(values: argparse.Namespace) -> tuple[Any, str, float]:
 
     name, target = values.policy, values.target or 0.0
     if is_run(name):
-        _, model, form = open_run(Path(name), values.checkpoint)
+        recipe, model, form = open_run(Path(name), values.checkpoint)
         require(Path(name), form, "collect")
         if values.target is None and form.targets:
             target = form.targets[0]
-        return usable(form.policy, model, values.memory), f"{name}, asked for {target:g}", target
+        return (
+            usable(form.policy, model, values.evaluation or getattr(recipe, "evaluation", None)),
+            f"{name}, asked for {target:g}",
+            target,
+        )
     spaces = usable(open_environment, values.environment)[1]
     if name == "random":
         return RandomPolicy(spaces), "random", target

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flowformer.cli.arguments.options import add_options, read_options
+from flowformer.cli.arguments.options import add_options, fill_options, read_options
 from flowformer.cli.arguments.parser import Parser, UsageError, usable
 from flowformer.cli.arguments.trained import is_run, open_format, open_run, parse_for_run, run_arguments, run_files
 from flowformer.cli.output.paths import check_file
@@ -45,7 +45,8 @@ def _act(words: Sequence[str], run: Path, form: Any) -> int:
     options = read_options(values, form.evaluate_options)
     if isinstance(out := getattr(options, "out", None), Path):
         check_file(out, inputs=run_files(values.run))
-    _, model, form = open_run(values.run, values.checkpoint)
+    recipe, model, form = open_run(values.run, values.checkpoint)
+    options = fill_options(options, recipe)
     usable(show_all, form.evaluate(model, options, track=track))
     return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flowformer.cli.arguments.options import add_options, read_options
+from flowformer.cli.arguments.options import add_options, fill_options, read_options
 from flowformer.cli.arguments.parser import Parser, usable
 from flowformer.cli.arguments.trained import (
     find_run,
@@ -35,6 +35,7 @@ def main(words: Sequence[str]) -> int:
     values = parse_for_run(parser, words, run, flags)
     options = read_options(values, form.play_options)
     check_file(options.out, inputs=run_files(values.run))
-    _, model, form = open_run(values.run, values.checkpoint)
+    recipe, model, form = open_run(values.run, values.checkpoint)
+    options = fill_options(options, recipe)
     usable(show_all, form.play(model, options, track=track))
     return 0

@@ -218,7 +218,7 @@ class Acts(Protocol):
     def play_options(self) -> type:  # noqa: D102
         ...
 
-    def policy(self, model: Any, memory: Any) -> Policy:
+    def policy(self, model: Any, evaluation: Any) -> Policy:
         """Return what chooses the actions of a model, in evaluation mode: by a window, or by its recurrent state."""
         ...
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from flowformer.common.values import read_integer, read_number, read_numbers
 from flowformer.tasks.decision.episodes import Episodes
-from flowformer.tasks.decision.playing import EvaluationOptions, Memory, PlayOptions, evaluate, make_policy, play
-from flowformer.tasks.decision.policies import Policy
+from flowformer.tasks.decision.playing import EvaluationOptions, PlayOptions, evaluate, play
+from flowformer.tasks.decision.policies import Evaluation, Policy, make_policy
 from flowformer.tasks.decision.trials import Trial
 from flowformer.tasks.decision.windows import Padding
 from flowformer.tasks.protocols import Track
@@ -162,9 +162,9 @@ class DecisionFormat:
         }
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
-    def policy(self, model: nn.Module, memory: Memory = "window") -> Policy:
-        """Return what chooses the actions of a model: see :func:`flowformer.tasks.decision.playing.make_policy`."""
-        return make_policy(model, self, memory)
+    def policy(self, model: nn.Module, evaluation: Evaluation | None = None) -> Policy:
+        """Return what chooses the actions of a model: see :func:`flowformer.tasks.decision.policies.make_policy`."""
+        return make_policy(model, self, evaluation)
 
     def evaluate(self, model: nn.Module, options: EvaluationOptions, *, track: Track) -> Iterator[str]:
         """Run episodes: see :func:`flowformer.tasks.decision.playing.evaluate`."""

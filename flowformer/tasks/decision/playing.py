@@ -6,14 +6,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from flowformer.common.errors import DataError, RunError
 from flowformer.common.fields import option
 from flowformer.common.files import write_json
-from flowformer.tasks.decision.policies import Policy, RecurrentPolicy, WindowPolicy
+from flowformer.tasks.decision.policies import Evaluation, make_policy
 from flowformer.tasks.decision.rollout import Episode, Summary, run_episodes, summarise
 from flowformer.tasks.decision.scores import caution, normalise
 from flowformer.tasks.decision.simulators.environments import find_environment, make_environment
@@ -24,8 +24,6 @@ from flowformer.tasks.protocols import Track
 if TYPE_CHECKING:
     from flowformer.tasks.decision.format import DecisionFormat
 
-Memory = Literal["window", "recurrent"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ActingOptions:
@@ -33,11 +31,13 @@ class ActingOptions:
 
     env: str = option("", "environment, an identifier of Gymnasium or MODULE:IDENTIFIER (default: that of the run)")
     target: tuple[float, ...] = option((), "return to ask for (default: those of the run)")
-    memory: Memory = option(
-        "window",
-        "what the model sees: a window of the last steps, as published, or the whole episode by its recurrent state",
+    evaluation: Evaluation | None = option(
+        None, "what the model sees: a window of the last steps, as published, or by its recurrent state the whole "
+        "episode (default: as in the run)",
+    )  # fmt: skip
+    seed: int | None = option(
+        None, "the first episode has seed + 100 (default: the seed of the run)", at_least=0, largest=2**31 - 1
     )
-    seed: int = option(1, "seed of the run: the first episode has seed + 100", at_least=0, largest=2**31 - 1)
     max_steps: int | None = option(
         None, "most steps of an episode (default: the limit of the environment)", at_least=1, largest=1_000_000_000
     )
@@ -61,15 +61,6 @@ class PlayOptions(ActingOptions):
     fps: float | None = option(None, "most frames of a second (default: 30)", above=0, largest=1000)
 
 
-def make_policy(model: nn.Module, form: DecisionFormat, memory: Memory = "window") -> Policy:
-    """Return the policy of a model: by the window of its format, or by its recurrent state.
-
-    Raises:
-        RunError: for a model that has no state.
-    """
-    return WindowPolicy(model, form) if memory == "window" else RecurrentPolicy(model, form)
-
-
 def find_setting(form: DecisionFormat, options: ActingOptions) -> tuple[str, tuple[float, ...]]:
     """Return the environment and the targets: those asked for, or those of the run.
 
@@ -84,6 +75,10 @@ def find_setting(form: DecisionFormat, options: ActingOptions) -> tuple[str, tup
     return environment, targets
 
 
+def _seed(options: ActingOptions) -> int:
+    return 1 if options.seed is None else options.seed  # that of published runs
+
+
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
@@ -95,22 +90,22 @@ def evaluate(model: nn.Module, form: DecisionFormat, options: EvaluationOptions,
             failed.
     """
     environment, targets = find_setting(form, options)
-    trials = Trials.of(targets, options.episodes, options.seed)
+    trials = Trials.of(targets, options.episodes, _seed(options))
     episodes = run_episodes(
-        make_policy(model, form, options.memory), environment, trials.targets, trials.seeds,
+        make_policy(model, form, options.evaluation), environment, trials.targets, trials.seeds,
         max_steps=options.max_steps, workers=options.workers, track=track,
     )  # fmt: skip
     if options.out is not None:
-        write_json(options.out, to_json(episodes, environment, options.memory))
-    yield f"{environment}, {_memory(form, options.memory)}, seeds {trials.seeds[0]} to {trials.seeds[-1]}\n"
+        write_json(options.out, to_json(episodes, environment, options.evaluation))
+    yield f"{environment}, {_seen(form, options.evaluation)}, seeds {trials.seeds[0]} to {trials.seeds[-1]}\n"
     if options.each:
         yield from (_row(episode, environment) for episode in episodes)
     yield table(episodes, environment)
     yield from _remarks(episodes, environment)
 
 
-def _memory(form: DecisionFormat, memory: Memory) -> str:
-    return f"window of {form.context} steps" if memory == "window" else "recurrent state over the episode"
+def _seen(form: DecisionFormat, evaluation: Evaluation | None) -> str:
+    return f"window of {form.context} steps" if evaluation != "recurrent" else "recurrent state over the episode"
 
 
 def describe_returns(episodes: Sequence[Episode], environment: str) -> str:
@@ -171,10 +166,10 @@ def _remarks(episodes: Sequence[Episode], environment: str) -> Iterator[str]:
         yield f"{said}\n"
 
 
-def to_json(episodes: Sequence[Episode], environment: str, memory: Memory) -> dict[str, Any]:
+def to_json(episodes: Sequence[Episode], environment: str, evaluation: Evaluation | None) -> dict[str, Any]:
     """Return the results as JSON values: by target, with the return of each seed."""
     return {
-        "environment": environment, "memory": memory, "caution": caution(environment),
+        "environment": environment, "evaluation": evaluation or "window", "caution": caution(environment),
         "targets": [_describe(part, environment) for part in summarise(episodes)],
     }  # fmt: skip
 
@@ -204,7 +199,7 @@ def play(model: nn.Module, form: DecisionFormat, options: PlayOptions, track: Tr
             no film is kept.
     """
     environment, targets = find_setting(form, options)
-    trial = Trials.of(targets[:1], 1, options.seed)[0]
+    trial = Trials.of(targets[:1], 1, _seed(options))[0]
     spec = find_environment(environment)
     check_film(options.out, spec)
     example = make_environment(spec, "rgb_array")
@@ -212,7 +207,7 @@ def play(model: nn.Module, form: DecisionFormat, options: PlayOptions, track: Tr
     example.close()
     with open_film(options.out, fps) as film:
         episode = run_episodes(
-            make_policy(model, form, options.memory), environment, [trial.target], [trial.seed],
+            make_policy(model, form, options.evaluation), environment, [trial.target], [trial.seed],
             max_steps=options.max_steps, track=track, host=Filmed(spec, film, every),
         )[0]  # fmt: skip
         if episode.failed:

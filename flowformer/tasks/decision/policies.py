@@ -7,7 +7,7 @@ for those only.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from flowformer.tasks.decision.simulators.environments import Spaces
 
 if TYPE_CHECKING:
     from flowformer.tasks.decision.format import DecisionFormat
+
+
+Evaluation = Literal["window", "recurrent"]
 
 
 class Policy(Protocol):
@@ -285,6 +288,15 @@ class RecurrentPolicy(_Conditioned):
 
     def _keep(self, actions: Tensor) -> None:
         self._before = actions
+
+
+def make_policy(model: nn.Module, form: DecisionFormat, evaluation: Evaluation | None = None) -> Policy:
+    """Return the policy of a model: by the window of its format, also if ``None``, or by its recurrent state.
+
+    Raises:
+        RunError: for a model that has no state.
+    """
+    return RecurrentPolicy(model, form) if evaluation == "recurrent" else WindowPolicy(model, form)
 
 
 def select_rows(state: Any, rows: Tensor) -> Any:
