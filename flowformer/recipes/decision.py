@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from torch import nn
 
-from flowformer.common.errors import DataError
 from flowformer.common.fields import option
 from flowformer.models.decision import DecisionModel
 from flowformer.recipes.mechanism import check_attention, find_row, merge_fields
@@ -28,7 +27,7 @@ from flowformer.tasks.decision.format import DecisionFormat
 from flowformer.tasks.decision.policies import Blend, FunctionPolicy
 from flowformer.tasks.decision.rollout import open_environment
 from flowformer.tasks.decision.scores import caution
-from flowformer.tasks.decision.simulators.environments import Spaces, check_spaces
+from flowformer.tasks.decision.simulators.environments import check_spaces
 from flowformer.tasks.decision.task import ENVIRONMENTS, PUBLISHED, SETS, SPREADS, TARGETS, DecisionTask
 from flowformer.tasks.decision.trials import Trials
 from flowformer.tasks.decision.windows import Windows
@@ -152,7 +151,7 @@ class DecisionRecipe(StepRecipe):
         if not environment:
             raise ValueError(f"{recorded.source} does not tell its environment: pass --env, such as --env Hopper-v5")
         spaces = open_environment(environment)[1]
-        recorded = _with_bounds(recorded, spaces)
+        recorded = recorded.match(spaces, environment)
         if form is None:
             targets = _default_targets(recorded) if self.targets is None else read_targets(self.targets)
             form = DecisionFormat.fit(
@@ -160,8 +159,6 @@ class DecisionRecipe(StepRecipe):
                 targets=targets, max_timestep=self.max_timestep, padding=self.padding,
             )  # fmt: skip
         check_spaces(spaces, form, environment)
-        if recorded.observations.shape[1] != form.observation_dim or recorded.num_actions != form.num_actions:
-            raise DataError(f"{recorded.source}: episodes of another kind than those of the run")
         return DecisionTask(
             self.name, Windows(recorded, form.context, form.padding),
             Trials.of(form.targets, self.episodes, self.seed + _VALIDATION),
@@ -288,14 +285,6 @@ def read_targets(text: str) -> tuple[float, ...]:
 def _default_targets(recorded: Episodes) -> tuple[float, ...]:
     returns = recorded.returns
     return tuple(dict.fromkeys((float(returns.max()), float(np.median(returns)))))
-
-
-def _with_bounds(recorded: Episodes, spaces: Spaces) -> Episodes:
-    """Episodes with the environment's bounds of actions, where they do not tell them."""
-    fits = recorded.num_actions is None and recorded.actions.shape[1:] == spaces.low.shape
-    if recorded.action_low is not None or not fits:
-        return recorded
-    return replace(recorded, action_low=tuple(spaces.low.tolist()), action_high=tuple(spaces.high.tolist()))
 
 
 def _merge(published: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
