@@ -249,7 +249,7 @@ def _write_minari(path: Path, spec: Any, spaces: Spaces, algorithm: str) -> Iter
     environment = make_environment(spec)
     observed, acted = environment.observation_space, environment.action_space
     environment.close()
-    with staged_folder(path) as staged:
+    with staged_folder(path.absolute()) as staged:  # Minari joins a relative path to itself
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "env_spec is not serializable")  # of a class that has no module
             storage = MinariStorage.new(staged / "data", observed, acted, spec)
