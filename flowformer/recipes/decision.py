@@ -8,28 +8,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from torch import nn
 
-from flowformer.common.errors import DataError
 from flowformer.common.fields import option
 from flowformer.models.decision import DecisionModel
 from flowformer.recipes.mechanism import check_attention, find_row, merge_fields
 from flowformer.recipes.model import build_model, check_model
 from flowformer.recipes.registry import RECIPES, register_recipe
+from flowformer.tasks.decision.collecting import record_episodes
 from flowformer.tasks.decision.episodes import Episodes
 from flowformer.tasks.decision.files import FORMS, read_episodes
 from flowformer.tasks.decision.format import DecisionFormat
+from flowformer.tasks.decision.policies import Blend, FunctionPolicy
 from flowformer.tasks.decision.rollout import open_environment
 from flowformer.tasks.decision.scores import caution
-from flowformer.tasks.decision.simulators.environments import Spaces, check_spaces
+from flowformer.tasks.decision.simulators.environments import check_spaces
 from flowformer.tasks.decision.task import ENVIRONMENTS, PUBLISHED, SETS, SPREADS, TARGETS, DecisionTask
 from flowformer.tasks.decision.trials import Trials
 from flowformer.tasks.decision.windows import Windows
+from flowformer.tasks.splits import SPLIT_SEED
 from flowformer.training.recipe import DataState, StepRecipe
 
 CLONING = "behaviour_cloning"
@@ -149,7 +151,7 @@ class DecisionRecipe(StepRecipe):
         if not environment:
             raise ValueError(f"{recorded.source} does not tell its environment: pass --env, such as --env Hopper-v5")
         spaces = open_environment(environment)[1]
-        recorded = _with_bounds(recorded, spaces)
+        recorded = recorded.match(spaces, environment)
         if form is None:
             targets = _default_targets(recorded) if self.targets is None else read_targets(self.targets)
             form = DecisionFormat.fit(
@@ -157,8 +159,6 @@ class DecisionRecipe(StepRecipe):
                 targets=targets, max_timestep=self.max_timestep, padding=self.padding,
             )  # fmt: skip
         check_spaces(spaces, form, environment)
-        if recorded.observations.shape[1] != form.observation_dim or recorded.num_actions != form.num_actions:
-            raise DataError(f"{recorded.source}: episodes of another kind than those of the run")
         return DecisionTask(
             self.name, Windows(recorded, form.context, form.padding),
             Trials.of(form.targets, self.episodes, self.seed + _VALIDATION),
@@ -230,6 +230,43 @@ class PublishedDecisionRecipe(DecisionRecipe):
         return "; ".join([*parts, said, *filter(None, [caution(self.env or "")])])
 
 
+@dataclass(frozen=True, kw_only=True)
+class CartPoleRecipe(DecisionRecipe):
+    """A policy that is learned from episodes of CartPole, which are recorded first."""
+
+    recorded: int = option(
+        200, "number of episodes to record, of mixed quality", group="data", at_least=2, largest=1_000_000
+    )
+
+    def misfits(self) -> dict[str, str]:
+        """Return fields that have no effect beside the values of the others."""
+        found = super().misfits()
+        return found if self.data is None else found | {"recorded": "recorded has no effect with data"}
+
+    @property
+    def data_state(self) -> DataState:
+        """The episodes are recorded where no file is given."""
+        return "here"
+
+    def read_data(self) -> Episodes:
+        """Record the episodes, the same for all seeds; or read those that are given."""
+        if self.data is not None:
+            return super().read_data()
+        spaces = open_environment("CartPole-v1")[1]
+        policy = FunctionPolicy(_balance, spaces)
+        shares = np.linspace(*_RANDOM, self.recorded)
+        return record_episodes(Blend(policy, spaces, shares), "CartPole-v1", SPLIT_SEED + np.arange(self.recorded))
+
+
+_RANDOM = (1.0, 0.1)  # share of random actions in the first recorded episode and in the last
+
+
+def _balance(observation: np.ndarray) -> int:
+    """Push to the side to which the pole falls, and a little towards the middle."""
+    position, velocity, angle, spin = observation
+    return int(0.1 * position + 0.3 * velocity + 3 * angle + spin > 0)
+
+
 def read_targets(text: str) -> tuple[float, ...]:
     """Read returns, joined by commas.
 
@@ -248,14 +285,6 @@ def read_targets(text: str) -> tuple[float, ...]:
 def _default_targets(recorded: Episodes) -> tuple[float, ...]:
     returns = recorded.returns
     return tuple(dict.fromkeys((float(returns.max()), float(np.median(returns)))))
-
-
-def _with_bounds(recorded: Episodes, spaces: Spaces) -> Episodes:
-    """Episodes with the environment's bounds of actions, where they do not tell them."""
-    fits = recorded.num_actions is None and recorded.actions.shape[1:] == spaces.low.shape
-    if recorded.action_low is not None or not fits:
-        return recorded
-    return replace(recorded, action_low=tuple(spaces.low.tolist()), action_high=tuple(spaces.high.tolist()))
 
 
 def _merge(published: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -306,6 +335,23 @@ def decision_own(**fields: Any) -> DecisionRecipe:
     unless --targets gives others.
     """
     return DecisionRecipe(**_merge({"name": "decision/own", **_PUBLISHED}, fields))
+
+
+@register_recipe("decision/cartpole")
+def decision_cartpole(**fields: Any) -> CartPoleRecipe:
+    """A policy for CartPole from recorded episodes of mixed quality: the demo, in minutes and without a download.
+
+    The episodes are recorded here, by a controller whose actions are replaced by random ones, all of them in the first
+    episode and a tenth in the last. Asked for a return of 500, the most there is, the policy balances the pole to the
+    end. Sizes and optimizer are ours: 2 layers of 64 channels with a head for discrete actions. It acts by the state of
+    its attention, not by a window.
+    """
+    ours: dict[str, Any] = {
+        **_PUBLISHED, "env": "CartPole-v1", "targets": "500", "return_scale": 100.0, "max_timestep": 500,
+        "num_layers": 2, "dim": 64, "learning_rate": 2e-3, "warmup_steps": 100, "schedule": "cosine",
+        "steps": 1_000, "eval_every": 250, "episodes": 20, "evaluation": "recurrent", "clip_grad_norm": 1.0,
+    }  # fmt: skip
+    return CartPoleRecipe(**_merge({"name": "decision/cartpole", **ours}, fields))
 
 
 for _name in SETS:

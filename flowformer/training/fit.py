@@ -340,7 +340,7 @@ def protocols(recipe: Recipe, task: Task, records: list[dict[str, Any]], folder:
     def tested(record: Mapping[str, Any], checkpoint: str, selection: str) -> dict[str, Any]:
         model, _ = load(recipe, folder, checkpoint)
         value = evaluate(recipe, task, model)[f"test/{metric.key}"]
-        return {**entry(record, value, selection), **recount(task)}
+        return {**entry(record, value, selection), **_recount(task)}
 
     if "test" not in splits:
         trained = evaluated[1:]  # the model before training has no checkpoint
@@ -384,7 +384,7 @@ def load(recipe: Recipe, folder: Path, checkpoint: str = "last") -> tuple[nn.Mod
 
 def evaluate(recipe: Recipe, task: Task, model: nn.Module) -> dict[str, float]:
     """Evaluate a model on the test set of a task: loss, if it has one, and the quantities of the metric."""
-    recount(task)  # what earlier evaluations left
+    _recount(task)  # what earlier evaluations left
     if isinstance(model, FittedModel):
         return evaluate_fitted(task, model)
     if not isinstance(recipe, GradientRecipe):
@@ -396,7 +396,7 @@ def evaluate(recipe: Recipe, task: Task, model: nn.Module) -> dict[str, float]:
     return read_metrics(trainer)
 
 
-def recount(task: Any) -> dict[str, Any]:
+def _recount(task: Any) -> dict[str, Any]:
     """Return what a task tells of its last evaluation besides means, see :class:`flowformer.tasks.protocols.Recounts`.
 
     Empty for other tasks.

@@ -81,15 +81,14 @@ def read_floats(values: Column, origin: str, into: np.ndarray | None = None) -> 
     return found
 
 
-def flatten(values: Column, steps: int, origin: str, wanted: str) -> np.ndarray:
-    """Return (steps,) values of an array of shape (steps,) or (steps, 1).
+def check_column(values: Column, steps: int, origin: str, wanted: str) -> None:
+    """Raise for an array that is not of shape (steps,) or (steps, 1).
 
     Raises:
-        DataError: for another shape.
+        DataError: naming shape and type.
     """
     if values.shape not in ((steps,), (steps, 1)):
         raise DataError(f"{origin}: {describe(values)}; expected ({steps},) {wanted}, one for each step")
-    return np.asarray(values[:]).reshape(-1)
 
 
 def read_flags(values: Column, steps: int, origin: str) -> np.ndarray:
@@ -98,7 +97,8 @@ def read_flags(values: Column, steps: int, origin: str) -> np.ndarray:
     Raises:
         DataError: for another shape, and other values.
     """
-    flags = flatten(values, steps, origin, "flags")
+    check_column(values, steps, origin, "flags")
+    flags = np.asarray(values[:]).reshape(-1)
     if flags.dtype != np.bool_:
         if flags.dtype.kind not in "iuf" or not np.isin(flags, (0, 1)).all():
             raise DataError(f"{origin}: {describe(values)}; expected true and false, or 1 and 0")
@@ -108,7 +108,8 @@ def read_flags(values: Column, steps: int, origin: str) -> np.ndarray:
 
 def read_rewards(values: Column, steps: int, origin: str) -> np.ndarray:
     """Read rewards, (steps,) float32, from an array of shape (steps,) or (steps, 1); errors as :func:`pieces`."""
-    return read_floats(flatten(values, steps, origin, "numbers"), origin)
+    check_column(values, steps, origin, "numbers")
+    return read_floats(values, origin).reshape(-1)
 
 
 def check_observations(values: Column, origin: str, *, steps: int | None = None) -> None:
@@ -141,18 +142,24 @@ def is_discrete(values: Column, steps: int, origin: str) -> bool:
     return False
 
 
-def read_actions(values: Column, steps: int, origin: str) -> np.ndarray:
-    """Read actions: (steps, A) float32, or (steps,) int64 where they are integers.
+def read_actions(values: Column, steps: int, origin: str, first: int = 0) -> np.ndarray:
+    """Read actions: (steps, A) float32, or (steps,) int64 from 0 where they are integers.
+
+    Args:
+        values: The array.
+        steps: How many there are to be.
+        origin: File and key, for messages.
+        first: The integer that becomes 0.
 
     Raises:
-        DataError: for another shape or type, and negative integers.
+        DataError: for another shape or type, and smaller integers.
     """
     if not is_discrete(values, steps, origin):
         return read_floats(values, origin)
-    actions = flatten(values, steps, origin, "integers").astype(np.int64)
-    if actions.min() < 0:
-        raise DataError(f"{origin}[{actions.argmin()}] is {actions.min()}; expected discrete actions from 0")
-    return actions
+    actions = np.asarray(values[:]).reshape(-1).astype(np.int64)
+    if actions.min() < first:
+        raise DataError(f"{origin}[{actions.argmin()}] is {actions.min()}; expected discrete actions from {first}")
+    return actions - first
 
 
 @dataclass(frozen=True)
@@ -209,14 +216,15 @@ class Space:
 
 
 def check_name(name: str, origin: str) -> str:
-    """Return the name of an environment that a file states, or raise: Gymnasium would import what is before a colon.
+    """Return the name of an environment that a file states, without a module, which Gymnasium would import.
 
     Raises:
-        DataError: for anything but letters, digits, and the signs of names; "" is no name, and returned.
+        DataError: for anything but letters, digits, and the signs of names.
     """
-    if not re.fullmatch(r"[\w./-]*", name):
+    found = name.rpartition(":")[2]
+    if not re.fullmatch(r"[\w./-]*", found):
         raise DataError(f"{origin}: environment {name!r:.80}; expected a name such as 'Hopper-v5'")
-    return name
+    return found
 
 
 def _read_bounds(values: Mapping[str, Any], key: str, origin: str) -> tuple[float, ...] | None:
@@ -265,7 +273,7 @@ def _order(path: Path) -> list[tuple[int, str]]:
 def _open(path: Path) -> Iterator[dict[str, np.ndarray]]:
     check_file(path)
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             yield _Members(path, archive)
     except DataError:
         raise

@@ -45,9 +45,9 @@ def read_d4rl(path: Path, environment: str = "") -> Episodes:
     ``terminals`` (N,) and ``timeouts`` (N,), the steps of all episodes in order. An episode ends with a step whose flag
     is true in ``terminals``, in a terminal state, or in ``timeouts``, cut.
 
-    Where the recording ends before its last episode does, the return of that episode is not known: its steps are left
-    out, as in the published code, and counted in ``partial_steps``. These are the steps after the last end; and a last
-    episode that is cut at the last step of the file, and is shorter than another one that was cut.
+    Steps after the last end belong to an episode whose return is not known: they are left out, as in the published
+    code. So is a last episode that is cut at the last step of the file, and is shorter than another one that was cut:
+    there it was the recording that ended. ``partial_steps`` counts these steps.
 
     In a file without ``timeouts``, the steps that episodes were cut after are derived, by the first of these that it
     allows:

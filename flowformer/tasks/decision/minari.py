@@ -61,7 +61,8 @@ def _is_data(folder: Path) -> bool:
 def read_minari(folder: Path) -> Episodes:
     """Read a data set of Minari: ``main_data.hdf5`` and ``metadata.json`` in a folder, or in the folder ``data`` of it.
 
-    Observations are a ``Box`` with one axis; actions are such a ``Box``, or ``Discrete`` from 0. The observation after
+    Observations are a ``Box`` with one axis; actions are such a ``Box``, or ``Discrete``; the first of these
+    becomes 0. The observation after
     the last step of an episode is left out. An episode that was not terminated counts as cut. Neither Minari nor
     Gymnasium is needed, and no environment is made.
 
@@ -84,10 +85,10 @@ def read_minari(folder: Path) -> Episodes:
 def read_main(path: Path, metadata: Mapping[str, Any] | None = None, source: str = "") -> Episodes:
     """Read the file ``main_data.hdf5`` of a data set, given its metadata; errors as :func:`read_minari`."""
     metadata = metadata or {}
-    space = _read_spaces(metadata, str(path))
+    space, first = _read_spaces(metadata, str(path))
     with open_hdf5(path) as file:
         parts = list(_find_episodes(file, metadata.get("total_episodes"), str(path)))
-        return _read(parts, space, source or str(path))
+        return _read(parts, space, first, source or str(path))
 
 
 class _Part(NamedTuple):
@@ -128,7 +129,7 @@ def _get_group(file: h5py.File, name: str, origin: str) -> h5py.Group:
     return cast("h5py.Group", file[name])
 
 
-def _read(parts: Sequence[_Part], space: Space, source: str) -> Episodes:
+def _read(parts: Sequence[_Part], space: Space, first: int, source: str) -> Episodes:
     starts = np.cumsum([0, *(part.rewards.shape[0] for part in parts)])
     observations = np.empty((starts[-1], parts[0].observations.shape[1]), dtype=np.float32)
     actions, rewards, ends = [], [], []
@@ -136,7 +137,7 @@ def _read(parts: Sequence[_Part], space: Space, source: str) -> Episodes:
         steps = int(stop - start)
         _check_sizes(part, parts[0])
         read_floats(part.observations, f"{part.origin}: observations", observations[start:stop])
-        actions.append(read_actions(part.actions, steps, f"{part.origin}: actions"))
+        actions.append(read_actions(part.actions, steps, f"{part.origin}: actions", first))
         rewards.append(read_rewards(part.rewards, steps, f"{part.origin}: rewards"))
         ends.append(read_end(part.terminations, steps, f"{part.origin}: terminations"))
     together = np.concatenate(actions)
@@ -166,8 +167,8 @@ def _read_metadata(path: Path) -> Mapping[str, Any]:
     return found
 
 
-def _read_spaces(metadata: Mapping[str, Any], origin: str) -> Space:
-    """Read the environment and its spaces, those that are there."""
+def _read_spaces(metadata: Mapping[str, Any], origin: str) -> tuple[Space, int]:
+    """Read the environment and its spaces, those that are there, and the first of discrete actions."""
     observation, action, spec = (
         _read_inner(metadata, key, origin) for key in ("observation_space", "action_space", "env_spec")
     )
@@ -180,11 +181,12 @@ def _read_spaces(metadata: Mapping[str, Any], origin: str) -> Space:
             wanted = "a Box with one axis" + " or Discrete" * ("Discrete" in kinds)
             raise DataError(f"{origin}: {what} space {got}; expected {wanted}")
     if action.get("type") == "Discrete":
-        if action.get("start", 0) != 0:
-            raise DataError(f"{origin}: action space Discrete from {action['start']}; expected from 0")
-        return Space.read({"environment": name, "num_actions": action.get("n", 0)}, origin)
+        start = action.get("start", 0)
+        if not isinstance(start, int):
+            raise DataError(f"{origin}: action space Discrete from {start!r:.80}; expected from a whole number")
+        return Space.read({"environment": name, "num_actions": action.get("n", 0)}, origin), start
     bounds = {f"action_{side}": action[side] for side in ("low", "high") if side in action}
-    return Space.read({"environment": name, **bounds}, origin)
+    return Space.read({"environment": name, **bounds}, origin), 0
 
 
 def _read_inner(metadata: Mapping[str, Any], key: str, origin: str) -> Mapping[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from flowformer.core.masks import fill
 from flowformer.tasks.decision.format import DecisionFormat
-from flowformer.tasks.decision.policies import RecurrentPolicy, WindowPolicy
+from flowformer.tasks.decision.policies import Evaluation, make_policy
 from flowformer.tasks.decision.rollout import Episode, run_episodes
 from flowformer.tasks.decision.scores import normalise, reference_of
 from flowformer.tasks.decision.trials import Trials
 from flowformer.tasks.decision.windows import Windows
 from flowformer.tasks.metric import Metric
 
-Evaluation = Literal["window", "recurrent"]
 QUALITIES = ("medium-expert", "medium", "medium-replay")
 ENVIRONMENTS: Mapping[str, str] = {"halfcheetah": "HalfCheetah", "hopper": "Hopper", "walker2d": "Walker2d"}
 SETS = tuple(f"{family}-{quality}" for quality in QUALITIES for family in ENVIRONMENTS)
@@ -130,7 +129,7 @@ class DecisionTask:
         return {"loss": loss / counted.sum().clamp(min=1), "accuracy": right.sum()}
 
     def _simulate(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        policy = {"window": WindowPolicy, "recurrent": RecurrentPolicy}[self.evaluation](model, self.format)
+        policy = make_policy(model, self.format, self.evaluation)
         targets, seeds = (batch[name].cpu().numpy() for name in ("targets", "seeds"))
         with torch.autocast(batch["seeds"].device.type, enabled=False):  # policies compute in the dtype of the weights
             episodes = run_episodes(policy, self.format.environment, targets, seeds, workers=self.simulators)

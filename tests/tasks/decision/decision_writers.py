@@ -36,13 +36,13 @@ def d4rl_arrays(episodes):
     }  # fmt: skip
 
 
-def write_hdf5(path, arrays, **attributes):
-    """Write arrays, as compressed chunks, and attributes; an array that is None is left out."""
+def write_hdf5(path, arrays, chunk=7, **attributes):
+    """Write arrays, as compressed chunks of rows, and attributes; an array that is None is left out."""
     with h5py.File(path, "w") as file:
         for name, values in arrays.items():
             if values is not None:
                 values = np.asarray(values)
-                options = {"chunks": (7, *values.shape[1:]), "compression": "gzip"} if len(values) > 7 else {}
+                options = {"chunks": (chunk, *values.shape[1:]), "compression": "gzip"} if len(values) > chunk else {}
                 file.create_dataset(name, data=values, **options)
         file.attrs.update(attributes)
     return path

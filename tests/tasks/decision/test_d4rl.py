@@ -1,6 +1,7 @@
 """HDF5 files in the layout of D4RL, right ones and wrong ones."""
 
 import sys
+import tracemalloc
 
 import h5py
 import numpy as np
@@ -39,6 +40,21 @@ def test_other_types_and_shapes_are_read(episodes, tmp_path):
     assert_same(read_d4rl(write_hdf5(tmp_path / "a.hdf5", arrays)), episodes)
 
 
+def test_files_are_not_twice_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays_module, "PIECE", 2**14)
+    episodes = make_episodes([1000] * 40)
+    arrays = {
+        name: one.astype(np.float64 if one.dtype != bool else bool) for name, one in d4rl_arrays(episodes).items()
+    }
+    path = write_hdf5(tmp_path / "a.hdf5", arrays, chunk=1000)
+    read_d4rl(path)
+    tracemalloc.start()
+    found = read_d4rl(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * sum(getattr(found, name).nbytes for name in ("observations", "actions", "rewards"))
+
+
 def test_discrete_actions_are_read(tmp_path):
     episodes = make_episodes(LENGTHS, discrete=True)
     arrays = d4rl_arrays(episodes)
@@ -52,6 +68,8 @@ def test_what_a_file_says_of_its_environment_is_read(episodes, tmp_path):
     path = write_hdf5(tmp_path / "a.hdf5", d4rl_arrays(episodes), environment="Hopper-v5", action_low=[-1.0, -2.0],
                       action_high=np.array([1, 2]))  # fmt: skip
     found = read_d4rl(path)
+    moduled = write_hdf5(tmp_path / "b.hdf5", d4rl_arrays(episodes), environment="os:Hopper-v5")
+    assert read_d4rl(moduled).environment == "Hopper-v5"
     assert (found.environment, found.action_low, found.action_high) == ("Hopper-v5", (-1, -2), (1, 2))
 
 
@@ -59,7 +77,7 @@ def test_what_a_file_says_of_its_environment_is_read(episodes, tmp_path):
     ("attributes", "message"),
     [
         ({"environment": 3}, "environment: int64 of shape .*expected a name"),
-        ({"environment": "os:Hopper-v5"}, "environment 'os:Hopper-v5'; expected a name such as 'Hopper-v5'"),
+        ({"environment": "Hopper v5"}, "environment 'Hopper v5'; expected a name such as 'Hopper-v5'"),
         ({"action_low": [-1.0], "action_high": [1.0]}, "actions of 2 numbers; bounds of 1 and 1"),
         ({"action_low": "low", "action_high": [1.0, 1.0]}, r"action_low: shape \(\).*expected \(size,\) numbers"),
         ({"num_actions": -1}, "num_actions: .*expected a whole number"),
