@@ -10,17 +10,16 @@ from typing import Any
 
 from flowformer.cli.arguments.options import add_options, fill_options, read_options
 from flowformer.cli.arguments.parser import Parser, UsageError, usable
-from flowformer.cli.arguments.trained import is_run, open_format, open_run, parse_for_run, run_arguments, run_files
+from flowformer.cli.arguments.trained import find_run, open_format, open_run, parse_for_run, run_arguments, run_files
 from flowformer.cli.output.paths import check_file
 from flowformer.cli.output.streams import show_all, track
 
 
 def main(words: Sequence[str]) -> int:
     """Evaluate the model of a run on its test set, or in its environment."""
-    run = next((word for word in words if is_run(word)), None)
-    form = None if run is None else open_format(Path(run))
-    if form is not None and _acts(form):
-        return _act(words, Path(run or ""), form)
+    run = find_run(words)
+    if run is not None and _acts(form := open_format(run)):
+        return _act(words, run, form)
     parser = Parser(prog="flowformer evaluate", description=main.__doc__)
     run_arguments(parser)
     parser.add_argument("--data", "--data-dir", help="folder of the data, if it was moved", default="")

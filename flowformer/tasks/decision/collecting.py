@@ -176,7 +176,7 @@ def collect(
     probabilities = np.linspace(*shares, episodes)
     found: list[Episode] = []
     with ExitStack() as files:
-        writers = [files.enter_context(_open(path, environment, spec, spaces, algorithm)) for path in out]
+        writers = [files.enter_context(_open(path, spec, spaces, algorithm)) for path in out]
         for first in range(0, episodes, AT_ONCE):
             part = probabilities[first : first + AT_ONCE]
             blended = Blend(policy, spaces, part) if part.any() else policy
@@ -198,9 +198,9 @@ class _Writer(Protocol):
         ...
 
 
-def _open(path: Path, environment: str, spec: Any, spaces: Spaces, algorithm: str) -> Any:
+def _open(path: Path, spec: Any, spaces: Spaces, algorithm: str) -> Any:
     if path.suffix.lower() in HDF5:
-        return _write_d4rl(path, environment, spaces)
+        return _write_d4rl(path, spec.id, spaces)
     return _write_minari(path, spec, spaces, algorithm)
 
 
@@ -209,7 +209,7 @@ def _write_d4rl(path: Path, environment: str, spaces: Spaces) -> Iterator[_Write
     import h5py
 
     with replacing(path) as staged, h5py.File(staged, "w") as file:
-        file.attrs["environment"] = environment
+        file.attrs["environment"] = environment  # without a module: who reads the file is not to import one
         if spaces.num_actions is None:
             file.attrs["action_low"], file.attrs["action_high"] = spaces.low, spaces.high
         else:
@@ -249,7 +249,7 @@ def _write_minari(path: Path, spec: Any, spaces: Spaces, algorithm: str) -> Iter
     environment = make_environment(spec)
     observed, acted = environment.observation_space, environment.action_space
     environment.close()
-    with staged_folder(path) as staged:
+    with staged_folder(path.absolute()) as staged:  # Minari joins a relative path to itself
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "env_spec is not serializable")  # of a class that has no module
             storage = MinariStorage.new(staged / "data", observed, acted, spec)
