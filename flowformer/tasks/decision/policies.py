@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 
 Evaluation = Literal["window", "recurrent"]
+# Matrix products of fewer rows take other kernels of MKL, which round otherwise; with so many, what is computed of a
+# row does not depend on the others. Simulators are chaotic: one rounding changes the return of an episode.
+LEAST_ROWS = 16
 
 
 class Policy(Protocol):
@@ -149,13 +152,14 @@ class _Conditioned:
     Args:
         model: A ``DecisionTransformer``, or a model with the same interface, in evaluation mode.
         form: Its format: how observations and actions are standardised, and returns scaled.
+        least_rows: The model computes for so many rows at least, by repeating one; see :data:`LEAST_ROWS`.
     """
 
-    def __init__(self, model: nn.Module, form: DecisionFormat) -> None:
-        self.model, self.form = model, form
+    def __init__(self, model: nn.Module, form: DecisionFormat, least_rows: int = LEAST_ROWS) -> None:
+        self.model, self.form, self.least_rows = model, form, least_rows
         weight = next(model.parameters())
         self._kind = {"device": weight.device, "dtype": weight.dtype}
-        self._rows = np.zeros(0, np.int64)  # of the episodes that still run
+        self._rows = np.zeros(0, np.int64)  # the episode of each row of the model's batch; the first fills it up
         self._to_go, self._time = np.zeros(0), 0
 
     def reset(self, targets: np.ndarray, seeds: np.ndarray) -> None:
@@ -163,16 +167,14 @@ class _Conditioned:
         if self.model.training:
             raise RunError("a model acts in evaluation mode: call model.eval() first")
         self._rows, self._to_go, self._time = np.arange(len(targets)), np.array(targets, np.float64), 0
-        self._begin(len(targets))
+        self._rows = self._fill_up(self._rows)
+        self._begin(len(self._rows))
 
     @torch.inference_mode()
     def act(self, observations: np.ndarray, running: np.ndarray) -> np.ndarray:
         """Choose actions; see :class:`Policy`."""
         actions = empty_actions(len(running), self.form.action_dim)
-        kept = running[self._rows]
-        if not kept.all():
-            self._rows = self._rows[kept]
-            self._select(torch.from_numpy(np.flatnonzero(kept)).to(self._kind["device"]))
+        self._drop(running)
         if len(self._rows):
             standard = torch.from_numpy(self.form.standardise(observations[self._rows])).to(**self._kind)
             to_go = torch.from_numpy(self._to_go[self._rows] / self.form.return_scale).to(**self._kind)
@@ -190,8 +192,24 @@ class _Conditioned:
         """Learn what came of it; see :class:`Policy`."""
         done = torch.from_numpy(self.form.scale_actions(actions[self._rows])).to(self._kind["device"])
         self._keep(done.to(self._kind["dtype"]) if done.is_floating_point() else done)
-        self._to_go[self._rows] -= rewards[self._rows]
+        self._to_go -= rewards
         self._time += 1
+
+    def _drop(self, running: np.ndarray) -> None:
+        """Drop the rows of episodes that have ended, and those that no longer have to fill the batch up."""
+        episodes, places = np.unique(self._rows, return_index=True)
+        kept = self._fill_up(places[running[episodes]])
+        if len(kept) != len(self._rows) or not running[episodes].all():
+            self._rows = self._rows[kept]
+            self._select(torch.from_numpy(kept).to(self._kind["device"]))
+
+    def _fill_up(self, rows: np.ndarray) -> np.ndarray:
+        """Repeat the first row until there are enough; none stay none."""
+        return np.concatenate([rows, np.repeat(rows[:1], max(0, self._least() - len(rows)))])
+
+    def _least(self) -> int:
+        """Return the least number of rows."""
+        return self.least_rows
 
     def _begin(self, count: int) -> None:
         """Begin episodes."""
@@ -219,10 +237,13 @@ class WindowPolicy(_Conditioned):
         model: A ``DecisionTransformer`` or ``BehaviourCloning``, in evaluation mode.
         form: Its format.
         context: K; that of the format if absent.
+        least_rows: The model computes for so many steps at least: see :data:`LEAST_ROWS`.
     """
 
-    def __init__(self, model: nn.Module, form: DecisionFormat, context: int | None = None) -> None:
-        super().__init__(model, form)
+    def __init__(
+        self, model: nn.Module, form: DecisionFormat, context: int | None = None, least_rows: int = LEAST_ROWS
+    ) -> None:
+        super().__init__(model, form, least_rows)
         self.context = form.context if context is None else context
         if self.context < 1:
             raise ValueError(f"the context must be at least 1 step, got {self.context}")
@@ -233,6 +254,9 @@ class WindowPolicy(_Conditioned):
         self._times = torch.zeros(count, 0, dtype=torch.int64, device=self._kind["device"])
         size = self.form.action_dim
         self._actions = self._times if size is None else self._returns.new_zeros(count, 0, size)
+
+    def _least(self) -> int:
+        return -(-self.least_rows // min(self._time + 1, self.context))  # each row has as many steps
 
     def _select(self, kept: Tensor) -> None:
         self._observations, self._actions = self._observations[kept], self._actions[kept]
@@ -262,13 +286,14 @@ class RecurrentPolicy(_Conditioned):
     Args:
         model: A ``DecisionTransformer`` whose attention has a step, in evaluation mode.
         form: Its format.
+        least_rows: The model computes for so many rows at least: see :data:`LEAST_ROWS`.
 
     Raises:
-        RunError: for a model without a step, as behaviour cloning is.
+        RunError: for a model without a step.
     """
 
-    def __init__(self, model: nn.Module, form: DecisionFormat) -> None:
-        super().__init__(model, form)
+    def __init__(self, model: nn.Module, form: DecisionFormat, least_rows: int = LEAST_ROWS) -> None:
+        super().__init__(model, form, least_rows)
         if not hasattr(model, "init_state") or not hasattr(model, "step"):
             raise RunError(f"{type(model).__name__} has no recurrent state: evaluate it with the window")
         self._model: Any = model
