@@ -46,15 +46,16 @@ def read_d4rl(path: Path, environment: str = "") -> Episodes:
     is true in ``terminals``, in a terminal state, or in ``timeouts``, cut.
 
     Steps after the last end belong to an episode whose return is not known: they are left out, as in the published
-    code. So is a last episode that is cut at the last step of the file, and is shorter than another one that was cut:
-    there it was the recording that ended. ``partial_steps`` counts these steps.
+    code. So is, other than there, a last episode that is cut at the last step of the file, and is shorter than another
+    one that was cut: it was the recording that ended. ``partial_steps`` counts these steps.
 
     In a file without ``timeouts``, the steps that episodes were cut after are derived, by the first of these that it
     allows:
 
     1. The attribute ``max_episode_steps`` of the file: an episode is cut after so many steps.
     2. ``next_observations`` (N, S): an episode was cut after step i if ``next_observations[i]`` is not
-       ``observations[i + 1]``. The last step counts as a cut, too, if there are others.
+       ``observations[i + 1]``. The last step counts as a cut, too, if there are others. An array that is only
+       ``observations`` from the second step on tells nothing, and is not used.
     3. The limit of the environment: 1,000 steps in Hopper, HalfCheetah and Walker2d, and of others the one that they
        are registered with in Gymnasium.
 
@@ -170,15 +171,15 @@ def _derive_cuts(
     """Return (N,) bool, the steps that episodes were cut after: see :func:`read_d4rl`."""
     known = limit or _find_limit(environment)
     if limit is None and following is not None:
-        check_observations(following, f"{origin}: next_observations", steps=len(observations))
-        if following.shape != observations.shape:
-            raise DataError(f"{origin}: next_observations: shape {following.shape}; expected {observations.shape}")
-        return _cut_where_broken(terminals, observations, following, known, f"{origin}: next_observations")
+        breaks = _find_breaks(observations, following, f"{origin}: next_observations")
+        if breaks.any():
+            return _cut_at_breaks(terminals, breaks, known)
     if known is None:
         where = f" {environment}" if environment else ""
         raise DataError(
-            f"{origin}: no 'timeouts', nothing else to tell where episodes were cut: expected 'next_observations', the "
-            f"attribute {LIMIT!r}, or an environment with a limit of steps{where and ';' + where + ' has none known'}"
+            f"{origin}: no 'timeouts', and nothing else to tell where episodes were cut: expected 'next_observations' "
+            f"that differ from the observations after the end of an episode, the attribute {LIMIT!r}, or an "
+            f"environment with a limit of steps{where and ';' + where + ' has none known'}"
         )
     return _cut_after(terminals, known)
 
@@ -191,18 +192,23 @@ def _cut_after(terminals: np.ndarray, limit: int) -> np.ndarray:
     return (place - np.maximum.accumulate(begins) + 1) % limit == 0
 
 
-def _cut_where_broken(
-    terminals: np.ndarray, observations: np.ndarray, following: Any, limit: int | None, origin: str
-) -> np.ndarray:
-    """Cut episodes where an observation is not the one that followed the step before."""
-    cuts = np.zeros(len(observations), dtype=np.bool_)
+def _find_breaks(observations: np.ndarray, following: Any, origin: str) -> np.ndarray:
+    """Return (N,) bool, where an observation is not the one that followed the step before."""
+    check_observations(following, origin, steps=len(observations))
+    if following.shape != observations.shape:
+        raise DataError(f"{origin}: shape {following.shape}; expected {observations.shape}")
+    breaks = np.zeros(len(observations), dtype=np.bool_)
     for start, piece in pieces(following, origin):
         now = observations[start + 1 : start + 1 + len(piece)]
-        cuts[start : start + len(now)] = (piece[: len(now)] != now).any(axis=1)
-    ends = np.flatnonzero(terminals | cuts)
-    left = len(cuts) - 1 - (ends[-1] if len(ends) else -1)
-    if left == limit or (cuts & ~terminals).any():
-        cuts[-1] = True
+        breaks[start : start + len(now)] = (piece[: len(now)] != now).any(axis=1)
+    return breaks
+
+
+def _cut_at_breaks(terminals: np.ndarray, breaks: np.ndarray, limit: int | None) -> np.ndarray:
+    """Cut episodes at breaks, and after the last step if the last episode can be compared with others."""
+    cuts = breaks & ~terminals
+    left = len(cuts) - 1 - np.flatnonzero(terminals | breaks)[-1]
+    cuts[-1] = left > 0 and (left == limit or cuts.any())
     return cuts
 
 
@@ -224,5 +230,5 @@ def _find_limit(environment: str) -> int | None:
         import gymnasium
     except ModuleNotFoundError:
         return None
-    spec = gymnasium.registry.get(environment)
+    spec = gymnasium.registry.get(environment.rpartition(":")[2])
     return None if spec is None else spec.max_episode_steps

@@ -153,8 +153,28 @@ def test_cuts_are_derived_from_the_limit_of_an_environment(environment, limit, t
     path = write_hdf5(tmp_path / "a.hdf5", arrays)
     assert_same(read_d4rl(path, environment), episodes)
     for unknown in ("", "Nowhere-v0"):
-        with pytest.raises(DataError, match="no 'timeouts', nothing else to tell where episodes were cut"):
+        with pytest.raises(DataError, match="no 'timeouts', and nothing else to tell where episodes were cut"):
             read_d4rl(path, unknown)
+
+
+def test_last_episode_is_compared_with_the_limit_of_its_environment(tmp_path):
+    episodes = make_episodes([5, 500])  # the first ends in a terminal state
+    path = write_hdf5(tmp_path / "a.hdf5", {**d4rl_arrays(episodes), "timeouts": None})
+    assert_same(read_d4rl(path, "CartPole-v1"), episodes)
+    found = read_d4rl(path)
+    assert_same(found, episodes.subset([0]))
+    assert found.partial_steps == 500
+
+
+def test_next_observations_that_go_on_into_the_next_episode_tell_nothing(tmp_path):
+    episodes = make_episodes([5, 500, 7, 500])
+    arrays = {**d4rl_arrays(episodes), "timeouts": None}
+    arrays["next_observations"] = np.roll(episodes.observations, -1, axis=0)
+    path = write_hdf5(tmp_path / "a.hdf5", arrays)
+    assert_same(read_d4rl(path, "CartPole-v1"), episodes)
+    assert_same(read_d4rl(path, "own:CartPole-v1"), episodes)
+    with pytest.raises(DataError, match="expected 'next_observations' that differ from the observations after the end"):
+        read_d4rl(path)
 
 
 def test_limit_is_not_known_without_gymnasium(episodes, tmp_path, monkeypatch):
