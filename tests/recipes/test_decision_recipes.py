@@ -202,7 +202,7 @@ def test_data_that_is_missing_or_of_another_kind_is_named(swings: Path) -> None:
         create_recipe("decision/hopper-medium").build_task()
     with pytest.raises(ValueError, match="does not tell its environment: pass --env"):
         create_recipe("decision/own", data=str(swings)).build_task()
-    with pytest.raises(DataError, match="CartPole-v1 has observations of 4 values"):
+    with pytest.raises(DataError, match="observations of 3 numbers; CartPole-v1 has 4"):
         create_recipe("decision/own", data=str(swings), env="CartPole-v1").build_task()
 
 
