@@ -92,8 +92,8 @@ def run_episodes(
 ) -> list[Episode]:
     """Run one episode for each target and seed.
 
-    What happens in an episode depends on its target and seed, and not on the others, except by rounding: a model
-    computes for many rows together.
+    What happens in an episode depends on its target and seed, and not on the others, as far as products of matrices
+    round each row alike: see :data:`flowformer.tasks.decision.policies.LEAST_ROWS`.
 
     Args:
         policy: What chooses the actions.
