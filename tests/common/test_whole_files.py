@@ -58,9 +58,14 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(FileExistsError, match="not an empty folder"), staged_folder(folder):
         pass
     (tmp_path / "c").mkdir()
-    with pytest.raises(KeyboardInterrupt), staged_folder(tmp_path / "c") as staged:
-        (staged / "file").write_text("half")
-        raise KeyboardInterrupt
+
+    def stop():
+        with staged_folder(tmp_path / "c") as staged:
+            (staged / "file").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop()
     assert list((tmp_path / "c").iterdir()) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c"]
 
