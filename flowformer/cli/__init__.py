@@ -8,10 +8,23 @@ import sys
 from collections.abc import Callable, Sequence
 
 import flowformer
-from flowformer.cli import bench, data, doctor, evaluate, export, generate, info, predict, train, visualize
+from flowformer.cli import (
+    bench,
+    collect,
+    data,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    info,
+    play,
+    predict,
+    train,
+    visualize,
+)
 from flowformer.cli import list as listing
 from flowformer.cli.arguments.parser import Parser
-from flowformer.cli.failures import explain, failed
+from flowformer.cli.output.failures import explain, failed
 from flowformer.cli.output.streams import writable_output
 from flowformer.common.interrupts import Interrupted, signals_raise
 from flowformer.common.names import nearest
@@ -22,6 +35,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": evaluate.main,
     "predict": predict.main,
     "generate": generate.main,
+    "play": play.main,
+    "collect": collect.main,
     "visualize": visualize.main,
     "export": export.main,
     "data": data.main,

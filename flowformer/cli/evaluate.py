@@ -2,23 +2,56 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from flowformer.cli.arguments.options import add_options, fill_options, read_options
 from flowformer.cli.arguments.parser import Parser, UsageError, usable
-from flowformer.cli.trained import open_run, run_arguments
+from flowformer.cli.arguments.trained import find_run, open_format, open_run, parse_for_run, run_arguments, run_files
+from flowformer.cli.output.paths import check_file
+from flowformer.cli.output.streams import show_all, track
 
 
 def main(words: Sequence[str]) -> int:
-    """Evaluate the model of a run on its test set."""
+    """Evaluate the model of a run on its test set, or in its environment."""
+    run = find_run(words)
+    if run is not None and _acts(form := open_format(run)):
+        return _act(words, run, form)
     parser = Parser(prog="flowformer evaluate", description=main.__doc__)
     run_arguments(parser)
     parser.add_argument("--data", "--data-dir", help="folder of the data, if it was moved", default="")
     parser.add_argument(
         "--data-changed-ok", action="store_true", help="evaluate even if the data is not that of the run"
     )
-    values = parser.parse(words)
+    return _test(parser.parse(words))
+
+
+def _acts(form: Any) -> bool:
+    from flowformer.tasks.protocols import Acts
+
+    return isinstance(form, Acts)
+
+
+def _act(words: Sequence[str], run: Path, form: Any) -> int:
+    """Run episodes of a policy, whose data is not needed."""
+    parser = Parser(prog="flowformer evaluate", description=main.__doc__)
+    run_arguments(parser)
+    flags = add_options(parser, form.evaluate_options)
+    values = parse_for_run(parser, words, run, flags)
+    options = read_options(values, form.evaluate_options)
+    if isinstance(out := getattr(options, "out", None), Path):
+        check_file(out, inputs=run_files(values.run))
+    recipe, model, form = open_run(values.run, values.checkpoint)
+    options = fill_options(options, recipe)
+    usable(show_all, form.evaluate(model, options, track=track))
+    return 0
+
+
+def _test(values: argparse.Namespace) -> int:
+    """Evaluate on the test set."""
     recipe, model, form = open_run(values.run, values.checkpoint)
     if values.data:
         recipe = _move_data(recipe, values.data, f"{values.run}/recipe.json")

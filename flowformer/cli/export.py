@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flowformer.cli.arguments.parser import Parser, usable
+from flowformer.cli.arguments.trained import open_run, require, run_arguments
 from flowformer.cli.output.paths import check_folder, output_path
-from flowformer.cli.trained import open_run, require, run_arguments
 
 
 def main(words: Sequence[str]) -> int:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from flowformer.cli.arguments.options import add_options, read_options
 from flowformer.cli.arguments.parser import Parser, usable
+from flowformer.cli.arguments.trained import find_run, open_format, open_run, parse_for_run, require, run_arguments
 from flowformer.cli.output.paths import check_file
-from flowformer.cli.output.streams import show
-from flowformer.cli.trained import find_run, open_format, open_run, parse_for_run, require, run_arguments
+from flowformer.cli.output.streams import show_all, track
 
 NOTE = "Options depend on the run: `flowformer generate RUN --help` shows them."
 
@@ -31,18 +30,5 @@ def main(words: Sequence[str]) -> int:
     if isinstance(out := getattr(options, "out", None), Path):
         check_file(out)
     _, model, form = open_run(values.run, values.checkpoint)
-    usable(_print, form.generate(model, options, track=_track))
+    usable(show_all, form.generate(model, options, track=track))
     return 0
-
-
-def _print(pieces: Iterable[str]) -> None:
-    for piece in pieces:
-        show(piece, end="")
-
-
-def _track(steps: Iterable[Any], total: int, what: str) -> Iterable[Any]:
-    """Show progress on standard error."""
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(steps, total=total, description=what, console=Console(stderr=True))

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from flowformer.cli.arguments.parser import Parser, usable
+from flowformer.cli.arguments.trained import open_run, require, run_arguments, run_files
 from flowformer.cli.output.paths import check_file, output_path
 from flowformer.cli.output.streams import show
-from flowformer.cli.trained import open_run, require, run_arguments, run_files
 
 
 def main(words: Sequence[str]) -> int:

@@ -9,9 +9,7 @@ from typing import Any
 
 from flowformer.cli.arguments.options import add_options, read_options
 from flowformer.cli.arguments.parser import Parser, UsageError, usable
-from flowformer.cli.output.paths import check_file, output_path
-from flowformer.cli.output.streams import show
-from flowformer.cli.trained import (
+from flowformer.cli.arguments.trained import (
     CHECKPOINTS,
     find_run,
     is_run,
@@ -21,6 +19,8 @@ from flowformer.cli.trained import (
     require,
     run_files,
 )
+from flowformer.cli.output.paths import check_file, output_path
+from flowformer.cli.output.streams import show
 
 NOTE = "Further options depend on the run: `flowformer visualize RUN --help` shows them."
 

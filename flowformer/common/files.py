@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,37 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def staged_folder(path: Path) -> Iterator[Path]:
+    """Write a folder whole or not at all.
+
+    Args:
+        path: The folder. It must not exist, or be empty.
+
+    Yields:
+        An empty folder beside it. It becomes ``path`` at the end of the ``with`` block and is removed if the block
+        raises.
+
+    Raises:
+        FileExistsError: for a folder with something in it, or a file.
+        OSError: if the folder cannot be written.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(errno.EEXIST, "exists and is not an empty folder", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f"{_STAGED}{os.getpid()}-{path.name}")
+    try:
+        staged.mkdir()
+        yield staged
+        for part in (*staged.rglob("*"), staged):
+            synchronise(part)
+        staged.replace(path)
+        synchronise(path.parent)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+
+
 def synchronise(path: Path) -> None:
     """Wait until the disk has a file, or the names in a folder, where the system can do that."""
     try:
@@ -70,8 +102,11 @@ def synchronise(path: Path) -> None:
 
 def remove_staged(folder: Path) -> None:
     """Remove what killed writers left in a folder and the folders in it. Nobody else may be writing there."""
-    for left in folder.rglob(f"{_STAGED}*"):
-        left.unlink(missing_ok=True)
+    for left in list(folder.rglob(f"{_STAGED}*")):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

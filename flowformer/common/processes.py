@@ -50,23 +50,81 @@ def map_in_order(
     if workers == 1:
         yield from map(function, items)
         return
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[Worker] = []
     left = iter(items)
     try:
-        for _ in range(workers):
-            processes.append(_start())
-            _send(processes[-1], sys.path)
-            _send(processes[-1], function)
+        processes.extend(Worker(function) for _ in range(workers))
         turns = itertools.cycle(processes)
-        waiting = deque(_send(next(turns), item) for item in itertools.islice(left, _AHEAD * workers))
+        waiting = deque(next(turns).send(item) for item in itertools.islice(left, _AHEAD * workers))
         while waiting:
             process = waiting.popleft()
-            result = _receive(process)
-            waiting.extend(_send(process, item) for item in itertools.islice(left, 1))
+            result = process.receive()
+            waiting.extend(process.send(item) for item in itertools.islice(left, 1))
             yield result
     finally:
         for process in processes:
-            _end(process)
+            process.end()
+
+
+class Worker:
+    """A process that computes a function of what it is sent, in order.
+
+    It ends with :meth:`end`, and when this process ends or is killed. See :func:`map_in_order` for what it can compute.
+
+    Args:
+        function: What it computes.
+
+    Raises:
+        RuntimeError: here and in the methods, where the process cannot start, or was killed.
+    """
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        # In a session of its own, which the terminal's Ctrl-C does not reach; isolated, or a file pickle.py in the
+        # current folder would be imported.
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-c", _PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            self.send(sys.path).send(function)
+        except BaseException:
+            self.end()
+            raise
+
+    def send(self, item: Any) -> Worker:
+        """Send an item, and return this worker."""
+        assert self._process.stdin is not None
+        data = pickle.dumps(item)
+        try:
+            self._process.stdin.write(data)
+            self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise self._ended() from error
+        return self
+
+    def receive(self) -> Any:
+        """Wait for the result of the first item that has none yet; the function's error is raised here."""
+        assert self._process.stdout is not None
+        try:
+            result, trace = pickle.load(self._process.stdout)
+        except (EOFError, pickle.UnpicklingError) as error:
+            raise self._ended() from error
+        if trace is not None:
+            raise result from RuntimeError(f"in a worker process:\n{trace}")
+        return result
+
+    def end(self) -> None:
+        """End the process at once, whatever it computes."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):  # what was not sent yet
+                if pipe is not None:
+                    pipe.close()
+
+    def _ended(self) -> RuntimeError:
+        status = self._process.wait()
+        return RuntimeError(f"a worker process could not start, or was killed: its exit status is {status}")
 
 
 def serve() -> None:
@@ -91,46 +149,3 @@ def _answer(function: Callable[[Any], Any], item: Any) -> bytes:
             return pickle.dumps((error, traceback.format_exc()))
         except Exception:  # an error that cannot be pickled
             return pickle.dumps((RuntimeError(f"{type(error).__name__}: {error}"), traceback.format_exc()))
-
-
-def _start() -> subprocess.Popen[bytes]:
-    # In a session of its own, which the terminal's Ctrl-C does not reach; isolated, or a file pickle.py in the current
-    # folder would be imported.
-    return subprocess.Popen(
-        [sys.executable, "-I", "-c", _PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-    )
-
-
-def _send(process: subprocess.Popen[bytes], value: Any) -> subprocess.Popen[bytes]:
-    assert process.stdin is not None
-    data = pickle.dumps(value)
-    try:
-        process.stdin.write(data)
-        process.stdin.flush()
-    except BrokenPipeError as error:
-        raise _ended(process) from error
-    return process
-
-
-def _receive(process: subprocess.Popen[bytes]) -> Any:
-    assert process.stdout is not None
-    try:
-        result, trace = pickle.load(process.stdout)
-    except (EOFError, pickle.UnpicklingError) as error:
-        raise _ended(process) from error
-    if trace is not None:
-        raise result from RuntimeError(f"in a worker process:\n{trace}")
-    return result
-
-
-def _ended(process: subprocess.Popen[bytes]) -> RuntimeError:
-    return RuntimeError(f"a worker process could not start, or was killed: its exit status is {process.wait()}")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(OSError):  # what was not sent yet
-            if pipe is not None:
-                pipe.close()

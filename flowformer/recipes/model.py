@@ -11,6 +11,7 @@ from torch import nn
 
 from flowformer.models import create_model
 from flowformer.models.classical.lstm import LSTMClassifier
+from flowformer.models.decision import DecisionModel
 from flowformer.models.language import LanguageModel
 from flowformer.models.registry import MODELS, find_model
 from flowformer.models.sequence import SequenceClassifier
@@ -20,6 +21,7 @@ from flowformer.models.vision import VisionModel
 KINDS: Mapping[type[nn.Module], str] = {
     LanguageModel: "a language model", VisionModel: "an image classifier", SeriesClassifier: "a series classifier",
     LSTMClassifier: "a series classifier", SequenceClassifier: "a classifier of token sequences",
+    DecisionModel: "a decision model",
 }  # fmt: skip
 # How torch says that a tensor is too large, whatever the type of its error.
 _TOO_LARGE = ("overflow", "can't allocate memory", "not enough memory", "out of memory", "exceed")

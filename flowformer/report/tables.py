@@ -29,6 +29,13 @@ def protocol_table(result: dict[str, Any]) -> Table:
     for name, entry in result["protocols"].items():
         published = "-" if entry["published"] is None else f"{entry['published']:g}"
         table.add_row(name, entry["metric"], f"{entry['value']:.{entry['digits']}f}", published, entry["selection"])
+        for part in entry.get("parts", ()):
+            table.add_row("", part["name"], _show_part(part, entry["digits"]), "", "")
     notes = {entry.get("published_note") for entry in result["protocols"].values() if entry["published"] is not None}
     table.caption = "; ".join(sorted(note for note in notes if note)) or None
     return table
+
+
+def _show_part(part: dict[str, Any], digits: int) -> str:
+    """Return the value of a part of an evaluation with its standard deviation."""
+    return f"{part['value']:.{digits}f} ± {part['spread']:.{digits}f}"

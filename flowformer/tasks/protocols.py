@@ -1,8 +1,9 @@
 """Protocols of benchmarks: tasks for training, and data formats for the commands.
 
 A command asks a format what it can do and knows no kind of data: ``flowformer predict`` runs where the format is a
-:class:`Classifies`, ``generate`` where it is a :class:`Generates`, ``visualize`` where it is a :class:`Shows`, and
-``export`` where it is a :class:`Tokenizes`. A format implements the ones that its models support.
+:class:`Classifies`, ``generate`` where it is a :class:`Generates`, ``visualize`` where it is a :class:`Shows`,
+``export`` where it is a :class:`Tokenizes`, and ``play`` where it is an :class:`Acts`. A format implements the ones
+that its models support.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from flowformer.tasks.metric import Metric
 
 if TYPE_CHECKING:
+    from flowformer.tasks.decision.policies import Policy
     from flowformer.tasks.scenes import Scene, View
     from flowformer.tasks.text.tokenizers import Tokenizer
 
@@ -98,6 +100,20 @@ class Format(Protocol):
         ...
 
 
+@runtime_checkable
+class Recounts(Protocol):
+    """A task that tells more of an evaluation than means over it, such as every episode."""
+
+    def recount(self) -> dict[str, Any]:
+        """Return what was evaluated since the last call, as JSON values.
+
+        Returns:
+            ``"parts"``: a list of the metric by part, each with ``"name"``, ``"value"`` and ``"spread"`` (the standard
+            deviation); and whatever else ``result.json`` is to hold.
+        """
+        ...
+
+
 class SupportsLoss(Protocol):
     """A language model with a loss that does not store the logits of a whole batch."""
 
@@ -175,6 +191,50 @@ class Generates(Protocol):
 
         Raises:
             ValueError, TypeError: for options that cannot be used, before anything is generated.
+        """
+        ...
+
+
+@runtime_checkable
+class Acts(Protocol):
+    """A format whose models act in an environment.
+
+    Attributes:
+        targets: Returns that the model is asked for.
+        evaluate_options: A dataclass whose fields are the options of an evaluation, declared by
+            :func:`flowformer.common.fields.option`.
+        play_options: Likewise of a film; one is ``out``, the file to write.
+    """
+
+    @property
+    def targets(self) -> tuple[float, ...]:  # noqa: D102 - see the class
+        ...
+
+    @property
+    def evaluate_options(self) -> type:  # noqa: D102
+        ...
+
+    @property
+    def play_options(self) -> type:  # noqa: D102
+        ...
+
+    def policy(self, model: Any, evaluation: Any) -> Policy:
+        """Return what chooses the actions of a model, in evaluation mode: by a window, or by its recurrent state."""
+        ...
+
+    def evaluate(self, model: Any, options: Any, *, track: Track) -> Iterator[str]:
+        """Run episodes; yields the results as text.
+
+        Raises:
+            ValueError, RuntimeError: for options that cannot be used, and episodes that all fail.
+        """
+        ...
+
+    def play(self, model: Any, options: Any, *, track: Track) -> Iterator[str]:
+        """Film an episode; yields what came of it.
+
+        Raises:
+            ValueError, RuntimeError: for options that cannot be used, and an episode that fails.
         """
         ...
 

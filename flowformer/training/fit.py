@@ -21,6 +21,7 @@ from flowformer.common.files import locked, remove_staged, write_json
 from flowformer.common.machine import environment, peak_memory_bytes
 from flowformer.models.classical.fitted import FittedModel
 from flowformer.tasks.fingerprint import fingerprints
+from flowformer.tasks.protocols import Recounts
 from flowformer.training.callbacks import History, RunProgress
 from flowformer.training.checkpoints import Checkpoints, PlainCheckpointIO
 from flowformer.training.draws import Draws
@@ -311,7 +312,7 @@ def protocols(recipe: Recipe, task: Task, records: list[dict[str, Any]], folder:
     Where the test set is evaluated during training, the paper's is its best value; the honest one is that of the last
     round, or of the round that is best on a validation set. A run with a single evaluation leaves no choice: both are
     its value. Where the test set is not evaluated during training, both are the test, made once, of the round
-    that is best on the validation set.
+    that is best on the validation set; or the paper's is that of the last round (``recipe.paper_round``).
 
     Args:
         recipe: The run's recipe.
@@ -337,13 +338,21 @@ def protocols(recipe: Recipe, task: Task, records: list[dict[str, Any]], folder:
             "selection": selection,
         }
 
+    def tested(record: Mapping[str, Any], checkpoint: str, selection: str) -> dict[str, Any]:
+        model, _ = load(recipe, folder, checkpoint)
+        value = evaluate(recipe, task, model)[f"test/{metric.key}"]
+        return {**entry(record, value, selection), **_recount(task)}
+
     if "test" not in splits:
         trained = [record for record in evaluated if record[recipe.unit]]  # before training there is no checkpoint
         chosen = metric.best(trained, "validation")
         how = f"{recipe.unit} {chosen[recipe.unit]}, best of {len(trained)} on the validation set; tested once"
-        model, _ = load(recipe, folder, "best-validation")
-        value = evaluate(recipe, task, model)[f"test/{metric.key}"]
-        return {"paper": entry(chosen, value, how), "honest": entry(chosen, value, how)}
+        honest = tested(chosen, "best-validation", how)
+        if recipe.paper_round == "best":
+            return {"paper": {**honest}, "honest": honest}
+        how = f"last {recipe.unit} ({trained[-1][recipe.unit]})"
+        same = chosen is trained[-1]
+        return {"paper": {**honest, "selection": how} if same else tested(trained[-1], "last", how), "honest": honest}
     best = metric.best(evaluated, "test")
     chosen, how = evaluated[-1], f"last {recipe.unit} ({evaluated[-1][recipe.unit]})"
     if "validation" in splits:
@@ -376,6 +385,7 @@ def load(recipe: Recipe, folder: Path, checkpoint: str = "last") -> tuple[nn.Mod
 
 def evaluate(recipe: Recipe, task: Task, model: nn.Module) -> dict[str, float]:
     """Evaluate a model on the test set of a task: loss, if it has one, and the quantities of the metric."""
+    _recount(task)  # what earlier evaluations left
     if isinstance(model, FittedModel):
         return evaluate_fitted(task, model)
     if not isinstance(recipe, GradientRecipe):
@@ -385,3 +395,11 @@ def evaluate(recipe: Recipe, task: Task, model: nn.Module) -> dict[str, float]:
         trainer = _trainer(recipe, [], None)
         trainer.validate(module, verbose=False)
     return read_metrics(trainer)
+
+
+def _recount(task: Any) -> dict[str, Any]:
+    """Return what a task tells of its last evaluation besides means, see :class:`flowformer.tasks.protocols.Recounts`.
+
+    Empty for other tasks.
+    """
+    return task.recount() if isinstance(task, Recounts) else {}

@@ -36,6 +36,9 @@ class Recipe(ABC):
     """
 
     unit: ClassVar[str]  # what the length of a run is counted in
+    # Which round the paper tests, where the test set is not evaluated during training: the one that is best on the
+    # validation set, or the last.
+    paper_round: ClassVar[Literal["best", "last"]] = "best"
 
     name: str = ""  # of the experiment
     seed: int = option(

@@ -9,6 +9,7 @@ from torch import nn
 
 from flowformer import create_model, list_models
 from flowformer.mechanisms import find_attention, list_attentions
+from flowformer.models.decision import DecisionTransformer
 from flowformer.models.encoder import EncoderBlock
 from flowformer.models.initialization import reset_parameters, set_initializer, truncated_normal
 from flowformer.models.language import LanguageModel
@@ -17,6 +18,7 @@ from flowformer.models.vision import VisionModel
 
 LANGUAGE = {"vocab_size": 67, "max_length": 24, "dim": 48, "num_layers": 2, "num_heads": 4}
 SERIES = {"in_chans": 3, "num_classes": 4, "max_length": 24, "dim": 48, "num_heads": 4, "ffn_dim": 96}
+DECISION = {"observation_dim": 24, "action_dim": 24, "dim": 48, "num_layers": 2}
 SEQUENCE = {"vocab_size": 67, "num_classes": 4, "max_length": 24, "dim": 48, "num_heads": 4, "ffn_dim": 96}
 PYRAMID = {"img_size": 32, "embed_dims": (32, 48), "depths": (1, 2), "num_heads": 4, "layer_scale": 1e-5}
 VIT = {"img_size": 64, "embed_dims": (48,), "depths": (2,), "num_heads": 4}
@@ -29,7 +31,7 @@ def tiny(name: str) -> dict:
     file = find_model(name).__module__.rpartition(".")[2]
     if file == "vision":
         return PYRAMID if name.startswith("flowformer") else VIT
-    others = {"language_models": LANGUAGE, "timeseries": SERIES, "sequence": SEQUENCE}
+    others = {"language_models": LANGUAGE, "timeseries": SERIES, "sequence": SEQUENCE, "decision": DECISION}
     return {**others, "lstm": {"in_chans": 3, "num_classes": 5, "dim": 8}}[file]
 
 
@@ -37,6 +39,9 @@ BUILDERS = {name: (lambda name=name, **more: create_model(name, **tiny(name), **
 for _attention in list_attentions():
     BUILDERS[f"vision-{_attention}"] = lambda a=_attention, **more: VisionModel(5, **PYRAMID, attention=a, **more)
 for _attention in CAUSAL:
+    BUILDERS[f"decision-{_attention}"] = lambda a=_attention, **more: DecisionTransformer(
+        24, num_actions=24, dim=48, max_length=8, attention=a, attention_options=OPTIONS.get(a), **more
+    )
     for _init in ("gpt", "fairseq"):
         BUILDERS[f"language-{_attention}-{_init}"] = lambda a=_attention, i=_init, **more: LanguageModel(
             **LANGUAGE, attention=a, attention_options=OPTIONS.get(a), init=i, **more

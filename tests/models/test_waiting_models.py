@@ -16,6 +16,7 @@ from flowformer import create_attention, create_model, list_attentions, list_mod
 from flowformer.mechanisms.registry import find_attention
 
 VOCABULARY, LENGTH, CLASSES = 50, 40, 3
+DECISIONS = ("behaviour_cloning", "flowformer_decision")
 LOOKING = [(name, causal) for name in ("aft_full", "aft_local", "aft_conv") for causal in (False, True)]
 FORMS = [
     (name, causal)
@@ -42,6 +43,12 @@ def build(name: str, device: str, **options: Any) -> Case:
     if name == "lstm_timeseries":
         model = create_model(name, in_chans=3, num_classes=CLASSES, device=device, **options)
         return Case(model.train(), (torch.zeros(2, LENGTH, 3, device=device), mask))
+    if name in DECISIONS:
+        model = create_model(name, observation_dim=3, action_dim=2, device=device, **options).train()
+        steps, real = torch.zeros(2, LENGTH, dtype=torch.int64, device=device), torch.zeros(2, LENGTH, device=device)
+        return Case(
+            model, (real.unsqueeze(-1).expand(-1, -1, 3), real.unsqueeze(-1).expand(-1, -1, 2), real, steps, mask)
+        )
     if "vision" in name or "deit" in name or "conv" in name:
         stages = 3 if "micro" in name else 4 if "vision" in name else 1
         model = create_model(name, num_classes=CLASSES, img_size=32, depths=(1,) * stages, device=device, **options)

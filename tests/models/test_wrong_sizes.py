@@ -19,12 +19,19 @@ SIZES: dict[str, dict[str, Any]] = {
     "flowformer_sequence": {
         "vocab_size": 9, "num_classes": 2, "max_length": 8, "dim": 16, "num_heads": 2, "num_layers": 1, "ffn_dim": 8,
     },
+    "flowformer_decision": {
+        "observation_dim": 2, "action_dim": 2, "max_length": 8, "dim": 16, "num_heads": 2, "num_layers": 1,
+        "ffn_dim": 8, "max_timestep": 9,
+    },
+    "behaviour_cloning": {"observation_dim": 2, "action_dim": 2, "context": 3, "dim": 16, "num_layers": 1},
 }  # fmt: skip
 PROBABILITIES = {
     "flowformer_timeseries": ("dropout",),
     "flowformer_text": ("dropout", "activation_dropout"),
     "flowformer_vision_micro": ("dropout", "drop_path_rate"),
     "flowformer_sequence": ("dropout",),
+    "flowformer_decision": ("dropout",),
+    "behaviour_cloning": ("dropout",),
 }
 NO_SIZE = (-1, 0, 1.5, math.nan, True, "3", 2**63, 10**20)
 NO_PROBABILITY = (-0.1, 1, 1.0, 2, math.nan, math.inf, "0.1", True)

@@ -9,6 +9,7 @@ import pytest
 
 from flowformer.cli.arguments.recipes import read_command
 from flowformer.recipes import create_recipe, list_recipes
+from flowformer.tasks.decision import task
 from flowformer.tasks.images import density, imagenet
 from flowformer.tasks.series import uea
 from flowformer.tasks.text import enwik8, wikitext
@@ -75,6 +76,24 @@ def test_rows_of_series():
         assert command
         recipe = recipe_of(command.group(1).replace("SUBSET", "Heartbeat"))
         assert (recipe.row, recipe.published_table()[1][recipe.row]) == (method, accuracies["Heartbeat"])
+
+
+def test_rows_of_decisions():
+    shown = {}
+    for cells in rows():
+        if len(figures := cells[1].split(", ")) == len(task.SETS):
+            shown[cells[0]] = [float(figure) for figure in figures]
+            command = re.match("`(decision/.+?)`", cells[2])
+            if cells[0] == "AWAC":
+                assert command is None
+                continue
+            assert command
+            for name, figure in zip(task.SETS, shown[cells[0]], strict=True):
+                recipe = recipe_of(command.group(1).replace("SET", name))
+                assert recipe.published_table()[1][recipe.row] == figure
+    assert list(shown.values()) == [
+        [task.PUBLISHED[name][row] for name in task.SETS] for row in task.PUBLISHED["hopper-medium"]
+    ]
 
 
 @pytest.mark.parametrize(("attention", "options"), [("flow", {"preset": "core"}), ("yoso", {"num_hashes": 8})])

@@ -20,6 +20,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "text/bytes": {"length": 32, "num_layers": 1},
     "images/digits": {},
     "uea/JapaneseVowels": {"dim": 16, "ffn_dim": 16},
+    "decision/cartpole": {"recorded": 3, "dim": 16},
 }
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from flowformer.cli.arguments.parser import UsageError
 from flowformer.cli.output.paths import output_path
@@ -46,6 +46,8 @@ def _describe(hint: Any, help: str) -> dict[str, Any]:
             "action": "append", "type": _READ[kind], "metavar": _METAVARS[kind], "help": f"{help}; may be repeated",
         }  # fmt: skip
     kind = next(one for one in _members(hint) if one is not type(None))
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind), "help": help}
     return {"type": _READ[kind], "metavar": _METAVARS[kind], "help": help}
 
 
@@ -105,3 +107,9 @@ def read_options(values: argparse.Namespace, kind: type) -> Any:
             raise UsageError(f"{_flag(field)} must be {allowed.explain(value)}, got {value}")
     repeated = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     return kind(**{name: value for name, value in given.items() if value is not None} | repeated)
+
+
+def fill_options(options: Any, recipe: Any) -> Any:
+    """Return options in which those that are ``None`` have the value of the recipe's field of the same name."""
+    absent = [field.name for field in dataclasses.fields(options) if getattr(options, field.name) is None]
+    return dataclasses.replace(options, **{name: getattr(recipe, name) for name in absent if hasattr(recipe, name)})

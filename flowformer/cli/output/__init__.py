@@ -1,1 +1,1 @@
-"""What a command prints and writes: streams, and the paths of files and folders."""
+"""What a command prints and writes: streams, errors, and the paths of files and folders."""

@@ -96,6 +96,20 @@ def show(text: str, end: str = "\n") -> None:
     print(escape(text, keep="\n\t") if sys.stdout.isatty() else text, end=end, flush=True)
 
 
+def show_all(pieces: Iterable[str]) -> None:
+    """Print pieces of text as they come."""
+    for piece in pieces:
+        show(piece, end="")
+
+
+def track(steps: Iterable[Any], total: int, what: str) -> Iterable[Any]:
+    """Show progress on standard error: a :data:`flowformer.tasks.protocols.Track`."""
+    from rich.console import Console
+    from rich.progress import track as track_steps
+
+    return track_steps(steps, total=total, description=what, console=Console(stderr=True))
+
+
 def _null_device() -> Any:
     stream: Any = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - it stays open
     return stream

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowformer.common.values import read_integer, read_number, read_numbers
 from flowformer.tasks.decision.episodes import Episodes
+from flowformer.tasks.decision.playing import EvaluationOptions, PlayOptions, evaluate, play
+from flowformer.tasks.decision.policies import Evaluation, Policy, make_policy
 from flowformer.tasks.decision.trials import Trial
 from flowformer.tasks.decision.windows import Padding
+from flowformer.tasks.protocols import Track
 
 STD_OFFSET = 1e-6  # added to standard deviations: kzl/decision-transformer, and thuml/Flowformer with it
 _PIECE = 2**18  # steps that statistics are computed from at a time
@@ -38,6 +41,8 @@ class DecisionFormat:
     """
 
     kind: ClassVar[str] = "decisions"
+    evaluate_options: ClassVar[type] = EvaluationOptions
+    play_options: ClassVar[type] = PlayOptions
 
     environment: str
     mean: tuple[float, ...]
@@ -156,6 +161,18 @@ class DecisionFormat:
             "mask": items["mask"],
         }
         return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+    def policy(self, model: nn.Module, evaluation: Evaluation | None = None) -> Policy:
+        """Return what chooses the actions of a model: see :func:`flowformer.tasks.decision.policies.make_policy`."""
+        return make_policy(model, self, evaluation)
+
+    def evaluate(self, model: nn.Module, options: EvaluationOptions, *, track: Track) -> Iterator[str]:
+        """Run episodes: see :func:`flowformer.tasks.decision.playing.evaluate`."""
+        return evaluate(model, self, options, track)
+
+    def play(self, model: nn.Module, options: PlayOptions, *, track: Track) -> Iterator[str]:
+        """Film an episode: see :func:`flowformer.tasks.decision.playing.play`."""
+        return play(model, self, options, track)
 
     def to_json(self) -> dict[str, Any]:
         """Return the format as JSON values."""

@@ -100,9 +100,12 @@ def require(folder: Path, form: Any, command: str) -> None:
 
 def _commands() -> Mapping[str, type]:
     """What a command asks of a format."""
-    from flowformer.tasks.protocols import Classifies, Generates, Shows, Tokenizes
+    from flowformer.tasks.protocols import Acts, Classifies, Generates, Shows, Tokenizes
 
-    return {"predict": Classifies, "generate": Generates, "visualize": Shows, "export": Tokenizes}
+    return {
+        "predict": Classifies, "generate": Generates, "visualize": Shows, "export": Tokenizes, "play": Acts,
+        "collect": Acts,
+    }  # fmt: skip
 
 
 def parse_for_run(parser: Parser, words: Sequence[str], run: Path, options: Sequence[str]) -> argparse.Namespace:
