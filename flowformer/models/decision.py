@@ -26,6 +26,7 @@ from flowformer.core.checks import (
     check_tokens_of,
     describe,
 )
+from flowformer.core.dropout import Dropout
 from flowformer.core.masks import fill
 from flowformer.core.precision import FLOAT_DTYPES, dtype_and_device
 from flowformer.core.tracing import may_look
@@ -206,7 +207,7 @@ class DecisionTransformer(DecisionModel):
             nn.Embedding(num_actions, dim, **factory) if action_dim is None else nn.Linear(action_dim, dim, **factory)  # pyright: ignore[reportArgumentType] - one of both is given
         )
         self.embed_norm = nn.LayerNorm(dim, **factory)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         blocks = [
             EncoderBlock(
                 dim, num_heads, 4 * dim if ffn_dim is None else ffn_dim, dropout=dropout, attention=attention,
@@ -367,7 +368,7 @@ class BehaviourCloning(DecisionModel):
         widths = [context * observation_dim, *[dim] * num_layers]
         layers: list[nn.Module] = []
         for i in range(num_layers):
-            layers += [nn.Linear(widths[i], dim, device=device, dtype=dtype), nn.ReLU(), nn.Dropout(dropout)]
+            layers += [nn.Linear(widths[i], dim, device=device, dtype=dtype), nn.ReLU(), Dropout(dropout)]
         self.layers = nn.Sequential(*layers, nn.Linear(dim, self.outputs, device=device, dtype=dtype))
 
     def forward(  # noqa: D102 - see the base class
