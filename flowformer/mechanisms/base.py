@@ -21,9 +21,9 @@ from flowformer.core.checks import (
     check_sizes,
     check_tokens_of,
 )
-from flowformer.core.dropout import Dropout
 from flowformer.core.masks import fill
 from flowformer.core.precision import dtype_and_device
+from flowformer.mechanisms.dropout import Dropout
 from flowformer.mechanisms.registry import Mechanism
 from flowformer.mechanisms.short_conv import (
     ModuleState,

@@ -26,10 +26,10 @@ from flowformer.core.checks import (
     check_tokens_of,
     describe,
 )
-from flowformer.core.dropout import Dropout
 from flowformer.core.masks import fill
 from flowformer.core.precision import FLOAT_DTYPES, dtype_and_device
 from flowformer.core.tracing import may_look
+from flowformer.mechanisms.dropout import Dropout
 from flowformer.models.decoder import Decoder
 from flowformer.models.encoder import EncoderBlock
 from flowformer.models.initialization import GPT_STD, draw_parameters, normal, set_initializer

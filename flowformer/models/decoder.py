@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from flowformer.core.checks import apply, check_flag, check_optional_sizes, check_probability, check_sizes, describe
-from flowformer.core.dropout import Dropout
 from flowformer.core.masks import fill
+from flowformer.mechanisms.dropout import Dropout
 from flowformer.models.encoder import Encoder, EncoderBlock
 from flowformer.models.initialization import GPT_STD, LanguageInit
 from flowformer.models.positions import LearnedPositions, count_positions, create_positions

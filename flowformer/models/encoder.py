@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from flowformer.core.checks import check_mask, check_probability, check_sizes, check_tokens_of
-from flowformer.core.dropout import Dropout
 from flowformer.core.masks import fill
 from flowformer.core.tracing import may_look
 from flowformer.mechanisms import create_attention
+from flowformer.mechanisms.dropout import Dropout
 
 # "gelu_tanh" is the approximation that GPT-2 and the GPT-style module of thuml/Flowformer call "new gelu".
 ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {

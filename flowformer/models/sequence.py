@@ -23,8 +23,8 @@ from flowformer.core.checks import (
     check_sizes,
     describe,
 )
-from flowformer.core.dropout import Dropout
 from flowformer.core.masks import fill
+from flowformer.mechanisms.dropout import Dropout
 from flowformer.models.encoder import Encoder, EncoderBlock
 from flowformer.models.initialization import Initializer, set_initializer, truncated_normal
 from flowformer.models.positions import LearnedPositions, SinusoidalPositions, count_positions

@@ -21,8 +21,8 @@ from flowformer.core.checks import (
     check_sizes,
     check_tokens_of,
 )
-from flowformer.core.dropout import Dropout
 from flowformer.core.masks import fill
+from flowformer.mechanisms.dropout import Dropout
 from flowformer.models.encoder import Encoder, EncoderBlock
 from flowformer.models.registry import register_model
 

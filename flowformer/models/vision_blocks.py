@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from flowformer.core.checks import apply, check_number, check_probability, check_sizes, check_tokens_of
-from flowformer.core.dropout import Dropout
 from flowformer.mechanisms import create_attention
+from flowformer.mechanisms.dropout import Dropout
 
 NORM_EPS = 1e-6  # of every LayerNorm: Flowformer_CV and DeiT alike
 

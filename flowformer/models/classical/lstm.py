@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from flowformer.core.checks import check_mask, check_probability, check_sizes, check_tokens_of
-from flowformer.core.dropout import Dropout
 from flowformer.core.masks import fill
+from flowformer.mechanisms.dropout import Dropout
 from flowformer.models.registry import register_model
 
 

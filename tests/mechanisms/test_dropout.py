@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from flowformer.core.dropout import Dropout
+from flowformer.mechanisms.dropout import Dropout
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
