@@ -75,6 +75,7 @@ def test_extras_name_what_the_package_asks_for():
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     lines = re.findall(r"^(\w+) = \[(.*)\]$", text, re.MULTILINE)
     required = {name: set(re.findall(r'"([\w-]+)', packages)) for name, packages in lines}
-    names, brought = {"sklearn": "scikit-learn"}, {"PIL", "tokenizers", "h5py"}  # by torchvision, transformers and minari
+    names = {"sklearn": "scikit-learn"}
+    brought = {"PIL", "tokenizers", "h5py"}  # by torchvision, transformers and minari
     for extra, modules in EXTRAS.items():
         assert {names.get(module, module) for module in modules if module not in brought} <= required[extra], extra
