@@ -349,7 +349,7 @@ def decision_cartpole(**fields: Any) -> CartPoleRecipe:
     ours: dict[str, Any] = {
         **_PUBLISHED, "env": "CartPole-v1", "targets": "500", "return_scale": 100.0, "max_timestep": 500,
         "num_layers": 2, "dim": 64, "learning_rate": 2e-3, "warmup_steps": 50, "schedule": "cosine",
-        "steps": 400, "eval_every": 200, "episodes": 20, "evaluation": "recurrent", "clip_grad_norm": 1.0,
+        "steps": 300, "eval_every": 150, "episodes": 20, "evaluation": "recurrent", "clip_grad_norm": 1.0,
     }  # fmt: skip
     return CartPoleRecipe(**_merge({"name": "decision/cartpole", **ours}, fields))
 
