@@ -79,7 +79,8 @@ def test_data_that_is_here_is_known(capsys, tmp_path, monkeypatch):
     before = states()
     assert before["uea/Heartbeat"] == before["enwik8"] == before["enwik8/aft-simple"] == before["wikitext"] == "absent"
     assert before["toys/adder"] == before["images/digits"] == "here"
-    assert before["text/own"] == before["images/cifar10"] == "unknown"
+    assert before["text/own"] == "unknown"
+    assert before["images/cifar10"] == before["lra/image"] == "absent"
     files = ["uea/Heartbeat/Heartbeat_TRAIN.ts", "uea/Heartbeat/Heartbeat_TEST.ts", "enwik8/enwik8.zip"]
     files += [f"wikitext-103/wiki.{part}.tokens" for part in ("train", "valid")]
     for name in files:

@@ -109,8 +109,8 @@ def _seen(form: DecisionFormat, evaluation: Evaluation | None) -> str:
 
 
 def describe_returns(episodes: Sequence[Episode], environment: str) -> str:
-    """Return a few lines about episodes: how many, their returns, and their scores where there are some."""
-    part = Summary(math.nan, tuple(episodes))
+    """Return a few lines about episodes that were recorded: how many, their returns, and their scores, if any."""
+    part = Summary(math.nan, tuple(episode for episode in episodes if not episode.failed))
     returns, steps = part.returns, int(part.lengths.sum())
     found = f"{len(returns)} episodes, {steps:,} steps; return {returns.mean():.1f} (std {returns.std():.1f}, " + (
         f"from {returns.min():.1f} to {returns.max():.1f})\n"
@@ -118,13 +118,13 @@ def describe_returns(episodes: Sequence[Episode], environment: str) -> str:
     scores = normalise(returns, environment)
     if scores is not None:
         found += f"score {scores.mean():.1f}. {caution(environment)}\n"
-    return found + "".join(_failures(episodes))
+    return found + "".join(_failures(episodes, "are not recorded"))
 
 
-def _failures(episodes: Sequence[Episode]) -> Iterator[str]:
+def _failures(episodes: Sequence[Episode], handled: str) -> Iterator[str]:
     failed = [episode for episode in episodes if episode.failed]
     if failed:
-        yield f"{len(failed)} of {len(episodes)} episodes failed and are left out; the first: {failed[0].failed}\n"
+        yield f"{len(failed)} of {len(episodes)} episodes failed and {handled}; the first: {failed[0].failed}\n"
 
 
 def _row(episode: Episode, environment: str) -> str:
@@ -151,17 +151,17 @@ def table(episodes: Sequence[Episode], environment: str) -> str:
 
 def _cells(name: str, part: Summary, environment: str) -> list[str]:
     scores = normalise(part.returns, environment)
-    scored = [] if scores is None else [f"{part.mean_of(scores):.1f}", f"{part.std_of(scores):.1f}"]
+    scored = [] if scores is None else [f"{scores.mean():.1f}", f"{scores.std():.1f}"]
     return [
-        name, str(len(part.episodes)), str(len(part.failed)), f"{part.mean_of(part.returns):.1f}",
-        f"{part.std_of(part.returns):.1f}", *scored, f"{part.mean_of(part.lengths):.1f}",
+        name, str(len(part.episodes)), str(len(part.failed)), f"{part.returns.mean():.1f}",
+        f"{part.returns.std():.1f}", *scored, f"{part.lengths.mean():.1f}",
     ]  # fmt: skip
 
 
 def _remarks(episodes: Sequence[Episode], environment: str) -> Iterator[str]:
     if all(episode.failed for episode in episodes):
         raise RunError(f"every episode failed; the first: {episodes[0].failed}")
-    yield from _failures(episodes)
+    yield from _failures(episodes, "count with their return until then")
     if said := caution(environment):
         yield f"{said}\n"
 
@@ -179,8 +179,7 @@ def _describe(part: Summary, environment: str) -> dict[str, Any]:
     values = {"return": part.returns, "steps": part.lengths} | ({} if scores is None else {"score": scores})
     found: dict[str, Any] = {"target": part.target, "failed": len(part.failed)}
     for name, array in values.items():
-        if len(array):
-            found |= {f"{name}_mean": part.mean_of(array), f"{name}_std": part.std_of(array)}
+        found |= {f"{name}_mean": float(array.mean()), f"{name}_std": float(array.std())}
     found["episodes"] = [
         {"seed": each.seed, "return": each.return_, "steps": each.length, "failed": each.failed}
         for each in part.episodes

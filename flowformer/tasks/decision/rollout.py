@@ -6,7 +6,6 @@ whose process is killed, ends its episode, which is reported with the reason.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -221,28 +220,18 @@ class Summary:
 
     @property
     def failed(self) -> list[Episode]:
-        """Those whose simulator failed: means are without them."""
+        """Those whose simulator failed; they count with what they gained until then, as in training."""
         return [episode for episode in self.episodes if episode.failed]
 
     @property
     def returns(self) -> np.ndarray:
-        """Returns of those that did not fail, (n,) float64."""
-        return np.array([episode.return_ for episode in self.episodes if not episode.failed], np.float64)
+        """Returns, (n,) float64."""
+        return np.array([episode.return_ for episode in self.episodes], np.float64)
 
     @property
     def lengths(self) -> np.ndarray:
-        """Their steps, (n,) float64."""
-        return np.array([episode.length for episode in self.episodes if not episode.failed], np.float64)
-
-    @staticmethod
-    def mean_of(values: np.ndarray) -> float:
-        """Mean of the values of such episodes; NaN of none."""
-        return float(values.mean()) if len(values) else math.nan
-
-    @staticmethod
-    def std_of(values: np.ndarray) -> float:
-        """Standard deviation, divided by their number, as published; NaN of none."""
-        return float(values.std()) if len(values) else math.nan
+        """Numbers of steps, (n,) float64."""
+        return np.array([episode.length for episode in self.episodes], np.float64)
 
 
 def summarise(episodes: Sequence[Episode]) -> list[Summary]:
