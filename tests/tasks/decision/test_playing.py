@@ -72,10 +72,8 @@ def test_options(model):
 
 def test_what_fails_is_counted(model):
     text = evaluate(model, seed=RAISES - 101)
-    assert (
-        "2 of 6 episodes failed and count with their return until then; the first: RuntimeError: unstable simulation"
-        in text
-    )
+    said = "2 of 6 episodes failed and count with their return until then; the first: RuntimeError: unstable simulation"
+    assert said in text
     assert ["8", "3", "1"] in [line.split()[:3] for line in text.splitlines()]
     with pytest.raises(RunError, match="every episode failed; the first: RuntimeError: unstable simulation"):
         evaluate(model, seed=RAISES - 100, episodes=1)
