@@ -70,6 +70,7 @@ def signals_raise() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _pending.clear()  # it has ended what it was sent to
 
 
 def check_signals() -> None:

@@ -17,6 +17,7 @@ import torch
 
 from flowformer.cli import main
 from flowformer.common.errors import RunError
+from flowformer.common.interrupts import check_signals
 from flowformer.recipes import create_recipe
 from flowformer.training.callbacks import History
 from flowformer.training.folder import RunFolder, read_plain, save_plain
@@ -490,6 +491,7 @@ def test_interrupted_evaluation_says_so(run, monkeypatch, capsys):
     monkeypatch.setattr(TaskModule, "validation_step", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     assert main(["evaluate", str(run)]) == 130
     assert capsys.readouterr().err == "flowformer: interrupted\n"
+    check_signals()  # what runs in this process afterwards is not interrupted
 
 
 def test_full_disk_keeps_the_last_checkpoint(whole, tmp_path, capsys):
