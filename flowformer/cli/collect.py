@@ -29,6 +29,7 @@ def main(words: Sequence[str]) -> int:
     values = parser.parse(words)
     for path in values.out:
         _check_output(path)
+    _check_apart([path.resolve() for path in values.out])
 
     from rich.console import Console
 
@@ -40,7 +41,7 @@ def main(words: Sequence[str]) -> int:
     with progress_bar("episodes", values.episodes, console if console.is_terminal else None) as advance:
         episodes = usable(
             collect, policy, values.environment, values.out, episodes=values.episodes, seed=values.seed, target=target,
-            shares=values.random, max_steps=values.max_steps, workers=values.workers, algorithm=algorithm,
+            shares=values.random or (0.0, 0.0), max_steps=values.max_steps, workers=values.workers, algorithm=algorithm,
             advance=advance,
         )  # fmt: skip
     _report(episodes, values.environment, values.out)
@@ -56,7 +57,7 @@ def _add_arguments(parser: Parser) -> None:
         help="a folder for Minari, or a file .hdf5 in the layout of D4RL; may be repeated",
     )  # fmt: skip
     parser.add_argument(
-        "--random", type=_shares, default=(0.0, 0.0), metavar="FIRST[:LAST]",
+        "--random", type=_shares, metavar="FIRST[:LAST]",
         help="share of random actions in the first and in the last episode (default: 0)",
     )  # fmt: skip
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the first episode")
@@ -64,7 +65,7 @@ def _add_arguments(parser: Parser) -> None:
     parser.add_argument("--workers", type=_seed, default=0, metavar="N", help="processes in which environments run")
     parser.add_argument("--target", type=number, metavar="X", help="return to ask a run for (default: its first)")
     parser.add_argument("--evaluation", choices=("window", "recurrent"), help="what a run sees (default: as in it)")
-    parser.add_argument("--checkpoint", default="last", choices=CHECKPOINTS, help="which weights of a run")
+    parser.add_argument("--checkpoint", choices=CHECKPOINTS, help="which weights of a run (default: last)")
 
 
 def _count(text: str) -> int:
@@ -98,6 +99,13 @@ def _check_output(path: Path) -> None:
         raise UsageError(f"{path} is not empty: pass --out for a new folder")
 
 
+def _check_apart(paths: Sequence[Path]) -> None:
+    for i, one in enumerate(paths):
+        for other in paths[i + 1 :]:
+            if one == other or one in other.parents or other in one.parents:
+                raise UsageError(f"--out: {other} and {one} are the same, or one is within the other")
+
+
 def _make_policy(values: argparse.Namespace) -> tuple[Any, str, float]:
     """A policy, its name for the description of the data, and the return to ask for."""
     from flowformer.tasks.decision.policies import FunctionPolicy, RandomPolicy
@@ -105,7 +113,7 @@ def _make_policy(values: argparse.Namespace) -> tuple[Any, str, float]:
 
     name, target = values.policy, values.target or 0.0
     if is_run(name):
-        recipe, model, form = open_run(Path(name), values.checkpoint)
+        recipe, model, form = open_run(Path(name), values.checkpoint or "last")
         require(Path(name), form, "collect")
         if values.target is None and form.targets:
             target = form.targets[0]
@@ -114,6 +122,9 @@ def _make_policy(values: argparse.Namespace) -> tuple[Any, str, float]:
             f"{name}, asked for {target:g}",
             target,
         )
+    for flag in ("target", "evaluation", "checkpoint"):
+        if getattr(values, flag) is not None:
+            raise UsageError(f"--{flag} has no effect with --policy {name}, which is not the folder of a run")
     spaces = usable(open_environment, values.environment)[1]
     if name == "random":
         return RandomPolicy(spaces), "random", target

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from torch import nn
 
+from flowformer.common.errors import DataError
 from flowformer.common.fields import option
 from flowformer.models.decision import DecisionModel
 from flowformer.recipes.mechanism import check_attention, find_row, merge_fields
@@ -158,6 +159,8 @@ class DecisionRecipe(StepRecipe):
                 recorded, environment=environment, context=self.context, return_scale=self.return_scale,
                 targets=targets, max_timestep=self.max_timestep, padding=self.padding,
             )  # fmt: skip
+        if form.environment != environment:
+            raise DataError(f"the run is of {form.environment!r:.200}, not of {environment}")
         check_spaces(spaces, form, environment)
         return DecisionTask(
             self.name, Windows(recorded, form.context, form.padding),

@@ -93,10 +93,14 @@ def test_what_a_function_does_is_recorded(place, capsys):
 
 def test_a_run_is_evaluated_without_its_data(trained, place, capsys):
     (place / "data.hdf5").rename(place / "moved.hdf5")
-    status, out, err = run(capsys, "evaluate", trained, "--episodes", 2, "--out", place / "found.json")
+    status, out, err = run(
+        capsys, "evaluate", trained, "--env", ENVIRONMENT, "--episodes", 2, "--out", place / "found.json"
+    )
     assert status == 0, err
     assert "window of 20 steps, seeds 102 to 103" in out or "window of 20 steps, seeds 101 to 102" in out
-    _, state, _ = run(capsys, "evaluate", trained, "--episodes", 2, "--evaluation", "recurrent", "--workers", 1)
+    _, state, _ = run(
+        capsys, "evaluate", trained, "--env", ENVIRONMENT, "--episodes", 2, "--evaluation", "recurrent", "--workers", 1
+    )
     assert state.splitlines()[1:] == out.splitlines()[1:]  # episodes are shorter than the window
     assert len(json.loads((place / "found.json").read_text())["targets"]) == 2
 
@@ -110,7 +114,7 @@ def test_the_data_of_a_run_is_recorded(trained, place, capsys):
 
 
 def test_a_film_of_a_run(trained, place, capsys):
-    status, out, err = run(capsys, "play", trained, "--out", place / "a.gif", "--target", 4)
+    status, out, err = run(capsys, "play", trained, "--env", ENVIRONMENT, "--out", place / "a.gif", "--target", 4)
     assert status == 0, err
     assert "target 4, seed 10" in out
     assert (place / "a.gif").read_bytes().startswith(b"GIF89a")
@@ -124,7 +128,16 @@ def test_a_film_of_a_run(trained, place, capsys):
         (["evaluate", "RUN", "--evaluation", "all"], "invalid choice: 'all'"),
         (["evaluate", "RUN", "--episodes", "0"], "--episodes must be at least 1, got 0"),
         (["evaluate", "RUN", "--data", "x"], "--data does not apply to RUN; its options are --env, --target"),
-        (["play", "RUN", "--out", "a.avi"], "a.avi: films are written as .gif or .mp4"),
+        (["play", "RUN", "--out", "a.gif"], "module is imported only if you ask: pass --env acting_environment:Walk"),
+        (["play", "RUN", "--env", "ENV", "--out", "a.avi"], "a.avi: films are written as .gif or .mp4"),
+        (
+            ["collect", "CartPole-v1", "--policy", "random", "--target", "5", "--episodes", "1", "--out", "b"],
+            "--target has no effect with --policy random",
+        ),
+        (
+            ["collect", "CartPole-v1", "--policy", "random", "--episodes", "1", "--out", "b", "--out", "b/c.hdf5"],
+            "are the same, or one is within the other",
+        ),
         (["play", "nowhere"], "nowhere is not the folder of a run"),
         (["predict", "RUN", "x"], "does not apply to RUN, whose data is decisions; available: evaluate, play"),
         (
@@ -149,7 +162,7 @@ def test_a_film_of_a_run(trained, place, capsys):
 )
 def test_what_cannot_be_done(words, message, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    status, _, err = run(capsys, *[str(trained) if word == "RUN" else word for word in words])
+    status, _, err = run(capsys, *[{"RUN": str(trained), "ENV": ENVIRONMENT}.get(word, word) for word in words])
     assert status == 2
     assert message.replace("RUN", str(trained)) in err
     assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +226,11 @@ def test_the_paper_tests_the_last_step_and_honest_the_best(monkeypatch: pytest.M
     found = fit.protocols(recipe, recipe.build_task(), history, tmp_path)
     assert asked == ["best-validation"]
     assert [(found[name]["step"], found[name]["value"]) for name in ("paper", "honest")] == [(4, 2.0), (4, 2.0)]
+
+
+def test_the_format_of_a_run_does_not_choose_the_simulator():
+    """The folder of a run may come from a stranger: no module that it names is imported."""
+    recipe = create_recipe("decision/cartpole", recorded=4)
+    form = replace(recipe.build_task().format, environment="evil:CartPole-v1")
+    with pytest.raises(DataError, match="the run is of 'evil:CartPole-v1', not of CartPole-v1"):
+        recipe.build_task(form)

@@ -20,6 +20,7 @@ from flowformer.tasks.encodings import check_file
 PIECE = 2**22  # numbers that are read and checked at a time
 _KEYS = ("observations", "actions", "rewards")
 _TERMINATED = ("terminated", "terminations", "terminals")
+_OTHER_ENDS = ("timeouts", "truncated", "truncations", "dones")
 _DAMAGE = (OSError, EOFError, KeyError, ValueError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 
@@ -248,7 +249,8 @@ def read_npz(path: Path) -> Episodes:
     Optional: ``environment``, a name; ``action_low`` and ``action_high``, (size,); ``num_actions``.
 
     For several episodes in one file ``starts`` has the first step of each, from 0, and may end with the number of
-    steps; ``terminated`` is then one flag for each episode, and observations are exactly those of the steps.
+    steps; ``terminated`` is then one flag for each episode, and observations are exactly those of the steps. Without
+    ``starts``, a flag of a step before the last in ``terminated``, ``timeouts``, ``truncated`` or ``dones`` is refused.
 
     Raises:
         DataError: for anything else, naming key, shape and what is wanted. Nothing is unpickled.
@@ -336,12 +338,24 @@ def _read_starts(values: np.ndarray, steps: int, origin: str) -> np.ndarray:
 def _read_terminated(found: Mapping[str, np.ndarray], starts: np.ndarray, origin: str) -> np.ndarray:
     """Return one flag for each episode."""
     episodes, key = len(starts) - 1, next((key for key in _TERMINATED if key in found), None)
+    if "starts" not in found:
+        _check_single(found, int(starts[-1]), origin)
     if key is None:
         return np.zeros(episodes, dtype=np.bool_)
     values = found[key]
     if "starts" in found or not values.ndim:
         return read_flags(values.reshape(-1), episodes, f"{origin}: {key}")
     return read_end(values, int(starts[-1]), f"{origin}: {key}")
+
+
+def _check_single(found: Mapping[str, np.ndarray], steps: int, origin: str) -> None:
+    """Raise if flags of steps tell of an end before the last step: then there are several episodes."""
+    for key in (*_TERMINATED, *_OTHER_ENDS):
+        if key in found and found[key].ndim:
+            try:
+                read_end(found[key], steps, f"{origin}: {key}")
+            except DataError as error:
+                raise DataError(f"{error}; of several episodes, starts has the first step of each") from error
 
 
 def read_end(values: Column, steps: int, origin: str) -> np.ndarray:

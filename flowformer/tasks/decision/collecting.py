@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flowformer._version import __version__
-from flowformer.common.errors import RunError
+from flowformer.common.errors import DataError, RunError
 from flowformer.common.files import replacing, staged_folder
 from flowformer.tasks.decision.episodes import Episodes
 from flowformer.tasks.decision.minari import store
@@ -201,6 +201,11 @@ class _Writer(Protocol):
 def _open(path: Path, spec: Any, spaces: Spaces, algorithm: str) -> Any:
     if path.suffix.lower() in HDF5:
         return _write_d4rl(path, spec.id, spaces)
+    if callable(spec.entry_point):
+        raise DataError(
+            f"{path}: Minari stores how an environment is made, and {spec.id} is registered with a class or function: "
+            'register it as "module:Class", or record to a file .hdf5'
+        )
     return _write_minari(path, spec, spaces, algorithm)
 
 

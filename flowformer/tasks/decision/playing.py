@@ -65,9 +65,13 @@ def find_setting(form: DecisionFormat, options: ActingOptions) -> tuple[str, tup
     """Return the environment and the targets: those asked for, or those of the run.
 
     Raises:
-        RunError: for a run that has none.
+        RunError: for a run that has none, or names a module to import.
     """
     environment, targets = options.env or form.environment, options.target or form.targets
+    if ":" in form.environment and not options.env:  # a folder may come from a stranger, and is not to have it imported
+        raise RunError(
+            f"the run is of {environment}, whose module is imported only if you ask: pass --env {environment}"
+        )
     if not environment:
         raise RunError("the data of the run does not say which environment it is of: pass --env")
     if not targets:
@@ -203,7 +207,10 @@ def play(model: nn.Module, form: DecisionFormat, options: PlayOptions, track: Tr
     check_film(options.out, spec)
     example = make_environment(spec, "rgb_array")
     every, fps = choose_frames(example, options.fps)
+    renders = "rgb_array" in (example.metadata.get("render_modes") or ())
     example.close()
+    if not renders:
+        raise DataError(f"{environment} cannot be filmed: it does not render frames (render_modes has no rgb_array)")
     with open_film(options.out, fps) as film:
         episode = run_episodes(
             make_policy(model, form, options.evaluation), environment, [trial.target], [trial.seed],

@@ -98,7 +98,8 @@ class FunctionPolicy:
     """A function of the observation.
 
     Args:
-        function: Takes an observation (observation_dim,) float32, and returns an action (action_dim,), or a number.
+        function: Takes an observation (observation_dim,) float32, and returns an action as the environment takes it:
+            (action_dim,), or one of its numbers.
         spaces: Of the environment.
     """
 
@@ -111,8 +112,24 @@ class FunctionPolicy:
     def act(self, observations: np.ndarray, running: np.ndarray) -> np.ndarray:  # noqa: D102
         actions = empty_actions(len(running), self.spaces.action_dim)
         for row in np.flatnonzero(running):
-            actions[row] = self.function(observations[row])
+            actions[row] = self._call(observations[row])
         return actions
+
+    def _call(self, observation: np.ndarray) -> Any:
+        try:
+            found = np.asarray(self.function(observation))
+        except Exception as error:  # whatever a user's function does
+            raise RunError(f"the policy function failed: {type(error).__name__}: {error}") from error
+        count, size = self.spaces.num_actions, self.spaces.action_dim
+        if count is not None:
+            first = self.spaces.start
+            if found.ndim or found.dtype.kind not in "biu" or not first <= found < first + count:
+                wanted = f"a whole number from {first} to {first + count - 1}"
+                raise RunError(f"the policy function must return {wanted}, got {found!r:.80}")
+            return int(found) - first
+        if found.size != size or found.dtype.kind not in "biuf":
+            raise RunError(f"the policy function must return ({size},) numbers, got {found!r:.80}")
+        return found.reshape(-1)
 
     def observe(self, actions: np.ndarray, rewards: np.ndarray) -> None:  # noqa: D102
         pass
@@ -182,6 +199,8 @@ class _Conditioned:
             time = torch.full((len(self._rows),), now, dtype=torch.int64, device=self._kind["device"])
             predicted = self._predict(standard, to_go, time)
             if self.form.num_actions is not None:
+                if not predicted.isfinite().all():
+                    raise RunError("scores of actions are not finite: weights may be NaN, or the target too large")
                 actions[self._rows] = predicted.argmax(-1).cpu().numpy()
             else:
                 actions[self._rows] = self.form.unscale_actions(predicted.float().cpu().numpy())

@@ -156,6 +156,9 @@ class _Batch:
             if moment.failed:
                 yield number, self._end(number, moment.failed)
                 continue
+            if failed := self._misfit(moment):
+                yield number, self._end(number, failed)
+                continue
             self.observations[number] = moment.observation
             if self.record is not None:
                 self.record.begin(number, moment.observation)
@@ -171,7 +174,7 @@ class _Batch:
     def _choose(self, policy: Policy) -> np.ndarray:
         actions = policy.act(self.observations, self.running.copy())
         if not np.isfinite(actions[self.running]).all():
-            raise RunError("the policy chose an action that is not finite: its weights may be NaN")
+            raise RunError("an action is not finite: weights of the policy may be NaN, or the target too large")
         return self.spaces.clip(actions)
 
     def _executable(self, actions: np.ndarray) -> Mapping[int, Any]:
@@ -186,6 +189,9 @@ class _Batch:
             if moment.failed:
                 yield number, self._end(number, moment.failed)
                 continue
+            if failed := self._misfit(moment):
+                yield number, self._end(number, failed)
+                continue
             self.observations[number] = moment.observation
             self.returns[number] += moment.reward
             self.lengths[number] += 1
@@ -194,6 +200,11 @@ class _Batch:
                 self.record.add(number, actions[number], moment)
             if moment.terminated or truncated:
                 yield number, self._end(number, "")
+
+    def _misfit(self, moment: Moment) -> str:
+        """What is wrong with the shape of an observation; empty if nothing."""
+        wanted, got = self.observations.shape[1:], moment.observation.shape
+        return "" if got == wanted else f"the simulator returned an observation of shape {got}; expected {wanted}"
 
     def _end(self, number: int, failed: str) -> Episode:
         self.running[number] = False

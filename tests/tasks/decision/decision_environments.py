@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import gymnasium
 import numpy as np
@@ -69,7 +70,19 @@ class Many(Line):
     action_space = gymnasium.spaces.MultiDiscrete([2, 2])
 
 
-for kind in (Line, Choices, Picture, Two, Many):
+class Plain(Line):
+    """Takes no arguments, and with the seeds of failures it ends the program, or returns another shape."""
+
+    def __init__(self):
+        super().__init__()
+
+    def step(self, action):
+        if self.seed == RAISES:
+            sys.exit(5)
+        return super().step(action) if self.seed != DIES else (np.zeros(7), 0.0, False, False, {})
+
+
+for kind in (Line, Choices, Picture, Two, Many, Plain):
     gymnasium.register(f"{kind.__name__}-v0", f"{__name__}:{kind.__name__}", max_episode_steps=12)
 gymnasium.register("Endless-v0", f"{__name__}:Line")
 gymnasium.register("Broken-v0", f"{__name__}:Line", kwargs={"unknown": 1})

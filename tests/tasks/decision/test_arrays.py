@@ -130,3 +130,17 @@ def test_archive_of_other_things_is_refused(tmp_path):
             archive.writestr(name, header.getvalue())
     with pytest.raises(DataError, match=r"a.npz: observations: damaged: .*"):
         read_episodes(path)
+
+
+@pytest.mark.parametrize("key", ["timeouts", "truncated", "truncations", "dones", "terminals"])
+def test_ends_within_a_file_are_not_ignored(tmp_path, key):
+    ends = np.isin(np.arange(10), (4, 9))
+    arrays = {"observations": np.zeros((10, 3)), "actions": np.zeros((10, 1)), "rewards": np.ones(10)}
+    np.savez(tmp_path / "a.npz", **arrays, **{key: ends})
+    with pytest.raises(
+        DataError, match=rf"{key}\[4\] is true, but the episode has 10 steps; of several episodes, starts"
+    ):
+        read_npz(tmp_path / "a.npz")
+    np.savez(tmp_path / "b.npz", **arrays, **{key: ends}, starts=[0, 5]) if key != "terminals" else None
+    if key != "terminals":
+        assert len(read_npz(tmp_path / "b.npz")) == 2

@@ -2,12 +2,13 @@
 
 import json
 
+import gymnasium
 import minari
 import numpy as np
 import pytest
-from decision_environments import RAISES
+from decision_environments import RAISES, Line
 
-from flowformer.common.errors import RunError
+from flowformer.common.errors import DataError, RunError
 from flowformer.tasks.decision.collecting import AT_ONCE, collect, name_dataset, record_episodes
 from flowformer.tasks.decision.files import read_episodes
 from flowformer.tasks.decision.policies import FunctionPolicy, RandomPolicy
@@ -116,3 +117,12 @@ def test_names_of_data_sets(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     assert name_dataset(tmp_path / "own" / "hopper" / "mixed-v12") == "own/hopper/mixed-v12"
     assert name_dataset(tmp_path.parent / "my data.1") == "my-data-1-v0"
+
+
+def test_minari_stores_no_class(tmp_path):
+    gymnasium.register("Held-v0", Line, max_episode_steps=12)
+    policy = RandomPolicy(open_environment("Held-v0")[1])
+    with pytest.raises(DataError, match=r'register it as "module:Class", or record to a file \.hdf5'):
+        collect(policy, "Held-v0", [tmp_path / "held-v0"], episodes=1)
+    collect(policy, "Held-v0", [tmp_path / "held.hdf5"], episodes=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["held.hdf5"]

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from flowformer.tasks.decision.format import DecisionFormat
 from flowformer.tasks.decision.playing import EvaluationOptions, PlayOptions, table
 from flowformer.tasks.decision.rollout import Episode
 from flowformer.tasks.decision.simulators import filming
+from flowformer.tasks.decision.simulators.environments import find_environment
 from flowformer.tasks.protocols import Acts
 
 LINE = "decision_environments:Line-v0"
@@ -34,7 +36,8 @@ def model():
 
 
 def evaluate(model, form=FORM, **options):
-    return "".join(form.evaluate(model, EvaluationOptions(**{"episodes": 3, **options}), track=track))
+    options = {"episodes": 3, "env": form.environment or None, **options}
+    return "".join(form.evaluate(model, EvaluationOptions(**options), track=track))
 
 
 def test_a_format_acts():
@@ -79,6 +82,19 @@ def test_what_fails_is_counted(model):
         evaluate(model, seed=RAISES - 100, episodes=1)
 
 
+def test_a_run_has_no_module_imported(model):
+    with pytest.raises(RunError, match="imported only if you ask: pass --env decision_environments:Line"):
+        evaluate(model, env=None)
+
+
+@pytest.mark.parametrize(("name", "said"), [("foo", "MUJOCO_GL must be egl, osmesa"), ("osmesa", "was not found")])
+def test_a_renderer_that_is_not_there_is_refused(name, said, monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", name)
+    monkeypatch.setattr(filming, "_has", lambda library: library == "EGL")
+    with pytest.raises(DataError, match=said):
+        filming.check_film(Path("a.gif"), find_environment("Hopper-v5"))
+
+
 def test_scores_stand_beside_returns():
     text = table([Episode(3600.0, 1, 3234.3, 1000), Episode(3600.0, 2, -20.272305, 20)], "Hopper-v5")
     assert text.splitlines()[1].split() == ["3600", "2", "0", "1607.0", "1627.3", "50.0", "50.0", "510.0"]
@@ -88,7 +104,7 @@ def test_scores_stand_beside_returns():
 
 
 def play(model, out, **options):
-    return "".join(FORM.play(model, PlayOptions(out=out, **options), track=track))
+    return "".join(FORM.play(model, PlayOptions(out=out, env=LINE, **options), track=track))
 
 
 def test_a_film(model, tmp_path):
@@ -141,5 +157,5 @@ def test_mujoco_without_a_library(tmp_path, monkeypatch):
     monkeypatch.setattr(filming.ctypes.util, "find_library", lambda name: None)
     with pytest.raises(DataError, match="EGL or OSMesa, and neither library was found: install libegl1"):
         filming.check_film(tmp_path / "a.gif", Spec())
-    monkeypatch.setenv("MUJOCO_GL", "egl")  # the user knows better
+    monkeypatch.setenv("MUJOCO_GL", "glfw")  # which needs neither
     filming.check_film(tmp_path / "a.gif", Spec())

@@ -190,7 +190,7 @@ def test_random_actions_are_within_bounds_and_of_their_seed():
 
 def test_a_blend_is_random_as_often_as_it_says():
     spaces = open_environment(CHOICES)[1]
-    policy = Blend(FunctionPolicy(lambda observation: 0, spaces), spaces, [0.0, 0.5, 1.0])
+    policy = Blend(FunctionPolicy(lambda observation: 4, spaces), spaces, [0.0, 0.5, 1.0])
     policy.reset(np.zeros(3), np.arange(3))
     drawn = np.stack([policy.act(np.zeros((3, 3), np.float32), np.ones(3, bool)) for _ in range(600)])
     np.testing.assert_allclose((drawn != 0).mean(0), [0, 1 / 3, 2 / 3], atol=0.06)

@@ -12,6 +12,7 @@ from flowformer.tasks.decision.policies import FunctionPolicy, RandomPolicy
 from flowformer.tasks.decision.rollout import Episode, open_environment, run_episodes, summarise
 
 LINE = "decision_environments:Line-v0"
+PLAIN = "decision_environments:Plain-v0"
 
 
 def random_policy(name):
@@ -154,3 +155,38 @@ def test_summaries_count_what_failed():
     assert (first.target, second.target) == (2.0, 1.0)
     assert (first.returns.tolist(), first.lengths.tolist()) == ([10.0, 14.0, 99.0], [5.0, 7.0, 9.0])
     assert [episode.seed for episode in first.failed] == [3]
+
+
+def test_an_environment_may_take_no_arguments_and_misbehave():
+    episodes = run_episodes(constant(0.0, PLAIN), PLAIN, [0.0] * 3, [RAISES, DIES, 1])
+    assert episodes[0].failed == "SystemExit: 5"
+    assert episodes[1].failed == "the simulator returned an observation of shape (7,); expected (3,)"
+    assert (episodes[2].failed, episodes[2].length) == ("", 12)
+
+
+def test_a_function_speaks_the_numbers_of_the_environment():
+    choices = "decision_environments:Choices-v0"
+    (episode,) = run_episodes(constant(6, choices), choices, [0.0], [0])
+    assert episode.return_ == episode.length
+
+
+@pytest.mark.parametrize(
+    ("name", "action", "said"),
+    [
+        ("Choices-v0", 0, "must return a whole number from 4 to 6, got array"),
+        ("Choices-v0", 4.5, "must return a whole number"),
+        ("Choices-v0", [4], "must return a whole number"),
+        ("Line-v0", [1.0, 2.0], r"must return \(1,\) numbers"),
+        ("Line-v0", "x", r"must return \(1,\) numbers"),
+    ],
+)
+def test_what_a_function_returns_is_checked(name, action, said):
+    name = f"decision_environments:{name}"
+    with pytest.raises(RunError, match=said):
+        run_episodes(constant(action, name), name, [0.0], [0])
+
+
+def test_a_function_that_raises_is_named():
+    policy = FunctionPolicy(lambda observation: 1 / 0, open_environment(LINE)[1])
+    with pytest.raises(RunError, match="the policy function failed: ZeroDivisionError: division by zero"):
+        run_episodes(policy, LINE, [0.0], [0])

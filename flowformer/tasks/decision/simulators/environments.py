@@ -120,9 +120,11 @@ def make_environment(spec: Any, render_mode: str | None = None) -> Any:
 
     if "mujoco" in str(spec.entry_point):
         importlib.import_module("mujoco")  # before `quiet`, which can only silence what is there
+    # Gymnasium passes on what is given, None too, and an environment need not take it.
+    rendering: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
     try:
         with quiet():
-            return gymnasium.make(spec, render_mode=render_mode, disable_env_checker=True)
+            return gymnasium.make(spec, disable_env_checker=True, **rendering)
     except (ModuleNotFoundError, MemoryError):
         raise
     except Exception as error:  # whatever a user's environment does

@@ -19,6 +19,9 @@ from flowformer.tasks.decision.simulators.hosts import Here, Moment
 
 SUFFIXES = (".gif", ".mp4")
 MOST_FPS = 30  # of a film; of a faster simulator only some frames are rendered
+_LIBRARIES = {"egl": "EGL", "osmesa": "OSMesa"}  # through which MuJoCo renders without a screen
+_PACKAGES = "libegl1 (egl) or libosmesa6 (osmesa)"
+_WINDOWS = ("glfw", "cgl", "wgl")  # with one
 _DEFAULT_FPS = 30  # of an environment that does not say
 
 
@@ -80,13 +83,17 @@ def check_film(path: Path, spec: Any) -> None:
 
 
 def _choose_renderer() -> None:
-    if "MUJOCO_GL" in os.environ:
+    given = os.environ.get("MUJOCO_GL", "")
+    if given.lower() in _LIBRARIES and not _has(_LIBRARIES[given.lower()]):
+        raise DataError(f"MUJOCO_GL is {given}, and that library was not found: install {_PACKAGES}, or unset it")
+    if given:
+        if given.lower() not in (*_LIBRARIES, *_WINDOWS):
+            raise DataError(f"MUJOCO_GL must be {', '.join((*_LIBRARIES, *_WINDOWS))} or unset, got {given!r}")
         return
-    found = next((name for name, library in (("egl", "EGL"), ("osmesa", "OSMesa")) if _has(library)), None)
+    found = next((name for name, library in _LIBRARIES.items() if _has(library)), None)
     if found is None:
         raise DataError(
-            "MuJoCo renders without a screen through EGL or OSMesa, and neither library was found: install libegl1, or "
-            "libosmesa6 and set MUJOCO_GL=osmesa"
+            f"MuJoCo renders without a screen through EGL or OSMesa, and neither library was found: install {_PACKAGES}"
         )
     os.environ["MUJOCO_GL"] = found
 

@@ -73,7 +73,7 @@ class Here:
     def _try(self, number: int, function: Any, value: Any) -> Moment:
         try:
             found = function(number, value)
-        except Exception as error:  # whatever a simulator does
+        except (Exception, SystemExit) as error:  # whatever a simulator does
             found = _failure(f"{type(error).__name__}: {error}")
         if found.terminated or found.truncated or found.failed:
             self._close(number)
