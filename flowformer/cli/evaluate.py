@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flowformer.cli.arguments.options import add_options, fill_options, read_options
+from flowformer.cli.arguments.options import fill_options
 from flowformer.cli.arguments.parser import Parser, UsageError, usable
-from flowformer.cli.arguments.trained import find_run, open_format, open_run, parse_for_run, run_arguments, run_files
-from flowformer.cli.output.paths import check_file
+from flowformer.cli.arguments.trained import find_run, open_format, open_run, open_with_options, run_arguments
 from flowformer.cli.output.streams import show_all, track
 
 
@@ -39,14 +38,8 @@ def _act(words: Sequence[str], run: Path, form: Any) -> int:
     """Run episodes of a policy, whose data is not needed."""
     parser = Parser(prog="flowformer evaluate", description=main.__doc__)
     run_arguments(parser)
-    flags = add_options(parser, form.evaluate_options)
-    values = parse_for_run(parser, words, run, flags)
-    options = read_options(values, form.evaluate_options)
-    if isinstance(out := getattr(options, "out", None), Path):
-        check_file(out, inputs=run_files(values.run))
-    recipe, model, form = open_run(values.run, values.checkpoint)
-    options = fill_options(options, recipe)
-    usable(show_all, form.evaluate(model, options, track=track))
+    recipe, model, form, options = open_with_options(parser, words, run, form.evaluate_options)
+    usable(show_all, form.evaluate(model, fill_options(options, recipe), track=track))
     return 0
 
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flowformer.cli.arguments.options import add_options, read_options
 from flowformer.cli.arguments.parser import Parser, UsageError, usable
+from flowformer.cli.output.paths import check_file
 
 CHECKPOINTS = ("last", "best-test", "best-validation")
 
@@ -106,6 +108,42 @@ def _commands() -> Mapping[str, type]:
         "predict": Classifies, "generate": Generates, "visualize": Shows, "export": Tokenizes, "play": Acts,
         "collect": Acts,
     }  # fmt: skip
+
+
+def parser_for(command: str, words: Sequence[str], description: str | None) -> tuple[Parser, Path, Any] | None:
+    """Return the parser of a command whose options depend on a run, the run, and its format.
+
+    ``None`` where there is no run: only help was requested, and is printed.
+
+    Raises:
+        UsageError: for a run that the command does not apply to.
+    """
+    run = find_run(words)
+    note = f"Options depend on the run: `flowformer {command} RUN --help` shows them."
+    parser = Parser(prog=f"flowformer {command}", description=description, epilog=None if run else note)
+    run_arguments(parser)
+    if run is None:
+        parser.parse(words)
+        return None
+    form = open_format(run)
+    require(run, form, command)
+    return parser, run, form
+
+
+def open_with_options(parser: Parser, words: Sequence[str], run: Path, kind: type) -> tuple[Any, Any, Any, Any]:
+    """Parse the options of a run, a dataclass, and load its recipe, model and format.
+
+    Returns:
+        Recipe, model, format and options. A file to write, ``out``, can be written, and is none of the run's own.
+
+    Raises:
+        UsageError: for options that the run does not take, a file that cannot be written, a run that is damaged.
+    """
+    values = parse_for_run(parser, words, run, add_options(parser, kind))
+    options = read_options(values, kind)
+    if isinstance(out := getattr(options, "out", None), Path):
+        check_file(out, inputs=run_files(values.run))
+    return *open_run(values.run, values.checkpoint), options
 
 
 def parse_for_run(parser: Parser, words: Sequence[str], run: Path, options: Sequence[str]) -> argparse.Namespace:

@@ -218,7 +218,7 @@ def _read_limit(file: h5py.File, origin: str) -> int | None:
         return None
     value = np.asarray(file.attrs[LIMIT])
     if value.size != 1 or value.dtype.kind not in "iu" or value.item() < 1:
-        raise DataError(f"{origin}: attribute {LIMIT}: {value.dtype} of shape {value.shape}; expected a whole number")
+        raise DataError(f"{origin}: attribute {LIMIT} must be a whole number of at least 1, got {value!r:.80}")
     return int(value.item())
 
 

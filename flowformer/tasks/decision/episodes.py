@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,20 +12,8 @@ from flowformer.common.errors import DataError
 from flowformer.tasks.decision.scores import split_environment
 from flowformer.tasks.fingerprint import hash_values
 
-
-class Spaces(Protocol):
-    """Sizes of observations and actions of an environment, as :class:`Episodes` names them."""
-
-    @property
-    def observation_dim(self) -> int: ...  # noqa: D102 - numbers of an observation
-    @property
-    def action_dim(self) -> int | None: ...  # noqa: D102 - numbers of an action; None where they are discrete
-    @property
-    def num_actions(self) -> int | None: ...  # noqa: D102 - number of discrete actions
-    @property
-    def low(self) -> Any: ...  # noqa: D102 - (action_dim,) smallest actions
-    @property
-    def high(self) -> Any: ...  # noqa: D102 - (action_dim,) largest actions
+if TYPE_CHECKING:
+    from flowformer.tasks.decision.simulators.environments import Spaces
 
 
 @dataclass(frozen=True, eq=False)

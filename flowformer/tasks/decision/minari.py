@@ -61,10 +61,9 @@ def _is_data(folder: Path) -> bool:
 def read_minari(folder: Path) -> Episodes:
     """Read a data set of Minari: ``main_data.hdf5`` and ``metadata.json`` in a folder, or in the folder ``data`` of it.
 
-    Observations are a ``Box`` with one axis; actions are such a ``Box``, or ``Discrete``; the first of these
-    becomes 0. The observation after
-    the last step of an episode is left out. An episode that was not terminated counts as cut. Neither Minari nor
-    Gymnasium is needed, and no environment is made.
+    Observations are a ``Box`` with one axis; actions are such a ``Box``, or ``Discrete``, whose first becomes 0. The
+    observation after the last step of an episode is left out. An episode that was not terminated counts as cut. Neither
+    Minari nor Gymnasium is needed, and no environment is made.
 
     Raises:
         DataError: for data sets that are damaged, incomplete, or of other spaces or formats, naming the place.

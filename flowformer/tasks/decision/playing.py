@@ -14,7 +14,7 @@ from flowformer.common.errors import DataError, RunError
 from flowformer.common.fields import option
 from flowformer.common.files import write_json
 from flowformer.tasks.decision.policies import Evaluation, make_policy
-from flowformer.tasks.decision.rollout import Episode, Summary, run_episodes, summarise
+from flowformer.tasks.decision.rollout import Episode, Summary, describe_episode, run_episodes, summarise
 from flowformer.tasks.decision.scores import caution, normalise
 from flowformer.tasks.decision.simulators.environments import find_environment, make_environment
 from flowformer.tasks.decision.simulators.filming import Filmed, check_film, choose_frames, open_film
@@ -184,11 +184,7 @@ def _describe(part: Summary, environment: str) -> dict[str, Any]:
     found: dict[str, Any] = {"target": part.target, "failed": len(part.failed)}
     for name, array in values.items():
         found |= {f"{name}_mean": float(array.mean()), f"{name}_std": float(array.std())}
-    found["episodes"] = [
-        {"seed": each.seed, "return": each.return_, "steps": each.length, "failed": each.failed}
-        for each in part.episodes
-    ]
-    return found
+    return {**found, "episodes": [describe_episode(each, environment) for each in part.episodes]}
 
 
 # -------------------------------------------------------------------------------------------------------------- film

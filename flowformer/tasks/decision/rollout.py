@@ -14,6 +14,7 @@ import numpy as np
 
 from flowformer.common.errors import RunError
 from flowformer.tasks.decision.policies import Policy
+from flowformer.tasks.decision.scores import normalise
 from flowformer.tasks.decision.simulators.environments import (
     Spaces,
     check_spaces,
@@ -243,6 +244,15 @@ class Summary:
     def lengths(self) -> np.ndarray:
         """Numbers of steps, (n,) float64."""
         return np.array([episode.length for episode in self.episodes], np.float64)
+
+
+def describe_episode(episode: Episode, environment: str) -> dict[str, Any]:
+    """Return an episode as JSON values, with its score where D4RL has references for the environment."""
+    score = normalise(episode.return_, environment)
+    return {
+        "target": episode.target, "seed": episode.seed, "return": episode.return_,
+        **({} if score is None else {"score": score}), "length": episode.length, "failed": episode.failed,
+    }  # fmt: skip
 
 
 def summarise(episodes: Sequence[Episode]) -> list[Summary]:

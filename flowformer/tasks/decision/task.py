@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flowformer.core.masks import fill
 from flowformer.tasks.decision.format import DecisionFormat
 from flowformer.tasks.decision.policies import Evaluation, make_policy
-from flowformer.tasks.decision.rollout import Episode, run_episodes
+from flowformer.tasks.decision.rollout import Episode, describe_episode, run_episodes, summarise
 from flowformer.tasks.decision.scores import normalise, reference_of
 from flowformer.tasks.decision.trials import Trials
 from flowformer.tasks.decision.windows import Windows
@@ -159,30 +159,22 @@ class DecisionTask:
         """
         episodes = list(self._episodes)
         self._episodes.clear()
-        values, key = self._values(episodes), self.metric.key
         parts = []
-        for target in dict.fromkeys(episode.target for episode in episodes):
-            own = np.array([episode.target == target for episode in episodes])
-            failed = sum(episode.failed != "" for episode in episodes if episode.target == target)
-            said = f", {failed} failed" if failed else ""
-            parts.append(_part(f"target {target:g}, {own.sum()} episodes{said}", values[key][own]))
-        records = [
-            {"target": one.target, "seed": one.seed, "length": one.length, "failed": one.failed}
-            | {name: float(values[name][row]) for name in ("return", "score") if name in values}
-            for row, one in enumerate(episodes)
+        for part in summarise(episodes):
+            said = f", {len(part.failed)} failed" if part.failed else ""
+            parts.append(self._part(f"target {part.target:g}, {len(part.episodes)} episodes{said}", part.returns))
+        recorded = np.sort(self.train.episodes.returns)
+        data = [
+            self._part(f"data, {len(recorded)} episodes", recorded),
+            self._part("data, best tenth", recorded[-max(len(recorded) // 10, 1) :]),
         ]
-        return {"parts": [*parts, *self._describe_data()] if parts else [], "episodes": records}
+        records = [describe_episode(one, self.format.environment) for one in episodes]
+        return {"parts": [*parts, *data] if parts else [], "episodes": records}
 
-    def _describe_data(self) -> list[dict[str, Any]]:
-        returns = np.sort(self.train.episodes.returns)
-        recorded = normalise(returns, self.format.environment) if self.metric.key == "score" else returns
-        assert recorded is not None  # there are scores
-        best = recorded[-max(len(recorded) // 10, 1) :]
-        return [_part(f"data, {len(recorded)} episodes", recorded), _part("data, best tenth", best)]
-
-
-def _part(name: str, values: np.ndarray) -> dict[str, Any]:
-    return {"name": name, "value": float(values.mean()), "spread": float(values.std())}
+    def _part(self, name: str, returns: np.ndarray) -> dict[str, Any]:
+        scores = normalise(returns, self.format.environment)
+        values = returns if scores is None else scores
+        return {"name": name, "value": float(values.mean()), "spread": float(values.std())}
 
 
 def _cross_entropies(logits: Tensor, actions: Tensor) -> Tensor:
