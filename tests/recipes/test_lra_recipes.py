@@ -193,6 +193,8 @@ def test_pictures_become_grey_sequences(tmp_path):
     assert [len(part) for part in (task.train, task.validation, task.test)] == [130, 20, 30]
     assert task.format.collate([task.train[0]])["tokens"].shape == (1, 1024)
     assert "tested once" in run(recipe, tmp_path / "run")["protocols"]["honest"]["selection"]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2]  # no evaluation before training
 
 
 def test_cifar10_is_read_from_the_cache_if_no_path_is_given(tmp_path, monkeypatch):

@@ -142,7 +142,9 @@ def test_cuts_are_derived_from_the_limit_of_a_file(episodes, tmp_path):
     assert_same(read_d4rl(write_hdf5(tmp_path / "a.hdf5", arrays, max_episode_steps=9)), episodes)
     found = read_d4rl(write_hdf5(tmp_path / "b.hdf5", arrays, max_episode_steps=4))
     assert found.lengths.tolist() == [4, 1, *[4] * 9]  # 5; 9 + 3 to a terminal state; 9 + 7; 9
-    with pytest.raises(DataError, match=r"attribute max_episode_steps must be a whole number of at least 1, got array\(4\.\)"):
+    with pytest.raises(
+        DataError, match=r"attribute max_episode_steps must be a whole number of at least 1, got array\(4\.\)"
+    ):
         read_d4rl(write_hdf5(tmp_path / "c.hdf5", arrays, max_episode_steps=4.0))
 
 

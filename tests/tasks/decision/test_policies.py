@@ -206,3 +206,8 @@ def test_rows_fill_the_batch_up_and_are_dropped():
     model = Stub(value=0.5)
     act(WindowPolicy(model.eval(), make_form(context=3), least_rows=4), [4.0, 5.0, 6.0, 7.0])
     assert [tuple(seen.returns.shape) for seen in model.seen] == [(4, 1), (2, 2), (2, 3), (2, 3)]
+
+
+def test_scores_that_are_not_finite_choose_nothing():
+    with pytest.raises(RunError, match="scores of actions are not finite: weights may be NaN, or the target too large"):
+        run_episodes(WindowPolicy(make_model(discrete=True), make_form(discrete=True)), CHOICES, [1e300], [0])

@@ -167,7 +167,7 @@ def test_an_environment_may_take_no_arguments_and_misbehave():
 def test_a_function_speaks_the_numbers_of_the_environment():
     choices = "decision_environments:Choices-v0"
     (episode,) = run_episodes(constant(6, choices), choices, [0.0], [0])
-    assert episode.return_ == episode.length
+    assert (episode.failed, episode.return_) == ("", episode.length)
 
 
 @pytest.mark.parametrize(
